@@ -1,0 +1,44 @@
+"""Steersman: cache activations, train top-k sparse autoencoders, steer language models with what they find.
+
+The public names load on first use, so that `import steersman` and the command line start fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steersman.lm import LanguageModel as LanguageModel
+    from steersman.sae import SAE as SAE
+    from steersman.sae import SAEConfig as SAEConfig
+    from steersman.steer import Steerer as Steerer
+    from steersman.train import ActivationStore as ActivationStore
+    from steersman.train import TrainConfig as TrainConfig
+    from steersman.train import cache_activations as cache_activations
+    from steersman.train import train_sae as train_sae
+
+from steersman.errors import SteersmanError
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LanguageModel": "steersman.lm",
+    "SAE": "steersman.sae",
+    "SAEConfig": "steersman.sae",
+    "ActivationStore": "steersman.train",
+    "TrainConfig": "steersman.train",
+    "cache_activations": "steersman.train",
+    "train_sae": "steersman.train",
+    "Steerer": "steersman.steer",
+}
+
+__all__ = ["SteersmanError", "__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'steersman' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,21 @@
+"""The one exception a user of Steersman needs to know."""
+
+
+class SteersmanError(ValueError):
+    """A mistake in what the user asked for or in a file they named.
+
+    The message is one line that says what was wrong, where, and what would fix it. The command line prints it and
+    exits with code 2.
+    """
+
+
+def near_names(name: str, known: list[str], limit: int = 5) -> str:
+    """The known names most like `name`, as text for an error message.
+
+    >>> near_names("blocks.3.hook_resid_pst", ["blocks.3.hook_resid_post", "blocks.3.hook_mlp_out", "embed"], 1)
+    'blocks.3.hook_resid_post'
+    """
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=limit, cutoff=0.0)
+    return ", ".join(close)
