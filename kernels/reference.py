@@ -1,0 +1,87 @@
+"""What every kernel of a sparse autoencoder must compute, written in the plainest PyTorch.
+
+These functions define the results; the fast paths in this folder are tested against them. They materialise the N x L
+pre-activations and sort them, so they are for small shapes.
+
+Shape letters: N tokens, L latents (`d_sae`), D width (`d_in`), K active latents a token.
+"""
+
+import torch
+from torch import Tensor
+
+
+def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """`(x - b_dec) W_enc^T + b_enc`: x [N, D], W_enc [L, D] latent-major, b_enc [L], b_dec [D] -> [N, L] in fp32.
+
+    >>> pre_activations(torch.randn(5, 4), torch.randn(7, 4), torch.zeros(7)).shape
+    torch.Size([5, 7])
+    """
+    x = x.float()
+    centred = x if b_dec is None else x - b_dec.float()
+    return centred @ W_enc.float().T + b_enc.float()
+
+
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The K largest pre-activations of each token, largest first, then ReLU (arXiv 2406.04093, eq. 2).
+
+    Equal values go to the lower latent first. Selection comes before the ReLU, so a row with fewer than K positive
+    pre-activations still returns K indices, and the values of the others are 0. A NaN counts as larger than any number.
+
+    Returns values [N, K] fp32 and indices [N, K] int32.
+    """
+    Z = pre_activations(x, W_enc, b_enc, b_dec)
+    values, indices = torch.sort(Z, dim=1, descending=True, stable=True)
+    return values[:, :k].relu(), indices[:, :k].int()
+
+
+def batch_topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The N*K largest positive pre-activations of the whole batch (arXiv 2412.06410, sec. 3), as a dense code.
+
+    Equal values go to the earlier token, then to the lower latent. Returns the code [N, L] (0 where not selected) and
+    the smallest selected value (a scalar; inf when nothing is positive), which training averages into the threshold
+    that inference uses.
+    """
+    Z = pre_activations(x, W_enc, b_enc, b_dec).relu()
+    flat = Z.flatten()
+    values, order = torch.sort(flat, descending=True, stable=True)
+    values, order = values[: k * len(Z)], order[: k * len(Z)]
+    code = torch.zeros_like(flat).scatter_(0, order, values).view_as(Z)
+    positive = code > 0
+    smallest = torch.where(positive, code, code.new_tensor(float("inf"))).min()
+    return code, smallest
+
+
+def threshold_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None
+) -> Tensor:
+    """JumpReLU (arXiv 2407.14435, eq. 3): the pre-activation where it is above its threshold and positive, else 0.
+
+    threshold is [L] or a scalar; returns the dense code [N, L] in fp32.
+    """
+    Z = pre_activations(x, W_enc, b_enc, b_dec)
+    return torch.where(threshold.float() < Z, Z, torch.zeros_like(Z)).relu()
+
+
+def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """`sum_k values[n, k] W_dec[indices[n, k]] + b_dec`: values, indices [N, K], W_dec [L, D], b_dec [D] -> [N, D]."""
+    code = torch.zeros(len(values), len(W_dec), dtype=torch.float32, device=values.device)
+    code.scatter_add_(1, indices.long(), values.float())
+    X_hat = code @ W_dec.float()
+    return X_hat if b_dec is None else X_hat + b_dec.float()
+
+
+def value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor) -> Tensor:
+    """`<g_n, W_dec[indices[n, k]]>`: the gradient of the values, g [N, D], indices [N, K] -> [N, K]."""
+    return (g.float() @ W_dec.float().T).gather(1, indices.long())
+
+
+def scatter_rows(weights: Tensor, rows: Tensor, indices: Tensor, n_latents: int) -> Tensor:
+    """`out[l] = sum over (n, k) with indices[n, k] = l of weights[n, k] rows[n]`: weights, indices [N, K], rows [N, D]
+    -> [L, D]. The gradient of W_dec (weights = values, rows = g) and of W_enc (weights = dz, rows = x - b_dec)."""
+    code = torch.zeros(len(weights), n_latents, dtype=torch.float32, device=weights.device)
+    code.scatter_add_(1, indices.long(), weights.float())
+    return code.T @ rows.float()

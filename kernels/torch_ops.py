@@ -1,0 +1,177 @@
+"""The kernels in PyTorch: the CPU's fast path, and what other devices run where no better kernel is chosen.
+
+Same results as `reference`, without the N x L pre-activations or any N x K x D tensor in memory: the encoder works on
+blocks of rows that stay in cache, and the backward sums latent by latent through PyTorch's embedding bags, which
+accumulate in fp32 in a fixed order.
+
+Shape letters: N tokens, L latents, D width, K active latents a token, C rows of a block, G columns of a group.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A block of pre-activations that stays in the last-level cache; larger blocks only add memory.
+BLOCK_BYTES = 16 << 20
+
+
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `reference.topk_encode`. Works on blocks of rows, so that memory is N*K and one block."""
+    x = x.float() if b_dec is None else x.float() - b_dec.float()
+    W_enc, b_enc = W_enc.float(), b_enc.float()
+    N, L = len(x), len(W_enc)
+    values = torch.empty(N, k, device=x.device)
+    indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
+    select = _select_checked if x.device.type == "cpu" else _select_branch_free
+    rows = max(1, min(N, BLOCK_BYTES // (4 * L)))
+    Z = torch.empty(rows, L, device=x.device)
+    for start in range(0, N, rows):
+        stop = min(start + rows, N)
+        Z_block = Z[: stop - start]
+        torch.addmm(b_enc, x[start:stop], W_enc.T, out=Z_block)
+        values[start:stop], indices[start:stop] = select(Z_block, k)
+    return values.relu_(), indices
+
+
+def _select_checked(Z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The K largest of each row of Z [C, L]: a fast selection, and a stable sort for the rows that hold ties.
+
+    `topk` promises nothing about ties, but a row whose K+1 largest values all differ has only one answer.
+    """
+    n = min(k + 1, Z.shape[1])
+    values, indices = _two_stage_topk(Z, n)
+    # NaN differs from NaN, so rows with NaN are looked at too: sort puts NaN first, in order of index.
+    tied = ~(values[:, :-1] > values[:, 1:]).all(dim=1)
+    values, indices = values[:, :k], indices[:, :k]
+    if bool(tied.any()):
+        slow_values, slow_indices = torch.sort(Z[tied], dim=1, descending=True, stable=True)
+        values[tied], indices[tied] = slow_values[:, :k], slow_indices[:, :k]
+    return values, indices.int()
+
+
+def _two_stage_topk(Z: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest of each row of Z [C, L], sorted, by way of the maxima of G-column groups.
+
+    The n largest values lie in the n groups with the largest maxima, so `topk` sees L/G + n*G columns in place of L.
+    The columns left over when G does not divide L are candidates of their own.
+    """
+    C, L = Z.shape
+    G = 1 << max(0, round(math.log2(math.sqrt(L / n))))
+    n_groups = L // G
+    if G < 4 or n_groups <= n:
+        return Z.topk(n, dim=1)
+    # Group j holds columns j, j + n_groups, j + 2 n_groups, ...: the maximum then runs over whole vectors.
+    maxima = Z[:, : n_groups * G].view(C, G, n_groups).amax(dim=1)
+    groups = maxima.topk(n, dim=1, sorted=False).indices
+    offsets = torch.arange(G, device=Z.device) * n_groups
+    candidates = (groups[:, :, None] + offsets).view(C, n * G)
+    if n_groups * G < L:
+        rest = torch.arange(n_groups * G, L, device=Z.device).expand(C, -1)
+        candidates = torch.cat([candidates, rest], dim=1)
+    values, chosen = Z.gather(1, candidates).topk(n, dim=1)
+    return values, candidates.gather(1, chosen)
+
+
+def _select_branch_free(Z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The K largest of each row of Z [C, L] with ties to the lower index and no question asked of the host."""
+    L = Z.shape[1]
+    lowest = Z.topk(k, dim=1).values[:, -1:]
+    above, equal = lowest < Z, lowest == Z
+    missing = k - above.sum(dim=1, keepdim=True)
+    keep = above | (equal & (equal.cumsum(dim=1) <= missing))
+    column = torch.arange(L, 0, -1, device=Z.device, dtype=torch.int32)
+    indices = (keep * column).topk(k, dim=1).indices  # the kept columns, lowest index first
+    values = Z.gather(1, indices)
+    values, order = torch.sort(values, dim=1, descending=True, stable=True)
+    # A NaN compares false with everything: such a row would lose it silently, so the whole row says NaN.
+    return torch.where(lowest.isnan() | Z.isnan().any(dim=1, keepdim=True), lowest.new_tensor(float("nan")), values), (
+        indices.gather(1, order).int()
+    )
+
+
+def batch_topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.batch_topk_encode`; returns values and indices [N, width], and the smallest selected value.
+
+    Each row proposes its `width` largest values. The N*K largest of all proposals are the N*K largest of all
+    pre-activations unless some row had its every proposal taken, in which case the rows propose twice as many.
+    """
+    N, L = len(x), len(W_enc)
+    width = min(L, 4 * k)
+    while True:
+        proposals, indices = topk_encode(x, W_enc, b_enc, width, b_dec)
+        # Stable and flat, so that equal values go to the earlier token, then to the lower latent.
+        order = torch.sort(proposals.flatten(), descending=True, stable=True).indices[: N * k]
+        selected = torch.zeros(N * width, dtype=torch.bool, device=x.device)
+        selected[order] = True
+        selected = selected.view(N, width) & (proposals > 0)
+        if width == L or not bool(selected[:, -1].any()):
+            break
+        width = min(L, 2 * width)
+    values = torch.where(selected, proposals, torch.zeros_like(proposals))
+    smallest = torch.where(selected, proposals, proposals.new_tensor(float("inf"))).min()
+    # Rows are sorted, so everything past the longest row is zero and need not be decoded.
+    used = max(1, int(selected.sum(dim=1).max()))
+    return values[:, :used].contiguous(), indices[:, :used].contiguous(), smallest
+
+
+def threshold_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None
+) -> Tensor:
+    """See `reference.threshold_encode`: the dense code [N, L]."""
+    x = x.float() if b_dec is None else x.float() - b_dec.float()
+    Z = torch.addmm(b_enc.float(), x, W_enc.float().T)
+    return torch.where(threshold.float() < Z, Z, torch.zeros_like(Z)).relu_()
+
+
+def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """See `reference.sparse_decode`."""
+    X_hat = F.embedding_bag(indices, W_dec.float(), mode="sum", per_sample_weights=values.float())
+    return X_hat if b_dec is None else X_hat.add_(b_dec.float())
+
+
+def value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor) -> Tensor:
+    """See `reference.value_gradient`."""
+    N, K = indices.shape
+    flat = indices.reshape(-1).long()
+    bag_of = torch.arange(N, device=g.device).repeat_interleave(K)
+    starts = torch.arange(0, N * K, K, device=g.device)
+    # The gradient of an embedding bag's weights is this product, computed without gathering N*K rows.
+    dz = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        g.float().contiguous(), W_dec.float().contiguous(), flat, starts, bag_of, 0
+    )
+    return dz.view(N, K)
+
+
+class LatentOrder:
+    """The N*K (token, latent) pairs sorted by latent: one sort a step, shared by every gradient.
+
+    indices [N, K]. `pairs` [N*K] lists positions in the flattened code, by latent, then token; `starts` [L] is where
+    each latent's run begins.
+    """
+
+    def __init__(self, indices: Tensor, n_latents: int):
+        K = indices.shape[1]
+        flat = indices.reshape(-1).long()
+        narrow = flat.to(torch.int16) if n_latents <= 32768 else flat  # a sort of 2-byte keys is several times faster
+        self.n_latents = n_latents
+        self.pairs = torch.argsort(narrow, stable=True)
+        self.tokens = torch.div(self.pairs, K, rounding_mode="floor")
+        counts = torch.bincount(flat, minlength=n_latents)
+        self.starts = counts.cumsum(0) - counts
+
+    def scatter_rows(self, weights: Tensor, rows: Tensor) -> Tensor:
+        """See `reference.scatter_rows`: weights [N, K], rows [N, D] -> [L, D], in a fixed order of summation."""
+        by_latent = weights.reshape(-1)[self.pairs].float()
+        return F.embedding_bag(
+            self.tokens, rows.float().contiguous(), self.starts, mode="sum", per_sample_weights=by_latent
+        )
+
+    def scatter(self, weights: Tensor) -> Tensor:
+        """`out[l]` = the sum of weights [N, K] over the pairs of latent l -> [L]."""
+        return self.scatter_rows(weights, weights.new_ones(len(weights), 1)).squeeze(1)

@@ -1,0 +1,38 @@
+"""TopK (arXiv 2406.04093): the K largest pre-activations of each token, with the AuxK loss against dead latents."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from steersman.kernels import choose, topk_encode
+from steersman.sae.base import SAE, TrainingCode
+
+
+class TopKSAE(SAE):
+    """`f = ReLU(TopK((x - b_dec) W_enc + b_enc))` (eq. 2)."""
+
+    activation: ClassVar[str] = "topk"
+
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return choose(x.device).topk_encode(x, self.W_enc.T, self.b_enc, self.cfg.k, self.encoder_bias_in)
+
+    def training_code(self, x: Tensor) -> TrainingCode:
+        values, order = topk_encode(x, self.W_enc.T, self.b_enc, self.cfg.k, self.encoder_bias_in)
+        return TrainingCode(values, order, None)
+
+
+def auxk_loss(sae: SAE, x: Tensor, residual: Tensor, candidates: Tensor, alive: Tensor, k_aux: int) -> Tensor:
+    """The squared error, summed over tokens, of the residual rebuilt from dead latents alone (app. A.2).
+
+    x [N, D]; residual = x - x_hat [N, D], taken as a constant; candidates [A] feature ids; alive [A] is True for those
+    that take no part. Only the candidates' rows of the encoder are multiplied: N*A*D work, no N x L matrix.
+    """
+    rows = sae.W_enc.T[candidates]
+    centred = x if sae.encoder_bias_in is None else x - sae.encoder_bias_in.detach()
+    Z = torch.addmm(sae.b_enc[candidates], centred, rows.T)
+    Z = Z.masked_fill(alive, float("-inf"))
+    values, chosen = Z.topk(min(k_aux, len(candidates)), dim=1, sorted=False)
+    code = torch.zeros_like(Z).scatter(1, chosen, values.relu())
+    rebuilt = code @ sae.W_dec[candidates]
+    return (rebuilt - residual.detach()).square().sum()
