@@ -1,0 +1,60 @@
+"""What a source of activations hands to a trainer: batches whose tokens can be looked up."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class RowInfo(NamedTuple):
+    """Where rows come from."""
+
+    token_ids: torch.Tensor
+    """The token at each row, [n] int32."""
+    doc_ids: torch.Tensor
+    """Number of the document in its source, [n] int64."""
+    positions: torch.Tensor
+    """Place of the token in its context, 0 for the first (BOS, where there is one), [n] int32. Rows are stored in the
+    order of the text, so a context starts where the position does not rise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationBatch:
+    """Some rows of a store or stream. The activations are there; what else is known of the rows is read on demand."""
+
+    x: torch.Tensor
+    """Activations [N, D] on the CPU, in the type of the source."""
+    find_rows: Callable[[], np.ndarray] = field(repr=False)
+    """Gives the rows' numbers [N]."""
+    find_info: Callable[[np.ndarray], RowInfo] = field(repr=False)
+    """Gives the row data of row numbers."""
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """Row numbers in the store, [N] int64."""
+        return torch.from_numpy(np.ascontiguousarray(self.find_rows(), dtype=np.int64))
+
+    @cached_property
+    def _info(self) -> RowInfo:
+        return self.find_info(self.rows.numpy())
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """Token ids, [N] int32."""
+        return self._info.token_ids
+
+    @property
+    def doc_ids(self) -> torch.Tensor:
+        """Document numbers, [N] int64."""
+        return self._info.doc_ids
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Places in the context, [N] int32."""
+        return self._info.positions
+
+    def __len__(self) -> int:
+        return len(self.x)

@@ -1,0 +1,123 @@
+"""A store from activations made elsewhere: vision, proteins, another framework."""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from steersman.errors import SteersmanError
+from steersman.train.manifest import Manifest
+from steersman.train.shards import DTYPES, disk_errors, fsync_folder
+from steersman.train.store import ActivationStore
+from steersman.train.store_writer import StoreWriter
+
+log = logging.getLogger(__name__)
+
+_ROW_KEYS = ("token_ids", "doc_ids", "positions")
+
+
+def write_tensors(
+    batches: Iterable[Any],
+    out: Path,
+    hook_name: str,
+    *,
+    model_name: str = "",
+    dtype: str = "bfloat16",
+    on_nonfinite: Literal["error", "skip"] = "error",
+    shard_rows: int = 131072,
+) -> ActivationStore:
+    """Write a store from any iterable of activations, in one step: `out` appears whole or not at all.
+
+    Args:
+        batches: [n, d_in] tensors or numpy arrays of floating-point numbers, of any n and one d_in; or mappings with
+            such an array under "x" and, where known, integer arrays [n] under "token_ids", "doc_ids" and "positions".
+            Without them a row's token id and position are 0 and its document id is its own row number, so that rows
+            are held out one by one.
+        out: folder for the store; must not exist, or be empty.
+        hook_name: what to call the place that the activations are from.
+        model_name: what to call the model that they are from.
+        dtype: type on disk: bfloat16, float16 or float32.
+        on_nonfinite: "error", or "skip" to leave out rows that are not finite; the manifest counts them.
+        shard_rows: rows of a shard; one ends with the batch that fills it, and a larger batch is spread over several.
+
+    Raises:
+        SteersmanError: no rows, a wrong shape or type (naming the batch), a row that is not finite, a full disk.
+    """
+    check_choices(dtype, on_nonfinite)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SteersmanError(f"{out}: exists and is not empty; choose another folder for the store, or delete this one")
+    if isinstance(batches, torch.Tensor | np.ndarray | Mapping):
+        raise SteersmanError("batches must be an iterable of [n, d_in] arrays; wrap a single array in a list")
+    temporary = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
+    writer: StoreWriter | None = None
+    n_read = 0
+    try:
+        for number, item in enumerate(batches):
+            x, rows = _check_item(item, number, n_read)
+            if writer is None:
+                manifest = Manifest(
+                    model_name=model_name, dtype=dtype, hooks={hook_name: x.shape[1]}, config={"source": "tensors"}
+                )
+                writer = StoreWriter.begin(temporary, manifest, shard_rows=shard_rows, on_nonfinite=on_nonfinite)
+            width = writer.manifest.hooks[hook_name]
+            if x.shape[1] != width:
+                raise SteersmanError(
+                    f"batch {number} of the tensors has width {x.shape[1]}, earlier ones {width}; "
+                    "all rows of a store have one width"
+                )
+            for low in range(0, len(x), shard_rows):
+                part = slice(low, low + shard_rows)
+                writer.append({hook_name: x[part]}, *(column[part] for column in rows))
+            n_read += len(x)
+        if writer is None:
+            raise SteersmanError("no tensors to store: the iterable is empty")
+        writer.finish()
+        with disk_errors(out, "choose another folder for the store"):
+            os.replace(temporary, out)
+            fsync_folder(out.absolute().parent)
+    except BaseException:
+        if writer is not None:
+            writer.abandon()
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return ActivationStore.open(out, verify=False)
+
+
+def check_choices(dtype: str, on_nonfinite: str) -> None:
+    """`SteersmanError` unless both are values that a store knows."""
+    if dtype not in DTYPES:
+        raise SteersmanError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if on_nonfinite not in ("error", "skip"):
+        raise SteersmanError(f"on_nonfinite {on_nonfinite!r} is neither 'error' nor 'skip'")
+
+
+def _check_item(item: Any, number: int, first_row: int) -> tuple[torch.Tensor, tuple[np.ndarray, ...]]:
+    parts: Mapping[str, Any] = item if isinstance(item, Mapping) else {"x": item}
+    if unknown := sorted({*parts} - {"x", *_ROW_KEYS}):
+        raise SteersmanError(f"batch {number} of the tensors has unknown keys {unknown}; known are x, {_ROW_KEYS}")
+    x = parts.get("x")
+    if isinstance(x, np.ndarray):
+        x = torch.from_numpy(np.ascontiguousarray(x))
+    if not isinstance(x, torch.Tensor) or x.ndim != 2 or not x.shape[1] or not x.is_floating_point():
+        found = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise SteersmanError(
+            f"batch {number} of the tensors is {found}; a batch is a floating-point tensor or array [n, d_in]"
+        )
+    n = len(x)
+    defaults = (np.zeros(n, np.int32), np.arange(first_row, first_row + n), np.zeros(n, np.int32))
+    rows = []
+    for key, default in zip(_ROW_KEYS, defaults):
+        given = parts.get(key)
+        column = default if given is None else np.asarray(given)
+        if column.shape != (n,) or column.dtype.kind not in "iu":
+            raise SteersmanError(
+                f"batch {number} of the tensors: {key} is {column.dtype} {column.shape}, must be integers ({n},)"
+            )
+        rows.append(column)
+    return x.detach(), tuple(rows)

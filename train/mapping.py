@@ -1,0 +1,102 @@
+"""Many shard files seen as one array: consecutive memory mappings in one reserved range of addresses.
+
+A shuffled batch takes its rows from many shards at once. With the shards side by side in memory it is gathered by one
+indexing operation straight from the page cache, copied once, whatever the number of shards; mapped one by one they
+would need a loop over shards and a second copy to put the rows in order.
+"""
+
+import ctypes
+import math
+import mmap
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from steersman.errors import SteersmanError
+from steersman.train.shards import DATA_OFFSET
+
+_MAP_FIXED = 0x10
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """One shard's place: its first slot, its number of rows, its first address and its bytes."""
+
+    first_slot: int
+    n_rows: int
+    address: int
+    n_bytes: int
+
+
+def _map(address: int | None, length: int, protection: int, flags: int, descriptor: int, offset: int) -> int:
+    result = _libc.mmap(address, length, protection, flags, descriptor, offset)
+    if result == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+class MappedShards:
+    """The rows of many shards as one read-only array `rows` [slots, width] of same-sized integers.
+
+    Shard `i` starts at slot `first_slots[i]`, which is a whole number of memory pages, so the slots between the end of
+    one shard and the start of the next belong to no row and must not be read. The mapping lasts as long as this object
+    or any array taken from `rows`.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, int]], width: int, itemsize: int) -> None:
+        """`files` are (path, number of rows), each checked to be long enough; rows hold `width` items of `itemsize`."""
+        row_bytes = width * itemsize
+        page = mmap.PAGESIZE
+        if DATA_OFFSET % page:
+            raise SteersmanError(f"this system's memory pages of {page} bytes are larger than a store's {DATA_OFFSET}")
+        unit = page // math.gcd(page, row_bytes)  # slots after which a row starts on a page again
+        first_slots, slot = [], 0
+        for _, n_rows in files:
+            first_slots.append(slot)
+            slot += -(-n_rows // unit) * unit
+        self.first_slots = np.array(first_slots, dtype=np.int64)
+        self.n_bytes = slot * row_bytes
+        length = max(self.n_bytes, page)
+        base = _map(None, length, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        # numpy keeps the buffer alive through every array made from it, and the mapping goes with the buffer.
+        buffer = (ctypes.c_ubyte * length).from_address(base)
+        weakref.finalize(buffer, _libc.munmap, base, length)
+        self._spans: list[_Span] = []
+        for (path, n_rows), first in zip(files, first_slots):
+            span = _Span(first, n_rows, base + first * row_bytes, n_rows * row_bytes)
+            self._spans.append(span)
+            if n_rows == 0:
+                continue
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                flags = mmap.MAP_SHARED | _MAP_FIXED
+                _map(span.address, span.n_bytes, mmap.PROT_READ, flags, descriptor, DATA_OFFSET)
+            finally:
+                os.close(descriptor)
+        self._base, self._length, self._row_bytes = base, length, row_bytes
+        integers = np.dtype(f"<i{itemsize}")
+        rows = np.frombuffer(memoryview(buffer), dtype=integers, count=slot * width).reshape(slot, width)
+        rows.flags.writeable = False
+        self.rows = rows
+
+    def will_need(self, first_slot: int, n_slots: int) -> None:
+        """Ask the system to start reading these slots from disk, without waiting for them."""
+        start = self._base + first_slot * self._row_bytes
+        aligned = start // mmap.PAGESIZE * mmap.PAGESIZE
+        _libc.madvise(aligned, start - aligned + n_slots * self._row_bytes, mmap.MADV_WILLNEED)
+
+    def release(self) -> None:
+        """Give mapped pages back: they stay in the system's cache, and count no longer as this process's memory."""
+        _libc.madvise(self._base, self._length, mmap.MADV_DONTNEED)

@@ -1,0 +1,361 @@
+"""Activations on disk, read in a shuffled order: the `ActivationStore`.
+
+The main path is `batches`: a `RowOrder` says which rows a batch holds, and threads gather them from the mapped shards.
+Files and their rules are described in `manifest.py`.
+"""
+
+import logging
+import math
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+import torch
+
+from steersman.errors import SteersmanError, near_names
+from steersman.train.batch import ActivationBatch, RowInfo
+from steersman.train.manifest import ROWS, STATISTICS, Manifest
+from steersman.train.mapping import MappedShards
+from steersman.train.order import WINDOW_BYTES, RowOrder
+from steersman.train.reading import ReadingPlan, read_ahead
+from steersman.train.rows import RowTable
+from steersman.train.shards import DATA_OFFSET, DTYPES, check_shard_header, check_size, checksum, load_arrays
+from steersman.train.statistics import ActivationStats, StatsSums
+from steersman.train.store_writer import merged_sums
+
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "heldout", "all"]
+
+_VERIFIED_AT_OPEN = 256 * 1024 * 1024
+"""Stores up to this many bytes have their checksums compared when opened, which takes under a tenth of a second. The
+first shuffled window of a larger store touches all of its shards, so checking on first touch would read it all."""
+
+_READ_BYTES = 4 * 1024 * 1024
+"""A background read covers whole batches of at least about this size, so that handing it over costs nothing."""
+
+
+class ActivationStore:
+    """Activations of one model at one or several hook points, with the token behind every row.
+
+    Open one with `ActivationStore.open`; make one with `cache_activations` or `ActivationStore.from_tensors`.
+
+    >>> import tempfile
+    >>> rows = torch.arange(12.0).reshape(6, 2)
+    >>> out = tempfile.mkdtemp() + "/acts"
+    >>> store = ActivationStore.from_tensors([rows[:4], rows[4:]], out, "blocks.0.hook_resid_post", dtype="float32")
+    >>> store.n_rows, store.d_in, store.hook_name
+    (6, 2, 'blocks.0.hook_resid_post')
+    >>> [tuple(batch.x.shape) for batch in store.batches(3, split="all")]
+    [(3, 2), (3, 2)]
+    >>> store.stats().mean
+    tensor([5., 6.])
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """For `open`, which checks the files first."""
+        self.path, self.manifest = path, manifest
+        self._folders = manifest.folders()
+        self._rows = RowTable([(self._file(ROWS, i), shard.rows) for i, shard in enumerate(manifest.shards)])
+        self._maps: dict[str, MappedShards] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, allow_partial: bool = False, verify: bool | None = None) -> Self:
+        """Open the store at `path` for reading.
+
+        Args:
+            path: the store's folder.
+            allow_partial: also open a store whose writing was interrupted, with the rows that are there.
+            verify: compare every file with its checksum (about 4 GB/s from the system's cache). The default does so for
+                stores of up to 256 MiB; `verify()` does it later. Sizes and headers are always checked.
+
+        Raises:
+            SteersmanError: no store there, an unfinished one, or a shard that is missing, cut short or altered.
+        """
+        folder = Path(path)
+        manifest = Manifest.load(folder)
+        if not manifest.complete and not allow_partial:
+            raise SteersmanError(
+                f"{folder}: this store's writing was interrupted after {manifest.n_rows} rows; run the command that "
+                "was writing it again to finish it, or open it with allow_partial=True"
+            )
+        store = cls(folder, manifest)
+        for index, shard in enumerate(manifest.shards):
+            for name, record in shard.files.items():
+                check_size(store._file(name, index), record)
+            for hook, width in manifest.hooks.items():
+                file = store._file(store._folders[hook], index)
+                check_shard_header(file, hook, shard.rows, width, manifest.dtype)
+        if verify or (verify is None and store.n_bytes <= _VERIFIED_AT_OPEN):
+            store.verify()
+        return store
+
+    @staticmethod
+    def from_tensors(
+        batches: Iterable[Any],
+        out: str | os.PathLike[str],
+        hook_name: str,
+        *,
+        model_name: str = "",
+        dtype: str = "bfloat16",
+        on_nonfinite: Literal["error", "skip"] = "error",
+        shard_rows: int = 131072,
+    ) -> "ActivationStore":
+        """Write a store from activations made elsewhere. See `steersman.train.from_tensors.write_tensors`."""
+        from steersman.train.from_tensors import write_tensors
+
+        return write_tensors(
+            batches,
+            Path(out),
+            hook_name,
+            model_name=model_name,
+            dtype=dtype,
+            on_nonfinite=on_nonfinite,
+            shard_rows=shard_rows,
+        )
+
+    # What the store holds
+
+    def _file(self, folder: str, shard: int) -> Path:
+        return self.path / folder / f"{self.manifest.shards[shard].name}.safetensors"
+
+    @property
+    def hook_names(self) -> list[str]:
+        """The hook points, in the order in which they were asked for."""
+        return list(self.manifest.hooks)
+
+    @property
+    def hook_name(self) -> str:
+        """The only or the first hook point."""
+        return self.hook_names[0]
+
+    @property
+    def model_name(self) -> str:
+        """The model that the activations are of; may be empty for a store made from tensors."""
+        return self.manifest.model_name
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows (tokens)."""
+        return self.manifest.n_rows
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the stored activations."""
+        return DTYPES[self.manifest.dtype][0]
+
+    @property
+    def complete(self) -> bool:
+        """Whether writing was finished."""
+        return self.manifest.complete
+
+    @property
+    def d_in(self) -> int:
+        """Width D of the first hook point."""
+        return self.manifest.hooks[self.hook_name]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all shards on disk."""
+        return sum(record.bytes for shard in self.manifest.shards for record in shard.files.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that identify the content."""
+        return self.manifest.fingerprint
+
+    def _hook(self, hook: str | None) -> str:
+        if hook is None:
+            return self.hook_name
+        if hook not in self.manifest.hooks:
+            near = near_names(hook, self.hook_names)
+            raise SteersmanError(f"{self.path}: holds no hook point {hook!r}; it has {near}")
+        return hook
+
+    def width(self, hook: str | None = None) -> int:
+        """Width D of a hook point (the first one by default)."""
+        return self.manifest.hooks[self._hook(hook)]
+
+    def stats(self, hook: str | None = None) -> ActivationStats:
+        """Mean and norms over all rows of a hook point; of a partial store, over the rows that are there."""
+        hook = self._hook(hook)
+        if not self.complete:
+            return merged_sums(self.path, self.manifest)[hook].stats()
+        sums = StatsSums(self.width(hook))
+        sums.add_arrays(load_arrays(self.path / STATISTICS, f"{hook}/"))
+        return sums.stats()
+
+    def tokens(self, start: int, stop: int) -> RowInfo:
+        """Token ids, document ids and positions of rows start..stop, in the order of the text."""
+        if not 0 <= start <= stop <= self.n_rows:
+            raise SteersmanError(f"{self.path}: rows {start} to {stop} asked for, it has rows 0 to {self.n_rows}")
+        return self._rows.range(start, stop)
+
+    def row_info(self, rows: torch.Tensor | np.ndarray) -> RowInfo:
+        """Token ids, document ids and positions of any rows [n], in the order given."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and not (rows.min() >= 0 and rows.max() < self.n_rows):
+            raise SteersmanError(f"{self.path}: row {rows.min()} or {rows.max()} is not among its {self.n_rows} rows")
+        return self._rows.take(rows)
+
+    def activations(self, rows: torch.Tensor | np.ndarray, hook: str | None = None) -> torch.Tensor:
+        """The activations [n, D] of any rows [n], in the order given, in the store's type."""
+        mapped = self._mapped(self._hook(hook))
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and not (rows.min() >= 0 and rows.max() < self.n_rows):
+            raise SteersmanError(f"{self.path}: row {rows.min()} or {rows.max()} is not among its {self.n_rows} rows")
+        shards = np.searchsorted(self._rows.ends, rows, side="right") - 1
+        return self._gather(mapped, rows - self._rows.ends[shards] + mapped.first_slots[shards])
+
+    def verify(self) -> None:
+        """Compare every file with its checksum; `SteersmanError` naming the first shard that was altered."""
+        for index, shard in enumerate(self.manifest.shards):
+            for name, record in shard.files.items():
+                file = self._file(name, index)
+                check_size(file, record)
+                if checksum(file, skip=0 if name == ROWS else DATA_OFFSET) != record.crc32:
+                    raise SteersmanError(
+                        f"{file}: the shard's content does not match its checksum; restore it, or write the store again"
+                    )
+
+    # Reading
+
+    def split_rows(self, split: Split = "train", heldout_fraction: float = 0.05) -> tuple[int, int]:
+        """First and end row of a split.
+
+        The held-out rows are those of the last documents: at least `heldout_fraction` of all, cut where a document
+        starts, so that no document is in both. When the cut would leave no row to train on (one long document), it is
+        made inside the document, with a warning.
+        """
+        if split not in get_args(Split):
+            raise SteersmanError(f"split {split!r} is none of {', '.join(get_args(Split))}")
+        if not 0 <= heldout_fraction < 1:
+            raise SteersmanError(f"heldout_fraction {heldout_fraction} is not at least 0 and below 1")
+        if split == "all":
+            return 0, self.n_rows
+        cut = self.n_rows - math.ceil(heldout_fraction * self.n_rows)
+        if 0 < cut < self.n_rows:
+            start = self._rows.document_start(cut)
+            if start == 0:
+                log.warning("%s: the first document fills the training share; held-out rows share it", self.path)
+            cut = start or cut
+        return (0, cut) if split == "train" else (cut, self.n_rows)
+
+    def n_batches(
+        self, batch_size: int, *, split: Split = "train", heldout_fraction: float = 0.05, drop_last: bool = True
+    ) -> int:
+        """Number of global batches in one epoch."""
+        start, stop = self.split_rows(split, heldout_fraction)
+        return (stop - start) // batch_size if drop_last else -(-(stop - start) // batch_size)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        hook: str | None = None,
+        split: Split = "train",
+        heldout_fraction: float = 0.05,
+        shuffle: bool = True,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+        prefetch: int = 2,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> Iterator[ActivationBatch]:
+        """One epoch of batches, each row once.
+
+        The order of all rows is fixed by (seed, epoch, split, hook width). Global batch b holds places
+        [b * batch_size, (b + 1) * batch_size) of it, and rank r of W gets the r-th of W contiguous shares, so that the
+        batches of all ranks together are those of one process.
+
+        Args:
+            batch_size: rows of a global batch, over all ranks.
+            hook: hook point; the first by default.
+            split, heldout_fraction: see `split_rows`.
+            shuffle: False reads in the order of the text.
+            seed, epoch: fix the order.
+            start: first global batch; reaching it costs nothing.
+            rank, world_size: which share of each global batch to give.
+            drop_last: leave out a last batch that is not full.
+            prefetch: reads kept going in the background (a read is whole batches of about 4 MiB); 0 reads in the
+                calling thread.
+            window_bytes: how much of the store is mixed at a time. Stores up to this size are shuffled fully.
+
+        Yields:
+            `ActivationBatch` with `x` [batch_size / world_size, D] in the store's type.
+        """
+        hook = self._hook(hook)
+        if batch_size < 1 or start < 0 or prefetch < 0 or window_bytes < 1:
+            raise SteersmanError("batch_size and window_bytes must be at least 1, start and prefetch at least 0")
+        if not 0 <= rank < world_size or batch_size % world_size:
+            raise SteersmanError(
+                f"rank {rank} of world_size {world_size} with batch_size {batch_size}: ranks count from 0, and the "
+                "batch must divide evenly among them"
+            )
+        first, end = self.split_rows(split, heldout_fraction)
+        n_rows = end - first
+        n_batches = n_rows // batch_size if drop_last else -(-n_rows // batch_size)
+        if not n_batches:
+            raise SteersmanError(
+                f"{self.path}: the {split} split has {n_rows} rows, fewer than batch_size {batch_size}; "
+                "use a smaller batch or cache more tokens"
+            )
+        mapped = self._mapped(hook)
+        row_bytes = self.width(hook) * self.dtype.itemsize
+        order = RowOrder(
+            self._slot_ranges(mapped, first, end),
+            row_bytes,
+            shuffle=shuffle,
+            seed=seed,
+            epoch=epoch,
+            window_bytes=window_bytes,
+        )
+        plan = ReadingPlan(order, mapped, window_bytes)
+
+        def read(batch: int) -> tuple[np.ndarray, torch.Tensor]:
+            low = batch * batch_size
+            n = min(batch_size, n_rows - low)
+            slots = plan.slots(low + rank * n // world_size, low + (rank + 1) * n // world_size)
+            return slots, self._gather(mapped, slots)
+
+        def wrap(slots: np.ndarray, x: torch.Tensor) -> ActivationBatch:
+            return ActivationBatch(
+                x=x, find_rows=partial(self._rows_of_slots, mapped, slots), find_info=self._rows.take
+            )
+
+        per_read = max(1, _READ_BYTES * world_size // (batch_size * row_bytes))
+        return read_ahead(read, wrap, start, n_batches, per_read, prefetch)
+
+    def _mapped(self, hook: str) -> MappedShards:
+        with self._lock:
+            if hook not in self._maps:
+                folder = self._folders[hook]
+                files = [(self._file(folder, i), shard.rows) for i, shard in enumerate(self.manifest.shards)]
+                self._maps[hook] = MappedShards(files, self.width(hook), self.dtype.itemsize)
+            return self._maps[hook]
+
+    def _gather(self, mapped: MappedShards, slots: np.ndarray) -> torch.Tensor:
+        x = torch.empty(len(slots), mapped.rows.shape[1], dtype=self.dtype)
+        integers = torch.int16 if self.dtype.itemsize == 2 else torch.int32
+        # numpy's `take` is one single-threaded copy that lets other Python threads run.
+        np.take(mapped.rows, slots, axis=0, out=x.view(integers).numpy(), mode="clip")
+        return x
+
+    def _slot_ranges(self, mapped: MappedShards, first: int, end: int) -> list[tuple[int, int]]:
+        ranges = []
+        for index, slot in enumerate(mapped.first_slots.tolist()):
+            low, high = (int(row) for row in self._rows.ends[index : index + 2])
+            ranges.append((slot + max(first - low, 0), slot + min(end, high) - low))
+        return ranges
+
+    def _rows_of_slots(self, mapped: MappedShards, slots: np.ndarray) -> np.ndarray:
+        shards = np.searchsorted(mapped.first_slots, slots, side="right") - 1
+        return slots - mapped.first_slots[shards] + self._rows.ends[shards]

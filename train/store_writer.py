@@ -1,0 +1,266 @@
+"""Writing an activation store: rows in, finished shards out, and a manifest that never names an unfinished one."""
+
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from steersman.errors import SteersmanError
+from steersman.train.manifest import MANIFEST, ROWS, STATISTICS, Manifest, ShardRecord
+from steersman.train.shards import DTYPES, ShardWriter, disk_errors, fsync_folder, load_arrays, write_arrays
+from steersman.train.statistics import ActivationStats, StatsSums, row_norms
+
+log = logging.getLogger(__name__)
+
+ROW_BYTES = 16
+"""Bytes of a row's token id, document id and position."""
+
+
+def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The fields in which two configurations differ, as text; empty if they are equal.
+
+    >>> differing_fields({"tokens": 5, "dtype": "float32"}, {"tokens": 7, "dtype": "float32"})
+    'tokens (5 there, 7 now)'
+    """
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} now)" for name in names)
+
+
+def merged_sums(folder: Path, manifest: Manifest) -> dict[str, StatsSums]:
+    """The statistics' sums of each hook point over all finished shards, added in the order of the shards."""
+    sums = {hook: StatsSums(width) for hook, width in manifest.hooks.items()}
+    for shard in manifest.shards:
+        for hook, total in sums.items():
+            total.add_arrays(load_arrays(folder / ROWS / f"{shard.name}.safetensors", f"{hook}/"))
+    return sums
+
+
+class StoreWriter:
+    """Appends rows to a store, shard by shard; use `begin`, then `append` until done, then `finish` (or `abandon`).
+
+    A shard ends with the first `append` that brings it to `shard_rows` rows, so that shards hold whole forward batches
+    and a run that goes on at a shard's cursor computes the very batches that it would have computed uninterrupted.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, shard_rows: int, max_rows: int | None, skip_bad: bool
+    ) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._shard_rows, self._max_rows, self._skip_bad = shard_rows, max_rows, skip_bad
+        self._folders = manifest.folders()
+        self._open: dict[str, ShardWriter] = {}
+        self._sums: dict[str, StatsSums] = {}
+        self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._skipped = 0
+        self._cursor: Mapping[str, int] | None = None
+        self._finished_rows, self._open_rows = manifest.n_rows, 0
+        self._lock: int | None = None
+
+    @classmethod
+    def begin(
+        cls,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        shard_rows: int,
+        max_rows: int | None = None,
+        on_nonfinite: str = "error",
+    ) -> Self:
+        """Open the store that `manifest` (without shards) describes at `folder`, new or left off by an interrupted run.
+
+        Raises `SteersmanError` when the folder holds other things, a store of another configuration, or a store that
+        another process is writing.
+        """
+        with disk_errors(folder, "choose another place for the store"):
+            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / MANIFEST).exists():
+                there = Manifest.load(folder)
+                wanted, found = ({**m.config, "dtype": m.dtype, "hooks": m.hooks} for m in (manifest, there))
+                wanted["model_name"], found["model_name"] = manifest.model_name, there.model_name
+                if difference := differing_fields(found, wanted):
+                    raise SteersmanError(
+                        f"{folder}: holds a store of another configuration: {difference}; "
+                        "choose another folder, or delete this one"
+                    )
+                manifest = there
+            elif any(folder.iterdir()):
+                raise SteersmanError(f"{folder}: exists and is not an activation store; choose an empty or new folder")
+            writer = cls(folder, manifest, shard_rows=shard_rows, max_rows=max_rows, skip_bad=on_nonfinite == "skip")
+            if not manifest.complete:
+                writer._take_lock()
+                try:
+                    writer._prepare()
+                except BaseException:
+                    writer.abandon()
+                    raise
+        return writer
+
+    def _take_lock(self) -> None:
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise SteersmanError(f"{self.folder}: another process is writing this store; wait for it to end") from None
+        except OSError as error:  # some network file systems know no locks
+            log.debug("cannot lock %s: %s", self.folder, error)
+        self._lock = descriptor
+
+    def _prepare(self) -> None:
+        """Make the folders, and remove what an interrupted run left beyond the last shard of the manifest."""
+        known = {f"{shard.name}.safetensors" for shard in self.manifest.shards}
+        for name in [ROWS, *self._folders.values()]:
+            (self.folder / name).mkdir(exist_ok=True)
+            for file in (self.folder / name).iterdir():
+                if file.name not in known:
+                    file.unlink()
+        for file in (self.folder / f"{MANIFEST}.tmp", self.folder / STATISTICS, self.folder / f"{STATISTICS}.tmp"):
+            file.unlink(missing_ok=True)
+        if not self.manifest.shards:
+            self.manifest.save(self.folder)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows written so far, those of the unfinished shard included."""
+        return self._finished_rows + self._open_rows
+
+    @property
+    def full(self) -> bool:
+        """Whether the store holds as many rows as it is to hold."""
+        return self._max_rows is not None and self.n_rows >= self._max_rows
+
+    def append(
+        self,
+        activations: Mapping[str, torch.Tensor],
+        token_ids: np.ndarray,
+        doc_ids: np.ndarray,
+        positions: np.ndarray,
+        *,
+        cursor: Mapping[str, int] | None = None,
+        show_token: Callable[[int], str] = str,
+    ) -> None:
+        """Add rows: an [n, width] tensor for each hook point, on any device, and the three row arrays [n].
+
+        `cursor` says where the text goes on after these rows. Rows beyond the store's size are dropped. Raises
+        `SteersmanError` for a row that is not finite, naming its document and token with `show_token`, unless such
+        rows are to be skipped.
+        """
+        if self.full:
+            return
+        dtype = DTYPES[self.manifest.dtype][0]
+        stored = {hook: activations[hook].to(dtype) for hook in self.manifest.hooks}
+        norms = {hook: row_norms(x) for hook, x in stored.items()}
+        finite = np.ones(len(token_ids), dtype=bool)
+        for hook, values in norms.items():
+            here = torch.isfinite(values).cpu().numpy()
+            if not self._skip_bad and not here.all():
+                row = int(np.argmin(here))
+                token = int(token_ids[row])
+                overflow = bool(torch.isfinite(activations[hook][row]).all())
+                cause = f"overflows {self.manifest.dtype}" if overflow else "is not finite (NaN or infinite)"
+                fix = "dtype='bfloat16' or 'float32'" if overflow and dtype is torch.float16 else "on_nonfinite='skip'"
+                raise SteersmanError(
+                    f"the activation at {hook} {cause} for token {token} {show_token(token)!r} "
+                    f"at position {int(positions[row])} of document {int(doc_ids[row])}; pass {fix} to go on"
+                )
+            finite &= here
+        room = len(finite) if self._max_rows is None else self._max_rows - self.n_rows
+        if not finite.all() or len(finite) > room:
+            kept = np.flatnonzero(finite)[:room]
+            seen = len(finite) if len(kept) < room else int(kept[-1]) + 1  # rows after the last kept one do not count
+            self._skipped += int((~finite[:seen]).sum())
+            chosen = torch.from_numpy(kept)
+            stored = {hook: x[chosen.to(x.device)] for hook, x in stored.items()}
+            norms = {hook: values[chosen.to(values.device)] for hook, values in norms.items()}
+            token_ids, doc_ids, positions = token_ids[kept], doc_ids[kept], positions[kept]
+        with self._disk_errors():
+            if not self._open:
+                self._start_shard()
+            for hook, x in stored.items():
+                self._sums[hook].add(x, norms[hook])
+                self._open[hook].append(x.cpu())
+            self._rows.append((token_ids, doc_ids, positions))
+            self._open_rows += len(token_ids)
+            self._cursor = cursor
+            if self._open_rows >= self._shard_rows or self.full:
+                self._end_shard()
+
+    def _disk_errors(self) -> Any:
+        done = len(self.manifest.shards)
+        advice = f"{done} finished shards are intact: free space and run the same command again to go on"
+        return disk_errors(self.folder, advice)
+
+    def _start_shard(self) -> None:
+        name = f"{len(self.manifest.shards):05d}.safetensors"
+        for hook, width in self.manifest.hooks.items():
+            path = self.folder / self._folders[hook] / name
+            self._open[hook] = ShardWriter(path, hook, width, self.manifest.dtype)
+            self._sums[hook] = StatsSums(width)
+
+    def _end_shard(self) -> None:
+        token_ids, doc_ids, positions = (np.concatenate(part) for part in zip(*self._rows))
+        name = f"{len(self.manifest.shards):05d}"
+        files = {self._folders[hook]: writer.close() for hook, writer in self._open.items()}
+        for folder in self._folders.values():
+            fsync_folder(self.folder / folder)
+        arrays = {
+            "token_ids": token_ids.astype(np.int32),
+            "doc_ids": doc_ids.astype(np.int64),
+            "positions": positions.astype(np.int32),
+        }
+        for hook, sums in self._sums.items():
+            arrays |= {f"{hook}/{key}": array for key, array in sums.arrays().items()}
+        files[ROWS] = write_arrays(self.folder / ROWS / f"{name}.safetensors", arrays)
+        shard = ShardRecord(name=name, rows=self._open_rows, files=files, cursor=self._cursor, skipped=self._skipped)
+        manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
+        manifest.save(self.folder)
+        self.manifest = manifest
+        self._open, self._sums, self._rows, self._skipped = {}, {}, [], 0
+        self._finished_rows, self._open_rows = manifest.n_rows, 0
+
+    def finish(self) -> None:
+        """End the last shard, write the statistics and mark the store complete."""
+        if self.manifest.complete:
+            return
+        with self._disk_errors():
+            if self._open:
+                self._end_shard()
+            if not self.manifest.n_rows:
+                raise SteersmanError(f"{self.folder}: nothing to store: every token was left out, or there was no text")
+            sums = merged_sums(self.folder, self.manifest)
+            arrays = {f"{hook}/{key}": a for hook, total in sums.items() for key, a in total.arrays().items()}
+            write_arrays(self.folder / STATISTICS, arrays)
+            figures = {hook: _figures(total.stats()) for hook, total in sums.items()}
+            manifest = replace(self.manifest, complete=True, statistics=figures)
+            manifest.save(self.folder)
+            self.manifest = manifest
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Drop the unfinished shard, if there is one, and let go of the store; finished shards stay."""
+        for writer in self._open.values():
+            writer.abandon()
+        self._open, self._rows, self._open_rows = {}, [], 0
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def remove_if_empty(self) -> None:
+        """Delete the store's folder when it holds no finished shard: a failed first try leaves nothing."""
+        if not self.manifest.shards:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _figures(stats: ActivationStats) -> dict[str, float]:
+    return {
+        "mean_norm": stats.mean_norm,
+        "median_norm": stats.median_norm,
+        "mean_squared_norm": stats.mean_squared_norm,
+    }
