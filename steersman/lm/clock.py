@@ -1,0 +1,323 @@
+"""The pass clock: which absolute positions a forward pass sees.
+
+Under a KV cache a decoding step sees one token, and the blocks are not told which. So the clock sits at the top: a
+pre-hook on the whole model reads `input_ids`, `attention_mask` and the length of the cache before each pass, and the
+hooks on the blocks read the `Pass` it leaves. Columns count slots of the (padded) sequence from its start;
+positions count real tokens, so that left padding, right padding and no padding give a token the same position.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steersman.errors import SteersmanError
+
+
+class GenerationRun:
+    """What the clock knows about one call of `model.generate`: its prompt and which tokens end a row."""
+
+    def __init__(self, rows: int, prompt_columns: int, mask: Tensor | None, stop_ids: list[int], beams: int) -> None:
+        self.rows = rows
+        self.prompt_columns = prompt_columns
+        self.mask = mask
+        self.stop_ids = stop_ids
+        self.beams = beams
+        self.finished: Tensor | None = None  # [B] bool: rows that ended before this pass; kept only under a cache
+
+
+class Pass:
+    """One forward pass of the model, as the hooks see it. B rows, S tokens in this pass.
+
+    `phase` says without looking at the device what the pass holds: "prompt", "generation" or "mixed".
+    A token is of the prompt when `generate` received it; in a plain forward pass every token is, unless
+    `LanguageModel.prompt_length` declares where the prompt ends.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_ids: Tensor | None,
+        shape: tuple[int, int],
+        device: torch.device,
+        past: int,
+        mask: Tensor | None,
+        prompt_columns: int,
+        declared: Tensor | None,
+        bos_id: int | None,
+        sequence: int,
+        run: GenerationRun | None,
+    ) -> None:
+        self.input_ids = input_ids
+        self.batch, self.length = shape
+        self.device = device
+        self.past = past
+        self.mask = mask  # [B, >= past + S] of 0 and 1, or None when no token is padding
+        self.prompt_columns = prompt_columns
+        self.declared = declared
+        self.bos_id = bos_id
+        self.sequence = sequence
+        self.run = run
+        self.ended: Tensor | None = None  # [B, S] bool: after (or at) a generated end token
+        self.memo: dict[Any, Any] = {}  # what the hooks of this pass compute once and share
+        if declared is not None:
+            self.phase = "mixed"
+        elif past >= prompt_columns:
+            self.phase = "generation"
+        else:
+            self.phase = "prompt" if past + self.length <= prompt_columns else "mixed"
+        if run is not None and run.stop_ids and self.phase != "prompt" and self.batch > 1 and input_ids is not None:
+            self.ended = self._ended(run, input_ids)
+
+    def _ended(self, run: GenerationRun, ids: Tensor) -> Tensor:
+        """Rows whose text has ended go on as padding that the attention mask calls real: generate does not stop rows.
+
+        The end token counts as ended too: a row generated alone stops before it is ever fed.
+        """
+        hit = torch.zeros_like(ids, dtype=torch.bool)
+        for stop in run.stop_ids:
+            hit = hit | (ids == stop)
+        if self.phase == "mixed":
+            hit = hit & (torch.arange(self.past, self.past + self.length, device=ids.device) >= self.prompt_columns)
+        ended = hit if self.length == 1 else hit.cumsum(1) > 0
+        if run.beams > 1 or self.past == 0:
+            return ended  # beams change places between steps; without a cache the pass holds its own history
+        if run.finished is not None:
+            ended = ended | run.finished[:, None]
+        run.finished = ended[:, -1]
+        return ended
+
+    @property
+    def all_real(self) -> bool:
+        """True when it is known, without looking at the device, that no token of this pass is padding."""
+        return self.ended is None and (self.mask is None or (self.phase == "generation" and self.run is not None))
+
+    @cached_property
+    def present(self) -> Tensor:
+        """[B, S] bool: tokens that the attention mask calls real."""
+        if self.mask is None:
+            return torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
+        return self.mask[:, self.past : self.past + self.length].bool()
+
+    @cached_property
+    def real(self) -> Tensor:
+        """[B, S] bool: real tokens, neither padding nor what `generate` fills a finished row with."""
+        return self.present if self.ended is None else self.present & ~self.ended
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[B, S] int64: absolute position, counting real tokens from 0; -1 for padding."""
+        if self.mask is None:
+            row = torch.arange(self.past, self.past + self.length, device=self.device)
+            return row.expand(self.batch, -1)
+        counted = self.mask.long().cumsum(1)[:, self.past : self.past + self.length] - 1
+        return counted.masked_fill(~self.present, -1)
+
+    @cached_property
+    def prompt_length(self) -> Tensor:
+        """[B] int64: number of real tokens in the prompt of each row."""
+        if self.declared is not None:
+            return self.declared
+        if self.mask is None:
+            return torch.full((self.batch,), self.prompt_columns, device=self.device)
+        return self.mask[:, : self.prompt_columns].long().sum(1)
+
+    @cached_property
+    def in_prompt(self) -> Tensor:
+        """[B, S] bool: real tokens of the prompt."""
+        return self.real & (self.positions < self.prompt_length[:, None])
+
+    @cached_property
+    def generated(self) -> Tensor:
+        """[B, S] bool: real tokens after the prompt."""
+        return self.real & (self.positions >= self.prompt_length[:, None])
+
+    @cached_property
+    def is_bos(self) -> Tensor:
+        """[B, S] bool: beginning-of-sequence tokens of the prompt (position 0 when only embeddings are known)."""
+        if self.bos_id is None:
+            return torch.zeros(self.batch, self.length, dtype=torch.bool, device=self.device)
+        if self.input_ids is None:
+            return self.positions == 0
+        return self.in_prompt & (self.input_ids == self.bos_id)
+
+    def row_index(self, rows: int, what: str = "the edit") -> Tensor | None:
+        """[B] int64: which of `rows` rows of parameters each row of the pass uses; None when they are the same rows.
+
+        Beams and `num_return_sequences` expand each prompt to neighbouring rows. Raises SteersmanError otherwise.
+        """
+        given = self.run.rows if self.run is not None else self.batch
+        if rows != given or self.batch % given:
+            raise SteersmanError(
+                f"{what} has {rows} rows and the batch has {given}: give one row per prompt, or one row for all"
+            )
+        if given == self.batch:
+            return None
+        return torch.arange(given, device=self.device).repeat_interleave(self.batch // given)
+
+
+class PassClock:
+    """Installs the top-level hooks while something needs them, and removes every trace of them afterwards."""
+
+    def __init__(self, model: nn.Module, bos_id: int | None) -> None:
+        self.model = model
+        self.bos_id = bos_id
+        self.current: Pass | None = None
+        self.declared: Any = None
+        self.parameters = list(inspect.signature(model.forward).parameters)
+        self._handles: list[Any] = []
+        self._users = 0
+        self._runs: list[GenerationRun] = []
+        self._sequence = 0
+        self._last: tuple[int, int, int] | None = None  # end column, rows and prompt columns of the pass before
+
+    def now(self) -> Pass:
+        """The pass that is running. Raises SteersmanError when a part of the model was called by itself."""
+        if self.current is None:
+            raise SteersmanError(
+                "an edited block ran outside a pass of the whole model: call the LanguageModel or its .model, not a part"
+            )
+        return self.current
+
+    @contextmanager
+    def running(self) -> Iterator["PassClock"]:
+        """Keep the clock on the model; nested uses share it."""
+        self._users += 1
+        try:
+            if self._users == 1:
+                self._install()
+            yield self
+        finally:
+            self._users -= 1
+            if self._users == 0:
+                self._remove()
+
+    @contextmanager
+    def declare(self, prompt_length: int | Sequence[int] | Tensor | None) -> Iterator[None]:
+        """Say how many real tokens of each row are its prompt, for passes outside `generate`."""
+        before, self.declared = self.declared, prompt_length
+        try:
+            yield
+        finally:
+            self.declared = before
+
+    def _install(self) -> None:
+        self._last, self._runs, self.current = None, [], None
+        self._handles = [self.model.register_forward_pre_hook(self._before, with_kwargs=True)]
+        # always_call: a pass that raises, or is stopped after the last hook needed, must not leave itself behind
+        self._handles.append(self.model.register_forward_hook(self._after, always_call=True))
+        if hasattr(self.model, "generate"):
+            self._own_generate = self.model.__dict__.get("generate")
+            self.model.__dict__["generate"] = self._generate(self.model.generate)
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.current, self._last = [], None, None
+        if self.model.__dict__.pop("generate", None) is not None and self._own_generate is not None:
+            self.model.__dict__["generate"] = self._own_generate
+
+    def _generate(self, generate: Any) -> Any:
+        """`model.generate`, noting the prompt: without a cache no single pass can tell prompt from generated text."""
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self._runs.append(self._read_run(args, kwargs))
+            self._sequence += 1
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._runs.pop()
+                self._last = None
+
+        return noted
+
+    def _read_run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GenerationRun:
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        x = kwargs.get("inputs_embeds") if ids is None else ids
+        mask = kwargs.get("attention_mask")
+        columns = max(1 if x is None else x.shape[1], 0 if mask is None else mask.shape[1])
+        configs = [kwargs.get("generation_config"), getattr(self.model, "generation_config", None)]
+
+        def setting(name: str) -> Any:
+            if kwargs.get(name) is not None:
+                return kwargs[name]
+            return next((getattr(c, name) for c in configs if getattr(c, name, None) is not None), None)
+
+        eos, pad = setting("eos_token_id"), setting("pad_token_id")
+        stop = [] if eos is None else [int(e) for e in torch.as_tensor(eos).flatten().tolist()]
+        if stop and pad is not None and int(pad) not in stop:
+            stop.append(int(pad))
+        return GenerationRun(1 if x is None else x.shape[0], columns, mask, stop, int(setting("num_beams") or 1))
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(self.parameters, args)), **kwargs}
+        ids = given.get("input_ids")
+        x = ids if ids is not None else given.get("inputs_embeds")
+        if x is None:
+            raise SteersmanError("a pass needs input_ids or inputs_embeds for edits to know its positions")
+        cache = given.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        batch, length = x.shape[0], x.shape[1]
+        run = self._runs[-1] if self._runs else None
+        mask = self._mask(given.get("attention_mask"), batch, past, length, run)
+        if run is not None:
+            columns = run.prompt_columns
+        else:
+            columns = self._manual_columns(batch, past, length, mask)
+            if past == 0:
+                self._sequence += 1
+            self._last = (past + length, batch, columns)
+        self.current = Pass(
+            input_ids=ids,
+            shape=(batch, length),
+            device=x.device,
+            past=past,
+            mask=mask,
+            prompt_columns=columns,
+            declared=None if run is not None else self._declared(batch, x.device),
+            bos_id=self.bos_id,
+            sequence=self._sequence,
+            run=run,
+        )
+
+    def _after(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self.current = None
+
+    def _manual_columns(self, batch: int, past: int, length: int, mask: Tensor | None) -> int:
+        """Where the prompt ends in a loop the user wrote: several tokens at once go on with it, single ones follow it."""
+        if past == 0:
+            return max(length, 0 if mask is None else mask.shape[1])
+        known = self._last is not None and self._last[:2] == (past, batch)
+        columns = self._last[2] if known and self._last is not None else past
+        return max(columns, past + length) if length > 1 else columns
+
+    def _declared(self, batch: int, device: torch.device) -> Tensor | None:
+        if self.declared is None:
+            return None
+        lengths = torch.as_tensor(self.declared, device=device).long().flatten()
+        if lengths.numel() not in (1, batch):
+            raise SteersmanError(f"prompt_length has {lengths.numel()} entries and the batch has {batch} rows")
+        return lengths.expand(batch)
+
+    def _mask(self, mask: Any, batch: int, past: int, length: int, run: GenerationRun | None) -> Tensor | None:
+        """The two-dimensional attention mask over all columns so far, [B, >= past + S]."""
+        if mask is None and run is None:
+            return None
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= past + length:
+            return mask
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            raise SteersmanError(
+                f"attention_mask covers {mask.shape[1]} tokens, but {past} cached and {length} new ones make {past + length}"
+            )
+        # Static caches get a prepared mask, and some calls none: go back to the one that generate was given.
+        if run is None or run.mask is None:
+            if mask is None:
+                return None
+            raise SteersmanError("edits need a two-dimensional attention_mask [B, S] to tell padding from text")
+        known = run.mask.repeat_interleave(batch // run.mask.shape[0], dim=0)
+        rest = known.new_ones(batch, max(0, past + length - known.shape[1]))
+        return torch.cat([known, rest], dim=1)

@@ -1,0 +1,96 @@
+"""Batched generation with left padding: settings that mean what they say, and text as well as tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steersman.errors import SteersmanError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What a language model wrote, one entry per returned row (prompts x `num_return_sequences`)."""
+
+    prompts: list[str]
+    """The prompt of each row."""
+    completions: list[str]
+    """The generated text of each row, without the prompt and without special tokens."""
+    texts: list[str]
+    """Prompt and completion of each row."""
+    tokens: Tensor
+    """[B, S] int64: left-padded prompt and generated tokens; after the end of a row, padding."""
+    attention_mask: Tensor
+    """[B, S] int64: 1 for prompt tokens and generated tokens up to and including the first end token."""
+    prompt_length: Tensor
+    """[B] int64: real tokens in each prompt, the BOS included."""
+    prompt_columns: int
+    """Width of the padded prompt: generated tokens start at this column of `tokens`."""
+
+    @property
+    def new_tokens(self) -> Tensor:
+        """[B, T] int64: the generated part of `tokens`."""
+        return self.tokens[:, self.prompt_columns :]
+
+    @property
+    def new_mask(self) -> Tensor:
+        """[B, T] int64: the generated part of `attention_mask`."""
+        return self.attention_mask[:, self.prompt_columns :]
+
+
+def sampling_settings(
+    *, do_sample: bool | None, temperature: float, top_k: int | None, top_p: float | None, seed: int | None
+) -> dict[str, Any]:
+    """Arguments for `model.generate`. Sampling is on when `do_sample` says so, or, when it is None, when any setting asks.
+
+    Every value is explicit, so that a model's own generation defaults (Gemma's top_k = 64, say) do not slip in.
+
+    >>> sampling_settings(do_sample=None, temperature=1.0, top_k=None, top_p=None, seed=None)["do_sample"]
+    False
+    """
+    if temperature < 0:
+        raise SteersmanError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise SteersmanError(f"top_p must lie in (0, 1], got {top_p}")
+    if top_k is not None and top_k < 1:
+        raise SteersmanError(f"top_k must be at least 1, got {top_k}")
+    asked = temperature not in (0.0, 1.0) or top_k is not None or top_p is not None
+    if do_sample is None:
+        do_sample = temperature != 0 and (asked or seed is not None)
+    if not do_sample:
+        if asked:
+            raise SteersmanError("temperature, top_k and top_p need sampling: drop them or set do_sample=True")
+        return {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' neutral values
+    if temperature == 0:
+        raise SteersmanError("temperature 0 is greedy decoding: use do_sample=False, or a temperature above 0")
+    return {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": top_k or 0,
+        "top_p": 1.0 if top_p is None else top_p,
+    }
+
+
+class seeded:  # noqa: N801 - reads as a statement: `with seeded(seed, device):`
+    """Random numbers from `seed` inside, the caller's generators untouched afterwards; None changes nothing."""
+
+    def __init__(self, seed: int | None, device: torch.device) -> None:
+        self.seed = seed
+        self._fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=seed is not None)
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+
+    def __exit__(self, *error: Any) -> None:
+        self._fork.__exit__(*error)
+
+
+def real_generated(new: Tensor, stop_ids: list[int]) -> Tensor:
+    """[B, T] int64: 1 up to and including the first token of `stop_ids` in each row of `new` [B, T], 0 after it."""
+    hit = torch.zeros_like(new, dtype=torch.bool)
+    for stop in stop_ids:
+        hit = hit | (new == stop)
+    return (hit.cumsum(1) - hit.long() == 0).long()

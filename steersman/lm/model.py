@@ -1,0 +1,365 @@
+"""`LanguageModel`: a transformers model with named hook points that can be read, edited and generated with."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steersman.errors import SteersmanError
+from steersman.lm.clock import Pass, PassClock
+from steersman.lm.generate import Generation, real_generated, sampling_settings, seeded
+from steersman.lm.hooks import HookMap
+from steersman.lm.load import load_pretrained, parse_device
+from steersman.lm.tokens import TextEncoder, TokenBatch
+
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after")
+
+
+class _PassDone(Exception):
+    """Ends a pass after the last hook point that was asked for; never leaves `LanguageModel.capture`."""
+
+
+class LanguageModel:
+    """A transformers model (decoder, or encoder for capture) and its tokenizer.
+
+    `model` is used as it is: in evaluation mode, with its own weights, dtype and device, and no hook stays on it.
+    `blocks` names the list of transformer blocks when it cannot be found (see `steersman.lm.hooks.find_blocks`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        name: str = "",
+        revision: str | None = None,
+        blocks: str | None = None,
+    ) -> None:
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.revision = revision
+        config: Any = model.config
+        self.name = name or getattr(config, "_name_or_path", "") or type(model).__name__
+        self.config = config.get_text_config()
+        self.hooks = HookMap(model, getattr(self.config, "num_hidden_layers", None), blocks)
+        self.can_generate: bool = bool(model.can_generate()) if hasattr(model, "can_generate") else False
+        self._text = None if tokenizer is None else TextEncoder(tokenizer, is_encoder=self._is_encoder(tokenizer))
+        self._clock = PassClock(model, self.bos_token_id)
+
+    def _is_encoder(self, tokenizer: Any) -> bool:
+        # An encoder's tokenizer frames the text itself; a decoder's [CLS], where it has one, is its BOS.
+        return not self.can_generate and getattr(tokenizer, "cls_token_id", None) is not None
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        name: str | None = None,
+    ) -> "LanguageModel":
+        """Load from a folder or from the Hugging Face hub.
+
+        `dtype` None means float32 on the CPU and the checkpoint's own elsewhere; `device` "auto" takes an accelerator
+        if there is one. `name` is what SAEs and stores record; by default the hub id or the folder's name. Raises SteersmanError when
+        the folder is missing or holds no model, or when the hub has no such id.
+        """
+        where = parse_device(device)
+        model, tokenizer, found = load_pretrained(
+            str(source), dtype=dtype, device=where, revision=revision, trust_remote_code=trust_remote_code
+        )
+        return cls(model, tokenizer, name=name or found, revision=revision)
+
+    # What it is
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are, and so where token ids go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, and so of hidden states."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, in order."""
+        return self.hooks.blocks
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.hooks.blocks)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.config.hidden_size)
+
+    @property
+    def context_length(self) -> int | None:
+        """Largest number of tokens the model was built for, or None where its configuration names none."""
+        length = getattr(self.config, "max_position_embeddings", None)
+        return None if length is None else int(length)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token every text starts with ([CLS] for encoders), or None in families that use none."""
+        return None if self._text is None else self._text.bos_token_id
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's end-of-sequence token, or None."""
+        return None if self.tokenizer is None else self.tokenizer.eos_token_id
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The id that fills short rows: the tokenizer's own, else its eos or unk token."""
+        return None if self._text is None else self._text.pad_token_id
+
+    def __repr__(self) -> str:
+        return (
+            f"LanguageModel({self.name!r}, {self.n_layers} layers, d_model={self.d_model}, {self.dtype}, {self.device})"
+        )
+
+    # Hook points
+
+    def hook_names(self) -> list[str]:
+        """Every hook point, in the order of the pass."""
+        return list(self.hooks.points)
+
+    def resolve_hook(self, name: str) -> str:
+        """The TransformerLens name of a hook point given by that name or by a module path such as `model.layers.6`.
+
+        Raises SteersmanError: a layer that does not exist (naming the number of layers) or an unknown name (listing near ones).
+        """
+        return self.hooks.resolve(name).name
+
+    def hook_width(self, name: str) -> int:
+        """Width of the hidden state at a hook point."""
+        self.hooks.resolve(name)
+        return self.d_model
+
+    def hook_layer(self, name: str) -> int:
+        """Index of the block a hook point belongs to."""
+        return self.hooks.resolve(name).layer
+
+    def unembed(self) -> tuple[Tensor, nn.Module | None]:
+        """(W_U [D, V], final norm or None): what turns the last residual stream into logits, for the logit lens.
+
+        Raises SteersmanError for models without an output layer over a vocabulary.
+        """
+        head = self.model.get_output_embeddings()
+        if head is None or head.weight.shape[-1] != self.d_model:
+            raise SteersmanError(f"{self.name} has no output layer over its vocabulary of width {self.d_model}")
+        return head.weight.T, self.final_norm()
+
+    def final_norm(self) -> nn.Module | None:
+        """The norm between the last block and the output layer, or None."""
+        parent: Any = self.model.get_submodule(self.hooks.path.rpartition(".")[0])
+        return next((norm for name in FINAL_NORMS if isinstance(norm := getattr(parent, name, None), nn.Module)), None)
+
+    # Text
+
+    def _texts(self) -> TextEncoder:
+        if self._text is None:
+            raise SteersmanError(f"{self.name} was wrapped without a tokenizer: pass token ids, or give it one")
+        return self._text
+
+    def encode(
+        self, texts: Sequence[str], *, bos: bool = True, padding_side: str = "right", max_length: int | None = None
+    ) -> TokenBatch:
+        """Texts as one padded batch on the model's device. `bos` adds the family's special tokens, never twice."""
+        return self._texts().batch(texts, bos, padding_side, max_length).to(self.device)
+
+    def token_ids(self, text: str, bos: bool = False) -> list[int]:
+        """The ids of one text, without special tokens unless `bos`."""
+        return self._texts().ids(text, bos)
+
+    # Passes
+
+    def _inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        ids = torch.as_tensor(input_ids, device=self.device)
+        if ids.ndim == 1:
+            ids = ids[None]
+        if ids.ndim != 2 or ids.numel() == 0:
+            raise SteersmanError(f"input_ids must be [batch, sequence] and not empty, got {tuple(ids.shape)}")
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if attention_mask is not None:
+            mask = torch.as_tensor(attention_mask, device=self.device).long().reshape(ids.shape)
+            inputs["attention_mask"] = mask
+            if "position_ids" in self._clock.parameters and bool((mask[:, 0] == 0).any()):
+                # Left padding: text starts at position 0, as it does in generate. Otherwise the default is the same.
+                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        if "use_cache" in self._clock.parameters:
+            inputs["use_cache"] = False
+        return inputs
+
+    @torch.no_grad()
+    def capture(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        hooks: Sequence[str],
+        prompt_length: Any = None,
+    ) -> dict[str, Tensor]:
+        """Hidden states [B, S, D] at the named hook points, from one pass that stops after the last one needed.
+
+        `input_ids` [B, S] and `attention_mask` [B, S] as from `encode`. The keys are the names as given. Inside an edit
+        the edited states are read; `prompt_length` is then as for `prompt_length()`. Padding is included as it comes.
+        """
+        points = {name: self.hooks.resolve(name) for name in ([hooks] if isinstance(hooks, str) else hooks)}
+        if not points:
+            raise SteersmanError("capture needs at least one hook point")
+        inputs = self._inputs(input_ids, attention_mask)
+        shape = (*inputs["input_ids"].shape, -1)
+        waiting = {point.name for point in points.values()}
+        found: dict[str, Tensor] = {}
+
+        def reader(name: str, kind: str) -> Callable[[Tensor], None]:
+            def read(h: Tensor) -> None:
+                # Falcon adds the attention's output into the MLP's in place: what a sublayer returned must be kept apart.
+                found[name] = h.reshape(shape) if kind.startswith("hook_resid") else h.reshape(shape).clone()
+                waiting.discard(name)
+                if not waiting:
+                    raise _PassDone
+
+            return read
+
+        with ExitStack() as stack:
+            stack.enter_context(self._clock.declare(prompt_length))
+            for point in {p.name: p for p in points.values()}.values():
+                stack.callback(point.attach(reader(point.name, point.kind)).remove)
+            try:
+                self.model(**inputs)
+            except _PassDone:
+                pass
+        return {name: found[point.name] for name, point in points.items()}
+
+    @contextmanager
+    def edit(self, hook: str, fn: Callable[[Tensor, Pass], Tensor]) -> Iterator[None]:
+        """While the context is open, `fn(h, now)` replaces the hidden state h [B, S, D] at `hook` in every pass.
+
+        `now` (a `Pass`) says which tokens and absolute positions the pass holds. `fn` returns a new tensor of h's shape,
+        or h itself to change nothing; it must not write into h. Edits nest, apply in the order they were
+        entered, and are gone when the context closes, whether or not by an exception.
+        """
+        point = self.hooks.resolve(hook)
+
+        def apply(h: Tensor) -> Tensor | None:
+            now = self._clock.now()
+            flat = h.ndim == 2  # OPT folds batch and sequence together around its MLP
+            x = h.reshape(now.batch, now.length, -1) if flat else h
+            new = fn(x, now)
+            if new is x:
+                return None
+            if not isinstance(new, Tensor) or new.shape != x.shape:
+                got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+                raise SteersmanError(
+                    f"the edit at {point.name} returned {got}, expected a tensor of shape {tuple(x.shape)}"
+                )
+            return new.to(h.dtype).reshape(h.shape)
+
+        with self._clock.running():
+            handle = point.attach(apply)
+            try:
+                yield
+            finally:
+                handle.remove()
+
+    def prompt_length(self, lengths: int | Sequence[int] | Tensor) -> AbstractContextManager[None]:
+        """Declare how many real tokens (BOS included) of each row are its prompt, for passes outside `generate`.
+
+        Without it every token of a plain forward pass is prompt; with it, teacher forcing a generated text steers the same
+        positions as generating it did.
+        """
+        return self._clock.declare(lengths)
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, prompt_length: Any = None) -> Tensor:
+        """Logits [B, S, V] of one pass without a cache; `prompt_length` as for `prompt_length()`."""
+        inputs = self._inputs(input_ids, attention_mask)
+        with self._clock.declare(prompt_length):
+            output = self.model(**inputs)
+        if not hasattr(output, "logits"):
+            raise SteersmanError(f"{self.name} has no output layer over its vocabulary: it has hidden states only")
+        return output.logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int = 40,
+        do_sample: bool | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        use_cache: bool = True,
+        **options: Any,
+    ) -> Generation:
+        """Continue each prompt by up to `max_new_tokens` tokens, in one left-padded batch.
+
+        Greedy unless `do_sample`, or a temperature other than 0 or 1, `top_k`, `top_p` or a `seed` asks for sampling. `seed` leaves the global
+        generators as they were. Further `options` (`num_beams`, `num_return_sequences`, ...) go to transformers.
+        Raises SteersmanError for encoders, and when prompt and new tokens exceed the model's context.
+        """
+        if not self.can_generate:
+            raise SteersmanError(f"{self.name} ({type(self.model).__name__}) cannot generate text: it is not a decoder")
+        if max_new_tokens < 1:
+            raise SteersmanError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        settings = sampling_settings(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        batch = self.encode(prompts, padding_side="left")
+        width = batch.input_ids.shape[1]
+        if self.context_length is not None and width + max_new_tokens > self.context_length:
+            raise SteersmanError(
+                f"a prompt of {width} tokens and {max_new_tokens} new ones exceed the context of {self.name}, "
+                f"{self.context_length} tokens: shorten the prompt or lower max_new_tokens"
+            )
+        defaults = {"pad_token_id": self.pad_token_id, "disable_compile": True}
+        with seeded(seed, self.device):
+            out = self.model.generate(
+                batch.input_ids,
+                attention_mask=batch.attention_mask,
+                max_new_tokens=max_new_tokens,
+                use_cache=use_cache,
+                **settings,
+                **{**defaults, **options},
+            )
+        tokens: Tensor = out if isinstance(out, Tensor) else out.sequences
+        times = tokens.shape[0] // len(prompts)
+        mask = batch.attention_mask.repeat_interleave(times, dim=0)
+        eos = options.get("eos_token_id", self.model.generation_config.eos_token_id)
+        stop = [] if eos is None else [int(e) for e in torch.as_tensor(eos).flatten().tolist()]
+        new = tokens[:, width:]
+        prompts = [prompt for prompt in prompts for _ in range(times)]
+        real = real_generated(new, stop)
+        whole = torch.cat([mask, real], dim=1)
+        texts = self._decode(tokens, whole)
+        starts = self._decode(tokens[:, :width], mask)
+        # Cut from the whole text: tokens decoded by themselves lose the space before their first word.
+        completions = [
+            text[len(start) :] if text.startswith(start) else alone
+            for text, start, alone in zip(texts, starts, self._decode(new, real))
+        ]
+        return Generation(
+            prompts=prompts,
+            completions=completions,
+            texts=texts,
+            tokens=tokens,
+            attention_mask=whole,
+            prompt_length=mask.sum(1),
+            prompt_columns=width,
+        )
+
+    def _decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
+        return [self.tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, mask.bool())]

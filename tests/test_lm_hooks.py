@@ -1,0 +1,209 @@
+"""Hook points on every proven family: names, exact captures, one pass that stops early."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
+from steersman.lm.hooks import find_blocks
+
+V, D, LAYERS = 61, 16, 3
+HEADS = {"num_attention_heads": 2, "num_hidden_layers": LAYERS, "hidden_size": D, "vocab_size": V}
+LLAMA = {**HEADS, "intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 32}
+GEMMA = {**LLAMA, "head_dim": 8, "sliding_window": 4}
+GPT = {"n_embd": D, "n_layer": LAYERS, "n_head": 2, "vocab_size": V, "n_positions": 32}
+
+# name -> (configuration class, its arguments, model class, path of the blocks, is a block the sum of its parts)
+FAMILIES = {
+    "gpt2": ("GPT2Config", GPT, "GPT2LMHeadModel", "transformer.h", True),
+    "gpt_neox": (
+        "GPTNeoXConfig", {**HEADS, "intermediate_size": 24}, "GPTNeoXForCausalLM", "gpt_neox.layers", True,
+    ),
+    "gpt_neox_serial": (
+        "GPTNeoXConfig", {**HEADS, "intermediate_size": 24, "use_parallel_residual": False}, "GPTNeoXForCausalLM",
+        "gpt_neox.layers", True,
+    ),
+    "gptj": ("GPTJConfig", {**GPT, "rotary_dim": 4}, "GPTJForCausalLM", "transformer.h", True),
+    "opt": (
+        "OPTConfig", {**HEADS, "ffn_dim": 24, "word_embed_proj_dim": D, "max_position_embeddings": 32},
+        "OPTForCausalLM", "model.decoder.layers", True,
+    ),
+    "llama": ("LlamaConfig", LLAMA, "LlamaForCausalLM", "model.layers", True),
+    "mistral": ("MistralConfig", {**LLAMA, "sliding_window": 4}, "MistralForCausalLM", "model.layers", True),
+    "qwen2": ("Qwen2Config", LLAMA, "Qwen2ForCausalLM", "model.layers", True),
+    "qwen3": ("Qwen3Config", {**LLAMA, "head_dim": 8}, "Qwen3ForCausalLM", "model.layers", True),
+    "gemma2": ("Gemma2Config", GEMMA, "Gemma2ForCausalLM", "model.layers", True),
+    "gemma3": ("Gemma3TextConfig", GEMMA, "Gemma3ForCausalLM", "model.layers", True),
+    "phi": ("PhiConfig", {**LLAMA, "num_key_value_heads": 2}, "PhiForCausalLM", "model.layers", True),
+    "olmo2": ("Olmo2Config", LLAMA, "Olmo2ForCausalLM", "model.layers", True),
+    "falcon": ("FalconConfig", {**HEADS, "ffn_hidden_size": 24}, "FalconForCausalLM", "transformer.h", True),
+    "falcon_serial": (
+        "FalconConfig", {**HEADS, "parallel_attn": False, "alibi": True, "multi_query": False}, "FalconForCausalLM",
+        "transformer.h", True,
+    ),
+    "bloom": ("BloomConfig", {"hidden_size": D, "n_layer": LAYERS, "n_head": 2, "vocab_size": V}, "BloomForCausalLM",
+              "transformer.h", True),
+    "bert": ("BertConfig", {**HEADS, "intermediate_size": 24}, "BertForMaskedLM", "bert.encoder.layer", False),
+    "esm": (
+        "EsmConfig", {**HEADS, "intermediate_size": 24, "pad_token_id": 1, "mask_token_id": 2,
+                      "position_embedding_type": "rotary"}, "EsmForMaskedLM", "esm.encoder.layer", True,
+    ),
+}  # fmt: skip
+
+
+def build(family: str) -> LanguageModel:
+    config_class, arguments, model_class, _, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**arguments)).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # default initialisation leaves the sublayers near zero, where nothing shows
+            p.copy_(torch.randn_like(p) * 0.3)
+    return LanguageModel(model, name=family)
+
+
+def count_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> tuple[str, LanguageModel]:
+    return request.param, build(request.param)
+
+
+IDS = torch.randint(4, V, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def test_capture_equals_hidden_states_bit_for_bit(family: tuple[str, LanguageModel]) -> None:
+    _, lm = family
+    seen: dict[int, torch.Tensor] = {}
+
+    def keep(i: int, out: object) -> None:
+        seen[i] = out[0] if isinstance(out, tuple) else out  # pyright: ignore[reportArgumentType]
+
+    handles = [block.register_forward_hook(lambda m, a, out, i=i: keep(i, out)) for i, block in enumerate(lm.blocks)]
+    with torch.no_grad():
+        states = lm.model(IDS, output_hidden_states=True).hidden_states
+    for handle in handles:
+        handle.remove()
+    got = lm.capture(IDS, hooks=[f"blocks.{i}.hook_{k}" for i in range(LAYERS) for k in ("resid_pre", "resid_post")])
+    for i in range(LAYERS):
+        assert torch.equal(got[f"blocks.{i}.hook_resid_pre"], states[i])
+        assert torch.equal(got[f"blocks.{i}.hook_resid_post"], seen[i])
+        if i < LAYERS - 1:
+            assert torch.equal(got[f"blocks.{i}.hook_resid_post"], states[i + 1])
+    # transformers reports the last state after the final norm: the captured one comes before it
+    last, norm = got[f"blocks.{LAYERS - 1}.hook_resid_post"], lm.final_norm()
+    assert torch.equal(last if norm is None else norm(last), states[-1])
+
+
+def test_parts_sum_to_the_block(family: tuple[str, LanguageModel]) -> None:
+    name, lm = family
+    kinds = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    got = lm.capture(IDS, hooks=[f"blocks.{i}.hook_{k}" for i in range(LAYERS) for k in kinds])
+    assert all(h.shape == (2, 7, D) for h in got.values())
+    assert list(got) == lm.hook_names()
+    for i in range(LAYERS):
+        pre, attn, mlp, post = (got[f"blocks.{i}.hook_{k}"] for k in kinds)
+        assert attn.abs().max() > 1e-3
+        assert mlp.abs().max() > 1e-3
+        if FAMILIES[name][4]:
+            torch.testing.assert_close(pre + attn + mlp, post, rtol=1e-4, atol=1e-5)
+
+
+def test_pass_stops_after_the_last_hook_needed(family: tuple[str, LanguageModel]) -> None:
+    _, lm = family
+    ran: list[int] = []
+    handles = [b.register_forward_pre_hook(lambda m, a, i=i: ran.append(i)) for i, b in enumerate(lm.blocks)]
+    before = count_hooks(lm.model)
+    lm.capture(IDS, hooks=["blocks.1.hook_attn_out", "blocks.0.hook_resid_post"])
+    assert ran == [0, 1]
+    ran.clear()
+    lm.capture(IDS, hooks=["blocks.2.hook_resid_pre"])
+    assert ran == [0, 1, 2][: len(ran)]
+    assert count_hooks(lm.model) == before
+    for handle in handles:
+        handle.remove()
+
+
+def test_edit_reaches_every_kind_of_hook_and_leaves_nothing(family: tuple[str, LanguageModel]) -> None:
+    _, lm = family
+    clean, before = lm.logits(IDS), count_hooks(lm.model)
+    for kind in ("resid_pre", "attn_out", "mlp_out", "resid_post"):
+        name = f"blocks.1.hook_{kind}"
+        old = lm.capture(IDS, hooks=[name])[name]
+        with lm.edit(name, lambda h, now: h + 1):
+            new = lm.capture(IDS, hooks=[name])[name]
+            steered = lm.logits(IDS)
+        assert torch.equal(new, old + 1)
+        assert steered.shape == clean.shape
+        assert not torch.equal(steered, clean)
+    assert count_hooks(lm.model) == before
+    assert "generate" not in lm.model.__dict__
+    assert torch.equal(lm.logits(IDS), clean)
+
+
+def test_module_paths_are_translated(family: tuple[str, LanguageModel]) -> None:
+    name, lm = family
+    path = FAMILIES[name][3]
+    assert lm.hooks.path == path
+    for given in (f"{path}.1", f"{path.rpartition('.')[2]}.1", "layers.1", "blocks.1.hook_resid_post"):
+        assert lm.resolve_hook(given) == "blocks.1.hook_resid_post"
+    assert lm.hook_layer("layers.1") == 1
+    assert lm.hook_width("layers.1") == D
+
+
+def test_sublayer_path_means_what_is_added_to_the_stream() -> None:
+    assert build("llama").resolve_hook("model.layers.2.mlp") == "blocks.2.hook_mlp_out"
+    gemma = build("gemma2")
+    assert gemma.resolve_hook("layers.2.post_feedforward_layernorm") == "blocks.2.hook_mlp_out"
+    with pytest.raises(SteersmanError, match="near names"):
+        gemma.resolve_hook("layers.2.mlp")  # its output is normalised again before it is added
+
+
+def test_unknown_names_and_layers() -> None:
+    lm = build("llama")
+    with pytest.raises(SteersmanError, match=r"no layer 7, the model has 3 layers"):
+        lm.resolve_hook("blocks.7.hook_resid_post")
+    with pytest.raises(SteersmanError, match=r"no layer 3, the model has 3 layers"):
+        lm.capture(IDS, hooks=["model.layers.3"])
+    with pytest.raises(SteersmanError, match=r"no layer -1"), lm.edit("layers.-1", lambda h, now: h):
+        pass
+    with pytest.raises(SteersmanError, match=r"blocks\.1\.hook_resid_post"):
+        lm.resolve_hook("blocks.1.hook_resid_pst")
+    with pytest.raises(SteersmanError, match="at least one hook"):
+        lm.capture(IDS, hooks=[])
+
+
+def test_multimodal_nesting() -> None:
+    text = transformers.Gemma3TextConfig(**GEMMA)
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=1,
+        image_size=28,
+        patch_size=14,
+    )
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    lm = LanguageModel(transformers.Gemma3ForConditionalGeneration(config).eval())
+    assert lm.hooks.path == "model.language_model.layers"
+    assert lm.capture(IDS, hooks=["layers.2"])["layers.2"].shape == (2, 7, D)
+    assert lm.resolve_hook("language_model.layers.0") == "blocks.0.hook_resid_post"
+
+
+class Trunk(nn.Module):
+    def __init__(self, *lengths: int) -> None:
+        super().__init__()
+        for i, n in enumerate(lengths):
+            setattr(self, f"stack{i}", nn.ModuleList(nn.Identity() for _ in range(n)))
+
+
+def test_blocks_are_found_by_their_number_or_named() -> None:
+    assert find_blocks(Trunk(2, 5), n_layers=5)[0] == "stack1"
+    assert find_blocks(Trunk(5, 5), n_layers=5, path="stack0")[0] == "stack0"
+    with pytest.raises(SteersmanError, match=r"stack0 \(5\), stack1 \(5\)"):
+        find_blocks(Trunk(5, 5), n_layers=5)
+    with pytest.raises(SteersmanError, match="not a ModuleList"):
+        find_blocks(Trunk(5), n_layers=5, path="stack9")
