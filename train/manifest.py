@@ -39,7 +39,8 @@ class ShardRecord:
     files: Mapping[str, FileRecord]
     """Record of each file by its folder's name."""
     cursor: Mapping[str, int] | None = None
-    """Where in the text the next shard starts; None in a store that was not made from text."""
+    """The forward batch in which the shard ends: where in the text the batch starts, and under "rows" how many rows of
+    it are in this shard or earlier ones. None in a store that was not made from text."""
     skipped: int = 0
     """Rows left out because they were not finite."""
 

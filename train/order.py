@@ -6,6 +6,7 @@ time, whatever the size of the store, and a batch holds rows from (nearly) as ma
 blocks. A store that fits in one window is shuffled fully.
 """
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,12 +46,14 @@ class RowOrder:
         self._starts = np.concatenate(starts) if starts else np.zeros(0, dtype=np.int64)
         self._lengths = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
         self._mix: tuple[np.ndarray, np.ndarray] | None = None
+        self._filled: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._lock = threading.Lock()
         if shuffle:
             blocks, rows = (np.random.default_rng([seed, epoch, stream]) for stream in range(2))
             order = blocks.permutation(len(self._starts))
             self._starts, self._lengths = self._starts[order], self._lengths[order]
             # One permutation of places serves every window of the epoch: what stands at those places differs. It is
-            # kept as (block in the window, row in the block), so that a window costs two look-ups a row, not a shuffle.
+            # kept as (block in the window, row in the block): a batch then costs a look-up and a sum for each row.
             places = rows.permutation(min(self.window_blocks, len(self._starts)) * block_rows)
             self._mix = (places // block_rows).astype(np.int32), (places % block_rows).astype(np.int32)
         ends = np.cumsum(self._lengths)
@@ -76,18 +79,28 @@ class RowOrder:
         part = slice(window * self.window_blocks, (window + 1) * self.window_blocks)
         return self._starts[part], self._lengths[part]
 
-    def slots(self, window: int) -> np.ndarray:
-        """The slots of a window's rows in reading order, [rows of the window] int64."""
+    def slots(self, window: int, start: int, stop: int) -> np.ndarray:
+        """The slots of places start..stop of a window (counted from the window's first), [stop - start] int64."""
         starts, lengths = self.blocks(window)
         if self._mix is None:
-            offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            return np.repeat(starts, lengths) + offset
+            ends = np.cumsum(lengths)
+            places = np.arange(start, min(stop, int(ends[-1])))
+            block = np.searchsorted(ends, places, side="right")
+            return starts[block] + places - (ends - lengths)[block]
         block, row = self._mix
-        short = self.window_blocks - len(starts)
-        if short or lengths.min() != lengths.max() or len(row) != lengths.sum():
-            # Some blocks are short or absent: leave out the places that they do not fill.
-            full = np.zeros(self.window_blocks, dtype=np.int64)
-            full[: len(lengths)] = lengths
-            kept = row < full[block]
-            block, row = block[kept], row[kept]
-        return starts[block] + row
+        if len(row) != lengths.sum():
+            block, row = self._filled_places(window, self._mix)
+        return starts[block[start:stop]] + row[start:stop]
+
+    def _filled_places(self, window: int, mix: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """The permuted places without those that short or absent blocks of this window do not fill."""
+        with self._lock:
+            if window not in self._filled:
+                block, row = mix
+                _, lengths = self.blocks(window)
+                full = np.zeros(self.window_blocks, dtype=np.int64)
+                full[: len(lengths)] = lengths
+                kept = row < full[block]
+                self._filled = {w: places for w, places in self._filled.items() if w == window - 1}
+                self._filled[window] = block[kept], row[kept]
+            return self._filled[window]

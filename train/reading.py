@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from itertools import islice
 
 import numpy as np
 
@@ -15,37 +15,36 @@ from steersman.train.order import RowOrder
 
 
 class ReadingPlan:
-    """Places of an order -> slots, for several threads, with the present window kept and the next one announced."""
+    """Places of an order -> slots, for several threads; the next window is announced to the system ahead of its use."""
 
     def __init__(self, order: RowOrder, mapped: MappedShards, window_bytes: int) -> None:
         self._order, self._mapped = order, mapped
         self._bounded = mapped.n_bytes > window_bytes
-        self._windows: dict[int, np.ndarray] = {}
+        self._entered = -1
         self._lock = threading.Lock()
 
-    def slots(self, start: int, stop: int) -> np.ndarray:
+    def slots(self, start: int, stop: int) -> list[np.ndarray]:
+        """The slots of places start..stop, in one array for each window that they touch."""
         parts = []
         window = self._order.window_of(start)
         while start < stop:
+            self._enter(window)
             base = self._order.window_start(window)
-            part = self._window(window)[start - base : stop - base]
-            parts.append(part)
-            start += len(part)
+            parts.append(self._order.slots(window, start - base, stop - base))
+            start += len(parts[-1])
             window += 1
-        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, dtype=np.int64)])
+        return parts
 
-    def _window(self, window: int) -> np.ndarray:
+    def _enter(self, window: int) -> None:
         with self._lock:
-            if window not in self._windows:
-                if self._bounded:
-                    # What earlier windows mapped would otherwise count as this process's memory until it ends.
-                    self._mapped.release()
-                for near in (window, window + 1) if not self._windows else (window + 1,):
-                    self._announce(near)
-                # Batches that straddle two windows, and threads that lag by one, need the window before.
-                self._windows = {w: s for w, s in self._windows.items() if w == window - 1}
-                self._windows[window] = self._order.slots(window)
-            return self._windows[window]
+            if window <= self._entered:
+                return
+            if self._bounded:
+                # What earlier windows mapped would otherwise count as this process's memory until it ends.
+                self._mapped.release()
+            for near in (window, window + 1) if self._entered < 0 else (window + 1,):
+                self._announce(near)
+            self._entered = window
 
     def _announce(self, window: int) -> None:
         """Have a window's blocks read from disk, neighbours in one request."""
@@ -60,35 +59,31 @@ class ReadingPlan:
 
 
 def read_ahead(
-    read: Callable[[int], tuple[Any, ...]],
-    wrap: Callable[..., ActivationBatch],
-    start: int,
-    stop: int,
-    per_read: int,
-    prefetch: int,
+    read: Callable[[int, int], list[ActivationBatch]], start: int, stop: int, per_read: int, prefetch: int
 ) -> Iterator[ActivationBatch]:
-    """Yield wrap(*read(b)) for b in start..stop, while threads read `prefetch` runs of `per_read` batches ahead."""
+    """Yield batches start..stop, given by `read(first, end)` for `per_read` of them at a time.
+
+    `prefetch` reads are kept going in at most two threads, as numpy's gathering lets other threads run; with 0 the
+    calling thread reads.
+    """
+    runs = ((first, min(first + per_read, stop)) for first in range(start, stop, per_read))
     if prefetch == 0:
-        for batch in range(start, stop):
-            yield wrap(*read(batch))
+        for first, end in runs:
+            yield from read(first, end)
         return
-    runs = iter(range(start, stop, per_read))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pool = ThreadPoolExecutor(max_workers=min(2, prefetch, cores), thread_name_prefix="steersman-read")
-    pending: deque[Future[list[Any]]] = deque()
+    pending: deque[Future[list[ActivationBatch]]] = deque()
 
-    def submit() -> None:
-        first = next(runs, None)
-        if first is not None:
-            pending.append(pool.submit(lambda: [read(b) for b in range(first, min(first + per_read, stop))]))
+    def submit(n: int) -> None:
+        pending.extend(pool.submit(read, first, end) for first, end in islice(runs, n))
 
     try:
-        for _ in range(prefetch):
-            submit()
+        submit(prefetch)
         while pending:
-            done = pending.popleft().result()
-            submit()
-            while done:
-                yield wrap(*done.pop(0))
+            batches = pending.popleft().result()
+            submit(1)
+            while batches:  # each batch is let go of when the next one is asked for
+                yield batches.pop(0)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -300,8 +300,8 @@ class ActivationStore:
                 f"rank {rank} of world_size {world_size} with batch_size {batch_size}: ranks count from 0, and the "
                 "batch must divide evenly among them"
             )
-        first, end = self.split_rows(split, heldout_fraction)
-        n_rows = end - first
+        low, high = self.split_rows(split, heldout_fraction)
+        n_rows = high - low
         n_batches = n_rows // batch_size if drop_last else -(-n_rows // batch_size)
         if not n_batches:
             raise SteersmanError(
@@ -311,7 +311,7 @@ class ActivationStore:
         mapped = self._mapped(hook)
         row_bytes = self.width(hook) * self.dtype.itemsize
         order = RowOrder(
-            self._slot_ranges(mapped, first, end),
+            self._slot_ranges(mapped, low, high),
             row_bytes,
             shuffle=shuffle,
             seed=seed,
@@ -320,19 +320,24 @@ class ActivationStore:
         )
         plan = ReadingPlan(order, mapped, window_bytes)
 
-        def read(batch: int) -> tuple[np.ndarray, torch.Tensor]:
-            low = batch * batch_size
-            n = min(batch_size, n_rows - low)
-            slots = plan.slots(low + rank * n // world_size, low + (rank + 1) * n // world_size)
-            return slots, self._gather(mapped, slots)
-
-        def wrap(slots: np.ndarray, x: torch.Tensor) -> ActivationBatch:
-            return ActivationBatch(
-                x=x, find_rows=partial(self._rows_of_slots, mapped, slots), find_info=self._rows.take
-            )
+        def read(first: int, end: int) -> list[ActivationBatch]:
+            """Batches first..end, gathered as one array and handed out as parts of it."""
+            parts, sizes = [], []
+            for low in range(first * batch_size, end * batch_size, batch_size):
+                n = min(batch_size, n_rows - low)
+                share = low + rank * n // world_size, low + (rank + 1) * n // world_size
+                parts += plan.slots(*share)
+                sizes.append(share[1] - share[0])
+            slots = np.concatenate(parts)
+            x = self._gather(mapped, slots).split(sizes)
+            places = np.split(slots, np.cumsum(sizes)[:-1])
+            return [
+                ActivationBatch(x=x, find_rows=partial(self._rows_of_slots, mapped, here), find_info=self._rows.take)
+                for x, here in zip(x, places)
+            ]
 
         per_read = max(1, _READ_BYTES * world_size // (batch_size * row_bytes))
-        return read_ahead(read, wrap, start, n_batches, per_read, prefetch)
+        return read_ahead(read, start, n_batches, per_read, prefetch)
 
     def _mapped(self, hook: str) -> MappedShards:
         with self._lock:

@@ -45,8 +45,9 @@ def merged_sums(folder: Path, manifest: Manifest) -> dict[str, StatsSums]:
 class StoreWriter:
     """Appends rows to a store, shard by shard; use `begin`, then `append` until done, then `finish` (or `abandon`).
 
-    A shard ends with the first `append` that brings it to `shard_rows` rows, so that shards hold whole forward batches
-    and a run that goes on at a shard's cursor computes the very batches that it would have computed uninterrupted.
+    Every shard but the last has exactly `shard_rows` rows. A shard's cursor names the forward batch in which it ended
+    and how many rows of that batch are stored; a run that goes on there computes the same batch again, so its numbers,
+    and the files, are those of an uninterrupted run.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class StoreWriter:
         self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._skipped = 0
         self._cursor: Mapping[str, int] | None = None
+        last = manifest.shards[-1].cursor if manifest.shards else None
+        self._done_of_batch = last["rows"] if last else 0
         self._finished_rows, self._open_rows = manifest.n_rows, 0
         self._lock: int | None = None
 
@@ -148,7 +151,8 @@ class StoreWriter:
     ) -> None:
         """Add rows: an [n, width] tensor for each hook point, on any device, and the three row arrays [n].
 
-        `cursor` says where the text goes on after these rows. Rows beyond the store's size are dropped. Raises
+        `cursor` says where in the text this batch starts. Rows beyond the store's size are dropped, and so are those of
+        the first batch that an earlier run stored. Raises
         `SteersmanError` for a row that is not finite, naming its document and token with `show_token`, unless such
         rows are to be skipped.
         """
@@ -157,40 +161,55 @@ class StoreWriter:
         dtype = DTYPES[self.manifest.dtype][0]
         stored = {hook: activations[hook].to(dtype) for hook in self.manifest.hooks}
         norms = {hook: row_norms(x) for hook, x in stored.items()}
-        finite = np.ones(len(token_ids), dtype=bool)
+        n = len(token_ids)
+        finite = np.ones(n, dtype=bool)
         for hook, values in norms.items():
             here = torch.isfinite(values).cpu().numpy()
             if not self._skip_bad and not here.all():
                 row = int(np.argmin(here))
-                token = int(token_ids[row])
-                overflow = bool(torch.isfinite(activations[hook][row]).all())
-                cause = f"overflows {self.manifest.dtype}" if overflow else "is not finite (NaN or infinite)"
-                fix = "dtype='bfloat16' or 'float32'" if overflow and dtype is torch.float16 else "on_nonfinite='skip'"
-                raise SteersmanError(
-                    f"the activation at {hook} {cause} for token {token} {show_token(token)!r} "
-                    f"at position {int(positions[row])} of document {int(doc_ids[row])}; pass {fix} to go on"
+                self._refuse(
+                    hook, activations[hook][row], int(token_ids[row]), positions[row], doc_ids[row], show_token
                 )
             finite &= here
-        room = len(finite) if self._max_rows is None else self._max_rows - self.n_rows
-        if not finite.all() or len(finite) > room:
-            kept = np.flatnonzero(finite)[:room]
-            seen = len(finite) if len(kept) < room else int(kept[-1]) + 1  # rows after the last kept one do not count
-            self._skipped += int((~finite[:seen]).sum())
-            chosen = torch.from_numpy(kept)
-            stored = {hook: x[chosen.to(x.device)] for hook, x in stored.items()}
-            norms = {hook: values[chosen.to(values.device)] for hook, values in norms.items()}
-            token_ids, doc_ids, positions = token_ids[kept], doc_ids[kept], positions[kept]
+        good = np.flatnonzero(finite)
+        first, self._done_of_batch = self._done_of_batch, 0
+        # Rows of the batch before `low` were dealt with when the shard that the cursor belongs to was written.
+        low = 0 if not first else n if first == len(good) else int(good[first - 1]) + 1
         with self._disk_errors():
-            if not self._open:
-                self._start_shard()
-            for hook, x in stored.items():
-                self._sums[hook].add(x, norms[hook])
-                self._open[hook].append(x.cpu())
-            self._rows.append((token_ids, doc_ids, positions))
-            self._open_rows += len(token_ids)
-            self._cursor = cursor
-            if self._open_rows >= self._shard_rows or self.full:
-                self._end_shard()
+            while low < n and not self.full:
+                room = self._shard_rows - self._open_rows
+                if self._max_rows is not None:
+                    room = min(room, self._max_rows - self.n_rows)
+                last = first + room
+                high = int(good[last - 1]) + 1 if last < len(good) else n
+                kept = good[first:last]
+                part: Any = slice(low, high) if len(kept) == high - low else kept
+                if not self._open:
+                    self._start_shard()
+                for hook, x in stored.items():
+                    index = part if isinstance(part, slice) else torch.from_numpy(part).to(x.device)
+                    self._sums[hook].add(x[index], norms[hook][index])
+                    self._open[hook].append(x[index].cpu())
+                self._rows.append((token_ids[part], doc_ids[part], positions[part]))
+                self._open_rows += len(kept)
+                self._skipped += high - low - len(kept)
+                first, low = first + len(kept), high
+                self._cursor = None if cursor is None else {**cursor, "rows": first}
+                if self._open_rows >= self._shard_rows or self.full:
+                    self._end_shard()
+
+    def _refuse(
+        self, hook: str, x: torch.Tensor, token: int, position: int, document: int, show_token: Callable[[int], str]
+    ) -> None:
+        """Say which activation [D] is not finite once it has the store's type, and what to do."""
+        overflow = bool(torch.isfinite(x).all())
+        cause = f"overflows {self.manifest.dtype}" if overflow else "is not finite (NaN or infinite)"
+        wider = overflow and self.manifest.dtype == "float16"
+        fix = "dtype='bfloat16'" if wider else "on_nonfinite='skip'"
+        raise SteersmanError(
+            f"the activation at {hook} {cause} for token {token} {show_token(token)!r} at position {position} of "
+            f"document {document}; pass {fix} to go on"
+        )
 
     def _disk_errors(self) -> Any:
         done = len(self.manifest.shards)
