@@ -179,7 +179,7 @@ class PassClock:
         """The pass that is running. Raises SteersmanError when a part of the model was called by itself."""
         if self.current is None:
             raise SteersmanError(
-                "an edited block ran outside a pass of the whole model: call the LanguageModel or its .model, not a part"
+                "an edited block ran outside a pass of the whole model: call the LanguageModel or its .model, no part"
             )
         return self.current
 
@@ -288,7 +288,7 @@ class PassClock:
         self.current = None
 
     def _manual_columns(self, batch: int, past: int, length: int, mask: Tensor | None) -> int:
-        """Where the prompt ends in a loop the user wrote: several tokens at once go on with it, single ones follow it."""
+        """Where the prompt ends in a user's own loop: several tokens at once go on with it, single ones follow it."""
         if past == 0:
             return max(length, 0 if mask is None else mask.shape[1])
         known = self._last is not None and self._last[:2] == (past, batch)
@@ -311,7 +311,7 @@ class PassClock:
             return mask
         if isinstance(mask, Tensor) and mask.ndim == 2:
             raise SteersmanError(
-                f"attention_mask covers {mask.shape[1]} tokens, but {past} cached and {length} new ones make {past + length}"
+                f"attention_mask covers {mask.shape[1]} tokens, but {past} are cached and {length} are new"
             )
         # Static caches get a prepared mask, and some calls none: go back to the one that generate was given.
         if run is None or run.mask is None:

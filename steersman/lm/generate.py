@@ -42,7 +42,7 @@ class Generation:
 def sampling_settings(
     *, do_sample: bool | None, temperature: float, top_k: int | None, top_p: float | None, seed: int | None
 ) -> dict[str, Any]:
-    """Arguments for `model.generate`. Sampling is on when `do_sample` says so, or, when it is None, when any setting asks.
+    """Arguments for `model.generate`. Sampling is on when `do_sample` says so or, when it is None, when a setting asks.
 
     Every value is explicit, so that a model's own generation defaults (Gemma's top_k = 64, say) do not slip in.
 
@@ -72,7 +72,7 @@ def sampling_settings(
     }
 
 
-class seeded:  # noqa: N801 - reads as a statement: `with seeded(seed, device):`
+class seeded:
     """Random numbers from `seed` inside, the caller's generators untouched afterwards; None changes nothing."""
 
     def __init__(self, seed: int | None, device: torch.device) -> None:

@@ -1,9 +1,9 @@
-"""Hook points of a transformers model: where they are, what they are called, how a hidden state is read and replaced.
+"""Hook points of a transformers model: where they are, what they are called, how a state is read and replaced.
 
-Names follow TransformerLens: `blocks.6.hook_resid_post` is the output of block 6. `hook_attn_out` and `hook_mlp_out` are
-what a block adds to the residual stream, so for families that normalise after the sublayer (Gemma 2 and 3, OLMo 2)
+Names follow TransformerLens: `blocks.6.hook_resid_post` is the output of block 6. `hook_attn_out` and `hook_mlp_out`
+are what a block adds to the residual stream, so for families that normalise after the sublayer (Gemma 2 and 3, OLMo 2)
 they are read after that norm, and `resid_pre + attn_out + mlp_out = resid_post` wherever a block is a sum. (A block
-that normalises the sum itself, as BERT's does, is no such sum; its `hook_resid_post` is the block's output all the same.)
+that normalises the sum itself, as BERT's does, is none; its `hook_resid_post` is the block's output all the same.)
 """
 
 import re
@@ -44,7 +44,7 @@ KNOWN_BLOCK_PATHS = (
 SUBLAYER_LAYOUTS = (
     ("post_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"),  # Gemma 2, 3, OLMo 2
     ("post_mlp_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"),  # GLM-4
-    ("attention.output.dense", "attention.output.dense", "output.dense"),  # BERT, ESM: these add the input themselves
+    ("attention.output.dense", "attention.output.dense", "output.dense"),  # BERT, ESM: before the input is added
     (
         "self_attention.query_key_value/mlp.dense_4h_to_h/mlp.gelu_impl",
         "self_attention.dense",
@@ -89,7 +89,7 @@ def _input_hook(fn: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
 
 def _output_hook(fn: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        # Blocks return a tensor in transformers 5 (GPT-J's and Falcon's a tuple), where `output[0]` would be batch row 0.
+        # Most blocks return a tensor in transformers 5, and `output[0]` of that would be batch row 0.
         if not isinstance(output, tuple | list):
             return fn(output)
         new = fn(output[0])

@@ -21,7 +21,7 @@ DTYPES = {
 
 
 def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:
-    """A torch dtype from its name. None means float32 on the CPU (where half precision is slow) and else the file's own."""
+    """A torch dtype from its name. None: float32 on the CPU (half precision is slow there), else the file's."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else "auto"
     if isinstance(dtype, torch.dtype):
@@ -86,7 +86,7 @@ def model_class(config: Any) -> Any:
 def load_pretrained(
     source: str, *, dtype: str | torch.dtype | None, device: torch.device, revision: str | None, trust_remote_code: bool
 ) -> tuple[nn.Module, Any, str]:
-    """Model (in evaluation mode, on `device`), tokenizer, and the name to record. Raises SteersmanError, in one line."""
+    """Model (in evaluation mode, on `device`), tokenizer and the name to record. Raises SteersmanError, in one line."""
     import transformers
     from safetensors import SafetensorError
 

@@ -1,7 +1,7 @@
 """`LanguageModel`: a transformers model with named hook points that can be read, edited and generated with."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class LanguageModel:
         self.name = name or getattr(config, "_name_or_path", "") or type(model).__name__
         self.config = config.get_text_config()
         self.hooks = HookMap(model, getattr(self.config, "num_hidden_layers", None), blocks)
-        self.can_generate: bool = bool(model.can_generate()) if hasattr(model, "can_generate") else False
+        self.can_generate: bool = hasattr(model, "can_generate") and bool(self.model.can_generate())
         self._text = None if tokenizer is None else TextEncoder(tokenizer, is_encoder=self._is_encoder(tokenizer))
         self._clock = PassClock(model, self.bos_token_id)
 
@@ -66,8 +66,8 @@ class LanguageModel:
         """Load from a folder or from the Hugging Face hub.
 
         `dtype` None means float32 on the CPU and the checkpoint's own elsewhere; `device` "auto" takes an accelerator
-        if there is one. `name` is what SAEs and stores record; by default the hub id or the folder's name. Raises SteersmanError when
-        the folder is missing or holds no model, or when the hub has no such id.
+        if there is one. `name` is what SAEs and stores record; by default the hub id or the folder's name. Raises
+        SteersmanError when the folder is missing or holds no model, or when the hub has no such id.
         """
         where = parse_device(device)
         model, tokenizer, found = load_pretrained(
@@ -137,7 +137,8 @@ class LanguageModel:
     def resolve_hook(self, name: str) -> str:
         """The TransformerLens name of a hook point given by that name or by a module path such as `model.layers.6`.
 
-        Raises SteersmanError: a layer that does not exist (naming the number of layers) or an unknown name (listing near ones).
+        Raises SteersmanError: a layer that does not exist (naming the number of layers) or an unknown name (listing
+        near ones).
         """
         return self.hooks.resolve(name).name
 
@@ -225,7 +226,7 @@ class LanguageModel:
 
         def reader(name: str, kind: str) -> Callable[[Tensor], None]:
             def read(h: Tensor) -> None:
-                # Falcon adds the attention's output into the MLP's in place: what a sublayer returned must be kept apart.
+                # Falcon adds the attention's output into the MLP's in place: keep what a sublayer returned apart.
                 found[name] = h.reshape(shape) if kind.startswith("hook_resid") else h.reshape(shape).clone()
                 waiting.discard(name)
                 if not waiting:
@@ -237,18 +238,16 @@ class LanguageModel:
             stack.enter_context(self._clock.declare(prompt_length))
             for point in {p.name: p for p in points.values()}.values():
                 stack.callback(point.attach(reader(point.name, point.kind)).remove)
-            try:
+            with suppress(_PassDone):
                 self.model(**inputs)
-            except _PassDone:
-                pass
         return {name: found[point.name] for name, point in points.items()}
 
     @contextmanager
     def edit(self, hook: str, fn: Callable[[Tensor, Pass], Tensor]) -> Iterator[None]:
         """While the context is open, `fn(h, now)` replaces the hidden state h [B, S, D] at `hook` in every pass.
 
-        `now` (a `Pass`) says which tokens and absolute positions the pass holds. `fn` returns a new tensor of h's shape,
-        or h itself to change nothing; it must not write into h. Edits nest, apply in the order they were
+        `now` (a `Pass`) says which tokens and absolute positions the pass holds. `fn` returns a new tensor of h's
+        shape, or h itself to change nothing; it must not write into h. Edits nest, apply in the order they were
         entered, and are gone when the context closes, whether or not by an exception.
         """
         point = self.hooks.resolve(hook)
@@ -262,9 +261,7 @@ class LanguageModel:
                 return None
             if not isinstance(new, Tensor) or new.shape != x.shape:
                 got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-                raise SteersmanError(
-                    f"the edit at {point.name} returned {got}, expected a tensor of shape {tuple(x.shape)}"
-                )
+                raise SteersmanError(f"the edit at {point.name} returned {got}, expected a tensor {tuple(x.shape)}")
             return new.to(h.dtype).reshape(h.shape)
 
         with self._clock.running():
@@ -277,8 +274,8 @@ class LanguageModel:
     def prompt_length(self, lengths: int | Sequence[int] | Tensor) -> AbstractContextManager[None]:
         """Declare how many real tokens (BOS included) of each row are its prompt, for passes outside `generate`.
 
-        Without it every token of a plain forward pass is prompt; with it, teacher forcing a generated text steers the same
-        positions as generating it did.
+        Without it every token of a plain forward pass is prompt; with it, teacher forcing a generated text steers the
+        same positions as generating it did.
         """
         return self._clock.declare(lengths)
 
@@ -308,8 +305,9 @@ class LanguageModel:
     ) -> Generation:
         """Continue each prompt by up to `max_new_tokens` tokens, in one left-padded batch.
 
-        Greedy unless `do_sample`, or a temperature other than 0 or 1, `top_k`, `top_p` or a `seed` asks for sampling. `seed` leaves the global
-        generators as they were. Further `options` (`num_beams`, `num_return_sequences`, ...) go to transformers.
+        Greedy unless `do_sample`, a temperature other than 0 or 1, `top_k`, `top_p` or a `seed` asks for sampling.
+        `seed` leaves the global generators as they were. Further `options` (`num_beams`, `num_return_sequences`, ...)
+        go to transformers.
         Raises SteersmanError for encoders, and when prompt and new tokens exceed the model's context.
         """
         if not self.can_generate:
