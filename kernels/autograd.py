@@ -95,9 +95,7 @@ def with_gradient(
     return differentiable, order
 
 
-def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None
-) -> tuple[Tensor, Order]:
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None) -> tuple[Tensor, Order]:
     """Differentiable `reference.topk_encode`: values [N, K], and the order whose `.indices` [N, K] they belong to.
 
     >>> values, order = topk_encode(torch.randn(5, 4), torch.randn(7, 4), torch.zeros(7), k=2)

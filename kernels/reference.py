@@ -21,9 +21,7 @@ def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | Non
     return centred @ W_enc.float().T + b_enc.float()
 
 
-def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The K largest pre-activations of each token, largest first, then ReLU (arXiv 2406.04093, eq. 2).
 
     Equal values go to the lower latent first. Selection comes before the ReLU, so a row with fewer than K positive
@@ -55,9 +53,7 @@ def batch_topk_encode(
     return code, smallest
 
 
-def threshold_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None
-) -> Tensor:
+def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """JumpReLU (arXiv 2407.14435, eq. 3): the pre-activation where it is above its threshold and positive, else 0.
 
     threshold is [L] or a scalar; returns the dense code [N, L] in fp32.

@@ -17,9 +17,7 @@ from torch import Tensor
 BLOCK_BYTES = 16 << 20
 
 
-def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `reference.topk_encode`. Works on blocks of rows, so that memory is N*K and one block."""
     x = x.float() if b_dec is None else x.float() - b_dec.float()
     W_enc, b_enc = W_enc.float(), b_enc.float()
@@ -120,9 +118,7 @@ def batch_topk_encode(
     return values[:, :used].contiguous(), indices[:, :used].contiguous(), smallest
 
 
-def threshold_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None
-) -> Tensor:
+def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """See `reference.threshold_encode`: the dense code [N, L]."""
     x = x.float() if b_dec is None else x.float() - b_dec.float()
     Z = torch.addmm(b_enc.float(), x, W_enc.float().T)

@@ -1,0 +1,131 @@
+"""How well an SAE rebuilds activations, and how often its features fire: sums over batches, in bounded memory.
+
+Shape letters: N tokens, L latents, D width, K active latents a token.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steersman.errors import SteersmanError
+from steersman.sae.base import SAE, SparseCode
+from steersman.sae.stats import FeatureStats
+
+DENSE = 0.1
+"""A feature active on more than this share of the tokens counts as dense."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """Reconstruction metrics over a set of `n_tokens` tokens."""
+
+    fvu: float
+    """`sum |x - x_hat|^2 / sum |x - mean(x)|^2`, the mean per dimension over the set: predicting the mean gives 1."""
+    explained_variance: float
+    """1 - fvu."""
+    l0: float
+    """Mean number of active features a token."""
+    dead_share: float
+    """Share of the features that never fired on the set."""
+    dense_share: float
+    """Share of the features that fired on more than a tenth of the tokens."""
+    cosine: float
+    """Mean cosine of x and x_hat."""
+    relative_norm: float
+    """Mean of |x_hat| / |x|."""
+    n_tokens: int
+    """Size of the set: rare features need many tokens before silence means death."""
+
+
+class ReconstructionSums:
+    """Running sums behind `Reconstruction`, in float64 on the device of the data; read once, at the end."""
+
+    def __init__(self, d_in: int, d_sae: int, device: torch.device):
+        self.counts = torch.zeros(d_sae, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(d_in, dtype=torch.float64, device=device)
+        self.scalars = torch.zeros(4, dtype=torch.float64, device=device)
+        self.shift: Tensor | None = None
+        self.n_tokens = 0
+
+    def add(self, x: Tensor, x_hat: Tensor, code: SparseCode) -> None:
+        """Add N tokens: x and x_hat [N, D], their code [N, K]."""
+        x, x_hat = x.float(), x_hat.float()
+        if self.shift is None:  # sums of squares around a point near the mean lose no digits
+            self.shift = x.mean(dim=0)
+        centred = (x - self.shift).double()
+        norm, norm_hat = x.norm(dim=1), x_hat.norm(dim=1)
+        tiny = torch.finfo(torch.float32).tiny
+        cosine = (x * x_hat).sum(dim=1) / (norm * norm_hat).clamp_min(tiny)
+        self.sum += centred.sum(dim=0)
+        self.scalars += torch.stack(
+            [
+                (x - x_hat).double().square().sum(),
+                centred.square().sum(),
+                cosine.double().sum(),
+                (norm_hat / norm.clamp_min(tiny)).double().sum(),
+            ]
+        )
+        active = (code.values > 0).double()
+        self.counts.scatter_add_(0, code.indices.flatten(), active.flatten())
+        self.n_tokens += len(x)
+
+    def result(self) -> Reconstruction:
+        if self.n_tokens < 2:
+            raise SteersmanError(f"{self.n_tokens} tokens are too few to measure a variance; evaluate on more")
+        error, squares, cosine, ratio = self.scalars.tolist()
+        variance = squares - float(self.sum.square().sum()) / self.n_tokens
+        density = self.counts / self.n_tokens
+        fvu = error / variance if variance > 0 else float("nan")
+        return Reconstruction(
+            fvu=fvu,
+            explained_variance=1 - fvu,
+            l0=float(self.counts.sum()) / self.n_tokens,
+            dead_share=float((density == 0).double().mean()),
+            dense_share=float((density > DENSE).double().mean()),
+            cosine=cosine / self.n_tokens,
+            relative_norm=ratio / self.n_tokens,
+            n_tokens=self.n_tokens,
+        )
+
+
+@torch.no_grad()
+def measure_reconstruction(sae: SAE, batches: Iterable[Tensor]) -> Reconstruction:
+    """Reconstruction metrics of `sae` over batches of activations [N, D].
+
+    >>> from steersman.sae import SAEConfig
+    >>> sae = SAE(SAEConfig(d_in=4, d_sae=8, k=2))
+    >>> measure_reconstruction(sae, [torch.randn(10, 4), torch.randn(10, 4)]).n_tokens
+    20
+    """
+    sums = ReconstructionSums(sae.cfg.d_in, sae.cfg.d_sae, sae.device)
+    for x in batches:
+        x = x.to(sae.device)
+        code = sae.encode_sparse(x)
+        sums.add(x, sae.decode_sparse(code.values, code.indices), code)
+    return sums.result()
+
+
+@torch.no_grad()
+def collect_feature_stats(sae: SAE, batches: Iterable[Tensor], median_norm: float) -> FeatureStats:
+    """Largest and mean activation and density of every feature over batches of activations [N, D]."""
+    L, device = sae.cfg.d_sae, sae.device
+    largest = torch.zeros(L, device=device)
+    total = torch.zeros(L, dtype=torch.float64, device=device)
+    counts = torch.zeros(L, dtype=torch.float64, device=device)
+    n_tokens = 0
+    for x in batches:
+        values, indices = sae.encode_sparse(x.to(device))
+        flat = indices.flatten()
+        largest.scatter_reduce_(0, flat, values.flatten(), "amax")
+        total.scatter_add_(0, flat, values.flatten().double())
+        counts.scatter_add_(0, flat, (values > 0).flatten().double())
+        n_tokens += len(x)
+    return FeatureStats(
+        max_act=largest.cpu(),
+        density=(counts / max(1, n_tokens)).float().cpu(),
+        mean_act=(total / counts.clamp_min(1)).float().cpu(),
+        n_tokens=n_tokens,
+        median_norm=median_norm,
+    )

@@ -1,0 +1,142 @@
+"""Training settings and the recipe that fills in those left open.
+
+The defaults come from sweeps on real and planted data (`scripts/bench_recipe.py` repeats them). Three rules matter:
+
+- Many steps beat large batches on short runs, so the batch grows with the number of tokens.
+- An Adam step moves every weight by about the learning rate, and the weights of a unit row are about 1/sqrt(d_in), so
+  the rate goes with 1/sqrt(d_in); it falls with the cube root of the number of steps.
+- The last quarter of the run decays to zero, which is where the squared error falls most.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from steersman.errors import SteersmanError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train an SAE. Every field left at None is filled in by `resolve`.
+
+    >>> TrainConfig(d_sae=4096, k=32).activation
+    'topk'
+    """
+
+    d_sae: int
+    """Number of features."""
+    k: int
+    """Active features a token: exactly (topk) or on average (batch_topk)."""
+    activation: Literal["topk", "batch_topk"] = "topk"
+    """The SAE's architecture."""
+    tokens: int | None = None
+    """Rows to train on, passing over the store as often as that takes; None is one pass."""
+    batch_size: int | None = None
+    """Rows a step; None: a power of two between 512 and 4096 that leaves about 1000 steps."""
+    lr: float | None = None
+    """Peak learning rate of Adam for the weights; None: 0.048 / sqrt(d_in) * (1000 / steps)^(1/3)."""
+    bias_lr_ratio: float = 3.0
+    """Learning rate of the biases, in units of `lr`."""
+    warmup: float = 0.02
+    """Share of the steps over which the learning rate rises from 0."""
+    decay: float = 0.25
+    """Share of the steps, at the end, over which the learning rate falls to 0."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of Adam's two moments."""
+    aux_coefficient: float = 0.25
+    """Weight of the AuxK loss, which trains dead features on the residual; 0 turns it off."""
+    k_aux: int | None = None
+    """Dead features a token that AuxK may use; None: d_in / 2."""
+    dead_after: int | None = None
+    """A feature is dead when it has not fired for this many tokens; None: 1 % of the run, at least 10 steps."""
+    grad_clip: float | None = None
+    """Largest global gradient norm; None does not clip."""
+    grad_accumulation: int = 1
+    """Parts a batch is split into, one after the other, to save memory. The step is the same."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights that is saved in their place; 0 saves the weights themselves."""
+    heldout_fraction: float = 0.05
+    """Share of the rows, from the last documents, that is never trained on."""
+    seed: int = 0
+    """The one source of every random choice: initial weights and order of rows."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept in the run folder, the newest ones; at least 1."""
+    statistics_tokens: int = 1_000_000
+    """Rows over which the finished SAE's feature statistics are taken, at most."""
+    device: str = "auto"
+    """Where to train: auto, cpu, cuda, cuda:1, ..."""
+    wandb_project: str | None = None
+    """Weights & Biases project to log to as well; None does not."""
+
+    def __post_init__(self) -> None:
+        checks: list[tuple[bool, str]] = [
+            (1 <= self.k <= self.d_sae, f"k = {self.k} must lie between 1 and d_sae = {self.d_sae}"),
+            (self.activation in ("topk", "batch_topk"), f"cannot train {self.activation!r}; use topk or batch_topk"),
+            (self.batch_size is None or self.batch_size >= 1, f"batch_size = {self.batch_size} must be at least 1"),
+            (self.tokens is None or self.tokens >= 1, f"tokens = {self.tokens} must be at least 1"),
+            (self.lr is None or 0 < self.lr < 1, f"lr = {self.lr} must lie between 0 and 1"),
+            (0 <= self.warmup <= 1 and 0 <= self.decay <= 1, "warmup and decay are shares of the run: 0 to 1"),
+            (0 <= self.ema < 1, f"ema = {self.ema} must be at least 0 and below 1"),
+            (0 < self.heldout_fraction < 1, f"heldout_fraction = {self.heldout_fraction} must lie between 0 and 1"),
+            (self.grad_accumulation >= 1, f"grad_accumulation = {self.grad_accumulation} must be at least 1"),
+            (self.keep_checkpoints >= 1, f"keep_checkpoints = {self.keep_checkpoints} must be at least 1"),
+            (self.log_every >= 1 and self.checkpoint_every >= 1, "log_every and checkpoint_every must be at least 1"),
+            (
+                self.activation == "topk" or self.grad_accumulation == 1,
+                "batch_topk selects over the whole batch: use grad_accumulation=1 and a smaller batch_size",
+            ),
+        ]
+        for ok, message in checks:
+            if not ok:
+                raise SteersmanError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The resolved schedule of one run: counts are steps unless named otherwise."""
+
+    batch_size: int
+    n_steps: int
+    lr: float
+    warmup_steps: int
+    decay_steps: int
+    k_aux: int
+    dead_after_steps: int
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate of `step` (from 0) as a share of the peak: linear up, flat, linear down."""
+        up = (step + 1) / self.warmup_steps if self.warmup_steps else 1.0
+        down = (self.n_steps - step) / self.decay_steps if self.decay_steps else 1.0
+        return min(1.0, up, down)
+
+
+def resolve(config: TrainConfig, d_in: int, n_rows: int | None) -> Recipe:
+    """Fill in what `config` leaves open for activations of width d_in and `n_rows` rows to train on (None: endless).
+
+    >>> recipe = resolve(TrainConfig(d_sae=4096, k=32), d_in=64, n_rows=1_000_000)
+    >>> recipe.batch_size, recipe.n_steps, round(recipe.lr, 4)
+    (1024, 976, 0.006)
+    """
+    tokens = config.tokens if config.tokens is not None else n_rows
+    if tokens is None:
+        raise SteersmanError("an endless stream of activations needs --tokens: how many to train on")
+    batch_size = config.batch_size or min(4096, max(512, 1 << round(math.log2(max(1, tokens / 1000)))))
+    batch_size = min(batch_size, tokens) if n_rows is None else min(batch_size, tokens, n_rows)
+    n_steps = tokens // batch_size
+    if batch_size < config.grad_accumulation:
+        raise SteersmanError(f"a batch of {batch_size} rows cannot be split into {config.grad_accumulation} parts")
+    lr = config.lr if config.lr is not None else 0.048 / math.sqrt(d_in) * (1000 / n_steps) ** (1 / 3)
+    dead_after = config.dead_after if config.dead_after is not None else max(n_steps // 100, 10) * batch_size
+    return Recipe(
+        batch_size=batch_size,
+        n_steps=n_steps,
+        lr=min(lr, 0.048 / math.sqrt(d_in) * 2) if config.lr is None else lr,
+        warmup_steps=round(config.warmup * n_steps),
+        decay_steps=round(config.decay * n_steps),
+        k_aux=config.k_aux if config.k_aux is not None else max(1, d_in // 2),
+        dead_after_steps=max(1, math.ceil(dead_after / batch_size)),
+    )
