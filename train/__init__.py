@@ -1,9 +1,11 @@
 """Text to tokens to activations to a store to a trained SAE, on one process or many."""
 
 from steersman.train.batch import ActivationBatch, RowInfo
+from steersman.train.cache import CacheConfig, cache_activations
 from steersman.train.recipe import Recipe, TrainConfig, resolve
 from steersman.train.statistics import ActivationStats
 from steersman.train.store import ActivationStore
+from steersman.train.text import TextSource, open_text
 from steersman.train.trainer import ActivationSource, Trainer, train_sae
 
 __all__ = [
@@ -11,10 +13,14 @@ __all__ = [
     "ActivationSource",
     "ActivationStats",
     "ActivationStore",
+    "CacheConfig",
     "Recipe",
     "RowInfo",
+    "TextSource",
     "TrainConfig",
     "Trainer",
+    "cache_activations",
+    "open_text",
     "resolve",
     "train_sae",
 ]

@@ -64,6 +64,7 @@ class StoreWriter:
         last = manifest.shards[-1].cursor if manifest.shards else None
         self._done_of_batch = last["rows"] if last else 0
         self._finished_rows, self._open_rows = manifest.n_rows, 0
+        self._failed = False
         self._lock: int | None = None
 
     @classmethod
@@ -85,6 +86,8 @@ class StoreWriter:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / MANIFEST).exists():
                 there = Manifest.load(folder)
+                if not there.complete and not there.shards:
+                    there = manifest  # nothing was written yet: there is nothing to be at odds with
                 wanted, found = ({**m.config, "dtype": m.dtype, "hooks": m.hooks} for m in (manifest, there))
                 wanted["model_name"], found["model_name"] = manifest.model_name, there.model_name
                 if difference := differing_fields(found, wanted):
@@ -156,8 +159,11 @@ class StoreWriter:
         `SteersmanError` for a row that is not finite, naming its document and token with `show_token`, unless such
         rows are to be skipped.
         """
+        if self._failed:
+            raise SteersmanError(f"{self.folder}: an earlier write failed; begin again to go on")
         if self.full:
             return
+        self._failed = True  # until all of it is written: half a batch must never become part of a shard
         dtype = DTYPES[self.manifest.dtype][0]
         stored = {hook: activations[hook].to(dtype) for hook in self.manifest.hooks}
         norms = {hook: row_norms(x) for hook, x in stored.items()}
@@ -197,6 +203,7 @@ class StoreWriter:
                 self._cursor = None if cursor is None else {**cursor, "rows": first}
                 if self._open_rows >= self._shard_rows or self.full:
                     self._end_shard()
+        self._failed = False
 
     def _refuse(
         self, hook: str, x: torch.Tensor, token: int, position: int, document: int, show_token: Callable[[int], str]

@@ -1,0 +1,266 @@
+"""Caching: run a model over text once and keep its activations on disk."""
+
+import logging
+import os
+import shutil
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from steersman.errors import SteersmanError
+from steersman.progress import progress
+from steersman.train.capture import CaptureSettings, capture_settings, captured_rows, expected_tokens, show_token
+from steersman.train.from_tensors import check_choices
+from steersman.train.manifest import Manifest
+from steersman.train.shards import DTYPES
+from steersman.train.store import ActivationStore
+from steersman.train.store_writer import ROW_BYTES, StoreWriter
+from steersman.train.text import TextSource, TxtDocuments, open_text
+
+if TYPE_CHECKING:
+    from steersman.lm import LanguageModel
+
+log = logging.getLogger(__name__)
+
+_WRITES_AHEAD = 3
+"""Forward batches that may wait to be written: what bounds the memory of caching, beside the model's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """What to cache, from which text, and where. `steersman cache` takes the same names as flags."""
+
+    hook: str | tuple[str, ...]
+    """Hook point or points, such as blocks.2.hook_resid_post or model.layers.2."""
+    out: str
+    """Folder for the store. An interrupted store is gone on with, a finished one returned, if all else is equal."""
+    model: str | None = None
+    """Folder or hub id of the model; not needed when a loaded model is given."""
+    text: str | None = None
+    """File, folder or dataset id (see `open_text`); not needed when texts are given."""
+    tokens: int | None = 1_000_000
+    """Rows to cache, counted after tokens are left out; None for the whole text."""
+    context_length: int | None = None
+    """Tokens of a context, BOS included; the smaller of 256 and the model's limit if not given."""
+    packing: bool = True
+    """Pack documents into full contexts; otherwise one document a row, cut at context_length."""
+    batch_size: int = 32
+    """Contexts of a forward pass. Part of the store's identity: other shapes round differently."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the activations on disk."""
+    exclude_bos: bool = True
+    """Leave out the rows of BOS, whose norm is often a hundred times that of other tokens."""
+    exclude_eos: bool = False
+    """Leave out the rows of EOS."""
+    exclude_tokens: tuple[int, ...] = ()
+    """Further token ids to leave out."""
+    on_nonfinite: Literal["error", "skip"] = "error"
+    """What to do about rows with NaN or infinity: stop, or leave them out and count them in the manifest."""
+    shard_rows: int = 131_072
+    """Rows of a shard. An interruption loses the unfinished shard."""
+    text_column: str = "text"
+    """Field of .jsonl, .parquet and dataset records that holds the text."""
+    txt_documents: TxtDocuments = "line"
+    """What a document is in .txt files: a line, a paragraph or the file."""
+    streaming: bool = True
+    """Stream a Hugging Face dataset instead of downloading it first."""
+    revision: str | None = None
+    """Revision of the model on the hub."""
+    model_dtype: str | None = None
+    """Type to run the model in; float32 on the CPU and the checkpoint's own elsewhere if not given."""
+    device: str = "auto"
+    """Device to run the model on."""
+    trust_remote_code: bool = False
+    """Let transformers run code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens < 1:
+            raise SteersmanError(f"tokens {self.tokens} must be at least 1; leave it None for the whole text")
+        if self.shard_rows < 1:
+            raise SteersmanError(f"shard_rows {self.shard_rows} must be at least 1")
+        check_choices(self.dtype, self.on_nonfinite)
+
+
+def cache_activations(
+    lm: "LanguageModel | None" = None,
+    texts: Any = None,
+    config: CacheConfig | None = None,
+    **overrides: Any,
+) -> ActivationStore:
+    """Run a model over text and write its activations at one or several hook points to a store.
+
+    Shards are written while the model runs on. When interrupted, the same call goes on after the last finished shard
+    and leaves the same bytes as an uninterrupted one (on the same device and number of threads). Memory does not grow
+    with the number of tokens.
+
+    Args:
+        lm: a loaded model; loaded as `config` says if not given.
+        texts: anything `open_text` takes; `config.text` if not given.
+        config: a `CacheConfig`; may be left out when `overrides` name what it needs.
+        overrides: fields of `CacheConfig`, over those of `config`.
+
+    Raises:
+        SteersmanError: an unknown hook point, no text, a context longer than the model's, too little free disk, a
+            folder that holds something else or a store of another configuration (naming the fields), activations that
+            are not finite (naming document and token), a disk that fills up.
+    """
+    config = _config(config, overrides)
+    if lm is None:
+        from steersman.lm import LanguageModel
+
+        if config.model is None:
+            raise SteersmanError("no model given: pass a loaded one, or set model to a folder or hub id")
+        lm = LanguageModel.load(
+            config.model,
+            dtype=config.model_dtype,
+            device=config.device,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    if texts is None and config.text is None:
+        raise SteersmanError("no text given: pass texts, or set text to a file, folder or dataset id")
+    text = open_text(
+        config.text if texts is None else texts,
+        text_column=config.text_column,
+        streaming=config.streaming,
+        txt_documents=config.txt_documents,
+    )
+    settings = capture_settings(
+        lm,
+        config.hook,
+        context_length=config.context_length,
+        batch_size=config.batch_size,
+        packing=config.packing,
+        exclude_bos=config.exclude_bos,
+        exclude_eos=config.exclude_eos,
+        exclude_tokens=config.exclude_tokens,
+    )
+    out = Path(config.out)
+    writer = StoreWriter.begin(
+        out,
+        _manifest(lm, text, config, settings),
+        shard_rows=config.shard_rows,
+        max_rows=config.tokens,
+        on_nonfinite=config.on_nonfinite,
+    )
+    if not writer.manifest.complete:
+        try:
+            _check_disk(lm, text, config, settings, writer)
+            _fill(writer, lm, text, config, settings)
+            writer.finish()
+        except BaseException:
+            writer.abandon()
+            writer.remove_if_empty()
+            raise
+    return ActivationStore.open(out, verify=False)
+
+
+def _config(config: CacheConfig | None, overrides: Mapping[str, Any]) -> CacheConfig:
+    known = CacheConfig.__dataclass_fields__
+    if unknown := sorted(set(overrides) - set(known)):
+        raise SteersmanError(f"cache_activations has no option {unknown[0]!r}; it has {', '.join(known)}")
+    if config is not None:
+        return replace(config, **overrides)
+    if missing := [name for name in ("hook", "out") if name not in overrides]:
+        raise SteersmanError(f"cache_activations needs {' and '.join(missing)}")
+    if isinstance(overrides["out"], os.PathLike):
+        overrides = {**overrides, "out": os.fspath(overrides["out"])}
+    return CacheConfig(**overrides)
+
+
+def _manifest(lm: "LanguageModel", text: TextSource, config: CacheConfig, settings: CaptureSettings) -> Manifest:
+    """The empty store's manifest; its `config` holds all that decides what the rows are, and nothing else."""
+    content = {
+        "source": "text",
+        "text": text.identity(),
+        "revision": lm.revision,
+        "model_dtype": str(lm.dtype).removeprefix("torch."),
+        "tokens": config.tokens,
+        "context_length": settings.context_length,
+        "packing": settings.packing,
+        "batch_size": settings.batch_size,
+        "excluded_tokens": list(settings.excluded),
+        "shard_rows": config.shard_rows,
+    }
+    hooks = {hook: lm.hook_width(hook) for hook in settings.hooks}
+    return Manifest(model_name=lm.name, dtype=config.dtype, hooks=hooks, config=content)
+
+
+def _check_disk(
+    lm: "LanguageModel", text: TextSource, config: CacheConfig, settings: CaptureSettings, writer: StoreWriter
+) -> None:
+    """Say how large the store will be; `SteersmanError` when the disk has no room for it."""
+    limits = [n for n in (config.tokens, expected_tokens(lm, text, settings)) if n is not None]
+    free = shutil.disk_usage(writer.folder).free
+    if not limits:
+        log.info("the text's length is unknown: %s free for the store at %s", size(free), writer.folder)
+        return
+    row = sum(writer.manifest.hooks.values()) * DTYPES[config.dtype][0].itemsize + ROW_BYTES
+    rows = max(min(limits) - writer.n_rows, 0)
+    needed = rows * row
+    log.info(
+        "caching about %s tokens: %s to write, %s free at %s", f"{rows:,}", size(needed), size(free), writer.folder
+    )
+    if needed > free:
+        raise SteersmanError(
+            f"{writer.folder}: the store needs {size(needed)} more and the disk has {size(free)} free; "
+            "free space, cache fewer tokens, or choose another place"
+        )
+
+
+def size(n_bytes: float) -> str:
+    """Bytes as people read them.
+
+    >>> size(1_536_000_000)
+    '1.5 GB'
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"
+
+
+def _fill(
+    writer: StoreWriter, lm: "LanguageModel", text: TextSource, config: CacheConfig, settings: CaptureSettings
+) -> None:
+    """Run the model until the store is full or the text ends, with a thread that writes meanwhile."""
+    shards = writer.manifest.shards
+    sent = writer.n_rows
+    pending: deque[Future[None]] = deque()
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="steersman-write")
+    bar = progress(desc="caching", total=config.tokens, initial=sent, unit="tok", unit_scale=True)
+    try:
+        with bar, closing(captured_rows(lm, text, settings, shards[-1].cursor if shards else None)) as batches:
+            for rows in batches:
+                append = partial(
+                    writer.append,
+                    rows.activations,
+                    rows.token_ids,
+                    rows.doc_ids,
+                    rows.positions,
+                    cursor=rows.cursor,
+                    show_token=partial(show_token, lm),
+                )
+                pending.append(pool.submit(append))
+                sent += len(rows.token_ids)
+                bar.update(len(rows.token_ids))
+                if config.tokens is not None and sent >= config.tokens:
+                    while pending:  # rows that are not finite may have been skipped: count what is there
+                        pending.popleft().result()
+                    sent = writer.n_rows
+                    if writer.full:
+                        break
+                while len(pending) > _WRITES_AHEAD:
+                    pending.popleft().result()
+            while pending:
+                pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    if config.tokens is not None and not writer.full:
+        log.warning("%s: the text ended after %d of the %d tokens asked for", text.name, writer.n_rows, config.tokens)

@@ -1,0 +1,164 @@
+"""Documents to token contexts: the forward batches of caching and streaming, each with the place where it starts.
+
+Packed, the tokens of all documents follow one another through contexts of one length: BOS at the start of every
+document and of every context, nothing in between, no padding but in the last context. A token can therefore attend to
+the end of the document before its own, as it does in most models' training. Unpacked, each document is one row, cut at the context
+length and padded on the right to the longest row of its batch.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from steersman.errors import SteersmanError
+from steersman.train.text import TextSource
+
+log = logging.getLogger(__name__)
+
+Tokenize = Callable[[list[str]], Sequence[Sequence[int]]]
+
+_DOCUMENTS_AT_ONCE = 64
+"""Documents given to the tokenizer in one call, which it spreads over threads. Does not change what comes out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextBatch:
+    """Token contexts for one forward pass."""
+
+    input_ids: np.ndarray
+    """Token ids [B, S] int64, padded on the right."""
+    lengths: np.ndarray
+    """Number of tokens in each row [B], the rest is padding."""
+    doc_ids: np.ndarray
+    """Number of the document of each token [B, S] int64; -1 at padding."""
+    cursor: Mapping[str, int]
+    """Where in the text the batch starts: document number and token in it. `context_batches` can start there again."""
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no padding."""
+        return bool((self.lengths == self.input_ids.shape[1]).all())
+
+    def attention_mask(self) -> np.ndarray:
+        """1 at tokens and 0 at padding, [B, S] int64."""
+        return (np.arange(self.input_ids.shape[1]) < self.lengths[:, None]).astype(np.int64)
+
+
+def context_batches(
+    text: TextSource,
+    tokenize: Tokenize,
+    *,
+    context_length: int,
+    batch_size: int,
+    packing: bool,
+    bos_id: int | None,
+    pad_id: int,
+    cursor: Mapping[str, int] | None = None,
+) -> Iterator[ContextBatch]:
+    """The contexts of `text` in batches of `batch_size`, from `cursor` (a batch's own) or the first document on.
+
+    `tokenize` gives the ids of texts without special tokens. Batches are the same whatever cursor reading started from.
+    Raises `SteersmanError` when a text read from its start has no tokens at all.
+    """
+    place = {"document": 0, "token": 0} if cursor is None else cursor
+    documents = _tokenized(text, tokenize, place["document"], bos_id)
+    builder = _Builder(context_length, batch_size, bos_id, pad_id, place)
+    batches = builder.packed(documents) if packing else builder.one_a_row(documents)
+    first = next(batches, None)
+    if first is None:
+        if cursor is None:
+            raise SteersmanError(f"{text.name}: no document has any text in it")
+        return
+    yield first
+    yield from batches
+
+
+def _tokenized(
+    text: TextSource, tokenize: Tokenize, start: int, bos_id: int | None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(document number, token ids) of the documents that have any. A BOS written in the text itself is taken off."""
+    documents = text.documents(start)
+    number, empty = start, 0
+    while texts := list(islice(documents, _DOCUMENTS_AT_ONCE)):
+        for ids in tokenize(texts):
+            ids = ids[1:] if len(ids) and ids[0] == bos_id else ids
+            if len(ids):
+                yield number, np.asarray(ids, dtype=np.int64)
+            else:
+                empty += 1
+            number += 1
+    if empty:
+        log.warning("%s: %d documents are empty and were passed over", text.name, empty)
+
+
+class _Builder:
+    """Fills rows of token ids and hands out a batch when all of them are full."""
+
+    def __init__(
+        self, context_length: int, batch_size: int, bos_id: int | None, pad_id: int, cursor: Mapping[str, int]
+    ) -> None:
+        self._shape = (batch_size, context_length)
+        self._prefix = [] if bos_id is None else [bos_id]
+        self._pad_id = pad_id
+        self._clear(cursor)
+
+    def _clear(self, cursor: Mapping[str, int]) -> None:
+        self._ids = np.full(self._shape, self._pad_id, dtype=np.int64)
+        self._docs = np.full(self._shape, -1, dtype=np.int64)
+        self._lengths = np.zeros(self._shape[0], dtype=np.int64)
+        self._row = 0
+        self._cursor = dict(cursor)
+
+    def _put(self, document: int, ids: Sequence[int] | np.ndarray) -> int:
+        """Write as many of `ids` as fit in the present row; returns how many."""
+        column = int(self._lengths[self._row])
+        n = min(len(ids), self._shape[1] - column)
+        self._ids[self._row, column : column + n] = ids[:n]
+        self._docs[self._row, column : column + n] = document
+        self._lengths[self._row] += n
+        return n
+
+    def _batch(self, n_rows: int, cursor: Mapping[str, int]) -> ContextBatch:
+        lengths = self._lengths[:n_rows]
+        longest = int(lengths.max())
+        batch = ContextBatch(
+            input_ids=self._ids[:n_rows, :longest],
+            lengths=lengths,
+            doc_ids=self._docs[:n_rows, :longest],
+            cursor=self._cursor,
+        )
+        self._clear(cursor)
+        return batch
+
+    def packed(self, documents: Iterator[tuple[int, np.ndarray]]) -> Iterator[ContextBatch]:
+        for number, tokens in documents:
+            at = self._cursor["token"] if number == self._cursor["document"] and not self._lengths.any() else 0
+            at_start = at == 0
+            while at < len(tokens):
+                if at_start or not self._lengths[self._row]:
+                    self._put(number, self._prefix)
+                    at_start = False
+                n = self._put(number, tokens[at:])
+                at_start = n == 0 and at == 0  # BOS took the row's last place: the document starts in the next row
+                at += n
+                if self._lengths[self._row] == self._shape[1]:
+                    self._row += 1
+                if self._row == self._shape[0]:
+                    done = at >= len(tokens)
+                    yield self._batch(self._row, {"document": number + done, "token": 0 if done else at})
+        rows = int((self._lengths > 0).sum())
+        if rows:
+            yield self._batch(rows, self._cursor)
+
+    def one_a_row(self, documents: Iterator[tuple[int, np.ndarray]]) -> Iterator[ContextBatch]:
+        for number, tokens in documents:
+            self._put(number, self._prefix)
+            self._put(number, tokens)
+            self._row += 1
+            if self._row == self._shape[0]:
+                yield self._batch(self._row, {"document": number + 1, "token": 0})
+        if self._row:
+            yield self._batch(self._row, self._cursor)
