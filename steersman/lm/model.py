@@ -21,6 +21,11 @@ class _PassDone(Exception):
     """Ends a pass after the last hook point that was asked for; never leaves `LanguageModel.capture`."""
 
 
+def _plain_name(name: str) -> str:
+    plain = name.rstrip("/").rpartition("/")[2].lower()
+    return {"gpt2-small": "gpt2"}.get(plain, plain)
+
+
 class LanguageModel:
     """A transformers model (decoder, or encoder for capture) and its tokenizer.
 
@@ -127,6 +132,14 @@ class LanguageModel:
         return (
             f"LanguageModel({self.name!r}, {self.n_layers} layers, d_model={self.d_model}, {self.dtype}, {self.device})"
         )
+
+    def matches(self, model_name: str) -> bool:
+        """Whether `model_name`, as an SAE or a store recorded it, means this model; an empty name matches any.
+
+        Folders and organisations are left out of the comparison, so that `google/gemma-2-2b`, `gemma-2-2b` and
+        `models/gemma-2-2b` are one, as is TransformerLens's `gpt2-small` and the hub's `gpt2`.
+        """
+        return not model_name or _plain_name(model_name) == _plain_name(self.name)
 
     # Hook points
 

@@ -1,0 +1,198 @@
+"""`Steerer`: opens the contexts in which a language model runs steered.
+
+The main path: a context resolves its hook points and builds its edit once; in every pass the clock says where the
+pass stands, the scope picks the tokens, the edit changes them, the trace notes them.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel, Pass
+from steersman.sae import SAE
+from steersman.steer.edits import Edit, FeatureEdit, VectorEdit
+from steersman.steer.report import EditReport, Meter
+from steersman.steer.scope import Scope
+from steersman.steer.trace import Trace
+
+
+class Steering:
+    """One steered stretch of work: a context manager with a `trace`, and with a `report()` when it measures.
+
+    A context can be entered again after it has closed; the trace and the report then start anew.
+    """
+
+    def __init__(self, lm: LanguageModel, edits: Mapping[str, Edit], scope: Scope, meter: Meter | None = None) -> None:
+        self.lm = lm
+        self.edits = {lm.resolve_hook(hook): edit for hook, edit in edits.items()}
+        self.scope = scope
+        self.trace = Trace()
+        self._meter = meter
+        self._stack: ExitStack | None = None
+
+    def __enter__(self) -> "Steering":
+        if self._stack is not None:
+            raise SteersmanError("this steering context is already open: make a second one to nest it")
+        self.trace = Trace()
+        if self._meter is not None:
+            self._meter.reset()
+        with ExitStack() as stack:  # an edit that cannot attach takes the earlier ones with it
+            for hook, edit in self.edits.items():
+                stack.enter_context(self.lm.edit(hook, self._runner(edit)))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+    def _runner(self, edit: Edit) -> Any:
+        scope, idle, mixed = self.scope, not bool(edit.active.any()), not bool(edit.active.all())
+
+        def run(h: Tensor, now: Pass) -> Tensor:
+            if edit.rows > 1:
+                now.row_index(edit.rows)  # a wrong number of rows is an error even where nothing would be steered
+            where = False if idle else scope.select(now)
+            if isinstance(where, bool) and not where:
+                return h
+            if mixed:
+                rows = edit.expand(edit.active.to(now.device), now)[:, None]
+                where = rows.expand(now.batch, now.length) if isinstance(where, bool) else where & rows
+            new = edit.apply(h, now, where)
+            self.trace.record(now, where)
+            if self._meter is not None:
+                self._meter.record(h, new, now, where)
+            return new
+
+        return run
+
+    def report(self) -> EditReport:
+        """What the edit achieved so far: see `EditReport`. Only for features opened with `measure=True`."""
+        if self._meter is None:
+            raise SteersmanError("nothing was measured: open the context with measure=True")
+        return self._meter.report()
+
+
+class Steerer:
+    """Steers a `LanguageModel` by features of an SAE or by vectors.
+
+    Every parameter may differ per row of the batch: pass one entry per prompt. Beams and `num_return_sequences`
+    share their prompt's. Contexts nest and apply in the order they were entered.
+    """
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+
+    def features(
+        self,
+        sae: SAE,
+        features: Mapping[int, float] | Sequence[Mapping[int, float]],
+        *,
+        mode: str = "add",
+        units: str = "raw",
+        scope: Any = "all",
+        gate: Any = 1.0,
+        hook: str | None = None,
+        include_bos: bool = False,
+        measure: bool = False,
+    ) -> Steering:
+        """Edit features by id: `{id: strength}` for all rows, or a list of those with one per row.
+
+        `mode` is one of the five of `steersman.steer.edits`. `units`: `raw` activation units; `max_act`, multiples of
+        the feature's largest activation in training; `norm_frac`, such that strength times |d_j| is this share of the
+        median |h|. `scope` as for `Scope.of`; `gate` (a number or [B]) multiplies what the edit would change. `hook`
+        is needed only for an SAE that records none. `measure` also encodes each steered state before and after the
+        edit, for `report()`.
+
+        Raises SteersmanError for a feature id out of range, a dead feature in `max_act` units, an SAE without the
+        statistics its units need, and an SAE of another model, hook point or width.
+        """
+        where = self._hook_of(sae, hook)
+        edit = FeatureEdit(sae, features, mode=mode, units=units, gate=gate)
+        meter = Meter(edit) if measure else None
+        return Steering(self.lm, {where: edit}, Scope.of(scope, include_bos=include_bos), meter)
+
+    def vector(
+        self,
+        vector: Any,
+        *,
+        scale: Any = 1.0,
+        hook: str | None = None,
+        scope: Any = "all",
+        gate: Any = 1.0,
+        include_bos: bool = False,
+    ) -> Steering:
+        """Add `scale` times a vector: a tensor [D] or [B, D] with `hook`, a mapping {hook: tensor}, or an object with
+        `hook_name` and `vector` (and `model_name`).
+
+        `scale` and `gate` are a number or [B]: `scale=[0, 2, 4]` on three copies of a prompt is a dose-response curve
+        in one batch. Raises SteersmanError for a vector of another model, hook point or width, and for one that is
+        not finite.
+        """
+        edits = {}
+        for name, v in self._vectors(vector, hook).items():
+            v = torch.as_tensor(v).to(self.lm.device)
+            width = self.lm.hook_width(name)
+            if v.shape[-1:] != (width,):
+                raise SteersmanError(
+                    f"a vector of shape {tuple(v.shape)} does not fit {name} of {self.lm.name}: width {width}"
+                )
+            edits[name] = VectorEdit(v if v.is_floating_point() else v.float(), scale, gate)
+        return Steering(self.lm, edits, Scope.of(scope, include_bos=include_bos))
+
+    def measure(
+        self,
+        sae: SAE,
+        features: Mapping[int, float] | Sequence[Mapping[int, float]],
+        texts: str | Sequence[str],
+        **options: Any,
+    ) -> EditReport:
+        """What `features(sae, features, **options)` would achieve on `texts`, from one pass over them."""
+        batch = self.lm.encode([texts] if isinstance(texts, str) else texts)
+        with self.features(sae, features, measure=True, **options) as steering:
+            self.lm.logits(batch.input_ids, batch.attention_mask)
+        return steering.report()
+
+    def _hook_of(self, sae: SAE, hook: str | None) -> str:
+        """The hook point an SAE belongs to, after checking that it fits this model."""
+        recorded, model_name = sae.cfg.hook_name, sae.cfg.model_name
+        if not self.lm.matches(model_name):
+            raise SteersmanError(f"this SAE was trained on {model_name!r}, the model is {self.lm.name!r}")
+        if not recorded and hook is None:
+            raise SteersmanError("this SAE records no hook point: name the one it was trained at with hook=")
+        name = self.lm.resolve_hook(hook or recorded)
+        if recorded and self.lm.resolve_hook(recorded) != name:
+            raise SteersmanError(f"this SAE was trained at {recorded!r}, not at {name!r}")
+        width = self.lm.hook_width(name)
+        if sae.cfg.d_in != width:
+            raise SteersmanError(
+                f"this SAE ({model_name or 'model unknown'}, {recorded or 'hook unknown'}) has d_in {sae.cfg.d_in}, "
+                f"but {name} of {self.lm.name} has width {width}"
+            )
+        return name
+
+    def _vectors(self, vector: Any, hook: str | None) -> dict[str, Any]:
+        if isinstance(vector, Mapping):
+            if hook is not None:
+                raise SteersmanError("a mapping of vectors names its own hook points: leave out hook=")
+            return {self.lm.resolve_hook(name): v for name, v in vector.items()}
+        if isinstance(vector, Tensor | list | tuple):
+            if hook is None:
+                raise SteersmanError("name the hook point of the vector with hook=, such as 'blocks.2.hook_resid_post'")
+            return {self.lm.resolve_hook(hook): vector}
+        if not hasattr(vector, "hook_name") or not hasattr(vector, "vector"):
+            raise SteersmanError(
+                f"a vector is a tensor, a mapping of them, or has .hook_name and .vector; got {vector!r}"
+            )
+        model_name = getattr(vector, "model_name", "") or ""
+        if not self.lm.matches(model_name):
+            raise SteersmanError(f"this vector was made for {model_name!r}, the model is {self.lm.name!r}")
+        name = self.lm.resolve_hook(vector.hook_name)
+        if hook is not None and self.lm.resolve_hook(hook) != name:
+            raise SteersmanError(f"this vector was made at {vector.hook_name!r}, not at {hook!r}")
+        return {name: vector.vector}
