@@ -61,14 +61,18 @@ def save(sae: SAE, path: Path) -> None:
     if threshold is not None:
         tensors["threshold"] = threshold.expand(cfg.d_sae).contiguous()
     write_atomically(path / WEIGHTS, lambda temporary: save_file(tensors, temporary))
-    stats = sae.feature_stats
-    if stats is None:
+    if sae.feature_stats is None:
         (path / STATS).unlink(missing_ok=True)
     else:
-        arrays = {name: getattr(stats, name).contiguous() for name in ("max_act", "density", "mean_act")}
-        header = {"n_tokens": str(stats.n_tokens), "median_norm": repr(stats.median_norm)}
-        write_atomically(path / STATS, lambda temporary: save_file(arrays, temporary, metadata=header))
+        save_statistics(sae.feature_stats, path)
     write_json(path / CONFIG, _config_to_json(cfg))
+
+
+def save_statistics(stats: FeatureStats, path: Path) -> None:
+    """Write the feature statistics into the SAE folder `path`."""
+    arrays = {name: getattr(stats, name).contiguous() for name in ("max_act", "density", "mean_act")}
+    header = {"n_tokens": str(stats.n_tokens), "median_norm": repr(stats.median_norm)}
+    write_atomically(path / STATS, lambda temporary: save_file(arrays, temporary, metadata=header))
 
 
 def _config_to_json(cfg: SAEConfig) -> dict[str, Any]:

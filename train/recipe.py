@@ -34,7 +34,7 @@ class TrainConfig:
     batch_size: int | None = None
     """Rows a step; None: a power of two between 512 and 4096 that leaves about 1000 steps."""
     lr: float | None = None
-    """Peak learning rate of Adam for the weights; None: 0.048 / sqrt(d_in) * (1000 / steps)^(1/3)."""
+    """Peak learning rate of Adam for the weights; None: 0.05 / sqrt(d_in) * (1000 / steps)^(1/3)."""
     bias_lr_ratio: float = 3.0
     """Learning rate of the biases, in units of `lr`."""
     warmup: float = 0.02
@@ -129,12 +129,12 @@ def resolve(config: TrainConfig, d_in: int, n_rows: int | None) -> Recipe:
     n_steps = tokens // batch_size
     if batch_size < config.grad_accumulation:
         raise SteersmanError(f"a batch of {batch_size} rows cannot be split into {config.grad_accumulation} parts")
-    lr = config.lr if config.lr is not None else 0.048 / math.sqrt(d_in) * (1000 / n_steps) ** (1 / 3)
+    lr = config.lr if config.lr is not None else 0.05 / math.sqrt(d_in) * (1000 / n_steps) ** (1 / 3)
     dead_after = config.dead_after if config.dead_after is not None else max(n_steps // 100, 10) * batch_size
     return Recipe(
         batch_size=batch_size,
         n_steps=n_steps,
-        lr=min(lr, 0.048 / math.sqrt(d_in) * 2) if config.lr is None else lr,
+        lr=min(lr, 0.05 / math.sqrt(d_in) * 2) if config.lr is None else lr,
         warmup_steps=round(config.warmup * n_steps),
         decay_steps=round(config.decay * n_steps),
         k_aux=config.k_aux if config.k_aux is not None else max(1, d_in // 2),

@@ -1,0 +1,142 @@
+"""What each feature does on a set of tokens: density, activation levels and the tokens it fires on most.
+
+One pass over the activations; memory depends on the number of features, not of tokens.
+
+Shape letters: N tokens of a batch, L latents, K active latents a token, M kept examples a feature.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steersman.sae.base import SAE, SparseCode
+from steersman.sae.stats import FeatureStats
+
+_BINS_PER_OCTAVE, _OCTAVES = 16, 16
+_LOWEST = -10  # log2 of the smallest activation told apart, in units of the median |x| / sqrt(d_in)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSummary:
+    """Summary of every feature over `stats.n_tokens` tokens. L latents, M examples a feature."""
+
+    stats: FeatureStats
+    """Density, largest and mean activation."""
+    p999: Tensor
+    """[L] fp32: 99.9th percentile of the activations over the tokens where the feature is active, from a histogram with
+    16 bins an octave (so within 4.4 %); 0 for a dead feature."""
+    example_values: Tensor
+    """[L, M] fp32: the largest activations, largest first; 0 where there are fewer."""
+    example_rows: Tensor
+    """[L, M] int64: the store's rows they are on; -1 where there are fewer."""
+
+
+class TopExamples:
+    """The M largest activations of every feature and the rows they are on."""
+
+    def __init__(self, n_latents: int, n_examples: int, device: torch.device):
+        self.values = torch.zeros(n_latents, n_examples, device=device)
+        self.rows = torch.full((n_latents, n_examples), -1, dtype=torch.int64, device=device)
+
+    def add(self, code: SparseCode, rows: Tensor) -> None:
+        """Merge in the code [N, K] of the tokens at `rows` [N]."""
+        M = self.values.shape[1]
+        active = code.values > 0
+        values, latents = code.values[active], code.indices[active]
+        rows = rows[:, None].expand_as(code.indices)[active]
+        # Only what beats a feature's smallest kept value can matter: after the first batches, almost nothing.
+        better = values > self.values[latents, -1]
+        values, latents, rows = values[better], latents[better], rows[better]
+        order = torch.argsort(values, descending=True, stable=True)
+        order = order[torch.argsort(latents[order], stable=True)]
+        values, latents, rows = values[order], latents[order], rows[order]
+        touched, counts = torch.unique_consecutive(latents, return_counts=True)
+        starts = counts.cumsum(0) - counts
+        rank = torch.arange(len(latents), device=latents.device) - starts.repeat_interleave(counts)
+        kept = rank < M
+        place = torch.searchsorted(touched, latents[kept])
+        new_values = torch.zeros(len(touched), M, device=values.device)
+        new_rows = torch.full((len(touched), M), -1, dtype=torch.int64, device=values.device)
+        new_values[place, rank[kept]] = values[kept]
+        new_rows[place, rank[kept]] = rows[kept]
+        all_values = torch.cat([self.values[touched], new_values], dim=1)
+        all_rows = torch.cat([self.rows[touched], new_rows], dim=1)
+        best = torch.sort(all_values, dim=1, descending=True, stable=True)
+        self.values[touched] = best.values[:, :M]
+        self.rows[touched] = all_rows.gather(1, best.indices[:, :M])
+
+
+class Levels:
+    """A histogram of every feature's activations on a logarithmic scale."""
+
+    def __init__(self, n_latents: int, unit: float, device: torch.device):
+        self.unit = unit
+        self.n_bins = _BINS_PER_OCTAVE * _OCTAVES
+        self.counts = torch.zeros(n_latents * self.n_bins, dtype=torch.int32, device=device)
+
+    def add(self, code: SparseCode) -> None:
+        active = code.values > 0
+        values, latents = code.values[active], code.indices[active]
+        level = ((values / self.unit).log2() - _LOWEST) * _BINS_PER_OCTAVE
+        bins = level.floor().clamp(0, self.n_bins - 1).long()
+        self.counts.scatter_add_(0, latents * self.n_bins + bins, torch.ones_like(bins, dtype=torch.int32))
+
+    def percentile(self, share: float, largest: Tensor) -> Tensor:
+        """[L]: the upper edge of the bin that holds the percentile, at most the largest activation seen."""
+        counts = self.counts.view(-1, self.n_bins).long()
+        total = counts.sum(dim=1, keepdim=True)
+        reached = counts.cumsum(dim=1) >= (share * total).ceil().clamp_min(1)
+        edge = torch.exp2((reached.int().argmax(dim=1) + 1) / _BINS_PER_OCTAVE + _LOWEST) * self.unit
+        return torch.where(total[:, 0] > 0, torch.minimum(edge, largest), torch.zeros_like(largest))
+
+
+class Rows(NamedTuple):
+    """Some tokens: their activations x [N, D] and their row numbers [N] in the store."""
+
+    x: Tensor
+    rows: Tensor
+
+
+@torch.no_grad()
+def summarize_features(
+    sae: SAE, batches: Iterable[Rows], median_norm: float, n_examples: int = 30
+) -> FeatureSummary:
+    """Statistics and the largest activations of every feature, in one pass over `batches`.
+
+    >>> from steersman.sae import SAEConfig
+    >>> sae = SAE(SAEConfig(d_in=4, d_sae=8, k=2))
+    >>> batches = [Rows(torch.randn(20, 4), torch.arange(20))]
+    >>> summarize_features(sae, batches, median_norm=2.0, n_examples=3).example_rows.shape
+    torch.Size([8, 3])
+    """
+    L, device = sae.cfg.d_sae, sae.device
+    examples = TopExamples(L, n_examples, device)
+    levels = Levels(L, median_norm / sae.cfg.d_in**0.5, device)
+    total = torch.zeros(L, dtype=torch.float64, device=device)
+    counts = torch.zeros(L, dtype=torch.float64, device=device)
+    n_tokens = 0
+    for x, rows in batches:
+        code = sae.encode_sparse(x.to(device))
+        flat = code.indices.flatten()
+        total.scatter_add_(0, flat, code.values.flatten().double())
+        counts.scatter_add_(0, flat, (code.values > 0).flatten().double())
+        levels.add(code)
+        examples.add(code, rows.to(device))
+        n_tokens += len(x)
+    largest = examples.values[:, 0]
+    stats = FeatureStats(
+        max_act=largest.cpu(),
+        density=(counts / max(1, n_tokens)).float().cpu(),
+        mean_act=(total / counts.clamp_min(1)).float().cpu(),
+        n_tokens=n_tokens,
+        median_norm=median_norm,
+    )
+    return FeatureSummary(
+        stats=stats,
+        p999=levels.percentile(0.999, largest).cpu(),
+        example_values=examples.values.cpu(),
+        example_rows=examples.rows.cpu(),
+    )

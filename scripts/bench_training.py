@@ -1,0 +1,120 @@
+"""Time one training step against eai-sparsify's, on the same data, in turn, in one process.
+
+Run it in an environment with the `peers` extra: `pip install steersman[peers]`.
+
+    python scripts/bench_training.py --d-sae 4096 16384 --steps 20
+
+Both steps read the same batches and do what their trainers do for a batch already in memory: forward, backward,
+projection of the decoder's gradient, an Adam step, decoder normalisation, dead-feature counters.
+"""
+
+import json
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+
+import torch
+import tyro
+
+from steersman.sae import SAEConfig
+from steersman.train import ActivationStats, TrainConfig, Trainer, resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    batch_size: int = 4096
+    """Tokens a step."""
+    d_sae: tuple[int, ...] = (4096,)
+    """Numbers of features to time."""
+    d_in: int = 384
+    """Width."""
+    k: int = 32
+    """Active features."""
+    steps: int = 15
+    """Timed steps of each library, after three that are not."""
+    threads: int = 0
+    """Threads of PyTorch; 0 leaves its default."""
+    out: Path | None = None
+    """Also write the rows to this JSON file."""
+
+
+def our_step(args: Args, d_sae: int, x: torch.Tensor) -> Any:
+    config = TrainConfig(d_sae=d_sae, k=args.k, batch_size=args.batch_size, device="cpu")
+    squared = float(x.square().sum(dim=1).mean())
+    norms = x.norm(dim=1)
+    stats = ActivationStats(
+        mean=x.mean(dim=0),
+        mean_norm=float(norms.mean()),
+        median_norm=float(norms.median()),
+        mean_squared_norm=squared,
+        n_rows=len(x),
+    )
+    # A long run, so that no warm-up or decay falls into what is timed.
+    recipe = replace(resolve(config, args.d_in, 10_000_000), warmup_steps=0)
+    trainer = Trainer(config, recipe, stats, SAEConfig(d_in=args.d_in, d_sae=d_sae, k=args.k))
+    trainer.fit_encoder_scale(x)
+    return trainer.step
+
+
+def sparsify_step(args: Args, d_sae: int, x: torch.Tensor) -> Any:
+    from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
+
+    sae = SparseCoder(args.d_in, SparseCoderConfig(num_latents=d_sae, k=args.k))
+    sae.b_dec.data = x.mean(0)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+    since_fired = torch.zeros(d_sae, dtype=torch.long)
+
+    def step(x: torch.Tensor) -> None:
+        sae.set_decoder_norm_to_unit_norm()
+        out = sae(x, x)
+        out.fvu.backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+        fired = torch.zeros(d_sae, dtype=torch.bool)
+        fired[out.latent_indices.flatten()] = True
+        since_fired.add_(len(x))
+        since_fired[fired] = 0
+
+    return step
+
+
+def main(args: Args) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = []
+    for d_sae in args.d_sae:
+        torch.manual_seed(0)
+        # A mixture of sparse directions, so that the code is used as it is on real activations.
+        atoms = torch.nn.functional.normalize(torch.randn(2 * args.d_in, args.d_in), dim=1)
+        active = torch.rand(3, args.batch_size, len(atoms)).topk(16, dim=2).indices
+        batches = torch.stack([atoms[a].sum(dim=1) for a in active]) + 0.05 * torch.randn(3, args.batch_size, args.d_in)
+        steps = {"steersman": our_step(args, d_sae, batches[0]), "eai-sparsify": sparsify_step(args, d_sae, batches[0])}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for i in range(args.steps + 3):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step(batches[i % 3])
+                if i >= 3:
+                    times[name].append(time.perf_counter() - start)
+        ratio = statistics.median(b / a for a, b in zip(times["steersman"], times["eai-sparsify"]))
+        row: dict[str, Any] = {"d_sae": d_sae, "d_in": args.d_in, "k": args.k, "batch_size": args.batch_size}
+        row |= {f"{name} ms": 1e3 * statistics.median(t) for name, t in times.items()}
+        rows.append(row | {"ratio": ratio, "threads": torch.get_num_threads(), "torch": torch.__version__})
+        print(
+            "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in rows[-1].items()
+            )
+        )
+    if args.out is not None:
+        args.out.write_text(json.dumps({"args": asdict(args) | {"out": None}, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

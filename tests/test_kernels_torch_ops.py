@@ -1,0 +1,140 @@
+"""The fast PyTorch kernels against the reference, over odd shapes and adversarial rows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from steersman.kernels import reference, torch_ops
+
+
+def weights(N: int, L: int, D: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(N, D, generator=g),
+        torch.randn(L, D, generator=g),
+        torch.randn(L, generator=g),
+        torch.randn(D, generator=g),
+    )
+
+
+def assert_same_code(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
+    assert got[0].dtype == torch.float32
+    assert got[1].dtype == torch.int32
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[1], want[1]), f"first differing rows: {(got[1] != want[1]).any(1).nonzero()[:5].flatten()}"
+
+
+@pytest.mark.parametrize(
+    ("N", "L", "D", "k"),
+    [(1, 1, 1, 1), (1, 513, 7, 5), (37, 1000, 33, 16), (65, 4099, 24, 32), (8, 16, 4, 16), (300, 777, 12, 1)],
+)
+def test_topk_encode_equals_the_reference(N: int, L: int, D: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_ops, "BLOCK_BYTES", 4 * L * 13)  # several blocks, the last one not full
+    x, W, b_enc, b_dec = weights(N, L, D)
+    assert_same_code(torch_ops.topk_encode(x, W, b_enc, k, b_dec), reference.topk_encode(x, W, b_enc, k, b_dec))
+
+
+def adversarial(name: str, L: int) -> Tensor:
+    g = torch.Generator().manual_seed(1)
+    Z = torch.randn(6, L, generator=g)
+    if name == "all equal":
+        return torch.ones(6, L)
+    if name == "all negative":
+        return -Z.abs() - 1
+    if name == "few positive":
+        return torch.where(torch.arange(L) % 100 == 7, Z.abs() + 1, -Z.abs())
+    if name == "ties across the boundary":
+        return Z.mul(4).round()
+    if name == "one hot group":
+        Z[:, : L // 8] += 100
+        return Z
+    if name == "infinite":
+        Z[:, 3] = float("inf")
+        Z[:, 9] = float("inf")
+        return Z
+    raise ValueError(name)
+
+
+@pytest.mark.parametrize("select", [torch_ops._select_checked, torch_ops._select_branch_free])
+@pytest.mark.parametrize("L", [64, 1000, 4096])
+@pytest.mark.parametrize(
+    "name", ["all equal", "all negative", "few positive", "ties across the boundary", "one hot group", "infinite"]
+)
+def test_selection_is_exact_on_adversarial_rows(name: str, L: int, select) -> None:
+    Z, k = adversarial(name, L), 16
+    values, indices = torch.sort(Z, dim=1, descending=True, stable=True)
+    assert_same_code(select(Z, k), (values[:, :k], indices[:, :k].int()))
+
+
+@pytest.mark.parametrize("select", [torch_ops._select_checked, torch_ops._select_branch_free])
+def test_a_row_with_nan_says_nan_and_leaves_other_rows_alone(select) -> None:
+    Z = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+    clean = select(Z.clone(), 8)
+    Z[1, 100] = float("nan")
+    values, indices = select(Z, 8)
+    assert values[1].isnan().any()
+    for row in (0, 2, 3):
+        assert torch.equal(values[row], clean[0][row])
+        assert torch.equal(indices[row], clean[1][row])
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_selection_is_exact_on_rows_full_of_ties(data: st.DataObject) -> None:
+    L = data.draw(st.integers(1, 300))
+    k = data.draw(st.integers(1, L))
+    levels = data.draw(st.integers(1, 6))
+    seed = data.draw(st.integers(0, 10_000))
+    Z = torch.randint(-levels, levels + 1, (5, L), generator=torch.Generator().manual_seed(seed)).float()
+    values, indices = torch.sort(Z, dim=1, descending=True, stable=True)
+    for select in (torch_ops._select_checked, torch_ops._select_branch_free):
+        assert_same_code(select(Z, k), (values[:, :k], indices[:, :k].int()))
+
+
+@pytest.mark.parametrize(("N", "L", "k"), [(40, 96, 3), (7, 12, 12), (64, 300, 1)])
+@pytest.mark.parametrize("concentrated", [False, True])
+def test_batch_topk_equals_the_reference(N: int, L: int, k: int, concentrated: bool) -> None:
+    x, W, b_enc, b_dec = weights(N, L, 9)
+    if concentrated:  # one token takes far more than its share, so the proposals must be widened
+        x[0] *= 50
+    values, indices, smallest = torch_ops.batch_topk_encode(x, W, b_enc, k, b_dec)
+    code, want_smallest = reference.batch_topk_encode(x, W, b_enc, k, b_dec)
+    dense = torch.zeros(N, L).scatter_add_(1, indices.long(), values)
+    torch.testing.assert_close(dense, code, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(smallest, want_smallest, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [torch.tensor(0.5), torch.linspace(-2, 2, 50)])
+def test_threshold_encode_equals_the_reference(threshold: Tensor) -> None:
+    x, W, b_enc, b_dec = weights(20, 50, 8)
+    got = torch_ops.threshold_encode(x, W, b_enc, threshold, b_dec)
+    torch.testing.assert_close(got, reference.threshold_encode(x, W, b_enc, threshold, b_dec))
+
+
+@pytest.mark.parametrize(("N", "L", "D", "K"), [(1, 3, 2, 1), (33, 100, 17, 5), (16, 40000, 8, 4)])
+def test_decode_and_gradient_pieces_equal_the_reference(N: int, L: int, D: int, K: int) -> None:
+    x, W, _, b_dec = weights(N, L, D)
+    g = torch.Generator().manual_seed(2)
+    values = torch.randn(N, K, generator=g)
+    indices = torch.stack([torch.randperm(min(L, 1000), generator=g)[:K] for _ in range(N)]).int()
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(
+        torch_ops.sparse_decode(values, indices, W, b_dec), reference.sparse_decode(values, indices, W, b_dec), **close
+    )
+    torch.testing.assert_close(
+        torch_ops.value_gradient(x, W, indices), reference.value_gradient(x, W, indices), **close
+    )
+    order = torch_ops.LatentOrder(indices, L)
+    torch.testing.assert_close(order.scatter_rows(values, x), reference.scatter_rows(values, x, indices, L), **close)
+    want = torch.zeros(L).scatter_add_(0, indices.flatten().long(), values.flatten())
+    torch.testing.assert_close(order.scatter(values), want, **close)
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    x, W, b_enc, b_dec = weights(200, 512, 32)
+    first, second = (torch_ops.topk_encode(x, W, b_enc, 16, b_dec) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    rows = [torch_ops.LatentOrder(c[1], 512).scatter_rows(c[0], x) for c in (first, second)]
+    assert torch.equal(rows[0], rows[1])

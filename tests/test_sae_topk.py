@@ -1,0 +1,41 @@
+"""The AuxK loss against its definition, and where its gradient goes."""
+
+import torch
+from helpers import make_sae
+
+from steersman.sae import auxk_loss
+
+
+def test_auxk_equals_brute_force() -> None:
+    sae = make_sae()
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
+    residual = torch.randn(20, 8, generator=torch.Generator().manual_seed(2))
+    candidates = torch.tensor([3, 60, 7, 9, 11])
+    alive = torch.tensor([False, True, False, False, True])
+    got = auxk_loss(sae, x, residual, candidates, alive, k_aux=2)
+    dead = candidates[~alive]
+    Z = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc)[:, dead]
+    kept = torch.zeros_like(Z).scatter(1, Z.topk(2).indices, 1.0)
+    want = (((Z * kept).relu() @ sae.W_dec[dead]) - residual).square().sum()
+    torch.testing.assert_close(got, want)
+
+
+def test_auxk_trains_dead_features_alone() -> None:
+    sae = make_sae()
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
+    candidates, alive = torch.tensor([3, 60, 7]), torch.tensor([False, True, False])
+    residual = (x - sae(x)).requires_grad_()
+    auxk_loss(sae, x, residual, candidates, alive, k_aux=2).backward()
+    assert residual.grad is None, "the residual is the target, not something to train"
+    for parameter in (sae.W_enc.grad, sae.W_dec.grad, sae.b_enc.grad):
+        assert parameter is not None
+        rows = parameter.T if parameter.shape == (8, 64) else parameter
+        touched = rows.reshape(64, -1).abs().sum(dim=1).nonzero().flatten().tolist()
+        assert set(touched) == {3, 7}
+
+
+def test_more_places_than_dead_features() -> None:
+    sae = make_sae()
+    x = torch.randn(5, 8)
+    loss = auxk_loss(sae, x, x, torch.tensor([1, 2]), torch.tensor([True, True]), k_aux=10)
+    torch.testing.assert_close(loss, x.square().sum())

@@ -1,0 +1,267 @@
+"""Training: it learns, it resumes exactly, and it refuses what cannot work."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from steersman.errors import SteersmanError
+from steersman.sae import SAE, SAEConfig
+from steersman.sae.metrics import measure_reconstruction
+from steersman.train import ActivationStore, TrainConfig, Trainer, resolve, train_sae
+
+
+def mixture(n: int, d_in: int = 16, atoms: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Sparse mixtures of planted unit vectors: rows [n, d_in] by `seed`, and the one dictionary [atoms, d_in]."""
+    g = torch.Generator().manual_seed(seed)
+    fixed = torch.Generator().manual_seed(0)
+    dictionary = torch.nn.functional.normalize(torch.randn(atoms, d_in, generator=fixed), dim=1)
+    active = torch.rand(n, atoms, generator=g).topk(3, dim=1).indices
+    strength = torch.rand(n, 3, generator=g) + 0.5
+    return (dictionary[active] * strength[..., None]).sum(1) + 0.5, dictionary
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    rows, _ = mixture(60_000)
+    out = tmp_path_factory.mktemp("data") / "acts"
+    return ActivationStore.from_tensors(rows.split(5000), out, "blocks.0.hook_resid_post", dtype="float32")
+
+
+CONFIG = TrainConfig(d_sae=40, k=3, batch_size=256, seed=3, device="cpu", checkpoint_every=40, tokens=25_600)
+
+
+def weights(sae: SAE) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in sae.state_dict().items()}
+
+
+def assert_equal_weights(a: SAE, b: SAE) -> None:
+    for name, value in weights(a).items():
+        assert torch.equal(value, b.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+def test_training_recovers_a_planted_dictionary(activation: str, store: ActivationStore, tmp_path: Path) -> None:
+    config = replace(CONFIG, activation=activation, tokens=400_000, d_sae=64)
+    sae = train_sae(store, config, tmp_path / "run")
+    _, dictionary = mixture(1)
+    best = (dictionary @ sae.W_dec.detach().T).max(dim=1).values
+    assert float(best.mean()) > 0.95
+    rows, _ = mixture(5000, seed=1)
+    result = measure_reconstruction(sae, [rows])
+    assert result.fvu < 0.15
+    assert result.l0 == pytest.approx(3, abs=0.3)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+    assert sae.feature_stats is not None
+    assert sae.feature_stats.n_tokens == store.split_rows("train")[1]
+
+
+def test_the_run_folder_holds_what_it_says(store: ActivationStore, tmp_path: Path) -> None:
+    sae = train_sae(store, CONFIG, tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        "config.json", "cfg.json", "sae_weights.safetensors", "feature_stats.safetensors",
+        "metrics.jsonl", "checkpoints", "loss.png", "density.png",
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(10, 101, 10))
+    assert {"loss", "fvu", "l0", "dead_share", "lr", "tokens", "tokens_per_second"} <= lines[0].keys()
+    assert lines[-1]["fvu"] < lines[0]["fvu"]
+    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step_00000040", "step_00000080"]
+    loaded = SAE.load(tmp_path / "run")
+    assert_equal_weights(loaded, sae)
+    assert loaded.cfg.hook_name == "blocks.0.hook_resid_post"
+    assert loaded.cfg.metadata["heldout"]["fvu"] > 0
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        replace(CONFIG, activation="batch_topk"),
+        replace(CONFIG, ema=0.9, grad_clip=0.05, grad_accumulation=2, tokens=100_000, log_every=7, dead_after=512),
+    ],
+    ids=["topk", "batch_topk", "ema, clipping, several epochs"],
+)
+@pytest.mark.parametrize("stop_at", [41, 95])
+def test_resuming_equals_an_uninterrupted_run(
+    config: TrainConfig, stop_at: int, store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_sae(store, config, tmp_path / "whole")
+    step = Trainer.step
+
+    def stopping_step(self: Trainer, x: Tensor) -> None:
+        if self.n_steps_done == stop_at:
+            raise Stop
+        step(self, x)
+
+    monkeypatch.setattr(Trainer, "step", stopping_step)
+    with pytest.raises(Stop):
+        train_sae(store, config, tmp_path / "cut")
+    monkeypatch.setattr(Trainer, "step", step)
+    torch.manual_seed(99)  # whatever else happened in the process
+    cut = train_sae(store, config, tmp_path / "cut")
+    assert_equal_weights(whole, cut)
+
+    def logged(run: str) -> list[dict]:
+        lines = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+    assert logged("whole") == logged("cut")
+    final = "sae_weights.safetensors"
+    assert (tmp_path / "whole" / final).read_bytes() == (tmp_path / "cut" / final).read_bytes()
+
+
+def test_an_interrupt_saves_a_checkpoint(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.step
+
+    def interrupted_step(self: Trainer, x: Tensor) -> None:
+        if self.n_steps_done == 13:
+            raise KeyboardInterrupt
+        step(self, x)
+
+    monkeypatch.setattr(Trainer, "step", interrupted_step)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(store, CONFIG, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "step_00000013" / "state.safetensors").is_file()
+
+
+def fresh_trainer(config: TrainConfig, rows: Tensor, store: ActivationStore) -> Trainer:
+    cfg = SAEConfig(d_in=16, d_sae=config.d_sae, k=config.k, activation=config.activation)
+    trainer = Trainer(config, resolve(config, 16, 60_000), store.stats(), cfg)
+    trainer.fit_encoder_scale(rows)
+    return trainer
+
+
+def test_two_half_batches_equal_one_batch(store: ActivationStore) -> None:
+    rows, _ = mixture(256, seed=5)
+    states = []
+    for parts in (1, 2, 4):
+        # A dead_after this short turns the AuxK loss on, so that it is compared as well.
+        config = replace(CONFIG, grad_accumulation=parts, dead_after=256, d_sae=256)
+        trainer = fresh_trainer(config, rows, store)
+        for _ in range(4):
+            trainer.step(rows)
+        states.append(trainer)
+    assert float(states[0].sums[1]) > 0, "the AuxK loss was never on"
+    for other in states[1:]:
+        assert torch.equal(states[0].silent_steps, other.silent_steps)
+        for a, b in zip(states[0].parameters, other.parameters):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_of_the_decoder_has_no_part_along_its_rows(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, _ = mixture(256)
+    trainer = fresh_trainer(CONFIG, rows, store)
+    seen = []
+
+    def look(*_args: object, **_kwargs: object) -> None:
+        grad = trainer.sae.W_dec.grad
+        assert grad is not None
+        seen.append((grad * trainer.sae.W_dec).sum(1).abs().max() / grad.abs().max())
+
+    monkeypatch.setattr(trainer.optimizer, "step", look)
+    trainer.step(rows)
+    assert float(seen[0]) < 1e-5
+
+
+def test_clipping_bounds_the_gradient(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, _ = mixture(256)
+    trainer = fresh_trainer(replace(CONFIG, grad_clip=1e-3), rows, store)
+    norms = []
+
+    def look(*_args: object, **_kwargs: object) -> None:
+        grads = [p.grad for p in trainer.parameters if p.grad is not None]
+        norms.append(float(torch.stack([g.norm() for g in grads]).norm()))
+
+    monkeypatch.setattr(trainer.optimizer, "step", look)
+    trainer.step(rows)
+    assert norms[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_dead_features_are_counted_and_trained_on_the_residual(store: ActivationStore) -> None:
+    rows, _ = mixture(2000)
+    moved = {}
+    for coefficient in (0.0, 0.25):
+        trainer = fresh_trainer(replace(CONFIG, aux_coefficient=coefficient, dead_after=1024), rows, store)
+        with torch.no_grad():
+            trainer.sae.b_enc[:10] = -1.5  # too low for a place among the k largest, still positive on some tokens
+        before = trainer.sae.W_enc[:, :10].detach().clone()
+        for i in range(4):
+            trainer.step(rows[i * 256 :][:256])
+        silent = trainer.silent_steps[:10] == 4
+        assert int(silent.sum()) > 3
+        assert torch.equal(trainer.sae.W_enc[:, :10][:, silent], before[:, silent]), "no gradient before they are dead"
+        trainer.step(rows[:256])
+        change = (trainer.sae.W_enc[:, :10] - before).abs().sum(dim=0)[silent]
+        moved[coefficient] = int((change > 0).sum())
+        metrics = trainer.read_metrics(5 * 256)
+        assert metrics["dead_share"] > 0
+        assert (metrics["aux"] > 0) == (coefficient > 0)
+    assert moved[0.0] == 0
+    assert moved[0.25] > 0
+
+
+def test_saved_average_differs_from_the_last_weights(store: ActivationStore, tmp_path: Path) -> None:
+    plain = train_sae(store, CONFIG, tmp_path / "plain")
+    averaged = train_sae(store, replace(CONFIG, ema=0.9), tmp_path / "ema")
+    assert not torch.equal(plain.W_dec, averaged.W_dec)
+    torch.testing.assert_close(averaged.W_dec.norm(dim=1), torch.ones(40))
+
+
+def test_a_folder_of_another_configuration_is_refused(store: ActivationStore, tmp_path: Path) -> None:
+    train_sae(store, CONFIG, tmp_path / "run")
+    before = (tmp_path / "run" / "sae_weights.safetensors").stat().st_mtime_ns
+    train_sae(store, CONFIG, tmp_path / "run")  # finished: loaded, not trained again
+    assert (tmp_path / "run" / "sae_weights.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(SteersmanError, match="another configuration .*training.k was 3, now 4"):
+        train_sae(store, replace(CONFIG, k=4), tmp_path / "run")
+
+
+def test_a_truncated_checkpoint_is_named(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.step
+
+    def stopping_step(self: Trainer, x: Tensor) -> None:
+        if self.n_steps_done == 41:
+            raise Stop
+        step(self, x)
+
+    monkeypatch.setattr(Trainer, "step", stopping_step)
+    with pytest.raises(Stop):
+        train_sae(store, CONFIG, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step_00000040" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(SteersmanError, match="step_00000040 cannot be read"):
+        train_sae(store, CONFIG, tmp_path / "run")
+
+
+def test_activations_that_do_not_vary(tmp_path: Path) -> None:
+    flat = ActivationStore.from_tensors([torch.ones(4000, 16)], tmp_path / "acts", "h", dtype="float32")
+    with pytest.raises(SteersmanError, match="do not vary"):
+        train_sae(flat, CONFIG, tmp_path / "run")
+
+
+def test_a_loss_that_explodes_names_the_rate(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, _ = mixture(256)
+    trainer = fresh_trainer(CONFIG, rows, store)
+    trainer.step(rows * float("inf"))
+    with pytest.raises(SteersmanError, match="not finite at step 1; try a lower --lr"):
+        trainer.read_metrics(256)
+
+
+def test_unknown_device(store: ActivationStore, tmp_path: Path) -> None:
+    with pytest.raises(SteersmanError, match="device 'tpu9' cannot be used"):
+        train_sae(store, replace(CONFIG, device="tpu9"), tmp_path / "run")

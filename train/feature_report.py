@@ -1,0 +1,201 @@
+"""Features a person can read: the contexts they fire on and the words they write, from a store and its model.
+
+Shape letters: L latents, D width, V vocabulary.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
+from steersman.progress import progress
+from steersman.sae import SAE
+from steersman.sae.features import FeatureSummary, Rows, summarize_features
+from steersman.train.store import ActivationStore
+
+BATCH_ROWS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """One token that a feature fires on, in its text."""
+
+    activation: float
+    """The feature's activation on the token."""
+    before: str
+    """Text before the token, within its document."""
+    token: str
+    """The token itself."""
+    after: str
+    """Text after the token, within its document."""
+    document: int
+    """Number of the document in the text source."""
+    position: int
+    """Place of the token in its context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """What is known of one feature."""
+
+    id: int
+    """Feature id."""
+    density: float
+    """Share of the tokens it is active on."""
+    max_act: float
+    """Largest activation."""
+    p999: float
+    """99.9th percentile of its activations, over the tokens it is active on."""
+    promotes: list[str]
+    """Tokens whose logits its decoder row raises most, largest first (empty for models without an output layer)."""
+    suppresses: list[str]
+    """Tokens whose logits it lowers most."""
+    contexts: list[Context]
+    """Its largest activations, at most one a document while there are enough documents."""
+
+
+def check_same_origin(sae: SAE, store: ActivationStore, hook: str | None = None) -> str:
+    """The hook point of `store` that `sae` reads; a SteersmanError names what does not fit."""
+    hook = hook or sae.cfg.hook_name or store.hook_name
+    if hook not in store.hook_names:
+        raise SteersmanError(f"the SAE reads {hook}, the store {store.path} holds {', '.join(store.hook_names)}")
+    if store.width(hook) != sae.cfg.d_in:
+        raise SteersmanError(f"the SAE has d_in {sae.cfg.d_in}, the store {store.path} has width {store.width(hook)}")
+    if sae.cfg.model_name and store.model_name and sae.cfg.model_name != store.model_name:
+        raise SteersmanError(
+            f"the SAE was trained on {sae.cfg.model_name}, the store {store.path} is of {store.model_name}"
+        )
+    return hook
+
+
+def summarize_store(sae: SAE, store: ActivationStore, n_examples: int = 30) -> FeatureSummary:
+    """One pass over all rows of `store`: see `summarize_features`."""
+    hook = check_same_origin(sae, store)
+    batches = store.batches(BATCH_ROWS, hook=hook, split="all", shuffle=False, drop_last=False)
+    total = store.n_batches(BATCH_ROWS, split="all", drop_last=False)
+    bar = progress(batches, desc="features", total=total, unit="batch")
+    return summarize_features(
+        sae, (Rows(batch.x, batch.rows) for batch in bar), store.stats(hook).median_norm, n_examples
+    )
+
+
+def describe_features(
+    sae: SAE, store: ActivationStore, lm: LanguageModel, summary: FeatureSummary, ids: list[int], n_contexts: int = 5
+) -> list[Feature]:
+    """The readable form of the features `ids`."""
+    for feature in ids:
+        sae.check_feature(feature)
+    writes = _logit_lens(sae.W_dec.detach()[ids], lm, n_tokens=8)
+    described = []
+    for feature, (promotes, suppresses) in zip(ids, writes):
+        values, rows = summary.example_values[feature], summary.example_rows[feature]
+        found = values > 0
+        described.append(
+            Feature(
+                id=feature,
+                density=float(summary.stats.density[feature]),
+                max_act=float(summary.stats.max_act[feature]),
+                p999=float(summary.p999[feature]),
+                promotes=promotes,
+                suppresses=suppresses,
+                contexts=_contexts(store, lm.tokenizer, values[found], rows[found], n_contexts),
+            )
+        )
+    return described
+
+
+@torch.no_grad()
+def _logit_lens(directions: Tensor, lm: LanguageModel, n_tokens: int) -> list[tuple[list[str], list[str]]]:
+    """The tokens each of `directions` [n, D] raises and lowers most through the final norm's gain and W_U [D, V]."""
+    try:
+        W_U, norm = lm.unembed()
+    except SteersmanError:  # an encoder without an output layer still has features worth reading
+        return [([], []) for _ in directions]
+    gain = _norm_gain(norm)
+    lens = []
+    for block in directions.split(256):
+        logits = (block.to(W_U.device).float() * gain.to(W_U.device)) @ W_U.float()
+        logits -= logits.mean(dim=1, keepdim=True)
+        top = logits.topk(n_tokens, dim=1).indices.tolist()
+        bottom = (-logits).topk(n_tokens, dim=1).indices.tolist()
+        lens += [(_texts(lm.tokenizer, a), _texts(lm.tokenizer, b)) for a, b in zip(top, bottom)]
+    return lens
+
+
+def _norm_gain(norm: nn.Module | None) -> Tensor:
+    """The factor per dimension of the final norm; Gemma stores it less one."""
+    weight: Any = getattr(norm, "weight", None)
+    if weight is None:
+        return torch.ones(())
+    return weight.float() + 1.0 if "Gemma" in type(norm).__name__ else weight.float()
+
+
+def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    return [tokenizer.decode([token]) for token in ids]
+
+
+def _contexts(
+    store: ActivationStore, tokenizer: Any, values: Tensor, rows: Tensor, n_contexts: int, width: int = 12
+) -> list[Context]:
+    """The contexts of `rows` with the activations `values`, one a document first, then whatever comes next."""
+    documents = store.row_info(rows).doc_ids.tolist()
+    first = {}
+    for i, document in enumerate(documents):
+        first.setdefault(document, i)
+    chosen = list(first.values())
+    chosen += [i for i in range(len(documents)) if i not in first.values()]
+    contexts = []
+    for i in sorted(chosen[:n_contexts]):
+        row = int(rows[i])
+        start, stop = max(0, row - width), min(store.n_rows, row + width + 1)
+        info = store.tokens(start, stop)
+        same = (info.doc_ids == info.doc_ids[row - start]).tolist()
+        ids = info.token_ids.tolist()
+        here = row - start
+        before = [token for token, inside in zip(ids[:here], same[:here]) if inside]
+        after = [token for token, inside in zip(ids[here + 1 :], same[here + 1 :]) if inside]
+        head = tokenizer.decode(before)
+        upto = tokenizer.decode([*before, ids[here]])
+        whole = tokenizer.decode([*before, ids[here], *after])
+        contexts.append(
+            Context(
+                activation=float(values[i]),
+                before=head,
+                token=upto[len(head) :] if upto.startswith(head) else tokenizer.decode([ids[here]]),
+                after=whole[len(upto) :] if whole.startswith(upto) else tokenizer.decode(after),
+                document=documents[i],
+                position=int(info.positions[here]),
+            )
+        )
+    return contexts
+
+
+def features_to_json(features: list[Feature], path: Path) -> None:
+    """Write features as a JSON list."""
+    try:
+        path.write_text(json.dumps([asdict(feature) for feature in features], indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise SteersmanError(f"{path} could not be written: {error.strerror}") from error
+
+
+def features_to_text(features: list[Feature]) -> str:
+    """Features for a terminal: the token that fired stands between «» in each context."""
+    lines = []
+    for feature in features:
+        head = f"feature {feature.id}   density {100 * feature.density:.3f} %   max {feature.max_act:.2f}"
+        lines.append(f"{head}   p99.9 {feature.p999:.2f}")
+        if feature.promotes:
+            lines.append("  promotes    " + "  ".join(repr(token) for token in feature.promotes))
+            lines.append("  suppresses  " + "  ".join(repr(token) for token in feature.suppresses))
+        for context in feature.contexts:
+            text = f"{context.before}«{context.token}»{context.after}".replace("\n", "⏎")
+            lines.append(f"  {context.activation:8.2f}  {text}")
+        if not feature.contexts:
+            lines.append("  never active on this store")
+        lines.append("")
+    return "\n".join(lines)
