@@ -3,68 +3,12 @@
 import pytest
 import torch
 import transformers
+from tiny_models import FAMILIES, GEMMA, LAYERS, D, V, build, count_hooks
 from torch import nn
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.hooks import find_blocks
-
-V, D, LAYERS = 61, 16, 3
-HEADS = {"num_attention_heads": 2, "num_hidden_layers": LAYERS, "hidden_size": D, "vocab_size": V}
-LLAMA = {**HEADS, "intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 32}
-GEMMA = {**LLAMA, "head_dim": 8, "sliding_window": 4}
-GPT = {"n_embd": D, "n_layer": LAYERS, "n_head": 2, "vocab_size": V, "n_positions": 32}
-
-# name -> (configuration class, its arguments, model class, path of the blocks, is a block the sum of its parts)
-FAMILIES = {
-    "gpt2": ("GPT2Config", GPT, "GPT2LMHeadModel", "transformer.h", True),
-    "gpt_neox": (
-        "GPTNeoXConfig", {**HEADS, "intermediate_size": 24}, "GPTNeoXForCausalLM", "gpt_neox.layers", True,
-    ),
-    "gpt_neox_serial": (
-        "GPTNeoXConfig", {**HEADS, "intermediate_size": 24, "use_parallel_residual": False}, "GPTNeoXForCausalLM",
-        "gpt_neox.layers", True,
-    ),
-    "gptj": ("GPTJConfig", {**GPT, "rotary_dim": 4}, "GPTJForCausalLM", "transformer.h", True),
-    "opt": (
-        "OPTConfig", {**HEADS, "ffn_dim": 24, "word_embed_proj_dim": D, "max_position_embeddings": 32},
-        "OPTForCausalLM", "model.decoder.layers", True,
-    ),
-    "llama": ("LlamaConfig", LLAMA, "LlamaForCausalLM", "model.layers", True),
-    "mistral": ("MistralConfig", {**LLAMA, "sliding_window": 4}, "MistralForCausalLM", "model.layers", True),
-    "qwen2": ("Qwen2Config", LLAMA, "Qwen2ForCausalLM", "model.layers", True),
-    "qwen3": ("Qwen3Config", {**LLAMA, "head_dim": 8}, "Qwen3ForCausalLM", "model.layers", True),
-    "gemma2": ("Gemma2Config", GEMMA, "Gemma2ForCausalLM", "model.layers", True),
-    "gemma3": ("Gemma3TextConfig", GEMMA, "Gemma3ForCausalLM", "model.layers", True),
-    "phi": ("PhiConfig", {**LLAMA, "num_key_value_heads": 2}, "PhiForCausalLM", "model.layers", True),
-    "olmo2": ("Olmo2Config", LLAMA, "Olmo2ForCausalLM", "model.layers", True),
-    "falcon": ("FalconConfig", {**HEADS, "ffn_hidden_size": 24}, "FalconForCausalLM", "transformer.h", True),
-    "falcon_serial": (
-        "FalconConfig", {**HEADS, "parallel_attn": False, "alibi": True, "multi_query": False}, "FalconForCausalLM",
-        "transformer.h", True,
-    ),
-    "bloom": ("BloomConfig", {"hidden_size": D, "n_layer": LAYERS, "n_head": 2, "vocab_size": V}, "BloomForCausalLM",
-              "transformer.h", True),
-    "bert": ("BertConfig", {**HEADS, "intermediate_size": 24}, "BertForMaskedLM", "bert.encoder.layer", False),
-    "esm": (
-        "EsmConfig", {**HEADS, "intermediate_size": 24, "pad_token_id": 1, "mask_token_id": 2,
-                      "position_embedding_type": "rotary"}, "EsmForMaskedLM", "esm.encoder.layer", True,
-    ),
-}  # fmt: skip
-
-
-def build(family: str) -> LanguageModel:
-    config_class, arguments, model_class, _, _ = FAMILIES[family]
-    torch.manual_seed(0)
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**arguments)).eval()
-    with torch.no_grad():
-        for p in model.parameters():  # default initialisation leaves the sublayers near zero, where nothing shows
-            p.copy_(torch.randn_like(p) * 0.3)
-    return LanguageModel(model, name=family)
-
-
-def count_hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))

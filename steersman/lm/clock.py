@@ -29,6 +29,11 @@ class GenerationRun:
         self.beams = beams
         self.finished: Tensor | None = None  # [B] bool: rows that ended before this pass; kept only under a cache
 
+    def expanded_mask(self, batch: int) -> Tensor:
+        """The prompt's mask [B, P], its rows repeated as beams and returned sequences repeat the prompts."""
+        assert self.mask is not None
+        return self.mask.repeat_interleave(batch // self.mask.shape[0], dim=0)
+
 
 class Pass:
     """One forward pass of the model, as the hooks see it. B rows, S tokens in this pass.
@@ -122,9 +127,12 @@ class Pass:
         """[B] int64: number of real tokens in the prompt of each row."""
         if self.declared is not None:
             return self.declared
-        if self.mask is None:
+        # The prompt's own mask comes first: a chunk of a long prompt is given a mask that ends with the chunk.
+        mask = self.mask if self.run is None or self.run.mask is None else self.run.expanded_mask(self.batch)
+        if mask is None:
             return torch.full((self.batch,), self.prompt_columns, device=self.device)
-        return self.mask[:, : self.prompt_columns].long().sum(1)
+        unseen = max(0, self.prompt_columns - mask.shape[1])
+        return mask[:, : self.prompt_columns].long().sum(1) + unseen
 
     @cached_property
     def in_prompt(self) -> Tensor:
@@ -198,8 +206,9 @@ class PassClock:
 
     @contextmanager
     def declare(self, prompt_length: int | Sequence[int] | Tensor | None) -> Iterator[None]:
-        """Say how many real tokens of each row are its prompt, for passes outside `generate`."""
-        before, self.declared = self.declared, prompt_length
+        """Say how many real tokens of each row are its prompt, for passes outside `generate`; None says nothing."""
+        before = self.declared
+        self.declared = before if prompt_length is None else prompt_length
         try:
             yield
         finally:
@@ -318,6 +327,6 @@ class PassClock:
             if mask is None:
                 return None
             raise SteersmanError("edits need a two-dimensional attention_mask [B, S] to tell padding from text")
-        known = run.mask.repeat_interleave(batch // run.mask.shape[0], dim=0)
+        known = run.expanded_mask(batch)
         rest = known.new_ones(batch, max(0, past + length - known.shape[1]))
         return torch.cat([known, rest], dim=1)

@@ -1,0 +1,75 @@
+"""Text to ids: one BOS where the family has one, padding without new embeddings."""
+
+import pytest
+from tiny_models import word_tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from steersman.errors import SteersmanError
+from steersman.lm.tokens import TextEncoder
+
+
+def adding(template: str, **special: str):
+    """A tokenizer that adds special tokens by itself."""
+    tokenizer = word_tokenizer(**special)
+    ids = {"<s>": 0, "</s>": 1}
+    used = [(name, i) for name, i in ids.items() if name in template]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=used)
+    return tokenizer
+
+
+def test_exactly_one_bos() -> None:
+    plain = word_tokenizer(bos_token="<s>", eos_token="</s>")
+    itself = adding("<s> $A", bos_token="<s>", eos_token="</s>")
+    both = adding("<s> $A </s>", bos_token="<s>", eos_token="</s>")
+    for tokenizer in (plain, itself, both):
+        text = TextEncoder(tokenizer, is_encoder=False)
+        assert text.ids("w5 w6", bos=True) == [0, 5, 6]
+        assert text.ids("<s> w5", bos=True) == [0, 5]  # written in the text: not doubled
+        assert text.ids("w5 w6", bos=False) == [5, 6]
+
+
+def test_families_without_bos_get_none() -> None:
+    text = TextEncoder(word_tokenizer(eos_token="</s>"), is_encoder=False)
+    assert text.bos_token_id is None
+    assert text.ids("w5", bos=True) == [5]
+    with pytest.raises(SteersmanError, match="text 1 of 2 is empty"):
+        text.batch(["w5", ""], bos=True, padding_side="right", max_length=None)
+
+
+def test_encoders_frame_the_text_themselves() -> None:
+    text = TextEncoder(adding("<s> $A </s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>"), is_encoder=True)
+    assert text.ids("w5 w6", bos=True) == [0, 5, 6, 1]
+    assert text.ids("w5 w6", bos=False) == [5, 6]
+    assert text.bos_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("special", "pad"),
+    [
+        ({"pad_token": "<pad>", "eos_token": "</s>"}, 3),
+        ({"eos_token": "</s>", "unk_token": "<unk>"}, 1),
+        ({"unk_token": "<unk>"}, 2),
+    ],
+)
+def test_pad_token(special: dict[str, str], pad: int) -> None:
+    tokenizer = word_tokenizer(**special)
+    text = TextEncoder(tokenizer, is_encoder=False)
+    assert text.pad_token_id == tokenizer.pad_token_id == pad
+    batch = text.batch(["w5 w6", "w7"], bos=True, padding_side="left", max_length=None)
+    assert batch.input_ids.tolist() == [[5, 6], [pad, 7]]
+    assert batch.attention_mask.tolist() == [[1, 1], [0, 1]]
+    assert batch.lengths.tolist() == [2, 1]
+
+
+def test_batches() -> None:
+    text = TextEncoder(word_tokenizer(bos_token="<s>", eos_token="</s>"), is_encoder=False)
+    batch = text.batch(["w5 w6 w7", "w8"], bos=True, padding_side="right", max_length=3)
+    assert batch.input_ids.tolist() == [[0, 5, 6], [0, 8, 1]]
+    assert text.batch([""], bos=True, padding_side="right", max_length=None).input_ids.tolist() == [[0]]
+    with pytest.raises(SteersmanError, match="'left' or 'right'"):
+        text.batch(["w5"], bos=True, padding_side="centre", max_length=None)
+    with pytest.raises(SteersmanError, match="no texts"):
+        text.batch([], bos=True, padding_side="left", max_length=None)
+    bare = TextEncoder(word_tokenizer(), is_encoder=False)
+    with pytest.raises(SteersmanError, match="no pad, eos or unk"):
+        bare.batch(["w5 w6", "w7"], bos=True, padding_side="left", max_length=None)
