@@ -163,6 +163,7 @@ def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
 def token_kl(steered: Tensor, base: Tensor) -> Tensor:
     """[B, S] fp32: KL(steered || base) in nats of the next-token distributions, from logits [B, S, V] of each.
 
+    >>> import torch
     >>> same = torch.randn(1, 3, 7)
     >>> token_kl(same, same).tolist()
     [[0.0, 0.0, 0.0]]

@@ -140,7 +140,7 @@ class Steerer:
             width = self.lm.hook_width(name)
             if v.shape[-1:] != (width,):
                 raise SteersmanError(
-                    f"a vector of shape {tuple(v.shape)} does not fit {name} of {self.lm.name}: width {width}"
+                    f"a vector of shape {tuple(v.shape)} does not fit {name} of {self.lm.name}: its width is {width}"
                 )
             edits[name] = VectorEdit(v if v.is_floating_point() else v.float(), scale, gate)
         return Steering(self.lm, edits, Scope.of(scope, include_bos=include_bos))

@@ -59,7 +59,7 @@ def test_parts_sum_to_the_block(family: tuple[str, LanguageModel]) -> None:
 def test_pass_stops_after_the_last_hook_needed(family: tuple[str, LanguageModel]) -> None:
     _, lm = family
     ran: list[int] = []
-    handles = [b.register_forward_pre_hook(lambda m, a, i=i: ran.append(i)) for i, b in enumerate(lm.blocks)]
+    handles = [b.register_forward_pre_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(lm.blocks)]
     before = count_hooks(lm.model)
     lm.capture(IDS, hooks=["blocks.1.hook_attn_out", "blocks.0.hook_resid_post"])
     assert ran == [0, 1]

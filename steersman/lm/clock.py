@@ -252,14 +252,12 @@ class PassClock:
         configs = [kwargs.get("generation_config"), getattr(self.model, "generation_config", None)]
 
         def setting(name: str) -> Any:
-            if kwargs.get(name) is not None:
-                return kwargs[name]
+            if name in kwargs:
+                return kwargs[name]  # None too: `eos_token_id=None` means that nothing ends a row
             return next((getattr(c, name) for c in configs if getattr(c, name, None) is not None), None)
 
-        eos, pad = setting("eos_token_id"), setting("pad_token_id")
+        eos = setting("eos_token_id")
         stop = [] if eos is None else [int(e) for e in torch.as_tensor(eos).flatten().tolist()]
-        if stop and pad is not None and int(pad) not in stop:
-            stop.append(int(pad))
         return GenerationRun(1 if x is None else x.shape[0], columns, mask, stop, int(setting("num_beams") or 1))
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
