@@ -183,6 +183,7 @@ class FeatureEdit(Edit):
         self.directions = sae.W_dec[self.ids].detach().float()  # [M, D]
         self.gate = per_row(gate, "gate", device)
         self.rows = common_rows(features=len(given), gate=len(self.gate))
+        self.weight = self.on * self.gate[:, None]  # [R, M]: 0 where a row leaves a feature alone
         self.active = (self.on.any(1) & (self.gate != 0)).expand(self.rows)
         self._added: VectorEdit | None = None
         if mode == "add":  # needs no encoding: a constant vector per row
@@ -209,24 +210,28 @@ class FeatureEdit(Edit):
 
     def _edited(self, x: Tensor, chosen: Tensor | None, now: Pass) -> Tensor:
         """x [n, D] after the edit, in x's dtype. `chosen` [n] are their places in the flattened pass, None for all."""
-        place = torch.arange(len(x), device=x.device) if chosen is None else chosen
-        row = place // now.length
-        table = [self.per_token(t, now, row) for t in (self.amount, self.on, self.gate)]
+        row = None
+        if self.rows > 1:
+            place = torch.arange(len(x), device=x.device) if chosen is None else chosen
+            row = place // now.length
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        delta = self._delta(wide.float().to(self.ids.device), row, now, *table).to(x.device)
+        delta = self._delta(wide.float().to(self.ids.device), row, now).to(x.device)
         return (wide + delta).to(x.dtype)
 
-    def per_token(self, table: Tensor, now: Pass, row: Tensor) -> Tensor:
+    def per_token(self, table: Tensor, now: Pass, row: Tensor | None) -> Tensor:
         """A table [R, ...] as [n, ...] (or [1, ...]), for tokens in the rows `row` [n] of the pass."""
-        if len(table) == 1:
+        if len(table) == 1 or row is None:
             return table
         return self.expand(table, now)[row.to(table.device)]
 
-    def _delta(self, x: Tensor, row: Tensor, now: Pass, amount: Tensor, on: Tensor, gate: Tensor) -> Tensor:
+    def _delta(self, x: Tensor, row: Tensor | None, now: Pass) -> Tensor:
         """The sum over features of coefficient times direction, [n, D] fp32."""
+        amount, weight = self.per_token(self.amount, now, row), self.per_token(self.weight, now, row)
         if self.mode == "project_out":
             dual = self.per_token(self.dual, now, row)
-            coefficient = -amount * (x[:, None] * dual).sum(-1)
+            # One product for all tokens where all rows share their features, else each token with its own row's.
+            inner = x @ dual[0].T if len(dual) == 1 else (x[:, None] * dual).sum(-1)
+            coefficient = -amount * inner
         else:
             f = self.sae.encode_features(x, self.ids)
             if self.mode == "scale":
@@ -235,4 +240,4 @@ class FeatureEdit(Edit):
                 coefficient = amount - f
                 if self.mode == "floor":
                     coefficient = coefficient.relu()
-        return (coefficient * on * gate[:, None]) @ self.directions
+        return (coefficient * weight) @ self.directions

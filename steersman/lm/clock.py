@@ -27,7 +27,7 @@ class GenerationRun:
         self.mask = mask
         self.stop_ids = stop_ids
         self.beams = beams
-        self.finished: Tensor | None = None  # [B] bool: rows that ended before this pass; kept only under a cache
+        self.going_on: Tensor | None = None  # [B, 1] bool: rows not ended before this pass; kept only under a cache
 
     def expanded_mask(self, batch: int) -> Tensor:
         """The prompt's mask [B, P], its rows repeated as beams and returned sequences repeat the prompts."""
@@ -50,7 +50,7 @@ class Pass:
         shape: tuple[int, int],
         device: torch.device,
         past: int,
-        mask: Tensor | None,
+        mask: Any,
         prompt_columns: int,
         declared: Tensor | None,
         bos_id: int | None,
@@ -61,13 +61,13 @@ class Pass:
         self.batch, self.length = shape
         self.device = device
         self.past = past
-        self.mask = mask  # [B, >= past + S] of 0 and 1, or None when no token is padding
+        self.given_mask = mask
         self.prompt_columns = prompt_columns
         self.declared = declared
         self.bos_id = bos_id
         self.sequence = sequence
         self.run = run
-        self.ended: Tensor | None = None  # [B, S] bool: after (or at) a generated end token
+        self.going_on: Tensor | None = None  # [B, S] bool: before the end of the row's text, where it can end
         self.memo: dict[Any, Any] = {}  # what the hooks of this pass compute once and share
         if declared is not None:
             self.phase = "mixed"
@@ -76,30 +76,56 @@ class Pass:
         else:
             self.phase = "prompt" if past + self.length <= prompt_columns else "mixed"
         if run is not None and run.stop_ids and self.phase != "prompt" and self.batch > 1 and input_ids is not None:
-            self.ended = self._ended(run, input_ids)
+            self.going_on = self._going_on(run, input_ids)
 
-    def _ended(self, run: GenerationRun, ids: Tensor) -> Tensor:
-        """Rows whose text has ended go on as padding that the attention mask calls real: generate does not stop rows.
+    def _going_on(self, run: GenerationRun, ids: Tensor) -> Tensor:
+        """[B, S] bool: tokens before the end of their row's text. generate feeds finished rows on as padding that the
+        attention mask calls real.
 
-        The end token counts as ended too: a row generated alone stops before it is ever fed.
+        The end token is out too: a row generated alone stops before it is ever fed.
         """
-        hit = torch.zeros_like(ids, dtype=torch.bool)
-        for stop in run.stop_ids:
-            hit = hit | (ids == stop)
+        on = ids != run.stop_ids[0]
+        for stop in run.stop_ids[1:]:
+            on = on & (ids != stop)
         if self.phase == "mixed":
-            hit = hit & (torch.arange(self.past, self.past + self.length, device=ids.device) >= self.prompt_columns)
-        ended = hit if self.length == 1 else hit.cumsum(1) > 0
+            on = on | (torch.arange(self.past, self.past + self.length, device=ids.device) < self.prompt_columns)
+        if self.length > 1:
+            on = on.cummin(1).values
         if run.beams > 1 or self.past == 0:
-            return ended  # beams change places between steps; without a cache the pass holds its own history
-        if run.finished is not None:
-            ended = ended | run.finished[:, None]
-        run.finished = ended[:, -1]
-        return ended
+            return on  # beams change places between steps; without a cache the pass holds its own history
+        if run.going_on is not None:
+            on = on & run.going_on
+        run.going_on = on[:, -1:]
+        return on
+
+    @property
+    def _follows_prompt(self) -> bool:
+        """True when every token is one that generate made: its attention mask holds ones only there."""
+        return self.phase == "generation" and self.run is not None
 
     @property
     def all_real(self) -> bool:
         """True when it is known, without looking at the device, that no token of this pass is padding."""
-        return self.ended is None and (self.mask is None or (self.phase == "generation" and self.run is not None))
+        return self.going_on is None and (self._follows_prompt or self.mask is None)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """[B, >= past + S] of 0 and 1: the attention mask over all columns so far; None when no token is padding."""
+        given, seen = self.given_mask, self.past + self.length
+        if isinstance(given, Tensor) and given.ndim == 2:
+            if given.shape[1] >= seen:
+                return given
+            raise SteersmanError(
+                f"attention_mask covers {given.shape[1]} tokens, but {self.past} are cached and {self.length} are new"
+            )
+        # Static caches get a prepared mask, and some passes none: go back to the one that generate was given.
+        if self.run is not None and self.run.mask is not None:
+            known = self.run.expanded_mask(self.batch)
+            rest = known.new_ones(self.batch, max(0, seen - known.shape[1]))
+            return torch.cat([known, rest], dim=1)
+        if given is None:
+            return None
+        raise SteersmanError("edits need a two-dimensional attention_mask [B, S] to tell padding from text")
 
     @cached_property
     def present(self) -> Tensor:
@@ -111,7 +137,9 @@ class Pass:
     @cached_property
     def real(self) -> Tensor:
         """[B, S] bool: real tokens, neither padding nor what `generate` fills a finished row with."""
-        return self.present if self.ended is None else self.present & ~self.ended
+        if self.going_on is None:
+            return self.present
+        return self.going_on if self._follows_prompt else self.present & self.going_on
 
     @cached_property
     def positions(self) -> Tensor:
@@ -270,11 +298,12 @@ class PassClock:
         past = 0 if cache is None else int(cache.get_seq_length())
         batch, length = x.shape[0], x.shape[1]
         run = self._runs[-1] if self._runs else None
-        mask = self._mask(given.get("attention_mask"), batch, past, length, run)
+        mask = given.get("attention_mask")
         if run is not None:
             columns = run.prompt_columns
         else:
-            columns = self._manual_columns(batch, past, length, mask)
+            wide = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else 0
+            columns = self._manual_columns(batch, past, length, wide)
             if past == 0:
                 self._sequence += 1
             self._last = (past + length, batch, columns)
@@ -294,10 +323,10 @@ class PassClock:
     def _after(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         self.current = None
 
-    def _manual_columns(self, batch: int, past: int, length: int, mask: Tensor | None) -> int:
+    def _manual_columns(self, batch: int, past: int, length: int, masked: int) -> int:
         """Where the prompt ends in a user's own loop: several tokens at once go on with it, single ones follow it."""
         if past == 0:
-            return max(length, 0 if mask is None else mask.shape[1])
+            return max(length, masked)
         known = self._last is not None and self._last[:2] == (past, batch)
         columns = self._last[2] if known and self._last is not None else past
         return max(columns, past + length) if length > 1 else columns
@@ -309,22 +338,3 @@ class PassClock:
         if lengths.numel() not in (1, batch):
             raise SteersmanError(f"prompt_length has {lengths.numel()} entries and the batch has {batch} rows")
         return lengths.expand(batch)
-
-    def _mask(self, mask: Any, batch: int, past: int, length: int, run: GenerationRun | None) -> Tensor | None:
-        """The two-dimensional attention mask over all columns so far, [B, >= past + S]."""
-        if mask is None and run is None:
-            return None
-        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= past + length:
-            return mask
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            raise SteersmanError(
-                f"attention_mask covers {mask.shape[1]} tokens, but {past} are cached and {length} are new"
-            )
-        # Static caches get a prepared mask, and some calls none: go back to the one that generate was given.
-        if run is None or run.mask is None:
-            if mask is None:
-                return None
-            raise SteersmanError("edits need a two-dimensional attention_mask [B, S] to tell padding from text")
-        known = run.expanded_mask(batch)
-        rest = known.new_ones(batch, max(0, past + length - known.shape[1]))
-        return torch.cat([known, rest], dim=1)

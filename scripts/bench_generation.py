@@ -1,0 +1,94 @@
+"""Generation with an edit against generation without: tokens per second, side by side.
+
+Runs every variant in turn, round after round, so that a busy machine slows all of them alike, and prints each variant's
+median rate and its ratio to the unsteered run of the same round.
+
+    python scripts/bench_generation.py --model path/to/model --batch 8 --new-tokens 100
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from steersman import SAE, LanguageModel, SAEConfig, Steerer
+
+BUNDLED = Path(__file__).resolve().parents[1] / "steersman" / "demo" / "model"
+
+
+def variants(lm: LanguageModel, sae: SAE, hook: str, batch: int, scope: str) -> dict[str, Callable[[], object]]:
+    """A fresh context for each thing to compare."""
+    st, v = Steerer(lm), torch.randn(lm.d_model, device=lm.device)
+    rows = [{(7 * i) % sae.cfg.d_sae: 1.0} for i in range(batch)]
+    found: dict[str, Callable[[], object]] = {"unsteered": nullcontext}
+    found["vector"] = lambda: st.vector(v, hook=hook, scope=scope)
+    found["vector per row"] = lambda: st.vector(v.expand(batch, -1), scale=[0.5] * batch, hook=hook, scope=scope)
+    for mode in ("add", "clamp", "floor", "scale", "project_out"):
+        # 0.5 is no mode's neutral strength: every edit does its work
+        found[mode] = lambda mode=mode: st.features(sae, {3: 0.5, 11: 0.5}, mode=mode, scope=scope)
+    found["add per row"] = lambda: st.features(sae, rows, scope=scope)
+    found["clamp per row"] = lambda: st.features(sae, rows, mode="clamp", scope=scope)
+    return found
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(BUNDLED), help="model folder or hub id (default: the bundled model)")
+    parser.add_argument("--sae", help="SAE folder; without it a random one of --d-sae and --k")
+    parser.add_argument("--d-sae", type=int, default=1024)
+    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--scope", default="all")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    lm = LanguageModel.load(args.model, device=args.device)
+    hook = f"blocks.{lm.n_layers // 2}.hook_resid_post"
+    if args.sae:
+        sae = SAE.load(args.sae, device=lm.device)
+        hook = sae.cfg.hook_name or hook
+    else:
+        sae = SAE(SAEConfig(d_in=lm.d_model, d_sae=args.d_sae, k=args.k, activation="topk", hook_name=hook))
+        sae = sae.to(lm.device)
+    prompts = ["Once upon a time"] * args.batch
+    contexts = variants(lm, sae, hook, args.batch, args.scope)
+
+    def run(context: AbstractContextManager[object]) -> float:
+        with context:
+            start = time.perf_counter()
+            out = lm.generate(prompts, max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens)
+            out.tokens.sum().item()  # waits for the device
+            return out.new_tokens.numel() / (time.perf_counter() - start)
+
+    rates: dict[str, list[float]] = {name: [] for name in contexts}
+    for round_number in range(args.rounds + 1):
+        for name, make in contexts.items():
+            rate = run(make())  # pyright: ignore[reportArgumentType]
+            if round_number:  # the first round warms up
+                rates[name].append(rate)
+    print(
+        f"{lm.name} on {lm.device} ({lm.dtype}), d_sae {sae.cfg.d_sae}, k {sae.cfg.k}, batch {args.batch}, "
+        f"{args.new_tokens} new tokens, scope {args.scope}, {args.rounds} rounds, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}"
+    )
+    print(f"{'variant':<16} {'tokens/s':>10} {'ratio':>7} {'lowest':>7} {'highest':>8}")
+    for name, found in rates.items():
+        ratios = [a / b for a, b in zip(found, rates["unsteered"])]
+        print(
+            f"{name:<16} {statistics.median(found):>10.0f} {statistics.median(ratios):>7.3f} "
+            f"{min(ratios):>7.3f} {max(ratios):>8.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
