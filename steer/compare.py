@@ -98,7 +98,7 @@ class Comparison:
     kl_p95: float
     """95th percentile over all generated tokens."""
 
-    def table(self, width: int = 110) -> str:
+    def to_text(self, width: int = 110) -> str:
         """Texts side by side, with the measures beneath them."""
         lines = []
         for pair in self.pairs:

@@ -59,12 +59,12 @@ def test_neutral_edit_costs_nothing(lm: LanguageModel) -> None:
     assert got.kl_mean == got.kl_p95 == 0.0
     assert all(p.steered == p.unsteered and p.nll == p.unsteered_nll for p in got.pairs)
     assert got.edit is None
-    assert "no token was steered" in got.table()
+    assert "no token was steered" in got.to_text()
 
 
 def test_rendering(lm: LanguageModel) -> None:
     got = steer_and_compare(lm, toy_sae(), CONFIG)
-    table = got.table(width=80)
+    table = got.to_text(width=80)
     assert "unsteered" in table
     assert "KL per token" in table
     assert all(len(line) <= 80 for line in table.splitlines() if " | " in line)
@@ -73,7 +73,7 @@ def test_rendering(lm: LanguageModel) -> None:
     assert data["edit"]["features"][0]["feature"] == 3
     single = steer_and_compare(lm, toy_sae(), replace(CONFIG, compare=False, prompt=("w5",)))
     assert single.pairs[0].unsteered is single.pairs[0].unsteered_nll is None
-    assert " | " not in single.table()
+    assert " | " not in single.to_text()
 
 
 def test_sampling_is_seeded(lm: LanguageModel) -> None:
