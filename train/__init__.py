@@ -5,6 +5,7 @@ from steersman.train.cache import CacheConfig, cache_activations
 from steersman.train.recipe import Recipe, TrainConfig, resolve
 from steersman.train.statistics import ActivationStats
 from steersman.train.store import ActivationStore
+from steersman.train.stream import ActivationStream
 from steersman.train.text import TextSource, open_text
 from steersman.train.trainer import ActivationSource, Trainer, train_sae
 
@@ -13,6 +14,7 @@ __all__ = [
     "ActivationSource",
     "ActivationStats",
     "ActivationStore",
+    "ActivationStream",
     "CacheConfig",
     "Recipe",
     "RowInfo",

@@ -26,7 +26,7 @@ class ActivationBatch:
     """Some rows of a store or stream. The activations are there; what else is known of the rows is read on demand."""
 
     x: torch.Tensor
-    """Activations [N, D] on the CPU, in the type of the source."""
+    """Activations [N, D] in the type of the source: a store's on the CPU, a stream's on its model's device."""
     find_rows: Callable[[], np.ndarray] = field(repr=False)
     """Gives the rows' numbers [N]."""
     find_info: Callable[[np.ndarray], RowInfo] = field(repr=False)

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -96,11 +96,20 @@ def show_token(lm: "LanguageModel", token: int) -> str:
 
 def captured_rows(
     lm: "LanguageModel", text: TextSource, settings: CaptureSettings, cursor: Mapping[str, int] | None = None
-) -> Iterator[CapturedRows]:
+) -> Generator[CapturedRows]:
     """Run the model over `text` from `cursor` on and give the kept rows of each forward batch.
 
     The next batches are tokenized in another thread meanwhile. On an accelerator nothing here waits for the device.
     """
+    with closing(model_batches(lm, text, settings, cursor)) as batches:
+        for batch in batches:
+            yield capture_batch(lm, batch, settings)
+
+
+def model_batches(
+    lm: "LanguageModel", text: TextSource, settings: CaptureSettings, cursor: Mapping[str, int] | None = None
+) -> Generator[ContextBatch]:
+    """The forward batches of `text` from `cursor` on, tokenized in another thread ahead of their use."""
     batches = context_batches(
         text,
         lambda texts: tokenize(lm, texts),
@@ -111,16 +120,12 @@ def captured_rows(
         pad_id=lm.pad_token_id or 0,
         cursor=cursor,
     )
-    with closing(in_background(batches, ahead=4)) as ready:
-        for batch in ready:
-            yield capture_batch(lm, batch, settings)
+    return in_background(batches, ahead=4)
 
 
 def capture_batch(lm: "LanguageModel", batch: ContextBatch, settings: CaptureSettings) -> CapturedRows:
     """One forward pass, up to the last hook point, and the rows of its tokens that are not left out."""
-    kept = batch.doc_ids >= 0
-    if settings.excluded:
-        kept &= ~np.isin(batch.input_ids, settings.excluded)
+    kept = kept_tokens(batch, settings)
     mask = None if batch.full else torch.from_numpy(batch.attention_mask())
     with torch.inference_mode():
         found = lm.capture(torch.from_numpy(batch.input_ids), mask, hooks=settings.hooks)
@@ -138,7 +143,15 @@ def capture_batch(lm: "LanguageModel", batch: ContextBatch, settings: CaptureSet
     )
 
 
-def in_background(items: Iterator[Any], ahead: int) -> Iterator[Any]:
+def kept_tokens(batch: ContextBatch, settings: CaptureSettings) -> np.ndarray:
+    """Which tokens of a batch become rows: all but padding and those left out, [B, S] bool."""
+    kept = batch.doc_ids >= 0
+    if settings.excluded:
+        kept &= ~np.isin(batch.input_ids, settings.excluded)
+    return kept
+
+
+def in_background(items: Iterator[Any], ahead: int) -> Generator[Any]:
     """The same items, up to `ahead` of them made in another thread before they are asked for."""
     end = object()
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="steersman-text")

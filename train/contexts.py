@@ -2,8 +2,8 @@
 
 Packed, the tokens of all documents follow one another through contexts of one length: BOS at the start of every
 document and of every context, nothing in between, no padding but in the last context. A token can therefore attend to
-the end of the document before its own, as it does in most models' training. Unpacked, each document is one row, cut at the context
-length and padded on the right to the longest row of its batch.
+the end of the document before its own, as it does in most models' training. Unpacked, each document is one row, cut at
+the context length and padded on the right to the longest row of its batch.
 """
 
 import logging

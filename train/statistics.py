@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from steersman.errors import SteersmanError
+
 # A norm's histogram bucket is its float32 bit pattern without the last 11 bits: the sign (always 0), the 8 bits of the
 # exponent and 12 of the mantissa. Buckets of one octave are therefore 2^-12 of it wide, and counts merge exactly.
 _DROPPED_BITS = 11
@@ -34,6 +36,19 @@ def row_norms(x: torch.Tensor) -> torch.Tensor:
     (A finite row whose squared norm passes float32's largest number, about 3.4e38, counts as not finite too.)
     """
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+
+
+def nonfinite_error(
+    hook: str, x: torch.Tensor, dtype: str, token: int, token_text: str, position: int, document: int
+) -> SteersmanError:
+    """The error for a row `x` [D], as the model gave it, that is not finite once it has the type `dtype`."""
+    overflow = bool(torch.isfinite(x).all())
+    cause = f"overflows {dtype}" if overflow else "is not finite (NaN or infinite)"
+    fix = "dtype='bfloat16'" if overflow and dtype == "float16" else "on_nonfinite='skip'"
+    return SteersmanError(
+        f"the activation at {hook} {cause} for token {token} {token_text!r} at position {position} of "
+        f"document {document}; pass {fix} to go on"
+    )
 
 
 class StatsSums:

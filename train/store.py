@@ -21,7 +21,7 @@ from steersman.train.batch import ActivationBatch, RowInfo
 from steersman.train.manifest import ROWS, STATISTICS, Manifest
 from steersman.train.mapping import MappedShards
 from steersman.train.order import WINDOW_BYTES, RowOrder
-from steersman.train.reading import ReadingPlan, read_ahead
+from steersman.train.reading import BufferPool, ReadingPlan, read_ahead
 from steersman.train.rows import RowTable
 from steersman.train.shards import DATA_OFFSET, DTYPES, check_shard_header, check_size, checksum, load_arrays
 from steersman.train.statistics import ActivationStats, StatsSums
@@ -63,6 +63,7 @@ class ActivationStore:
         self._rows = RowTable([(self._file(ROWS, i), shard.rows) for i, shard in enumerate(manifest.shards)])
         self._maps: dict[str, MappedShards] = {}
         self._lock = threading.Lock()
+        self._pool = BufferPool()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, allow_partial: bool = False, verify: bool | None = None) -> Self:
@@ -348,11 +349,10 @@ class ActivationStore:
             return self._maps[hook]
 
     def _gather(self, mapped: MappedShards, slots: np.ndarray) -> torch.Tensor:
-        x = torch.empty(len(slots), mapped.rows.shape[1], dtype=self.dtype)
-        integers = torch.int16 if self.dtype.itemsize == 2 else torch.int32
+        x = self._pool.empty((len(slots), mapped.rows.shape[1]), mapped.rows.dtype)
         # numpy's `take` is one single-threaded copy that lets other Python threads run.
-        np.take(mapped.rows, slots, axis=0, out=x.view(integers).numpy(), mode="clip")
-        return x
+        np.take(mapped.rows, slots, axis=0, out=x, mode="clip")
+        return torch.from_numpy(x).view(self.dtype)
 
     def _slot_ranges(self, mapped: MappedShards, first: int, end: int) -> list[tuple[int, int]]:
         ranges = []

@@ -15,7 +15,7 @@ import torch
 from steersman.errors import SteersmanError
 from steersman.train.manifest import MANIFEST, ROWS, STATISTICS, Manifest, ShardRecord
 from steersman.train.shards import DTYPES, ShardWriter, disk_errors, fsync_folder, load_arrays, write_arrays
-from steersman.train.statistics import ActivationStats, StatsSums, row_norms
+from steersman.train.statistics import ActivationStats, StatsSums, nonfinite_error, row_norms
 
 log = logging.getLogger(__name__)
 
@@ -173,9 +173,9 @@ class StoreWriter:
             here = torch.isfinite(values).cpu().numpy()
             if not self._skip_bad and not here.all():
                 row = int(np.argmin(here))
-                self._refuse(
-                    hook, activations[hook][row], int(token_ids[row]), positions[row], doc_ids[row], show_token
-                )
+                token = int(token_ids[row])
+                place = (token, show_token(token), int(positions[row]), int(doc_ids[row]))
+                raise nonfinite_error(hook, activations[hook][row], self.manifest.dtype, *place)
             finite &= here
         good = np.flatnonzero(finite)
         first, self._done_of_batch = self._done_of_batch, 0
@@ -204,19 +204,6 @@ class StoreWriter:
                 if self._open_rows >= self._shard_rows or self.full:
                     self._end_shard()
         self._failed = False
-
-    def _refuse(
-        self, hook: str, x: torch.Tensor, token: int, position: int, document: int, show_token: Callable[[int], str]
-    ) -> None:
-        """Say which activation [D] is not finite once it has the store's type, and what to do."""
-        overflow = bool(torch.isfinite(x).all())
-        cause = f"overflows {self.manifest.dtype}" if overflow else "is not finite (NaN or infinite)"
-        wider = overflow and self.manifest.dtype == "float16"
-        fix = "dtype='bfloat16'" if wider else "on_nonfinite='skip'"
-        raise SteersmanError(
-            f"the activation at {hook} {cause} for token {token} {show_token(token)!r} at position {position} of "
-            f"document {document}; pass {fix} to go on"
-        )
 
     def _disk_errors(self) -> Any:
         done = len(self.manifest.shards)

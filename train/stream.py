@@ -1,0 +1,371 @@
+"""Training straight from the model: a stream of activations through a shuffling buffer, with nothing written."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from steersman.errors import SteersmanError
+from steersman.train.batch import ActivationBatch, RowInfo
+from steersman.train.capture import (
+    capture_batch,
+    capture_settings,
+    expected_tokens,
+    kept_tokens,
+    model_batches,
+    show_token,
+)
+from steersman.train.from_tensors import check_choices
+from steersman.train.shards import DTYPES
+from steersman.train.statistics import ActivationStats, StatsSums, nonfinite_error, row_norms
+from steersman.train.text import TxtDocuments, open_text
+
+if TYPE_CHECKING:
+    from steersman.lm import LanguageModel
+
+_HELDOUT_SHARE = 0.05
+"""Of a text whose length is known, at most this much is held out."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows on their way through the buffer: activations [n, D] and (row, token, document, position) [n, 4]."""
+
+    x: torch.Tensor
+    info: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.info)
+
+    def __getitem__(self, part: slice) -> "_Rows":
+        return _Rows(self.x[part], self.info[part])
+
+    def take(self, index: np.ndarray) -> "_Rows":
+        return _Rows(self.x[torch.from_numpy(index).to(self.x.device)], self.info[index])
+
+    def batch(self) -> ActivationBatch:
+        return ActivationBatch(x=self.x, find_rows=lambda: self.info[:, 0], find_info=lambda _: self._row_info())
+
+    def _row_info(self) -> RowInfo:
+        columns = (torch.from_numpy(self.info[:, column].copy()) for column in (1, 2, 3))
+        token_ids, doc_ids, positions = columns
+        return RowInfo(token_ids.int(), doc_ids, positions.int())
+
+
+def _joined(parts: Sequence[_Rows]) -> _Rows:
+    return _Rows(torch.cat([part.x for part in parts]), np.concatenate([part.info for part in parts]))
+
+
+class ActivationStream:
+    """Activations of one hook point made while they are read; to a trainer it reads like an `ActivationStore`.
+
+    Rows go through a buffer of `buffer_rows`: it is filled, permuted, its first half given out and refilled. The order
+    is fixed by (seed, epoch, batch size). Rows are on the model's device. The first documents, `heldout_rows` rows of
+    them, are kept in memory as the held-out split; training starts at the document after them.
+    """
+
+    def __init__(
+        self,
+        lm: "LanguageModel",
+        texts: Any,
+        *,
+        hook: str,
+        tokens: int | None = None,
+        buffer_rows: int = 65_536,
+        heldout_rows: int = 16_384,
+        context_length: int | None = None,
+        packing: bool = True,
+        batch_size: int = 32,
+        dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+        exclude_bos: bool = True,
+        exclude_eos: bool = False,
+        exclude_tokens: tuple[int, ...] = (),
+        on_nonfinite: Literal["error", "skip"] = "error",
+        text_column: str = "text",
+        txt_documents: TxtDocuments = "line",
+        streaming: bool = True,
+    ) -> None:
+        """Take `tokens` rows an epoch (None: all of the text) from `texts`, which is anything `open_text` takes.
+
+        `batch_size` is the number of contexts in a forward pass; the other options are those of `CacheConfig`. Raises
+        `SteersmanError` as `cache_activations` does.
+        """
+        check_choices(dtype, on_nonfinite)
+        if buffer_rows < 2 or heldout_rows < 0 or (tokens is not None and tokens < 1):
+            raise SteersmanError("buffer_rows must be at least 2, heldout_rows at least 0 and tokens at least 1")
+        self._lm, self._dtype, self._tokens, self._buffer_rows = lm, dtype, tokens, buffer_rows
+        self._skip_bad = on_nonfinite == "skip"
+        self._text = open_text(texts, text_column=text_column, streaming=streaming, txt_documents=txt_documents)
+        self._settings = capture_settings(
+            lm,
+            hook,
+            context_length=context_length,
+            batch_size=batch_size,
+            packing=packing,
+            exclude_bos=exclude_bos,
+            exclude_eos=exclude_eos,
+            exclude_tokens=exclude_tokens,
+        )
+        expected = expected_tokens(lm, self._text, self._settings)
+        self._heldout_rows = heldout_rows if expected is None else min(heldout_rows, int(expected * _HELDOUT_SHARE))
+        self._counts: dict[int, int] = {}
+
+    @property
+    def hook_name(self) -> str:
+        """The hook point, by its canonical name."""
+        return self._settings.hooks[0]
+
+    @property
+    def hook_names(self) -> list[str]:
+        """The hook point in a list, as a store gives its own."""
+        return [self.hook_name]
+
+    @property
+    def model_name(self) -> str:
+        """The model that runs."""
+        return self._lm.name
+
+    @property
+    def d_in(self) -> int:
+        """Width D of the hook point."""
+        return self._lm.hook_width(self.hook_name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the activations given out."""
+        return DTYPES[self._dtype][0]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that identify the model's name, the text and all settings."""
+        content = [self.model_name, self._text.identity(), asdict(self._settings), self._dtype, self._tokens]
+        content += [self._buffer_rows, self._heldout_rows, self._skip_bad]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def stats(self, hook: str | None = None) -> ActivationStats:
+        """Statistics of the first `buffer_rows` rows of the training split; runs the model over them once."""
+        self._check_hook(hook)
+        return self._stats
+
+    @cached_property
+    def _stats(self) -> ActivationStats:
+        sums = StatsSums(self.d_in)
+        with closing(self._train_rows(self._buffer_rows)) as rows:
+            for part in rows:
+                sums.add(part.x, row_norms(part.x))
+        return sums.stats()
+
+    def n_batches(
+        self, batch_size: int, *, split: str = "train", heldout_fraction: float = 0.05, drop_last: bool = True
+    ) -> int | None:
+        """Batches of an epoch: counted by tokenizing the text once where its length is known, else from `tokens`; None
+        for a text without end. `heldout_fraction` is a store's: a stream holds out `heldout_rows` rows."""
+        rows = len(self._heldout[0]) if self._check_split(split) == "heldout" else self._n_train_rows
+        return None if rows is None else rows // batch_size if drop_last else -(-rows // batch_size)
+
+    @cached_property
+    def _n_train_rows(self) -> int | None:
+        if self._text.n_characters() is None:
+            return self._tokens
+        rows = 0
+        with closing(model_batches(self._lm, self._text, self._settings, self._train_cursor)) as batches:
+            for batch in batches:
+                rows += int(kept_tokens(batch, self._settings).sum())
+                if self._tokens is not None and rows >= self._tokens:
+                    return self._tokens
+        return rows
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        hook: str | None = None,
+        split: str = "train",
+        heldout_fraction: float = 0.05,
+        shuffle: bool = True,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+        prefetch: int = 0,
+    ) -> Iterator[ActivationBatch]:
+        """Batches as `ActivationStore.batches` gives them; an epoch is one pass over the text.
+
+        From `start` on, the batches are those that a full pass would give: the text before is tokenized again, but the
+        model runs only over what is still in the buffer then (with on_nonfinite="skip", over all of it). Each rank runs
+        the model itself and takes its share of each batch. Nothing is prefetched: the model is the slower part.
+        """
+        self._check_hook(hook)
+        if batch_size < 1 or start < 0 or not 0 <= rank < world_size or batch_size % world_size:
+            raise SteersmanError(f"batch_size {batch_size} must divide among world_size {world_size} ranks from 0 on")
+        if self._check_split(split) == "heldout":
+            rows = self._heldout[0]
+            order = np.random.default_rng([seed, epoch]).permutation(len(rows)) if shuffle else np.arange(len(rows))
+            stages: Iterator[_Rows] = iter([rows.take(order[start * batch_size :])])
+        elif shuffle:
+            if self._buffer_rows < 2 * batch_size:
+                raise SteersmanError(
+                    f"buffer_rows {self._buffer_rows} holds less than two batches of {batch_size}; make it larger"
+                )
+            stages = self._shuffled(batch_size, seed, epoch, start)
+        else:
+            stages = self._in_order(start * batch_size)
+        return self._cut(stages, batch_size, rank, world_size, drop_last)
+
+    def _check_hook(self, hook: str | None) -> None:
+        if hook is not None and self._lm.resolve_hook(hook) != self.hook_name:
+            raise SteersmanError(f"this stream gives {self.hook_name}, not {hook}")
+
+    def _check_split(self, split: str) -> str:
+        if split not in ("train", "heldout"):
+            raise SteersmanError(f"split {split!r} of a stream is neither 'train' nor 'heldout'")
+        return split
+
+    @staticmethod
+    def _cut(
+        stages: Iterator[_Rows], batch_size: int, rank: int, world_size: int, drop_last: bool
+    ) -> Iterator[ActivationBatch]:
+        left: list[_Rows] = []
+        for stage in stages:
+            rows = _joined([*left, stage])
+            whole = len(rows) // batch_size * batch_size
+            for low in range(0, whole, batch_size):
+                share = (low + r * batch_size // world_size for r in (rank, rank + 1))
+                yield rows[slice(*share)].batch()
+            left = [rows[whole:]]
+        n = sum(map(len, left))
+        if n and not drop_last:
+            yield left[0][rank * n // world_size : (rank + 1) * n // world_size].batch()
+
+    def _in_order(self, first: int) -> Iterator[_Rows]:
+        needed = _Needed(np.zeros(0, dtype=np.int64), first)
+        with closing(self._train_rows(self._tokens, needed)) as parts:
+            for part in parts:
+                yield part[max(first - int(part.info[0, 0]), 0) :] if len(part) else part
+
+    def _shuffled(self, batch_size: int, seed: int, epoch: int, start: int) -> Iterator[_Rows]:
+        """The rows of the training split in shuffled order, a buffer's half at a time, from batch `start` on."""
+        size, half = self._buffer_rows, self._buffer_rows // 2 // batch_size * batch_size
+        skip = start * batch_size
+        with closing(self._train_rows(self._tokens, _needed_rows(size, half, seed, epoch, skip))) as parts:
+            buffer: list[_Rows] = []
+            held, stage, more = 0, 0, True
+            while more:
+                while held < size and (part := next(parts, None)) is not None:
+                    buffer.append(part)
+                    held += len(part)
+                more = held >= size
+                rows = _joined(buffer) if buffer else None
+                if rows is None:
+                    return
+                mixed = np.random.default_rng([seed, epoch, stage]).permutation(min(held, size))
+                out, kept = (mixed[:half], mixed[half:]) if more else (mixed, mixed[:0])
+                if skip < len(out):
+                    yield rows.take(out[skip:])
+                skip = max(skip - len(out), 0)
+                buffer = [rows.take(kept), rows[size:]]
+                held -= len(out)
+                stage += 1
+
+    @cached_property
+    def _heldout(self) -> tuple[_Rows, int]:
+        """The held-out rows, and the number of the document that training starts at."""
+        parts, n, document = [], 0, 0
+        if self._heldout_rows:
+            with closing(self._rows_from({"document": 0, "token": 0}, _Needed())) as rows:
+                for part in rows:
+                    parts.append(part)
+                    n += len(part)
+                    if n >= self._heldout_rows:
+                        break
+        if parts:
+            held = _joined(parts)
+            document = int(held.info[:, 2].max()) + 1
+            return held, document
+        return _Rows(torch.zeros(0, self.d_in, dtype=self.dtype), np.zeros((0, 4), dtype=np.int64)), document
+
+    @property
+    def _train_cursor(self) -> dict[str, int]:
+        return {"document": self._heldout[1], "token": 0}
+
+    def _train_rows(self, limit: int | None, needed: "_Needed | None" = None) -> Iterator[_Rows]:
+        """The rows of the training split in the order of the text, at most `limit`."""
+        n = 0
+        with closing(self._rows_from(self._train_cursor, needed or _Needed())) as parts:
+            for part in parts:
+                part = part if limit is None else part[: limit - n]
+                n += len(part)
+                yield part
+                if n == limit:
+                    return
+        if not n:
+            raise SteersmanError(
+                f"{self._text.name}: no text is left to train on beside the {len(self._heldout[0])} held-out rows; "
+                "give more text or a smaller heldout_rows"
+            )
+
+    def _rows_from(self, cursor: dict[str, int], needed: "_Needed") -> Iterator[_Rows]:
+        """The rows of each forward batch from `cursor` on; arbitrary numbers in batches that are not `needed`."""
+        row = 0
+        with closing(model_batches(self._lm, self._text, self._settings, cursor)) as batches:
+            for batch in batches:
+                kept = kept_tokens(batch, self._settings)
+                n = int(kept.sum())
+                if not self._skip_bad and not needed.any(row, row + n):
+                    x = torch.empty(n, self.d_in, dtype=self.dtype, device=self._lm.device)
+                    info = np.zeros((n, 4), dtype=np.int64)
+                else:
+                    found = capture_batch(self._lm, batch, self._settings)
+                    x = found.activations[self.hook_name].to(self.dtype)
+                    info = np.stack([np.zeros(n), found.token_ids, found.doc_ids, found.positions], 1).astype(np.int64)
+                    x, info = self._finite(x, found.activations[self.hook_name], info)
+                info[:, 0] = np.arange(row, row + len(info))
+                row += len(info)
+                yield _Rows(x, info)
+
+    def _finite(self, x: torch.Tensor, source: torch.Tensor, info: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        finite = torch.isfinite(row_norms(x)).cpu().numpy()
+        if finite.all():
+            return x, info
+        if not self._skip_bad:
+            bad = int(np.argmin(finite))
+            token, document, position = (int(value) for value in info[bad, 1:])
+            text = show_token(self._lm, token)
+            raise nonfinite_error(self.hook_name, source[bad], self._dtype, token, text, position, document)
+        index = np.flatnonzero(finite)
+        return x[torch.from_numpy(index).to(x.device)], info[index]
+
+
+@dataclass(frozen=True)
+class _Needed:
+    """Which rows must be computed: those in `early` (sorted), and all from `frontier` on."""
+
+    early: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    frontier: int = 0
+
+    def any(self, start: int, stop: int) -> bool:
+        """Whether any row of start..stop is needed."""
+        low, high = np.searchsorted(self.early, (start, stop))
+        return bool(stop > self.frontier or high > low)
+
+
+def _needed_rows(size: int, half: int, seed: int, epoch: int, skip: int) -> _Needed:
+    """The rows that a buffer still holds when all but the last whole half of the first `skip` rows were given out.
+
+    One half more than the batches to come need is kept, because a text that ends there empties the buffer at once.
+    """
+    stages = max(skip // half - 1, 0)
+    rows = np.arange(size)
+    for stage in range(stages):
+        mixed = np.random.default_rng([seed, epoch, stage]).permutation(size)
+        fresh = np.arange(size + stage * half, size + (stage + 1) * half)
+        rows = np.concatenate([rows[mixed[half:]], fresh])
+    return _Needed(np.sort(rows), size + stages * half)
