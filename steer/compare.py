@@ -21,6 +21,8 @@ from steersman.sae import SAE
 from steersman.steer.report import EditReport
 from steersman.steer.steerer import Steerer
 
+DEFAULT_PROMPTS = ("Once upon a time",)  # not the field's default: a flag that may be repeated adds to its default
+
 
 @dataclass(frozen=True, kw_only=True)
 class SteerConfig:
@@ -32,8 +34,8 @@ class SteerConfig:
     """SAE folder or file."""
     feature: tuple[str, ...]
     """Features and strengths as `id=strength`; several are edited at once."""
-    prompt: tuple[str, ...] = ("Once upon a time",)
-    """Prompts to continue, in one batch."""
+    prompt: tuple[str, ...] = ()
+    """Prompts to continue, in one batch; without any, "Once upon a time"."""
     mode: str = "add"
     """Edit mode: add, clamp, floor, scale or project_out."""
     units: str = "max_act"
@@ -216,7 +218,7 @@ def steer_and_compare(lm: LanguageModel, sae: SAE, config: SteerConfig) -> Compa
         include_bos=config.include_bos,
         measure=True,
     )
-    prompts = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt)
+    prompts = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt or DEFAULT_PROMPTS)
     plain = lm.generate(prompts, **settings) if config.compare else None
     with steering:
         text = lm.generate(prompts, **settings)

@@ -76,6 +76,11 @@ def test_rendering(lm: LanguageModel) -> None:
     assert " | " not in single.to_text()
 
 
+def test_default_prompt(lm: LanguageModel) -> None:
+    got = steer_and_compare(lm, toy_sae(), replace(CONFIG, prompt=()))
+    assert [p.prompt for p in got.pairs] == ["Once upon a time"]
+
+
 def test_sampling_is_seeded(lm: LanguageModel) -> None:
     config = replace(CONFIG, temperature=1.5, top_p=0.9, seed=4)
     assert steer_and_compare(lm, toy_sae(), config) == steer_and_compare(lm, toy_sae(), config)
