@@ -101,9 +101,7 @@ class Rows(NamedTuple):
 
 
 @torch.no_grad()
-def summarize_features(
-    sae: SAE, batches: Iterable[Rows], median_norm: float, n_examples: int = 30
-) -> FeatureSummary:
+def summarize_features(sae: SAE, batches: Iterable[Rows], median_norm: float, n_examples: int = 30) -> FeatureSummary:
     """Statistics and the largest activations of every feature, in one pass over `batches`.
 
     >>> from steersman.sae import SAEConfig

@@ -8,6 +8,9 @@ from torch import Tensor
 from steersman.kernels import choose, topk_encode
 from steersman.sae.base import SAE, TrainingCode
 
+_SMALL = 1 << 24
+"""Pre-activations that `encode_features` may hold at once."""
+
 
 class TopKSAE(SAE):
     """`f = ReLU(TopK((x - b_dec) W_enc + b_enc))` (eq. 2)."""
@@ -16,6 +19,22 @@ class TopKSAE(SAE):
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return choose(x.device).topk_encode(x, self.W_enc.T, self.b_enc, self.cfg.k, self.encoder_bias_in)
+
+    @torch.no_grad()
+    def encode_features(self, x: Tensor, features: Tensor) -> Tensor:
+        """See `SAE.encode_features`. A few tokens on the CPU, as steering has them, need no sorted code: a feature is
+        active when its pre-activation reaches the K-th largest."""
+        k, L = self.cfg.k, self.cfg.d_sae
+        if self.device.type != "cpu" or len(x) * L > _SMALL or k >= L:
+            return super().encode_features(x, features)
+        rows, _ = self._rows(x)
+        rows = rows.float() if self.encoder_bias_in is None else rows.float() - self.encoder_bias_in
+        Z = torch.addmm(self.b_enc, rows, self.W_enc)
+        top = Z.topk(k + 1, dim=1).values
+        if not bool((top[:, k - 1] > top[:, k]).all()):  # a tie at the boundary, or NaN
+            return super().encode_features(x, features)
+        chosen = Z.index_select(1, features)
+        return chosen.relu() * (chosen >= top[:, k - 1 : k])
 
     def training_code(self, x: Tensor) -> TrainingCode:
         values, order = topk_encode(x, self.W_enc.T, self.b_enc, self.cfg.k, self.encoder_bias_in)

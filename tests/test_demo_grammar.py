@@ -187,14 +187,13 @@ def test_labels_follow_character_overlap():
 
 
 GOLDEN = (
-    "This is the story of Leo, a massive boy from the glade. "
-    "Leo felt very joyful. "
-    "He clapped his hands, for he was happy. "
-    "Someone had left a lot of milk there. "
-    "He spilled a drop of coffee. "
-    "He went to look for his papa. "
-    '"Be home for supper," his mother joked. '
-    "He shared the cocoa with everyone. "
-    '"I am so happy," he laughed. '
-    "That was the best day he ever had at the glade."
+    "There once was a boy named Leo, and he rushed to the glade every day. "
+    "He ran until he was out of breath. "
+    "His grandmother came along too. "
+    "Leo sat on the lap of his granny. "
+    "Suddenly the thunderstorm began. "
+    "All of this made him terrified. "
+    "Being afraid, Leo rushed behind a door. "
+    "Now everyone was as nervous as Leo. "
+    "And so Leo left the forest and slept well."
 )

@@ -10,42 +10,49 @@ OPENINGS = (
     "This is the story of {name}, a {size} {child} from the {place}.",
     "It was almost {time} when {name} {move} down to the {place}.",
     "There once was a {child} named {name}, and {s} {move} to the {place} every day.",
+    "Near the {place} lived {name}, a {child} with a {colour} cap.",
+    "Once a {child} named {name} in a {colour} shirt {move} to the {place}.",
+    "At the {place} a {child} named {name} {speech} hello.",
+    "It was {time}, and near the {place} {name} {speech} hello.",
 )
-"""The first sentence: always names the child and the place."""
+"""The first sentence: always names the child and the place, and something of `ASIDES`."""
+
+ASIDES = ("time", "size", "colour", "move", "speech")
+"""The groups of an opening that its next sentence can dwell on."""
 
 INTRODUCTIONS: dict[str, tuple[str, ...]] = {
     "weather": (
         "Soon the {weather} came over the {place}.",
         "Suddenly the {weather} began.",
-        "Nobody had told {o} about the {weather}.",
+        "Nobody had told {name!} about the {weather}.",
         "That day the {weather} was very strong.",
     ),
     "place": (
         "{S} knew every corner of the {place}.",
         "{name!} loved the {place} more than any other.",
         "The {place} was quiet and the {place} was empty.",
-        "{S} {move} around the {place} twice.",
+        "{name!} {move} around the {place} twice.",
     ),
     "feeling": (
         "{name!} felt very {feeling}.",
         "All of this made {o} {feeling}.",
         "Deep inside, {s} was {feeling}.",
-        "{S} was {feeling} and could not say why.",
+        "{name!} was {feeling} and could not say why.",
     ),
     "animal": (
         "There {s} met a {size} {animal}.",
         "Then a {colour} {animal} came by.",
         "A {size} {animal} was waiting for {o} there.",
-        "{S} saw a {colour} {animal} and {move} closer.",
+        "{name!} saw a {colour} {animal} and {move} closer.",
     ),
     "food": (
-        "In {p} bag {s} had some {food}.",
-        "{S} was hungry and wished for {food}.",
+        "In {p} bag {name!} had some {food}.",
+        "{name!} was hungry and wished for {food}.",
         "Someone had left a lot of {food} there.",
         "It was time for {food} and {food}.",
     ),
     "thing": (
-        "{S} found a {colour} {thing} in the grass.",
+        "{name!} found a {colour} {thing} in the grass.",
         "Under a stone lay a {size} {thing}.",
         "Next to the door {s} saw a {thing}.",
         "{name!} had always wanted a {colour} {thing}.",
@@ -53,13 +60,13 @@ INTRODUCTIONS: dict[str, tuple[str, ...]] = {
     "family": (
         "{P} {family} came along too.",
         "Just then {p} {family} {speech} from far away.",
-        "{S} went to look for {p} {family}.",
+        "{name!} went to look for {p} {family}.",
         "{P} {family} had told {o} to be careful.",
     ),
     "helper": (
         "On the road stood a {helper} in a {colour} cloak.",
         "A {helper} {move} out of the {place}.",
-        "{S} asked a {size} {helper} for help.",
+        "{name!} asked a {size} {helper} for help.",
         "Then a {helper} knocked at the door.",
     ),
 }
@@ -78,7 +85,7 @@ RECALLS: dict[str, tuple[str, ...]] = {
     ),
     "feeling": (
         "{S} still felt {feeling}.",
-        '"I am so {feeling}," {s} {speech}.',
+        '"I am so {feeling}," {name!} {speech}.',
         "Now everyone was as {feeling} as {name!}.",
     ),
     "animal": (
@@ -88,11 +95,11 @@ RECALLS: dict[str, tuple[str, ...]] = {
     ),
     "food": (
         "There was still some {food} left.",
-        "{S} shared the {food} with everyone.",
+        "{name!} shared the {food} with everyone.",
         "All {s} could think of was {food}.",
     ),
     "thing": (
-        "{S} took the {thing!} home.",
+        "{name!} {move} home to show the {thing!}.",
         "{S} put it next to {p} other {thing}.",
         '"I will keep this {thing!}," {name!} {speech}.',
     ),

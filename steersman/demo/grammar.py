@@ -1,33 +1,33 @@
 """A seeded probabilistic grammar of very short stories, with the concept of every word known.
 
-A story is an opening, three beats (a group brought in, then perhaps a sentence that only its concept can bring), one
-or two sentences that come back to a beat, and an ending: 6 to 10 sentences. The first mention of a group binds it to
-one concept for the rest of the story, so that early words decide later ones; which word of the concept is said is
-mostly free, so that what carries over is the concept. Nothing is drawn that does not show in the text, and no sentence
-can be read in two ways, so a text has one derivation: the probability of its choices IS its probability, a recognizer
-can recompute it from the text alone (`parse`), and the mean of -log p per token is the least loss a language model of
-these stories can reach on average.
+A story is an opening, perhaps a sentence that dwells on it, three beats (a group brought in, then perhaps a sentence
+that only its concept can bring), one or two sentences that come back to a beat, and an ending: 6 to 10 sentences. The
+first mention of a group binds it to one concept for the rest of the story, so that early words decide later ones; which
+word of the concept is said is mostly free, so that what carries over is the concept. Nothing is drawn that does not
+show in the text, and no sentence can be read in two ways, so a text has one derivation: the probability of its choices
+IS its probability, a recognizer can recompute it from the text alone (`parse`), and the mean of -log p per token is the
+least loss a language model of these stories can reach on average.
 """
 
 import math
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
 
 import numpy as np
 
 from steersman.demo.concepts import CONCEPT_OF_WORD, CONCEPTS, GROUPS, LIKELIER, Concept
-from steersman.demo.frames import ENDINGS, INTRODUCTIONS, OPENINGS, PRONOUNS, RECALLS
+from steersman.demo.frames import ASIDES, ENDINGS, INTRODUCTIONS, OPENINGS, PRONOUNS, RECALLS
 
 BEATS = 3
 """Groups that a story brings in after its opening."""
 FOLLOW_UP = 0.7
-"""Probability that a beat goes on with a sentence of its own concept."""
+"""Probability that the opening, and each beat, goes on with a sentence that only its concept can bring."""
 SECOND_RECALL = 0.5
-"""Probability that a second sentence comes back to an earlier beat."""
+"""Probability that a second sentence comes back to an earlier beat, in a story that did not dwell on its opening."""
 AFFINITY = 0.5
 """Probability that a group takes the concept that `LIKELIER` names, rather than any concept of the group."""
 
@@ -50,7 +50,9 @@ class Story:
 class _Plan:
     """Where in a story we are: which sentences can come next depends on this and on the bound concepts."""
 
-    stage: str = "opening"  # opening | introduced | beats | recalled | end
+    stage: str = "opening"  # opening | opened | introduced | beats | recalled | end
+    asides: tuple[str, ...] = ()  # groups of the opening that the next sentence can dwell on
+    dwelt: bool = False  # whether it did
     used: tuple[str, ...] = ()  # groups brought in so far
     recalled: tuple[str, ...] = ()  # groups come back to so far
 
@@ -114,18 +116,27 @@ def _options(state: _State) -> list[_Option]:
     """Every sentence frame that can come next; the probabilities sum to 1. Empty at the end of a story."""
     plan = state.plan
     if plan.stage == "opening":
-        return _spread(1.0, OPENINGS, _Plan("beats", plan.used))
+        return [_Option(1 / len(OPENINGS), frame, _Plan("opened", _asides(frame))) for frame in OPENINGS]
+    if plan.stage == "opened":
+        dwelt = replace(plan, stage="beats", dwelt=True)
+        share = FOLLOW_UP / len(plan.asides)
+        stays = [option for group in plan.asides for option in _spread(share, state.bound[group].frames, dwelt)]
+        return stays + _next_beat(plan, 1.0 - FOLLOW_UP)
     if plan.stage == "introduced":
-        after = _Plan("beats", plan.used)
-        frames = state.bound[plan.used[-1]].frames
-        stays = _spread(FOLLOW_UP, frames, after)
-        return stays + _next_beat(after, 1.0 - FOLLOW_UP)
+        stays = _spread(FOLLOW_UP, state.bound[plan.used[-1]].frames, replace(plan, stage="beats"))
+        return stays + _next_beat(plan, 1.0 - FOLLOW_UP)
     if plan.stage == "beats":
         return _next_beat(plan, 1.0)
     if plan.stage == "recalled":
-        second = SECOND_RECALL if len(plan.recalled) == 1 else 0.0
-        return (_recalls(plan, second) if second else []) + _spread(1.0 - second, ENDINGS, _Plan("end"))
+        # A story that dwelt on its opening comes back to one beat only, which keeps it to ten sentences.
+        second = SECOND_RECALL if len(plan.recalled) == 1 and not plan.dwelt else 0.0
+        return (_recalls(plan, second) if second else []) + _spread(1.0 - second, ENDINGS, replace(plan, stage="end"))
     return []
+
+
+@cache
+def _asides(frame: str) -> tuple[str, ...]:
+    return tuple(group for group in ASIDES if f"{{{group}}}" in frame)
 
 
 def _next_beat(plan: _Plan, mass: float) -> list[_Option]:
@@ -135,7 +146,9 @@ def _next_beat(plan: _Plan, mass: float) -> list[_Option]:
     return [
         option
         for group in groups
-        for option in _spread(mass / len(groups), INTRODUCTIONS[group], _Plan("introduced", (*plan.used, group)))
+        for option in _spread(
+            mass / len(groups), INTRODUCTIONS[group], replace(plan, stage="introduced", used=(*plan.used, group))
+        )
     ]
 
 
@@ -144,7 +157,9 @@ def _recalls(plan: _Plan, mass: float) -> list[_Option]:
     return [
         option
         for group in groups
-        for option in _spread(mass / len(groups), RECALLS[group], _Plan("recalled", plan.used, (*plan.recalled, group)))
+        for option in _spread(
+            mass / len(groups), RECALLS[group], replace(plan, stage="recalled", recalled=(*plan.recalled, group))
+        )
     ]
 
 

@@ -1,0 +1,132 @@
+"""The quickstart's `report.html`: one file, pictures and styles inside, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steersman.errors import SteersmanError
+
+if TYPE_CHECKING:
+    from steersman.demo.quickstart import Results, SteeredTarget
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; margin: 1em 0; } td, th { padding: .2em .8em; text-align: left; }
+tr:nth-child(even) { background: #f6f6f6; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; } .pair p { background: #f6f6f6; padding: .8em; }
+mark { background: #ffe08a; } .context { font-family: ui-monospace, monospace; font-size: 13px; }
+img { max-width: 100%; } details { margin: .3em 0; } .muted { color: #777; }
+@media (max-width: 640px) { .pair { grid-template-columns: 1fr; } }
+"""
+
+
+def write_report(results: Results, path: Path) -> None:
+    """Write the report of a quickstart to `path`."""
+    sections = [_measures(results), _training(results), _concepts(results), _steering(results), _features(results)]
+    body = "\n".join(section for section in sections if section)
+    head = f"<h1>Steersman on {escape(results.model_name)}</h1><p>{escape(results.hook_name)}</p>"
+    page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Steersman</title><style>{STYLE}</style>"
+    page += f"<meta name='viewport' content='width=device-width'><body>{head}{body}</body></html>\n"
+    try:
+        path.write_text(page)
+    except OSError as error:
+        raise SteersmanError(f"{path} could not be written: {error.strerror}") from error
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    def cell(value: Any) -> str:
+        number = isinstance(value, int | float)
+        text = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if number else escape(str(value))
+        return f"<td{' class=number' if number else ''}>{text}</td>"
+
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _picture(png: bytes, what: str) -> str:
+    return f"<img alt='{escape(what)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+
+
+def _measures(results: Results) -> str:
+    evaluation = results.evaluation.to_json()
+    rows = [[name, value] for part in evaluation.values() if part for name, value in part.items()]
+    return "<h2>The SAE</h2>" + _table(["measure", "held out"], rows)
+
+
+def _training(results: Results) -> str:
+    names = [("loss.png", "loss over tokens"), ("density.png", "feature densities")]
+    found = [(results.run / name, what) for name, what in names if (results.run / name).is_file()]
+    return "<h2>Training</h2>" + "".join(_picture(file.read_bytes(), what) for file, what in found)
+
+
+def _concepts(results: Results) -> str:
+    if not results.concepts:
+        return ""
+    clear = sum(match.auroc >= 0.95 for match in results.concepts)
+    intro = f"<p>{clear} of {len(results.concepts)} concepts have a feature with an AUROC of at least 0.95, chosen on "
+    intro += "one half of fresh stories and measured on the other.</p>"
+    rows: list[list[Any]] = [[m.concept, m.feature, m.auroc, m.n_tokens] for m in results.concepts]
+    table = _table(["concept", "feature", "AUROC", "tokens"], rows)
+    return f"<h2>Features that match concepts</h2>{intro}<details open><summary>table</summary>{table}</details>"
+
+
+def _steering(results: Results) -> str:
+    if not results.steered:
+        return ""
+    parts = ["<h2>Steering by feature</h2>", _picture(_dose_plot(results.steered), "dose-response curves")]
+    for steered in results.steered:
+        plain, best = steered.doses[0], steered.best
+        parts.append(f"<h3>{escape(steered.target.name)}: feature {steered.target.feature}</h3>")
+        parts.append(
+            f"<p>At {best.strength:g} times its largest activation, words of the target go from {plain.rate:.1f} to "
+            f"{best.rate:.1f} in 100, and the text costs {best.nll - plain.nll:+.2f} nats per token under the "
+            "unsteered model.</p>"
+        )
+        texts = (_marked(dose.text, steered.target.words) for dose in (plain, best))
+        parts.append("<div class=pair>" + "".join(f"<p>{text}</p>" for text in texts) + "</div>")
+    return "\n".join(parts)
+
+
+def _marked(text: str, words: tuple[str, ...]) -> str:
+    pattern = r"\b(" + "|".join(re.escape(escape(word)) for word in words) + r")\b"
+    return re.sub(pattern, r"<mark>\1</mark>", escape(text), flags=re.IGNORECASE)
+
+
+def _dose_plot(steered: list[SteeredTarget]) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for target in steered:
+        strengths = [dose.strength for dose in target.doses]
+        left.plot(strengths, [dose.rate for dose in target.doses], marker="o", label=target.target.name)
+        right.plot(strengths, [dose.nll for dose in target.doses], marker="o", label=target.target.name)
+    left.set(xlabel="strength (x largest activation)", ylabel="target words per 100 words")
+    right.set(xlabel="strength (x largest activation)", ylabel="nats per token, unsteered model")
+    left.legend(fontsize=8)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    return png.getvalue()
+
+
+def _features(results: Results) -> str:
+    names = {match.feature: match.concept for match in reversed(results.concepts)}
+    alive = sorted((f for f in results.features if f.contexts), key=lambda feature: -feature.max_act)
+    parts = [f"<h2>Features</h2><p class=muted>{len(alive)} of {len(results.features)} fired on the store.</p>"]
+    for feature in alive:
+        name = f" · {escape(names[feature.id])}" if feature.id in names else ""
+        head = f"{feature.id}{name} · density {100 * feature.density:.2f} % · max {feature.max_act:.1f}"
+        promotes = f"<p class=muted>promotes {escape(' '.join(map(repr, feature.promotes)))}</p>"
+        contexts = "".join(
+            f"<div class=context>{c.activation:.1f} {escape(c.before)}<mark>{escape(c.token)}</mark>{escape(c.after)}</div>"
+            for c in feature.contexts
+        )
+        parts.append(f"<details><summary>{head}</summary>{promotes}{contexts}</details>")
+    return "\n".join(parts)
