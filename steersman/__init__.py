@@ -31,7 +31,18 @@ _HOME = {
     "Steerer": "steersman.steer",
 }
 
-__all__ = ["SteersmanError", "__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "SAE",
+    "ActivationStore",
+    "LanguageModel",
+    "SAEConfig",
+    "Steerer",
+    "SteersmanError",
+    "TrainConfig",
+    "__version__",
+    "cache_activations",
+    "train_sae",
+]
 
 
 def __getattr__(name: str) -> Any:

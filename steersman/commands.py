@@ -22,6 +22,7 @@ from steersman.train.feature_report import (
 )
 from steersman.train.text import TextSource, open_text
 from steersman.train.trainer import pick_device
+from steersman.train.view import HookView
 
 __all__ = ["CacheConfig", "EvalCommand", "FeaturesCommand", "SteerConfig", "TrainCommand"]
 
@@ -70,17 +71,11 @@ def _source(config: TrainCommand) -> Any:
         if config.model or config.text:
             raise SteersmanError("give either --store, or --model with --text and --hook, not both")
         store = ActivationStore.open(config.store)
-        return store if config.hook is None else store.at(config.hook)
+        return store if config.hook is None else HookView(store, config.hook)
     if not (config.model and config.text and config.hook):
         raise SteersmanError("nothing to train on: give --store, or --model with --text and --hook")
     lm = LanguageModel.load(config.model, device=config.device, revision=config.revision)
-    return ActivationStream(
-        lm,
-        open_text(config.text),
-        hook=config.hook,
-        buffer_rows=config.buffer_rows,
-        heldout_fraction=config.heldout_fraction,
-    )
+    return ActivationStream(lm, config.text, hook=config.hook, buffer_rows=config.buffer_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +123,7 @@ def run_eval(config: EvalCommand) -> None:
 
 
 def _check_model(sae: SAE, lm: LanguageModel) -> None:
-    if sae.cfg.model_name and sae.cfg.model_name != lm.name:
+    if sae.cfg.model_name and not lm.matches(sae.cfg.model_name):
         raise SteersmanError(f"the SAE was trained on {sae.cfg.model_name}, the model given is {lm.name}")
 
 

@@ -61,7 +61,7 @@ def test_links_are_relative_and_all_there() -> None:
 
 
 def test_bundled_files_are_small() -> None:
-    files = [p for p in (ROOT / "steersman" / "demo" / "model").iterdir() if p.is_file()]
+    files = [p for p in (ROOT / "steersman" / "demo" / "steersman-demo").iterdir() if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 3_000_000
 
 
@@ -76,7 +76,7 @@ def test_a_wheel_has_one_package_and_works_from_another_folder(tmp_path: Path) -
     assert top == {"steersman"}
     for expected in ("kernels/reference.py", "sae/base.py", "train/store.py", "steer/steerer.py", "lm/model.py"):
         assert f"steersman/{expected}" in names
-    assert "steersman/demo/model/model.safetensors" in names
+    assert "steersman/demo/steersman-demo/model.safetensors" in names
     assert "steersman/py.typed" in names
     program = (
         "import steersman, steersman.sae, torch\n"
@@ -91,6 +91,7 @@ def test_a_wheel_has_one_package_and_works_from_another_folder(tmp_path: Path) -
         env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
         capture_output=True,
         text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(str(tmp_path / "site"))

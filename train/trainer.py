@@ -31,9 +31,6 @@ from steersman.train.statistics import ActivationStats
 
 log = logging.getLogger(__name__)
 
-EVAL_ROWS = 8192
-"""Rows of a batch where nothing is learned: held-out metrics and feature statistics."""
-
 
 class ActivationSource(Protocol):
     """What can be trained on: an `ActivationStore`, an `ActivationStream`, or anything that reads like one."""
@@ -356,13 +353,13 @@ def _start_wandb(config: TrainConfig, recipe: Recipe, folder: RunFolder) -> Any:
 def _finish(trainer: Trainer, source: ActivationSource, folder: RunFolder) -> SAE:
     """Fold the scale in, measure on held-out rows, take the feature statistics, save and plot."""
     config = trainer.config
-    sae = trainer.finish()
+    sae, rows = trainer.finish(), trainer.recipe.batch_size
     train = {"heldout_fraction": config.heldout_fraction, "seed": config.seed, "drop_last": False}
     heldout = measure_reconstruction(
-        sae, (batch.x for batch in source.batches(EVAL_ROWS, split="heldout", shuffle=False, **train))
+        sae, (batch.x for batch in source.batches(rows, split="heldout", shuffle=False, **train))
     )
-    n_batches = max(1, config.statistics_tokens // EVAL_ROWS)
-    bar = progress(source.batches(EVAL_ROWS, split="train", **train), desc="feature statistics", total=n_batches)
+    n_batches = max(1, config.statistics_tokens // rows)
+    bar = progress(source.batches(rows, split="train", **train), desc="feature statistics", total=n_batches)
     counted = (batch.x for batch, _ in zip(bar, range(n_batches)))
     sae.feature_stats = collect_feature_stats(sae, counted, source.stats().median_norm)
     bar.close()

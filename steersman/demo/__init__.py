@@ -6,7 +6,7 @@ from pathlib import Path
 from steersman.demo.concepts import CONCEPT_OF_WORD, CONCEPTS, GROUPS, Concept
 from steersman.demo.grammar import Reading, Story, concept_labels, is_sentence, parse, stories, story, texts
 
-MODEL_PATH = Path(str(files("steersman.demo") / "model"))
+MODEL_PATH = Path(str(files("steersman.demo") / "steersman-demo"))
 """The folder of the bundled model: give it to `LanguageModel.load` or to transformers."""
 
 __all__ = [

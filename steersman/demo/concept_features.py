@@ -83,3 +83,14 @@ def match_concepts(lm: LanguageModel, sae: SAE, stories: Sequence[Story]) -> lis
         if bool(labels[:, c].any())
     ]
     return sorted(found, key=lambda match: -match.auroc)
+
+
+@torch.no_grad()
+def writing_features(lm: LanguageModel, sae: SAE, words: Sequence[str], n: int = 3) -> list[int]:
+    """The n features whose decoder rows raise the logits of `words` most above the mean of all tokens (logit lens)."""
+    W_U, norm = lm.unembed()
+    gain = getattr(norm, "weight", torch.ones(()))
+    first = torch.tensor([lm.token_ids(" " + word)[0] for word in words], device=W_U.device)
+    logits = (sae.W_dec.to(W_U.device) * gain.float()) @ W_U.float()
+    score = logits[:, first].mean(dim=1) - logits.mean(dim=1)
+    return score.topk(min(n, len(score))).indices.tolist()

@@ -15,14 +15,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from steersman.demo import CONCEPTS, MODEL_PATH
-from steersman.demo.concept_features import ConceptFeature, match_concepts
+from steersman.demo.concept_features import ConceptFeature, match_concepts, writing_features
 from steersman.demo.grammar import stories, texts
 from steersman.demo.report import write_report
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.steer import Steerer
 from steersman.steer.compare import token_nll
@@ -34,8 +33,8 @@ from steersman.train.trainer import pick_device
 
 log = logging.getLogger(__name__)
 
-HELDOUT_SEED = 1
-"""Stories of this seed are never trained on: the model saw others, and the store holds those of seed 0."""
+HELDOUT_SEED = 3
+"""Stories of this seed were trained on neither by the bundled model nor by the SAE."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class QuickstartConfig:
     k: int = 16
     """Active features a token."""
     targets: int = 4
-    """Features to steer by."""
+    """Features to steer by: the ones that did most, of three times as many tried on prompts of their own."""
     samples: int = 16
     """Texts generated at each strength."""
     max_new_tokens: int = 48
@@ -70,14 +69,14 @@ class QuickstartConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Something to steer towards: a feature and the words by which to see that it worked."""
+    """Something to steer towards: the words by which to see it, and the features that may bring it about."""
 
     name: str
     """Name of the concept, or the first tokens that the feature promotes."""
-    feature: int
-    """Feature id."""
     words: tuple[str, ...]
     """The words that should become more frequent."""
+    candidates: tuple[int, ...]
+    """Feature ids to try."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,24 +89,27 @@ class Dose:
     """Words of the target per 100 generated words."""
     nll: float
     """Nats per generated token of the text under the unsteered model."""
-    text: str
-    """The first sample."""
+    texts: tuple[str, ...]
+    """The samples, in the order of the prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SteeredTarget:
-    """A target with its dose-response curve."""
+    """A target, the feature that served it best and its dose-response curve."""
 
     target: Target
     """What was steered towards."""
+    feature: int
+    """The candidate chosen, on samples of their own."""
+    strength: float
+    """The strength chosen on the same samples."""
     doses: list[Dose]
-    """By rising strength; the first is unsteered."""
+    """By rising strength, on fresh samples; the first is unsteered."""
 
     @property
-    def best(self) -> Dose:
-        """The strength that raises the words most while costing at most 1.5 nats per token, if any does."""
-        affordable = [dose for dose in self.doses[1:] if dose.nll <= self.doses[0].nll + 1.5]
-        return max(affordable or self.doses[1:2], key=lambda dose: dose.rate)
+    def dose(self) -> Dose:
+        """What the chosen strength does on fresh samples."""
+        return next(dose for dose in self.doses if dose.strength == self.strength)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +126,11 @@ class Results:
     seconds: float
 
 
-STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
-STARTS = ("Once upon a time", "One day", "There once was", "This is the story of")
+STRENGTHS = (0.0, 0.4, 0.6, 0.8, 1.0, 1.3)
+AFFORDABLE = 1.5
+"""Nats per token that steering may cost when a strength is chosen."""
+PROMPT_WORDS = 8
+"""Words of the held-out texts that are given as prompts."""
 
 
 def run_quickstart(config: QuickstartConfig) -> None:
@@ -146,7 +151,7 @@ def quickstart(config: QuickstartConfig) -> Results:
 
     log.info("[1/6] loading the model and caching activations")
     lm = LanguageModel.load(config.model or str(MODEL_PATH), device=device)
-    hook = lm.resolve_hook(config.hook or f"blocks.{(lm.n_layers - 1) // 2}.hook_resid_post")
+    hook = lm.resolve_hook(config.hook or f"blocks.{lm.n_layers // 2}.hook_resid_post")
     source: Any = config.text if config.text is not None else texts(config.tokens // 60 + 50, seed=config.seed)
     store = cache_activations(lm, source, hook=hook, out=str(out / "acts"), tokens=config.tokens)
 
@@ -155,7 +160,8 @@ def quickstart(config: QuickstartConfig) -> Results:
     sae = train_sae(store, settings, out / "sae")
 
     log.info("[3/6] measuring it")
-    evaluation = evaluate_sae(sae, store, lm, _heldout_texts(store, source, bundled and config.text is None))
+    unseen = _heldout_texts(store, config)
+    evaluation = evaluate_sae(sae, store, lm, unseen)
 
     log.info("[4/6] reading its features")
     summary = summarize_store(sae, store)
@@ -164,10 +170,14 @@ def quickstart(config: QuickstartConfig) -> Results:
 
     log.info("[5/6] naming features")
     concepts = match_concepts(lm, sae, list(islice(stories(HELDOUT_SEED), 400))) if config.text is None else []
-    targets = _concept_targets(concepts, config.targets) if concepts else _promoted_targets(features, config.targets)
+    if concepts:
+        targets = _concept_targets(lm, sae, concepts, 3 * config.targets)
+    else:
+        targets = _promoted_targets(features, 3 * config.targets)
 
-    log.info("[6/6] steering by %d of them", len(targets))
-    steered = [steer_towards(lm, sae, target, config) for target in targets]
+    log.info("[6/6] steering by %d features", config.targets)
+    prompts = [" ".join(text.split()[:PROMPT_WORDS]) for text in unseen[: 2 * config.samples]]
+    steered = steer_towards(lm, sae, targets, prompts, config)
     results = Results(
         model_name=lm.name,
         hook_name=hook,
@@ -185,21 +195,28 @@ def quickstart(config: QuickstartConfig) -> Results:
     return results
 
 
-def _heldout_texts(store: ActivationStore, source: Any, made: bool, n: int = 100) -> list[str]:
+def _heldout_texts(store: ActivationStore, config: QuickstartConfig, n: int = 100) -> list[str]:
     """Texts that were not trained on: fresh stories, or the store's held-out documents."""
-    if made:
+    if config.text is None:
         return texts(n, seed=HELDOUT_SEED)
     first, _ = store.split_rows("heldout")
-    return list(islice(open_text(source).documents(int(store.tokens(first, first + 1).doc_ids[0])), n))
+    document = int(store.tokens(first, first + 1).doc_ids[0])
+    return list(islice(open_text(config.text).documents(document), n))
 
 
-def _concept_targets(concepts: Sequence[ConceptFeature], n: int) -> list[Target]:
-    """The concepts with the clearest features, one of each group of the grammar (names of people left out)."""
+def _concept_targets(lm: LanguageModel, sae: SAE, concepts: Sequence[ConceptFeature], n: int) -> list[Target]:
+    """The concepts with the clearest features, one of each group of the grammar (names of people left out).
+
+    What tells a concept's words when they are read need not write them, so the features whose decoder rows promote the
+    words most are candidates too.
+    """
     chosen: dict[str, Target] = {}
     for match in concepts:
-        group = CONCEPTS[match.concept].group
-        if group != "name" and group not in chosen and len(chosen) < n:
-            chosen[group] = Target(name=match.concept, feature=match.feature, words=CONCEPTS[match.concept].words)
+        concept = CONCEPTS[match.concept]
+        if concept.group != "name" and concept.group not in chosen and len(chosen) < n:
+            writers = writing_features(lm, sae, concept.words)
+            candidates = tuple(dict.fromkeys((match.feature, *writers)))
+            chosen[concept.group] = Target(name=concept.name, words=concept.words, candidates=candidates)
     return list(chosen.values())
 
 
@@ -209,32 +226,63 @@ def _promoted_targets(features: Sequence[Feature], n: int) -> list[Target]:
     for feature in sorted(features, key=lambda feature: -feature.max_act):
         words = tuple(dict.fromkeys(w for t in feature.promotes if (w := t.strip().lower()).isalpha() and len(w) > 1))
         if 5e-4 <= feature.density <= 0.05 and len(words) >= 3 and len(targets) < n:
-            targets.append(Target(name=" ".join(words[:3]), feature=feature.id, words=words))
+            targets.append(Target(name=" ".join(words[:3]), words=words, candidates=(feature.id,)))
     return targets
 
 
-def steer_towards(lm: LanguageModel, sae: SAE, target: Target, config: QuickstartConfig) -> SteeredTarget:
-    """The dose-response curve of a target: every strength and sample is a row of one batch."""
-    starts = [STARTS[i % len(STARTS)] for i in range(config.samples)]
-    prompts = [start for _ in STRENGTHS for start in starts]
-    rows = [{target.feature: strength} for strength in STRENGTHS for _ in starts]
+def steer_towards(
+    lm: LanguageModel, sae: SAE, targets: Sequence[Target], prompts: Sequence[str], config: QuickstartConfig
+) -> list[SteeredTarget]:
+    """Choose targets, features and strengths on the first half of `prompts`; report the curves on the second half.
+
+    Chosen is what raises a target's words most while costing at most `AFFORDABLE` nats per token.
+    """
+    half = len(prompts) // 2
+    choices: list[tuple[float, Target, int, float]] = []
+    for target in progress(targets, desc="trying features"):
+        options = [(0.0, target.candidates[0], STRENGTHS[1])]
+        for feature in target.candidates:
+            doses = dose_response(lm, sae, feature, target.words, prompts[:half], config)
+            affordable = [dose for dose in doses[1:] if dose.nll <= doses[0].nll + AFFORDABLE]
+            options += [(dose.rate - doses[0].rate, feature, dose.strength) for dose in affordable]
+        rise, feature, strength = max(options)
+        choices.append((rise, target, feature, strength))
+    choices.sort(key=lambda choice: -choice[0])
+    return [
+        SteeredTarget(
+            target=target,
+            feature=feature,
+            strength=strength,
+            doses=dose_response(lm, sae, feature, target.words, prompts[half:], config),
+        )
+        for _, target, feature, strength in choices[: config.targets]
+    ]
+
+
+def dose_response(
+    lm: LanguageModel, sae: SAE, feature: int, words: Sequence[str], prompts: Sequence[str], config: QuickstartConfig
+) -> list[Dose]:
+    """What each strength of a feature does to the continuations of `prompts`: all of them are rows of one batch."""
+    rows = [{feature: strength} for strength in STRENGTHS for _ in prompts]
     with Steerer(lm).features(sae, rows, mode="add", units="max_act", scope="generation"):
-        made = lm.generate(prompts, max_new_tokens=config.max_new_tokens, do_sample=True, seed=config.seed)
+        made = lm.generate(
+            list(prompts) * len(STRENGTHS), max_new_tokens=config.max_new_tokens, do_sample=True, seed=config.seed
+        )
     nll = token_nll(lm.logits(made.tokens, made.attention_mask), made.tokens)
     generated = made.attention_mask.bool()[:, 1:].clone()
     generated[:, : made.prompt_columns - 1] = False
     doses = []
     for i, strength in enumerate(STRENGTHS):
-        part = slice(i * len(starts), (i + 1) * len(starts))
+        part = slice(i * len(prompts), (i + 1) * len(prompts))
         doses.append(
             Dose(
                 strength=strength,
-                rate=word_rate(made.completions[part], target.words),
+                rate=word_rate(made.completions[part], words),
                 nll=float(nll[part][generated[part]].mean()),
-                text=made.texts[part][0],
+                texts=tuple(made.texts[part]),
             )
         )
-    return SteeredTarget(target=target, doses=doses)
+    return doses
 
 
 def word_rate(completions: Sequence[str], words: Sequence[str]) -> float:
@@ -256,11 +304,11 @@ def summary(results: Results) -> str:
         lines.append(f"{clear} of {len(results.concepts)} concepts have a feature with an AUROC of at least 0.95")
         lines += [f"  {m.concept:<16} feature {m.feature:<5} AUROC {m.auroc:.3f}" for m in results.concepts[:12]]
     for steered in results.steered:
-        plain, best = steered.doses[0], steered.best
+        plain, best = steered.doses[0], steered.dose
         lines.append("")
-        lines.append(f"{steered.target.name}: feature {steered.target.feature} at {best.strength:g} x its maximum")
+        lines.append(f"{steered.target.name}: feature {steered.feature} at {best.strength:g} x its maximum")
         lines.append(f"  its words: {plain.rate:.1f} -> {best.rate:.1f} per 100 words")
         lines.append(f"  nats per token under the unsteered model: {plain.nll:.2f} -> {best.nll:.2f}")
-        lines.append(f"  unsteered  {plain.text}")
-        lines.append(f"  steered    {best.text}")
+        lines.append(f"  unsteered  {plain.texts[0]}")
+        lines.append(f"  steered    {best.texts[0]}")
     return "\n".join(lines)

@@ -82,15 +82,17 @@ def _steering(results: Results) -> str:
         return ""
     parts = ["<h2>Steering by feature</h2>", _picture(_dose_plot(results.steered), "dose-response curves")]
     for steered in results.steered:
-        plain, best = steered.doses[0], steered.best
-        parts.append(f"<h3>{escape(steered.target.name)}: feature {steered.target.feature}</h3>")
+        plain, best = steered.doses[0], steered.dose
+        parts.append(f"<h3>{escape(steered.target.name)}: feature {steered.feature}</h3>")
         parts.append(
             f"<p>At {best.strength:g} times its largest activation, words of the target go from {plain.rate:.1f} to "
             f"{best.rate:.1f} in 100, and the text costs {best.nll - plain.nll:+.2f} nats per token under the "
             "unsteered model.</p>"
         )
-        texts = (_marked(dose.text, steered.target.words) for dose in (plain, best))
-        parts.append("<div class=pair>" + "".join(f"<p>{text}</p>" for text in texts) + "</div>")
+        parts.append("<div class=pair><b>unsteered</b><b>steered</b>")
+        for pair in list(zip(plain.texts, best.texts))[:4]:
+            parts += [f"<p>{_marked(text, steered.target.words)}</p>" for text in pair]
+        parts.append("</div>")
     return "\n".join(parts)
 
 
@@ -125,7 +127,8 @@ def _features(results: Results) -> str:
         head = f"{feature.id}{name} · density {100 * feature.density:.2f} % · max {feature.max_act:.1f}"
         promotes = f"<p class=muted>promotes {escape(' '.join(map(repr, feature.promotes)))}</p>"
         contexts = "".join(
-            f"<div class=context>{c.activation:.1f} {escape(c.before)}<mark>{escape(c.token)}</mark>{escape(c.after)}</div>"
+            f"<div class=context>{c.activation:.1f} {escape(c.before)}<mark>{escape(c.token)}</mark>"
+            f"{escape(c.after)}</div>"
             for c in feature.contexts
         )
         parts.append(f"<details><summary>{head}</summary>{promotes}{contexts}</details>")

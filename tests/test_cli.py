@@ -1,0 +1,208 @@
+"""The command line: flags, YAML files, mistakes that get one line, and the main path from text to steered text."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from steersman.cli import COMMANDS, main, usage
+from steersman.demo import MODEL_PATH, texts
+from steersman.sae import SAE
+
+MODEL = str(MODEL_PATH)
+HOOK = "blocks.2.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text, a store and an SAE, made by the commands themselves."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "stories.txt").write_text("\n".join(texts(250, seed=11)) + "\n")
+    text = str(folder / "stories.txt")
+    main(["cache", "--model", MODEL, "--text", text, "--hook", HOOK, "--out", str(folder / "acts")])
+    (folder / "train.yaml").write_text(f"store: {folder / 'acts'}\nd_sae: 128\nk: 8\nlog_every: 5\n")
+    main(["train", "--config", str(folder / "train.yaml"), "--out", str(folder / "run"), "--k", "6"])
+    return folder
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that a mistaken command prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(list(argv))
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("steersman: ")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_flags_win_over_the_file(work: Path) -> None:
+    config = json.loads((work / "run" / "config.json").read_text())
+    assert (config["training"]["d_sae"], config["training"]["k"], config["training"]["log_every"]) == (128, 6, 5)
+
+
+def test_eval_measures_the_model_on_held_out_documents(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, out = str(work / "stories.txt"), str(work / "eval.json")
+    main(
+        [
+            "eval",
+            "--sae",
+            str(work / "run"),
+            "--store",
+            str(work / "acts"),
+            "--model",
+            MODEL,
+            "--text",
+            text,
+            "--out",
+            out,
+        ]
+    )
+    printed = capsys.readouterr().out
+    result = json.loads(Path(out).read_text())
+    assert "ce_recovered" in printed
+    assert 0 < result["reconstruction"]["fvu"] < 1
+    loss = result["loss"]
+    assert loss["ce_unsteered"] < loss["ce_spliced"] < loss["ce_mean_ablated"]
+    assert loss["n_predictions"] < 3000, "all documents were used, not the held-out ones"
+
+
+def test_features_are_shown_and_saved(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["features", "--sae", str(work / "run"), "--store", str(work / "acts"), "--model", MODEL, "--top", "3"])
+    printed = capsys.readouterr().out
+    assert printed.count("density") == 3
+    assert "«" in printed
+    saved = json.loads((work / "run" / "features.json").read_text())
+    assert [feature["id"] for feature in saved] == list(range(128))
+
+
+def alive(work: Path) -> int:
+    stats = SAE.load(work / "run").feature_stats
+    assert stats is not None
+    return int(stats.max_act.argmax())
+
+
+def test_steer_compares_texts(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(
+        ["steer", "--model", MODEL, "--sae", str(work / "run"), "--feature", f"{alive(work)}=2", "--prompt", "One day"]
+    )
+    printed = capsys.readouterr().out
+    assert "unsteered" in printed
+    assert "KL per token" in printed
+
+
+def test_train_straight_from_the_model(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = ["--model", MODEL, "--text", str(work / "stories.txt"), "--hook", HOOK, "--buffer-rows", "4096"]
+    main(["train", *source, "--out", str(work / "streamed"), "--d-sae", "64", "--k", "4", "--tokens", "10000"])
+    assert "64 features" in capsys.readouterr().out
+    assert SAE.load(work / "streamed").cfg.hook_name == HOOK
+
+
+def test_mistakes_get_one_line_and_code_2(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, acts, text = str(work / "run"), str(work / "acts"), str(work / "stories.txt")
+    other = str(work / "other")
+    empty = work / "empty.txt"
+    empty.write_text("")
+    train = ["train", "--out", other, "--d-sae", "8", "--k", "2"]
+    cache = ["cache", "--model", MODEL, "--out", other]
+    cases: list[tuple[list[str], str]] = [
+        (["trian"], "no command 'trian'; near it: train"),
+        ([*train, "--stroe", acts], "no flag --stroe; near it: --store"),
+        (["train", "--out", other, "--d-sae", "eight", "--k", "2"], "--d-sae"),
+        (["train", "--out", other], "--d-sae"),
+        (["train", "--out", other, "--d-sae", "8", "--k", "9", "--store", acts], "k = 9 must lie between 1 and d_sae = 8"),
+        (train, "nothing to train on"),
+        ([*train, "--store", other], other),
+        ([*train, "--store", acts, "--hook", "blocks.0.hook_mlp_out"], "no hook point"),
+        (["train", "--out", run, "--d-sae", "8", "--k", "2", "--store", acts], "another configuration"),
+        (["train", "--config", other], "cannot be read"),
+        ([*cache, "--text", other, "--hook", HOOK], "no such file"),
+        ([*cache, "--text", str(empty), "--hook", HOOK], "empty.txt"),
+        ([*cache, "--text", text, "--hook", "blocks.9.hook_resid_post"], "4"),
+        ([*cache, "--text", text, "--hook", "blocks.2.hook_resid_pots"], "blocks.2.hook_resid_post"),
+        (["cache", "--model", other, "--text", text, "--hook", HOOK, "--out", other], other),
+        (["eval", "--sae", acts, "--store", acts], "holds no SAE"),
+        (["eval", "--sae", run, "--store", acts, "--model", MODEL], "--model needs --text"),
+        (["features", "--sae", run, "--store", acts, "--model", MODEL, "--feature", "128"], "feature 128 is out of range"),
+        (["steer", "--model", MODEL, "--sae", run, "--feature", "128=1"], "feature 128"),
+        (["steer", "--model", MODEL, "--sae", run, "--feature", "x=1"], "id=strength"),
+        (["steer", "--model", MODEL, "--sae", run, "--feature", "1=1", "--mode", "push"], "push"),
+        (["quickstart", "--model", MODEL, "--out", other], "--model needs --text"),
+    ]  # fmt: skip
+    for argv, message in cases:
+        line = fails(capsys, *argv)
+        assert message in line, (argv, line)
+
+
+def test_yaml_mistakes(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = work / "bad.yaml"
+    for content, message in [
+        ("d_sea: 8\n", "unknown key 'd_sea'; near it: d_sae"),
+        ("- 1\n", "must hold a mapping"),
+        ("a: [", "is not YAML"),
+    ]:
+        file.write_text(content)
+        assert message in fails(capsys, "train", "--config", str(file), "--out", "x")
+
+
+def test_an_sae_of_another_model_is_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sae = SAE.load(work / "run")
+    foreign = SAE(type(sae.cfg)(d_in=64, d_sae=8, k=2, hook_name=HOOK, model_name=sae.cfg.model_name))
+    foreign.save(work / "narrow")
+    line = fails(capsys, "eval", "--sae", str(work / "narrow"), "--store", str(work / "acts"))
+    assert "d_in 64" in line
+    other = SAE(type(sae.cfg)(d_in=128, d_sae=8, k=2, hook_name=HOOK, model_name="gpt2"))
+    other.save(work / "foreign")
+    for command in (
+        ["eval", "--store", str(work / "acts")],
+        ["steer", "--model", MODEL, "--feature", "1=1", "--units", "raw"],
+    ):
+        line = fails(capsys, command[0], "--sae", str(work / "foreign"), *command[1:])
+        assert "gpt2" in line
+
+
+def test_a_damaged_store_is_named(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    shutil.copytree(work / "acts", tmp_path / "acts")
+    shard = max((tmp_path / "acts").rglob("*.safetensors"), key=lambda file: file.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-64])
+    line = fails(
+        capsys, "train", "--out", str(tmp_path / "run"), "--d-sae", "8", "--k", "2", "--store", str(tmp_path / "acts")
+    )
+    assert shard.name in line
+
+
+def test_a_dead_feature_has_no_max_act(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sae = SAE.load(work / "run")
+    assert sae.feature_stats is not None
+    with torch.no_grad():
+        sae.feature_stats.max_act[5] = 0
+    sae.save(work / "dead")
+    line = fails(capsys, "steer", "--model", MODEL, "--sae", str(work / "dead"), "--feature", "5=2")
+    assert "5" in line
+    assert "max_act" in line
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    printed = capsys.readouterr().out
+    assert printed.strip() == usage()
+    assert all(name in printed for name in COMMANDS)
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        assert stop.value.code == 0
+        assert "--" in capsys.readouterr().out
+
+
+def test_the_installed_command_exits_with_2() -> None:
+    command = [sys.executable, "-c", "from steersman.cli import main; main()", "train", "--nonsense", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"}, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,63 @@
+"""The quickstart end to end, small; and the measures it reports."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from steersman.demo.concept_features import auroc
+from steersman.demo.quickstart import QuickstartConfig, quickstart
+from steersman.errors import SteersmanError
+
+
+def test_auroc_equals_counting_pairs() -> None:
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 4, (60, 3), generator=g).float()
+    labels = torch.rand(60, 2, generator=g) > 0.7
+    got = auroc(scores, labels)
+    for latent in range(3):
+        for concept in range(2):
+            positive = scores[labels[:, concept], latent]
+            negative = scores[~labels[:, concept], latent]
+            above = (positive[:, None] > negative).double() + 0.5 * (positive[:, None] == negative).double()
+            assert float(got[latent, concept]) == pytest.approx(float(above.mean()))
+
+
+def test_quickstart_makes_a_report(tmp_path: Path) -> None:
+    config = QuickstartConfig(
+        out=str(tmp_path / "out"), tokens=40_000, d_sae=256, targets=1, samples=4, max_new_tokens=12
+    )
+    results = quickstart(config)
+    assert results.evaluation.loss is not None
+    assert results.evaluation.loss.ce_unsteered < 1.0, "the bundled model does not know the bundled stories"
+    clear = sum(match.auroc >= 0.95 for match in results.concepts)
+    assert clear > 0.4 * len(results.concepts)
+    (steered,) = results.steered
+    assert steered.doses[0].strength == 0
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "data:image/png;base64" in report
+    assert "src='http" not in report
+    assert str(results.concepts[0].concept) in report
+    figures = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(figures["steered"]) == 1
+
+
+def test_quickstart_runs_on_another_text(tmp_path: Path) -> None:
+    from steersman.demo import MODEL_PATH, texts
+
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(texts(300, seed=21)))
+    config = QuickstartConfig(
+        out=str(tmp_path / "out"), model=str(MODEL_PATH), text=str(file), hook="model.layers.1",
+        tokens=15_000, d_sae=128, targets=1, samples=4, max_new_tokens=8,
+    )  # fmt: skip
+    results = quickstart(config)
+    assert results.hook_name == "blocks.1.hook_resid_post"
+    assert not results.concepts
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_a_model_needs_its_text(tmp_path: Path) -> None:
+    with pytest.raises(SteersmanError, match="--model needs --text"):
+        quickstart(QuickstartConfig(out=str(tmp_path), model="somewhere"))
