@@ -118,7 +118,7 @@ def test_mistakes_get_one_line_and_code_2(work: Path, capsys: pytest.CaptureFixt
         (train, "nothing to train on"),
         ([*train, "--store", other], other),
         ([*train, "--store", acts, "--hook", "blocks.0.hook_mlp_out"], "no hook point"),
-        (["train", "--out", run, "--d-sae", "8", "--k", "2", "--store", acts], "another configuration"),
+        (["train", "--out", run, *train[3:], "--store", acts], "another configuration"),
         (["train", "--config", other], "cannot be read"),
         ([*cache, "--text", other, "--hook", HOOK], "no such file"),
         ([*cache, "--text", str(empty), "--hook", HOOK], "empty.txt"),

@@ -217,7 +217,7 @@ def size(n_bytes: float) -> str:
     """Bytes as people read them.
 
     >>> size(1_536_000_000)
-    '1.5 GB'
+    '1.54 GB'
     """
     for unit in ("bytes", "kB", "MB", "GB"):
         if n_bytes < 1000:

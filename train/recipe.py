@@ -119,7 +119,7 @@ def resolve(config: TrainConfig, d_in: int, n_rows: int | None) -> Recipe:
 
     >>> recipe = resolve(TrainConfig(d_sae=4096, k=32), d_in=64, n_rows=1_000_000)
     >>> recipe.batch_size, recipe.n_steps, round(recipe.lr, 4)
-    (1024, 976, 0.006)
+    (1024, 976, 0.0063)
     """
     tokens = config.tokens if config.tokens is not None else n_rows
     if tokens is None:
