@@ -1,0 +1,237 @@
+"""The stream of activations: a store's rows and rules, without the store."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stores import HOOK, word_documents
+from tiny_models import with_text
+
+from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
+from steersman.train import ActivationStream, cache_activations
+
+DOCUMENTS = word_documents(250, shortest=0)
+OPTIONS: dict[str, Any] = {
+    "hook": "model.layers.1", "buffer_rows": 512, "heldout_rows": 300, "context_length": 16, "batch_size": 4,
+    "dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return with_text("llama")
+
+
+def stream_of(lm: LanguageModel, texts: Any = None, **options: Any) -> ActivationStream:
+    return ActivationStream(lm, DOCUMENTS if texts is None else texts, **{**OPTIONS, **options})
+
+
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the forward passes made from now on."""
+    made: list[int] = []
+    original = LanguageModel.capture
+
+    def counted(self: LanguageModel, input_ids: torch.Tensor, *args: Any, **options: Any) -> dict[str, torch.Tensor]:
+        made.append(len(input_ids))
+        return original(self, input_ids, *args, **options)
+
+    monkeypatch.setattr(LanguageModel, "capture", counted)
+    return made
+
+
+def test_it_gives_the_rows_that_a_store_of_the_same_text_holds(lm: LanguageModel, tmp_path: Path) -> None:
+    stream = stream_of(lm)
+    batches = list(stream.batches(64, shuffle=False, drop_last=False))
+    first = int(batches[0].doc_ids[0])
+    store = cache_activations(
+        lm, DOCUMENTS[first:], hook=HOOK, out=str(tmp_path / "acts"), tokens=None, context_length=16, batch_size=4,
+        dtype="float32",
+    )  # fmt: skip
+    assert torch.equal(torch.cat([batch.x for batch in batches]), store.activations(torch.arange(store.n_rows)))
+    info = store.tokens(0, store.n_rows)
+    assert torch.equal(torch.cat([batch.token_ids for batch in batches]), info.token_ids)
+    assert torch.equal(torch.cat([batch.positions for batch in batches]), info.positions)
+    assert torch.equal(torch.cat([batch.doc_ids for batch in batches]), info.doc_ids + first)
+    assert (stream.hook_name, stream.model_name, stream.d_in, stream.dtype) == (HOOK, "llama", 16, torch.float32)
+    assert stream.n_batches(64, drop_last=False) == len(batches)
+
+
+def test_a_shuffled_epoch_holds_every_row_once_with_its_own_values(lm: LanguageModel) -> None:
+    stream = stream_of(lm)
+    rows = torch.cat([batch.x for batch in stream.batches(64, shuffle=False, drop_last=False)])
+    seen = []
+    for batch in stream.batches(64, seed=1, drop_last=False):
+        assert torch.equal(batch.x, rows[batch.rows])
+        seen.append(batch.rows)
+    order = torch.cat(seen)
+    assert torch.equal(order.sort().values, torch.arange(len(rows)))
+    assert {len(part) for part in seen[:-1]} == {64}
+    assert stream.n_batches(64) == len(rows) // 64
+    # Rows next to each other in the text are some hundreds apart in the order, as the buffer holds 512.
+    place = torch.empty(len(order)).index_copy(0, order, torch.arange(len(order)).float())
+    assert place.diff().abs().mean() > 100
+
+
+def test_the_order_follows_from_seed_and_epoch(lm: LanguageModel) -> None:
+    def rows(**options: Any) -> list[int]:
+        return torch.cat([batch.rows for batch in stream_of(lm).batches(64, **options)]).tolist()
+
+    assert rows(seed=1, epoch=2) == rows(seed=1, epoch=2)
+    assert rows(seed=1, epoch=2) != rows(seed=1, epoch=3)
+    assert rows(seed=1, epoch=2) != rows(seed=2, epoch=2)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["error", "skip"])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_starting_at_a_batch_equals_skipping_to_it(lm: LanguageModel, on_nonfinite: str, shuffle: bool) -> None:
+    stream = stream_of(lm, on_nonfinite=on_nonfinite)
+    whole = list(stream.batches(48, seed=4, shuffle=shuffle, drop_last=False))
+    for start in (0, 1, 4, 5, 17, len(whole) - 12, len(whole) - 6, len(whole) - 1, len(whole), len(whole) + 9):
+        later = list(stream_of(lm, on_nonfinite=on_nonfinite).batches(
+            48, seed=4, shuffle=shuffle, drop_last=False, start=start
+        ))  # fmt: skip
+        assert len(later) == max(len(whole) - start, 0)
+        for one, other in zip(whole[start:], later):
+            assert torch.equal(one.rows, other.rows)
+            assert torch.equal(one.x, other.x)
+            assert torch.equal(one.token_ids, other.token_ids)
+
+
+def test_starting_late_runs_the_model_only_over_what_is_needed(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = stream_of(lm, DOCUMENTS * 4)
+    made = passes(monkeypatch)
+    n_batches = sum(1 for _ in stream.batches(64))
+    whole = len(made)
+    made.clear()
+    next(iter(stream.batches(64, start=n_batches - 20)))
+    assert 0 < len(made) < whole / 6
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_shares_of_all_ranks_are_one_process_batches(lm: LanguageModel, world_size: int) -> None:
+    whole = list(stream_of(lm).batches(64, seed=5))
+    shares = [list(stream_of(lm).batches(64, seed=5, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    for number, batch in enumerate(whole):
+        assert torch.equal(torch.cat([share[number].x for share in shares]), batch.x)
+
+
+def test_held_out_rows_are_the_first_documents(lm: LanguageModel) -> None:
+    stream = stream_of(lm)
+    held = list(stream.batches(50, split="heldout", shuffle=False, drop_last=False))
+    train = torch.cat([batch.doc_ids for batch in stream.batches(64)])
+    documents = torch.cat([batch.doc_ids for batch in held])
+    assert documents.max() < train.min()
+    assert 300 <= len(documents) < 300 + 4 * 16
+    assert stream.n_batches(50, split="heldout", drop_last=False) == len(held)
+    mixed = torch.cat([batch.rows for batch in stream.batches(50, split="heldout", seed=1, drop_last=False)])
+    assert not torch.equal(mixed, torch.arange(len(mixed)))
+    assert torch.equal(mixed.sort().values, torch.arange(len(mixed)))
+
+
+def test_a_short_text_holds_out_a_twentieth_at_most(lm: LanguageModel) -> None:
+    stream = stream_of(lm, heldout_rows=100_000)
+    total = sum(len(lm.token_ids(text)) for text in DOCUMENTS)
+    held = sum(map(len, stream.batches(1, split="heldout")))
+    assert 0.03 * total < held < 0.05 * total + 64
+
+
+def test_endless_text_has_no_number_of_batches_unless_tokens_are_given(lm: LanguageModel) -> None:
+    def document(number: int) -> str:
+        return DOCUMENTS[number % len(DOCUMENTS)]
+
+    endless = stream_of(lm, document)
+    assert endless.n_batches(64) is None
+    batches = endless.batches(64)
+    assert sum(len(next(batches)) for _ in range(200)) == 200 * 64
+    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    limited = stream_of(lm, document, tokens=1000)
+    assert limited.n_batches(64) == 15
+    assert len(list(limited.batches(64))) == 15
+    assert stream_of(lm, tokens=1000).n_batches(100) == 10
+
+
+def test_statistics_are_of_the_first_buffer(lm: LanguageModel) -> None:
+    stream = stream_of(lm)
+    first = torch.cat([batch.x for batch in stream.batches(64, shuffle=False)])[:512]
+    stats = stream.stats()
+    assert stats.n_rows == 512
+    torch.testing.assert_close(stats.mean, first.double().mean(0).float())
+    assert stats.mean_norm == pytest.approx(first.norm(dim=1).mean().item(), rel=1e-5)
+
+
+def test_the_fingerprint_changes_with_text_and_settings(lm: LanguageModel) -> None:
+    mine = stream_of(lm).fingerprint
+    assert mine == stream_of(lm, list(DOCUMENTS)).fingerprint
+    others = [stream_of(lm, DOCUMENTS[:99]), stream_of(lm, buffer_rows=600), stream_of(lm, hook="model.layers.0")]
+    assert len({mine, *(other.fingerprint for other in others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hook": "blocks.9.hook_resid_post"}, "3"),
+        ({"buffer_rows": 1}, "buffer_rows"),
+        ({"context_length": 64}, "context_length 64"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"texts": []}, "list of texts is empty"),
+    ],
+)
+def test_mistakes_are_found_at_once(lm: LanguageModel, options: Any, message: str) -> None:
+    with pytest.raises(SteersmanError, match=message):
+        stream_of(lm, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 300}, "less than two batches of 300"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"batch_size": 9, "world_size": 2}, "divide"),
+        ({"batch_size": 8, "split": "all"}, "neither 'train' nor 'heldout'"),
+        ({"batch_size": 8, "hook": "blocks.0.hook_resid_post"}, "gives blocks.1.hook_resid_post"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_at_once(lm: LanguageModel, options: Any, message: str) -> None:
+    with pytest.raises(SteersmanError, match=message):
+        stream_of(lm).batches(**options)
+
+
+def test_text_that_ends_within_the_held_out_rows_is_refused(lm: LanguageModel) -> None:
+    class Once:
+        """One document whose length nobody knows beforehand."""
+
+        name = "one document"
+
+        def identity(self) -> str:
+            return "once"
+
+        def documents(self, start: int = 0) -> Any:
+            return iter(DOCUMENTS[1:2][start:])
+
+        def n_characters(self) -> None:
+            return None
+
+    with pytest.raises(SteersmanError, match="no text is left to train on"):
+        next(iter(stream_of(lm, Once()).batches(8)))
+
+
+class _Broken(LanguageModel):
+    """Gives NaN for one token."""
+
+    def capture(self, input_ids: torch.Tensor, *args: Any, **options: Any) -> dict[str, torch.Tensor]:
+        found = super().capture(input_ids, *args, **options)
+        return {hook: x.masked_fill((input_ids == 17)[..., None], float("nan")) for hook, x in found.items()}
+
+
+def test_rows_that_are_not_finite(lm: LanguageModel) -> None:
+    broken = _Broken(lm.model, lm.tokenizer, name="llama")
+    with pytest.raises(SteersmanError, match=r"token 17 'w17' at position \d+ of document \d+"):
+        list(stream_of(broken).batches(64))
+    skipping = stream_of(broken, on_nonfinite="skip")
+    tokens = torch.cat([batch.token_ids for batch in skipping.batches(64)])
+    assert 17 not in tokens
+    assert 18 in tokens
