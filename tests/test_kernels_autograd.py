@@ -25,7 +25,7 @@ def test_gradients_equal_dense_autograd(N: int, L: int, D: int, k: int) -> None:
     upstream = torch.linspace(-1, 2, D)
     loss = (sparse_decode(values, order, W_dec, b_dec) * upstream).square().sum()
     got = torch.autograd.grad(loss, tensors)
-    want = torch.autograd.grad(dense_loss(*tensors, order.indices), tensors)
+    want = torch.autograd.grad(dense_loss(x, W_enc, b_enc, W_dec, b_dec, order.indices), tensors)
     for name, a, b in zip(("x", "W_enc", "b_enc", "W_dec", "b_dec"), got, want):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()), msg=f"gradient of {name}")
 

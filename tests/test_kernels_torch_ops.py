@@ -1,5 +1,7 @@
 """The fast PyTorch kernels against the reference, over odd shapes and adversarial rows."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -119,17 +121,13 @@ def test_decode_and_gradient_pieces_equal_the_reference(N: int, L: int, D: int, 
     g = torch.Generator().manual_seed(2)
     values = torch.randn(N, K, generator=g)
     indices = torch.stack([torch.randperm(min(L, 1000), generator=g)[:K] for _ in range(N)]).int()
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(
-        torch_ops.sparse_decode(values, indices, W, b_dec), reference.sparse_decode(values, indices, W, b_dec), **close
-    )
-    torch.testing.assert_close(
-        torch_ops.value_gradient(x, W, indices), reference.value_gradient(x, W, indices), **close
-    )
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    close(torch_ops.sparse_decode(values, indices, W, b_dec), reference.sparse_decode(values, indices, W, b_dec))
+    close(torch_ops.value_gradient(x, W, indices), reference.value_gradient(x, W, indices))
     order = torch_ops.LatentOrder(indices, L)
-    torch.testing.assert_close(order.scatter_rows(values, x), reference.scatter_rows(values, x, indices, L), **close)
+    close(order.scatter_rows(values, x), reference.scatter_rows(values, x, indices, L))
     want = torch.zeros(L).scatter_add_(0, indices.flatten().long(), values.flatten())
-    torch.testing.assert_close(order.scatter(values), want, **close)
+    close(order.scatter(values), want)
 
 
 def test_two_runs_give_the_same_bits() -> None:

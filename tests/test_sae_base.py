@@ -42,8 +42,9 @@ def test_codes_follow_the_definitions() -> None:
     kept = torch.zeros_like(Z).scatter(1, Z.topk(5).indices, 1.0)
     torch.testing.assert_close(topk.encode(x), (Z * kept).relu(), rtol=1e-5, atol=1e-5)
     jump = make_sae("jumprelu")
+    assert isinstance(jump, JumpReLUSAE)
     Z = (x - jump.b_dec) @ jump.W_enc + jump.b_enc
-    torch.testing.assert_close(jump.encode(x), Z * (jump.threshold < Z), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(jump.encode(x), Z * (Z - jump.threshold > 0), rtol=1e-5, atol=1e-5)
     batch = make_sae("batch_topk")
     Z = (x - batch.b_dec) @ batch.W_enc + batch.b_enc
     torch.testing.assert_close(batch.encode(x), Z * (Z > 0.4), rtol=1e-5, atol=1e-5)

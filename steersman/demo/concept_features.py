@@ -86,7 +86,7 @@ def match_concepts(lm: LanguageModel, sae: SAE, stories: Sequence[Story]) -> lis
 
 
 @torch.no_grad()
-def writing_features(lm: LanguageModel, sae: SAE, words: Sequence[str], n: int = 3) -> list[int]:
+def writing_features(lm: LanguageModel, sae: SAE, words: Sequence[str], n: int = 4) -> list[int]:
     """The n features whose decoder rows raise the logits of `words` most above the mean of all tokens (logit lens)."""
     W_U, norm = lm.unembed()
     gain = getattr(norm, "weight", torch.ones(()))

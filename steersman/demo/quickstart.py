@@ -9,11 +9,14 @@ import json
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from steersman.demo import CONCEPTS, MODEL_PATH
 from steersman.demo.concept_features import ConceptFeature, match_concepts, writing_features
@@ -56,7 +59,7 @@ class QuickstartConfig:
     k: int = 16
     """Active features a token."""
     targets: int = 4
-    """Features to steer by: the ones that did most, of three times as many tried on prompts of their own."""
+    """Features to steer by: the ones that did most, of those tried on texts of their own."""
     samples: int = 16
     """Texts generated at each strength."""
     max_new_tokens: int = 48
@@ -100,15 +103,15 @@ class SteeredTarget:
     target: Target
     """What was steered towards."""
     feature: int
-    """The candidate chosen, on samples of their own."""
+    """The candidate chosen, on texts of its own."""
     strength: float
-    """The strength chosen on the same samples."""
+    """The strength chosen on the same texts."""
     doses: list[Dose]
-    """By rising strength, on fresh samples; the first is unsteered."""
+    """By rising strength, on fresh prompts; the first is unsteered."""
 
     @property
     def dose(self) -> Dose:
-        """What the chosen strength does on fresh samples."""
+        """What the chosen strength does on fresh prompts."""
         return next(dose for dose in self.doses if dose.strength == self.strength)
 
 
@@ -127,8 +130,10 @@ class Results:
 
 
 STRENGTHS = (0.0, 0.4, 0.6, 0.8, 1.0, 1.3)
-AFFORDABLE = 1.5
+AFFORDABLE = 1.0
 """Nats per token that steering may cost when a strength is chosen."""
+SCREENED = 8
+"""Held-out texts on which features and strengths are chosen; the prompts come from others."""
 PROMPT_WORDS = 8
 """Words of the held-out texts that are given as prompts."""
 
@@ -171,13 +176,13 @@ def quickstart(config: QuickstartConfig) -> Results:
     log.info("[5/6] naming features")
     concepts = match_concepts(lm, sae, list(islice(stories(HELDOUT_SEED), 400))) if config.text is None else []
     if concepts:
-        targets = _concept_targets(lm, sae, concepts, 3 * config.targets)
+        targets = _concept_targets(lm, sae, concepts)
     else:
-        targets = _promoted_targets(features, 3 * config.targets)
+        targets = _promoted_targets(features, 4 * config.targets)
 
     log.info("[6/6] steering by %d features", config.targets)
-    prompts = [" ".join(text.split()[:PROMPT_WORDS]) for text in unseen[: 2 * config.samples]]
-    steered = steer_towards(lm, sae, targets, prompts, config)
+    prompts = [" ".join(text.split()[:PROMPT_WORDS]) for text in unseen[SCREENED : SCREENED + config.samples]]
+    steered = steer_towards(lm, sae, targets, unseen[:SCREENED], prompts, config)
     results = Results(
         model_name=lm.name,
         hook_name=hook,
@@ -204,20 +209,21 @@ def _heldout_texts(store: ActivationStore, config: QuickstartConfig, n: int = 10
     return list(islice(open_text(config.text).documents(document), n))
 
 
-def _concept_targets(lm: LanguageModel, sae: SAE, concepts: Sequence[ConceptFeature], n: int) -> list[Target]:
-    """The concepts with the clearest features, one of each group of the grammar (names of people left out).
+def _concept_targets(lm: LanguageModel, sae: SAE, concepts: Sequence[ConceptFeature]) -> list[Target]:
+    """The concepts with the clearest features, two of each group of the grammar (names of people left out).
 
     What tells a concept's words when they are read need not write them, so the features whose decoder rows promote the
     words most are candidates too.
     """
-    chosen: dict[str, Target] = {}
+    targets: list[Target] = []
+    seen: Counter[str] = Counter()
     for match in concepts:
         concept = CONCEPTS[match.concept]
-        if concept.group != "name" and concept.group not in chosen and len(chosen) < n:
-            writers = writing_features(lm, sae, concept.words)
-            candidates = tuple(dict.fromkeys((match.feature, *writers)))
-            chosen[concept.group] = Target(name=concept.name, words=concept.words, candidates=candidates)
-    return list(chosen.values())
+        seen[concept.group] += 1
+        if concept.group != "name" and seen[concept.group] <= 2:
+            candidates = tuple(dict.fromkeys((match.feature, *writing_features(lm, sae, concept.words))))
+            targets.append(Target(name=concept.name, words=concept.words, candidates=candidates))
+    return targets
 
 
 def _promoted_targets(features: Sequence[Feature], n: int) -> list[Target]:
@@ -231,21 +237,21 @@ def _promoted_targets(features: Sequence[Feature], n: int) -> list[Target]:
 
 
 def steer_towards(
-    lm: LanguageModel, sae: SAE, targets: Sequence[Target], prompts: Sequence[str], config: QuickstartConfig
+    lm: LanguageModel,
+    sae: SAE,
+    targets: Sequence[Target],
+    unseen: Sequence[str],
+    prompts: Sequence[str],
+    config: QuickstartConfig,
 ) -> list[SteeredTarget]:
-    """Choose targets, features and strengths on the first half of `prompts`; report the curves on the second half.
+    """Choose targets, features and strengths on the texts `unseen`; report what they do to continuations of `prompts`.
 
-    Chosen is what raises a target's words most while costing at most `AFFORDABLE` nats per token.
+    Chosen is what raises the probability of a target's words most while costing at most `AFFORDABLE` nats per token.
     """
-    half = len(prompts) // 2
     choices: list[tuple[float, Target, int, float]] = []
     for target in progress(targets, desc="trying features"):
-        options = [(0.0, target.candidates[0], STRENGTHS[1])]
-        for feature in target.candidates:
-            doses = dose_response(lm, sae, feature, target.words, prompts[:half], config)
-            affordable = [dose for dose in doses[1:] if dose.nll <= doses[0].nll + AFFORDABLE]
-            options += [(dose.rate - doses[0].rate, feature, dose.strength) for dose in affordable]
-        rise, feature, strength = max(options)
+        options = [option for feature in target.candidates for option in screen(lm, sae, feature, target.words, unseen)]
+        rise, feature, strength = max(options, default=(0.0, target.candidates[0], STRENGTHS[1]))
         choices.append((rise, target, feature, strength))
     choices.sort(key=lambda choice: -choice[0])
     return [
@@ -253,10 +259,33 @@ def steer_towards(
             target=target,
             feature=feature,
             strength=strength,
-            doses=dose_response(lm, sae, feature, target.words, prompts[half:], config),
+            doses=dose_response(lm, sae, feature, target.words, prompts, config),
         )
         for _, target, feature, strength in choices[: config.targets]
     ]
+
+
+@torch.no_grad()
+def screen(
+    lm: LanguageModel, sae: SAE, feature: int, words: Sequence[str], unseen: Sequence[str]
+) -> list[tuple[float, int, float]]:
+    """The affordable strengths of a feature as (rise, feature, strength), from forward passes over texts.
+
+    The rise is in the mean probability of a word of `words` as the next token. The cost is how many more nats a token
+    drawn from the steered model has under the unsteered one than a token that it draws itself.
+    """
+    batch = lm.encode(unseen)
+    wanted = torch.tensor(sorted({lm.token_ids(f" {word}")[0] for word in words}), device=lm.device)
+    real = batch.attention_mask.bool()
+    base = lm.logits(batch.input_ids, batch.attention_mask)[real].float().log_softmax(-1)
+    entropy, mass = -(base.exp() * base).sum(-1).mean(), base[:, wanted].exp().sum(-1).mean()
+    affordable = []
+    for strength in STRENGTHS[1:]:
+        with Steerer(lm).features(sae, {feature: strength}, mode="add", units="max_act"):
+            probability = lm.logits(batch.input_ids, batch.attention_mask)[real].float().softmax(-1)
+        if float(-(probability * base).sum(-1).mean() - entropy) <= AFFORDABLE:
+            affordable.append((float(probability[:, wanted].sum(-1).mean() - mass), feature, strength))
+    return affordable
 
 
 def dose_response(

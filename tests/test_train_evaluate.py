@@ -1,0 +1,124 @@
+"""Spliced losses and feature reports against what they must be by construction."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from steersman.demo import MODEL_PATH, texts
+from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
+from steersman.sae import SAE, SAEConfig
+from steersman.train import ActivationStore, TrainConfig, cache_activations, train_sae
+from steersman.train.evaluate import evaluate_sae, spliced_loss
+from steersman.train.feature_report import check_same_origin, describe_features, features_to_text, summarize_store
+from steersman.train.view import HookView
+
+HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return LanguageModel.load(str(MODEL_PATH), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def store(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    out = tmp_path_factory.mktemp("evaluate") / "acts"
+    return cache_activations(lm, texts(150, seed=5), hook=HOOKS, out=str(out), tokens=10_000)
+
+
+@pytest.fixture(scope="module")
+def sae(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> SAE:
+    config = TrainConfig(d_sae=128, k=8, device="cpu")
+    return train_sae(HookView(store, HOOKS[1]), config, tmp_path_factory.mktemp("evaluate") / "run")
+
+
+class Perfect(SAE):
+    """Rebuilds its input exactly: an identity for testing."""
+
+    activation = "perfect"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_a_perfect_reconstruction_changes_nothing(lm: LanguageModel, store: ActivationStore) -> None:
+    perfect = Perfect(SAEConfig(d_in=128, d_sae=8, k=2, hook_name=HOOKS[1]))
+    mean = store.stats(HOOKS[1]).mean
+    loss = spliced_loss(perfect, lm, texts(6, seed=8), mean)
+    assert loss.ce_spliced == pytest.approx(loss.ce_unsteered, abs=1e-6)
+    assert loss.ce_recovered == pytest.approx(1.0, abs=1e-6)
+    assert loss.kl == pytest.approx(0.0, abs=1e-6)
+    assert loss.ce_mean_ablated > loss.ce_unsteered + 1
+
+
+def test_a_reconstruction_of_the_mean_recovers_nothing(lm: LanguageModel, store: ActivationStore) -> None:
+    silent = SAE(SAEConfig(d_in=128, d_sae=8, k=2, hook_name=HOOKS[1]))
+    mean = store.stats(HOOKS[1]).mean
+    with torch.no_grad():
+        silent.b_enc.fill_(-1e6)
+        silent.b_dec.copy_(mean)
+    loss = spliced_loss(silent, lm, texts(6, seed=8), mean)
+    assert loss.ce_spliced == pytest.approx(loss.ce_mean_ablated, abs=1e-5)
+    assert loss.ce_recovered == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_batch_counts_as_its_texts_one_by_one(lm: LanguageModel, store: ActivationStore, sae: SAE) -> None:
+    mean, documents = store.stats(HOOKS[1]).mean, texts(5, seed=8)
+    together = spliced_loss(sae, lm, documents, mean, batch_size=5)
+    alone = [spliced_loss(sae, lm, [text], mean) for text in documents]
+    total = sum(loss.n_predictions for loss in alone)
+    assert together.n_predictions == total
+    for name in ("ce_unsteered", "ce_spliced", "kl"):
+        expected = sum(getattr(loss, name) * loss.n_predictions for loss in alone) / total
+        assert getattr(together, name) == pytest.approx(expected, abs=1e-4)
+
+
+def test_evaluation_uses_the_held_out_rows(store: ActivationStore, sae: SAE) -> None:
+    result = evaluate_sae(sae, store)
+    first, last = store.split_rows("heldout")
+    assert result.loss is None
+    assert result.reconstruction.n_tokens == last - first
+    assert "fvu" in result.to_text()
+    with pytest.raises(SteersmanError, match="needs texts"):
+        evaluate_sae(sae, store, LanguageModel.load(str(MODEL_PATH), device="cpu"))
+
+
+def test_contexts_hold_the_token_that_fired(lm: LanguageModel, store: ActivationStore, sae: SAE) -> None:
+    summary = summarize_store(sae, store)
+    ids = summary.stats.max_act.topk(5).indices.tolist()
+    described = describe_features(sae, store, lm, summary, ids, n_contexts=3)
+    documents = texts(150, seed=5)
+    for feature in described:
+        assert len(feature.contexts) == 3
+        assert feature.contexts[0].activation == pytest.approx(feature.max_act)
+        assert len(feature.promotes) == len(feature.suppresses) == 8
+        for context in feature.contexts:
+            assert context.before + context.token + context.after in documents[context.document]
+            row = next(r for r in range(store.n_rows) if _is(store, r, context.document, context.position))
+            x = store.activations(torch.tensor([row]), HOOKS[1]).float()
+            assert float(sae.encode(x)[0, feature.id]) == pytest.approx(context.activation, rel=1e-5)
+        spread = [context.document for context in feature.contexts]
+        assert len(set(spread)) == 3
+    text = features_to_text(described)
+    assert text.count("«") == 15
+    with pytest.raises(SteersmanError, match="out of range"):
+        describe_features(sae, store, lm, summary, [128])
+
+
+def _is(store: ActivationStore, row: int, document: int, position: int) -> bool:
+    info = store.tokens(row, row + 1)
+    return int(info.doc_ids[0]) == document and int(info.positions[0]) == position
+
+
+def test_what_does_not_belong_together_is_refused(store: ActivationStore, sae: SAE, tmp_path: Path) -> None:
+    with pytest.raises(SteersmanError, match="the store .* holds blocks.1"):
+        check_same_origin(SAE(replace(sae.cfg, hook_name="blocks.3.hook_resid_post")), store)
+    with pytest.raises(SteersmanError, match="d_in 64"):
+        check_same_origin(SAE(replace(sae.cfg, d_in=64)), store)
+    with pytest.raises(SteersmanError, match="trained on gpt2"):
+        check_same_origin(SAE(replace(sae.cfg, model_name="gpt2")), store)
+    with pytest.raises(SteersmanError, match="no hook point"):
+        HookView(store, "blocks.0.hook_resid_post")
