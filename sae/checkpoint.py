@@ -90,6 +90,7 @@ def _config_to_json(cfg: SAEConfig) -> dict[str, Any]:
         fields |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
     own = {"config": {name: value for name, value in asdict(cfg).items() if name != "metadata"}, **cfg.metadata}
     metadata = {"model_name": cfg.model_name, "hook_name": cfg.hook_name, "steersman": own}
+    metadata["sae_lens_version"] = "6.0.0"  # without the layout's version SAELens takes the file for an older one
     return fields | {"metadata": metadata}
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from steersman.kernels import choose, topk_encode
 from steersman.sae.base import SAE, TrainingCode
 
-_SMALL = 1 << 24
-"""Pre-activations that `encode_features` may hold at once."""
+_SMALL = 1 << 22
+"""Comparisons (tokens x features x latents) up to which `encode_features` counts instead of selecting."""
 
 
 class TopKSAE(SAE):
@@ -22,19 +22,18 @@ class TopKSAE(SAE):
 
     @torch.no_grad()
     def encode_features(self, x: Tensor, features: Tensor) -> Tensor:
-        """See `SAE.encode_features`. A few tokens on the CPU, as steering has them, need no sorted code: a feature is
-        active when its pre-activation reaches the K-th largest."""
+        """See `SAE.encode_features`. A few features of a few tokens, as steering has them, need no selection: one is
+        active when fewer than K pre-activations stand before it, ties to the lower index."""
         k, L = self.cfg.k, self.cfg.d_sae
-        if self.device.type != "cpu" or len(x) * L > _SMALL or k >= L:
+        if len(x) * L * max(1, len(features)) > _SMALL:
             return super().encode_features(x, features)
         rows, _ = self._rows(x)
         rows = rows.float() if self.encoder_bias_in is None else rows.float() - self.encoder_bias_in
         Z = torch.addmm(self.b_enc, rows, self.W_enc)
-        top = Z.topk(k + 1, dim=1).values
-        if not bool((top[:, k - 1] > top[:, k]).all()):  # a tie at the boundary, or NaN
-            return super().encode_features(x, features)
         chosen = Z.index_select(1, features)
-        return chosen.relu() * (chosen >= top[:, k - 1 : k])
+        lower = torch.arange(L, device=Z.device) < features[:, None]
+        ahead = torch.where(lower, Z[:, None] >= chosen[..., None], Z[:, None] > chosen[..., None])
+        return torch.where(ahead.sum(dim=-1) < k, chosen.relu(), torch.zeros_like(chosen))
 
     def training_code(self, x: Tensor) -> TrainingCode:
         values, order = topk_encode(x, self.W_enc.T, self.b_enc, self.cfg.k, self.encoder_bias_in)

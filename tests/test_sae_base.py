@@ -59,6 +59,17 @@ def test_single_features_are_columns_of_the_code(activation: str, ids: list[int]
     assert torch.equal(got, sae.encode(x)[:, ids])
 
 
+def test_single_features_with_ties_and_many_tokens() -> None:
+    sae = make_sae(d_sae=64, k=3)
+    with torch.no_grad():
+        sae.W_enc[:, 10:40] = sae.W_enc[:, 9:10]  # a run of equal features across the boundary of the k largest
+        sae.b_enc[9:40] = sae.b_enc[9]
+    ids = torch.tensor([8, 9, 10, 11, 12, 39, 63])
+    for n in (200, 20_000):  # counted and selected
+        x = torch.randn(n, 8, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(sae.encode_features(x, ids), sae.encode(x)[:, ids])
+
+
 def test_folding_the_input_scale_changes_nothing_but_units() -> None:
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
     for activation in ("topk", "batch_topk", "jumprelu"):

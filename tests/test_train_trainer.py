@@ -262,6 +262,13 @@ def test_a_loss_that_explodes_names_the_rate(store: ActivationStore, monkeypatch
         trainer.read_metrics(256)
 
 
+def test_weights_and_biases_offline(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train_sae(store, replace(CONFIG, wandb_project="steersman", tokens=2560), tmp_path / "run")
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
 def test_unknown_device(store: ActivationStore, tmp_path: Path) -> None:
     with pytest.raises(SteersmanError, match="device 'tpu9' cannot be used"):
         train_sae(store, replace(CONFIG, device="tpu9"), tmp_path / "run")

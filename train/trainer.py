@@ -341,13 +341,16 @@ def _start_wandb(config: TrainConfig, recipe: Recipe, folder: RunFolder) -> Any:
         return None
     import wandb
 
-    return wandb.init(
-        project=config.wandb_project,
-        name=folder.path.name,
-        dir=str(folder.path),
-        config=asdict(config) | {"recipe": asdict(recipe)},
-        resume="allow",
-    )
+    try:
+        return wandb.init(
+            project=config.wandb_project,
+            name=folder.path.name,
+            dir=str(folder.path),
+            config=asdict(config) | {"recipe": asdict(recipe)},
+            resume="allow",
+        )
+    except wandb.Error as error:
+        raise SteersmanError(f"Weights & Biases: {error} WANDB_MODE=offline logs to the run folder.") from error
 
 
 def _finish(trainer: Trainer, source: ActivationSource, folder: RunFolder) -> SAE:
