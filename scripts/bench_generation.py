@@ -11,13 +11,10 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 
 from steersman import SAE, LanguageModel, SAEConfig, Steerer
-
-BUNDLED = Path(__file__).resolve().parents[1] / "steersman" / "demo" / "model"
 
 
 def variants(lm: LanguageModel, sae: SAE, hook: str, batch: int, scope: str) -> dict[str, Callable[[], object]]:
@@ -38,7 +35,7 @@ def variants(lm: LanguageModel, sae: SAE, hook: str, batch: int, scope: str) -> 
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(BUNDLED), help="model folder or hub id (default: the bundled model)")
+    parser.add_argument("--model", default=str(MODEL_PATH), help="model folder or hub id (default: the bundled model)")
     parser.add_argument("--sae", help="SAE folder; without it a random one of --d-sae and --k")
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--k", type=int, default=16)
