@@ -46,20 +46,18 @@ class ReadingPlan:
             if self._bounded:
                 # What earlier windows mapped would otherwise count as this process's memory until it ends.
                 self._mapped.release()
-            for near in (window, window + 1) if self._entered < 0 else (window + 1,):
-                self._announce(near)
+            announced = (window, window + 1) if self._entered < 0 else (window + 1,)
             self._entered = window
+        # In a thread of its own, as handing requests to a busy disk takes as long as the disk does.
+        threading.Thread(target=self._announce, args=announced, name="steersman-announce", daemon=True).start()
 
-    def _announce(self, window: int) -> None:
-        """Have a window's blocks read from disk, neighbours in one request."""
-        starts, lengths = self._order.blocks(window)
-        if not len(starts):
-            return
-        by_place = np.argsort(starts)
-        starts, ends = starts[by_place], (starts + lengths)[by_place]
-        gaps = np.flatnonzero(starts[1:] > ends[:-1]) + 1
-        for low, high in zip(starts[np.r_[0, gaps]].tolist(), ends[np.r_[gaps - 1, len(ends) - 1]].tolist()):
-            self._mapped.will_need(low, high - low)
+    def _announce(self, *windows: int) -> None:
+        """Have the windows' blocks read from disk."""
+        for window in windows:
+            starts, lengths = self._order.blocks(window)
+            by_place = np.argsort(starts)
+            for start, length in zip(starts[by_place].tolist(), lengths[by_place].tolist()):
+                self._mapped.will_need(start, length)
 
 
 class BufferPool:
