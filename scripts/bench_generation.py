@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from steersman import SAE, LanguageModel, SAEConfig, Steerer
+from steersman.demo import MODEL_PATH
 
 
 def variants(lm: LanguageModel, sae: SAE, hook: str, batch: int, scope: str) -> dict[str, Callable[[], object]]:
