@@ -2,7 +2,7 @@
 
     python scripts/bench_caching.py --models demo,2 384x6,4 --rounds 5
 
-A round runs the model over the same contexts twice, in turn: once for nothing but the hidden states at the hook point,
+A round runs the model over the same text twice, in turn: once for nothing but the hidden states at the hook point,
 from token ids that are ready in memory, and once as `cache_activations` does it, from text to the finished store, with
 tokenizing, statistics, checksums, writing and syncing. The ratio is the median over rounds. Peak memory is that of a
 fresh process that caches `--tokens` rows, and of one that caches ten times as many.
@@ -28,8 +28,6 @@ import tyro
 
 from steersman import LanguageModel, cache_activations
 from steersman.demo import MODEL_PATH, texts
-from steersman.train.capture import capture_settings, model_batches
-from steersman.train.text import TextSource, open_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,33 +71,19 @@ def load(name: str) -> LanguageModel:
     return LanguageModel(transformers.LlamaForCausalLM(config).eval(), demo.tokenizer, name=name)
 
 
-def some_text(tokens: int) -> TextSource:
-    """Stories of at least so many tokens, made beforehand; over and over, so that making them costs no memory."""
-    once = texts(2000)
-    return open_text(once * (1 + tokens // 100_000))
+def some_texts(tokens: int) -> list[str]:
+    """Stories of at least so many tokens: a few, over and over, so that they cost no memory."""
+    return texts(2000) * (1 + tokens // 100_000)
 
 
-def bare_pass(
-    lm: LanguageModel, text: TextSource, hook: str, args: Args, length: int
-) -> tuple[list[torch.Tensor], int]:
-    """The token contexts that hold `args.tokens` rows, and how many rows they hold."""
-    settings = capture_settings(
-        lm,
-        hook,
-        context_length=length,
-        batch_size=args.batch_size,
-        packing=True,
-        exclude_bos=True,
-        exclude_eos=False,
-        exclude_tokens=(),
-    )
-    batches, rows = [], 0
-    for batch in model_batches(lm, text, settings):
-        batches.append(torch.from_numpy(batch.input_ids))
-        rows += int((batch.input_ids != lm.bos_token_id).sum())
-        if rows >= args.tokens:
-            return batches, rows
-    raise AssertionError("the stories do not end")
+def ready_batches(lm: LanguageModel, stories: list[str], args: Args, length: int) -> tuple[list[torch.Tensor], int]:
+    """Full contexts [B, S] of at least `args.tokens` tokens beside BOS, and how many such tokens they hold."""
+    bos = [] if lm.bos_token_id is None else [lm.bos_token_id]
+    ids = [token for text in stories for token in lm.token_ids(text)]
+    room = length - len(bos)
+    rows = -(-args.tokens // room)
+    contexts = torch.tensor([bos + ids[row * room : (row + 1) * room] for row in range(rows)])
+    return list(contexts.split(args.batch_size)), rows * room
 
 
 def measure(name: str, args: Args) -> dict[str, object]:
@@ -107,8 +91,8 @@ def measure(name: str, args: Args) -> dict[str, object]:
     lm = load(model)
     hook = f"blocks.{layer}.hook_resid_post"
     length = min(args.context_length, lm.context_length or args.context_length)
-    text = some_text(args.tokens)
-    batches, rows = bare_pass(lm, text, hook, args, length)
+    stories = some_texts(args.tokens)
+    batches, rows = ready_batches(lm, stories, args, length)
     bare, caching = [], []
     for number in range(args.rounds + 1):
         start = time.perf_counter()
@@ -120,7 +104,7 @@ def measure(name: str, args: Args) -> dict[str, object]:
             again = time.perf_counter()
             cache_activations(
                 lm,
-                text,
+                stories,
                 hook=hook,
                 out=f"{folder}/acts",
                 tokens=rows,
@@ -166,7 +150,7 @@ def main() -> None:
         model, _, layer = args.models[0].partition(",")
         cache_activations(
             load(model),
-            some_text(args.tokens),
+            some_texts(args.tokens),
             hook=f"blocks.{layer}.hook_resid_post",
             out=str(args.child),
             tokens=args.tokens,
