@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from steersman.sae.base import SAE, SparseCode
+from steersman.sae.metrics import FeatureSums
 from steersman.sae.stats import FeatureStats
 
 _BINS_PER_OCTAVE, _OCTAVES = 16, 16
@@ -113,28 +114,15 @@ def summarize_features(sae: SAE, batches: Iterable[Rows], median_norm: float, n_
     L, device = sae.cfg.d_sae, sae.device
     examples = TopExamples(L, n_examples, device)
     levels = Levels(L, median_norm / sae.cfg.d_in**0.5, device)
-    total = torch.zeros(L, dtype=torch.float64, device=device)
-    counts = torch.zeros(L, dtype=torch.float64, device=device)
-    n_tokens = 0
+    sums = FeatureSums(L, device)
     for x, rows in batches:
         code = sae.encode_sparse(x.to(device))
-        flat = code.indices.flatten()
-        total.scatter_add_(0, flat, code.values.flatten().double())
-        counts.scatter_add_(0, flat, (code.values > 0).flatten().double())
+        sums.add(code)
         levels.add(code)
         examples.add(code, rows.to(device))
-        n_tokens += len(x)
-    largest = examples.values[:, 0]
-    stats = FeatureStats(
-        max_act=largest.cpu(),
-        density=(counts / max(1, n_tokens)).float().cpu(),
-        mean_act=(total / counts.clamp_min(1)).float().cpu(),
-        n_tokens=n_tokens,
-        median_norm=median_norm,
-    )
     return FeatureSummary(
-        stats=stats,
-        p999=levels.percentile(0.999, largest).cpu(),
+        stats=sums.stats(median_norm),
+        p999=levels.percentile(0.999, sums.largest).cpu(),
         example_values=examples.values.cpu(),
         example_rows=examples.rows.cpu(),
     )

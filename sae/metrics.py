@@ -107,25 +107,37 @@ def measure_reconstruction(sae: SAE, batches: Iterable[Tensor]) -> Reconstructio
     return sums.result()
 
 
+class FeatureSums:
+    """Running sums behind `FeatureStats`, on the device of the SAE."""
+
+    def __init__(self, n_latents: int, device: torch.device):
+        self.largest = torch.zeros(n_latents, device=device)
+        self.total = torch.zeros(n_latents, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(n_latents, dtype=torch.float64, device=device)
+        self.n_tokens = 0
+
+    def add(self, code: SparseCode) -> None:
+        """Add the code [N, K] of N tokens."""
+        values, flat = code.values.flatten(), code.indices.flatten()
+        self.largest.scatter_reduce_(0, flat, values, "amax")
+        self.total.scatter_add_(0, flat, values.double())
+        self.counts.scatter_add_(0, flat, (values > 0).double())
+        self.n_tokens += len(code.values)
+
+    def stats(self, median_norm: float) -> FeatureStats:
+        return FeatureStats(
+            max_act=self.largest.cpu(),
+            density=(self.counts / max(1, self.n_tokens)).float().cpu(),
+            mean_act=(self.total / self.counts.clamp_min(1)).float().cpu(),
+            n_tokens=self.n_tokens,
+            median_norm=median_norm,
+        )
+
+
 @torch.no_grad()
 def collect_feature_stats(sae: SAE, batches: Iterable[Tensor], median_norm: float) -> FeatureStats:
     """Largest and mean activation and density of every feature over batches of activations [N, D]."""
-    L, device = sae.cfg.d_sae, sae.device
-    largest = torch.zeros(L, device=device)
-    total = torch.zeros(L, dtype=torch.float64, device=device)
-    counts = torch.zeros(L, dtype=torch.float64, device=device)
-    n_tokens = 0
+    sums = FeatureSums(sae.cfg.d_sae, sae.device)
     for x in batches:
-        values, indices = sae.encode_sparse(x.to(device))
-        flat = indices.flatten()
-        largest.scatter_reduce_(0, flat, values.flatten(), "amax")
-        total.scatter_add_(0, flat, values.flatten().double())
-        counts.scatter_add_(0, flat, (values > 0).flatten().double())
-        n_tokens += len(x)
-    return FeatureStats(
-        max_act=largest.cpu(),
-        density=(counts / max(1, n_tokens)).float().cpu(),
-        mean_act=(total / counts.clamp_min(1)).float().cpu(),
-        n_tokens=n_tokens,
-        median_norm=median_norm,
-    )
+        sums.add(sae.encode_sparse(x.to(sae.device)))
+    return sums.stats(median_norm)
