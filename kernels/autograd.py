@@ -1,18 +1,20 @@
 """The differentiable operations of a sparse autoencoder: encode and decode with sparse backward passes.
 
 Both build on whatever implementation `dispatch.choose` picks. No path makes an N x K x D tensor, and the sort of the
-N*K pairs that the gradients need is done once a step, in the `LatentOrder` that `encode` returns.
+N*K pairs that the gradients need is done once a step, in the `Order` that `topk_encode` returns. Under `torch.compile`
+the same operations go through `ops`, as operators that the compiler knows.
 
 Shape letters: N tokens, L latents, D width, K active latents a token.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steersman.kernels import dispatch
+from steersman.kernels import dispatch, ops
 
 
 @dataclass
@@ -21,6 +23,8 @@ class Order:
 
     indices: Tensor
     n_latents: int
+    tensors: list[Tensor] = field(default_factory=list)
+    """The sort, where it had to be made with the code (under `torch.compile`)."""
     _latents: Any = None
 
     def get(self) -> Any:
@@ -43,22 +47,12 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_values,) = grad_outputs
         x, W_enc, b_dec, values = ctx.saved_tensors
+        decode = dispatch.choose(values.device).sparse_decode
         order: Order = ctx.order
-        dz = torch.where(values > 0, grad_values, torch.zeros_like(grad_values))  # ReLU after the selection
-        dx = dW_enc = db_enc = db_dec = None
-        if ctx.needs_input_grad[0]:
-            dx = dispatch.choose(dz.device).sparse_decode(dz, order.indices, W_enc).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            centred = x if b_dec is None else x.float() - b_dec
-            dW_enc = order.get().scatter_rows(dz, centred)
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            db_enc = order.get().scatter(dz)
-        if b_dec is not None and ctx.needs_input_grad[3]:
-            # sum_n dz_n W_enc = (sum_n dz_n) W_enc: one vector-matrix product in place of an N*K*D gather.
-            db_dec = -(db_enc @ W_enc.float())
-        return dx, dW_enc, db_enc, db_dec, None, None
+        needs = ctx.needs_input_grad
+        grads = ops.encode_gradients(grad_outputs[0], x, W_enc, b_dec, values, order.indices, order.get, decode, needs)
+        return *grads, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -70,17 +64,9 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grad_outputs
         values, W_dec = ctx.saved_tensors
-        order: Order = ctx.order
-        d_values = dW_dec = db_dec = None
-        if ctx.needs_input_grad[0]:
-            d_values = dispatch.choose(g.device).value_gradient(g, W_dec, order.indices)
-        if ctx.needs_input_grad[1]:
-            dW_dec = order.get().scatter_rows(values, g)
-        if ctx.needs_input_grad[2]:
-            db_dec = g.sum(dim=0)
-        return d_values, dW_dec, db_dec, None
+        needs: Sequence[bool] = ctx.needs_input_grad
+        return *ops.decode_gradients(grad_outputs[0], values, W_dec, ctx.order.get, needs), None
 
 
 def with_gradient(
@@ -91,6 +77,11 @@ def with_gradient(
     values, indices [N, K] come from any of the encoders. Returns the values and the order to decode with.
     """
     order = Order(indices, len(W_enc))
+    if torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
+            order.tensors = ops.sort_by_latent(indices, len(W_enc))
+            values = ops.code_values(x, W_enc, b_enc, b_dec, values, indices, order.tensors)
+        return values, order
     differentiable: Any = _Encode.apply(x, W_enc, b_enc, b_dec, values, order)
     return differentiable, order
 
@@ -103,11 +94,16 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor |
     (torch.Size([5, 2]), torch.int32)
     """
     with torch.no_grad():
-        values, indices = dispatch.choose(x.device).topk_encode(x, W_enc, b_enc, k, b_dec)
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
+            values, indices = ops.topk_encode(x, W_enc, b_enc, b_dec, k)
+        else:  # the same without the operator's own cost, which small steps on a CPU would feel
+            values, indices = dispatch.choose(x.device).topk_encode(x, W_enc, b_enc, k, b_dec)
     return with_gradient(x, W_enc, b_enc, b_dec, values, indices)
 
 
 def sparse_decode(values: Tensor, order: Order, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """Differentiable `reference.sparse_decode` -> [N, D] fp32."""
+    if torch.compiler.is_compiling():
+        return ops.sparse_decode(values, order.indices, W_dec, b_dec, order.tensors)
     decoded: Any = _Decode.apply(values, W_dec, b_dec, order)
     return decoded

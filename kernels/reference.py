@@ -56,10 +56,10 @@ def batch_topk_encode(
 def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """JumpReLU (arXiv 2407.14435, eq. 3): the pre-activation where it is above its threshold and positive, else 0.
 
-    threshold is [L] or a scalar; returns the dense code [N, L] in fp32.
+    threshold is [L] or a scalar; returns the dense code [N, L] in fp32. A pre-activation that is NaN stays NaN.
     """
     Z = pre_activations(x, W_enc, b_enc, b_dec)
-    return torch.where(threshold.float() < Z, Z, torch.zeros_like(Z)).relu()
+    return torch.where(threshold.float() >= Z, torch.zeros_like(Z), Z).relu()
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:

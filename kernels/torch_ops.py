@@ -8,19 +8,39 @@ Shape letters: N tokens, L latents, D width, K active latents a token, C rows of
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from steersman.kernels import screen
+
 # A block of pre-activations that stays in the last-level cache; larger blocks only add memory.
 BLOCK_BYTES = 16 << 20
+# A dense code that is held while a sparse one is made of it.
+CODE_BYTES = 256 << 20
 
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See `reference.topk_encode`. Works on blocks of rows, so that memory is N*K and one block."""
+    """See `reference.topk_encode`. Works on blocks of rows, so that memory is N*K and one block.
+
+    On a CPU with bf16 matrix units, bf16 products choose the candidates (see `screen`) and fp32 decides.
+    """
     x = x.float() if b_dec is None else x.float() - b_dec.float()
     W_enc, b_enc = W_enc.float(), b_enc.float()
+    if x.device.type == "cpu" and screen.worthwhile(x, W_enc, k):
+        values, indices, unproven = screen.screened_topk(x, W_enc, b_enc, k)
+        if bool(unproven.any()):
+            values[unproven], rest = _plain_topk(x[unproven], W_enc, b_enc, k)
+            indices[unproven] = rest.long()
+        return values.relu_(), indices.int()
+    values, indices = _plain_topk(x, W_enc, b_enc, k)
+    return values.relu_(), indices
+
+
+def _plain_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The K largest pre-activations, before the ReLU, and their indices [N, K] int32, all in fp32."""
     N, L = len(x), len(W_enc)
     values = torch.empty(N, k, device=x.device)
     indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
@@ -32,7 +52,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor |
         Z_block = Z[: stop - start]
         torch.addmm(b_enc, x[start:stop], W_enc.T, out=Z_block)
         values[start:stop], indices[start:stop] = select(Z_block, k)
-    return values.relu_(), indices
+    return values, indices
 
 
 def _select_checked(Z: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -122,13 +142,53 @@ def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor,
     """See `reference.threshold_encode`: the dense code [N, L]."""
     x = x.float() if b_dec is None else x.float() - b_dec.float()
     Z = torch.addmm(b_enc.float(), x, W_enc.float().T)
-    return torch.where(threshold.float() < Z, Z, torch.zeros_like(Z)).relu_()
+    return torch.where(threshold.float() >= Z, torch.zeros_like(Z), Z).relu_()
+
+
+def threshold_select(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The code of `threshold_encode` as values and int32 indices [N, K], largest first, K the fullest row's count.
+
+    Entries that are not active have the value 0. Reads one number from the device.
+    """
+    return largest_of_code(lambda part: threshold_encode(x[part], W_enc, b_enc, threshold, b_dec), len(x), len(W_enc))
+
+
+def largest_of_code(dense: Callable[[slice], Tensor], N: int, L: int) -> tuple[Tensor, Tensor]:
+    """A dense code [N, L] as values and int32 indices [N, K], largest first, K the fullest row's count and at least 1.
+
+    `dense` gives the code of a slice of the rows, so that no more than CODE_BYTES of it exist at a time.
+    """
+    rows = max(1, CODE_BYTES // (4 * L))
+    parts = [_largest_of_block(dense(slice(start, start + rows))) for start in range(0, max(N, 1), rows)]
+    if len(parts) == 1:
+        return parts[0]
+    width = max(values.shape[1] for values, _ in parts)
+    return (
+        torch.cat([F.pad(values, (0, width - values.shape[1])) for values, _ in parts]),
+        torch.cat([F.pad(indices, (0, width - indices.shape[1])) for _, indices in parts]),
+    )
+
+
+def _largest_of_block(code: Tensor) -> tuple[Tensor, Tensor]:
+    width = max(1, int((code != 0).sum(dim=1).max())) if len(code) else 1
+    values, indices = code.topk(width, dim=1)
+    return values, indices.int()
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """See `reference.sparse_decode`."""
     X_hat = F.embedding_bag(indices, W_dec.float(), mode="sum", per_sample_weights=values.float())
     return X_hat if b_dec is None else X_hat.add_(b_dec.float())
+
+
+def decode_residual(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`x - x_hat` [N, D] fp32, with x_hat as `sparse_decode` makes it, and each token's squared error [N]."""
+    residual = x.float() - sparse_decode(values, indices, W_dec, b_dec)
+    return residual, residual.square().sum(dim=1)
 
 
 def value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor) -> Tensor:
@@ -152,14 +212,36 @@ class LatentOrder:
     """
 
     def __init__(self, indices: Tensor, n_latents: int):
-        K = indices.shape[1]
         flat = indices.reshape(-1).long()
         narrow = flat.to(torch.int16) if n_latents <= 32768 else flat  # a sort of 2-byte keys is several times faster
-        self.n_latents = n_latents
+        self.indices, self.n_latents = indices, n_latents
         self.pairs = torch.argsort(narrow, stable=True)
-        self.tokens = torch.div(self.pairs, K, rounding_mode="floor")
+        self.tokens = torch.div(self.pairs, indices.shape[1], rounding_mode="floor")
         counts = torch.bincount(flat, minlength=n_latents)
         self.starts = counts.cumsum(0) - counts
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the sort made; with the indices it is all there is to the object."""
+        return [self.pairs, self.tokens, self.starts]
+
+    @classmethod
+    def of(cls, indices: Tensor, n_latents: int, tensors: list[Tensor]) -> "LatentOrder":
+        """The order of indices [N, K] whose `tensors` these are, without another sort."""
+        order = cls.__new__(cls)
+        order.indices, order.n_latents = indices, n_latents
+        order.pairs, order.tokens, order.starts = tensors
+        return order
+
+    @staticmethod
+    def shapes(indices: Tensor, n_latents: int) -> list[Tensor]:
+        """Empty tensors like `tensors`."""
+        n_pairs = indices.shape[0] * indices.shape[1]
+        return [indices.new_empty(n, dtype=torch.int64) for n in (n_pairs, n_pairs, n_latents)]
+
+    def value_gradient(self, g: Tensor, W_dec: Tensor) -> Tensor:
+        """See `reference.value_gradient`: g [N, D], W_dec [L, D] -> [N, K]."""
+        return value_gradient(g, W_dec, self.indices)
 
     def scatter_rows(self, weights: Tensor, rows: Tensor) -> Tensor:
         """See `reference.scatter_rows`: weights [N, K], rows [N, D] -> [L, D], in a fixed order of summation."""

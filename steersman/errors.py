@@ -9,6 +9,21 @@ class SteersmanError(ValueError):
     """
 
 
+class UnfinishedError(SteersmanError):
+    """Work that stopped before its end through no mistake of the user, and that the same command goes on with.
+
+    The command line exits with code 75 (EX_TEMPFAIL), on which a scheduler can put the job back in its queue.
+    """
+
+
+class LostRankError(UnfinishedError):
+    """Another process of the job is gone or does not answer."""
+
+
+class PreemptedError(UnfinishedError):
+    """The system asked this process to end; what was done is saved."""
+
+
 def near_names(name: str, known: list[str], limit: int = 5) -> str:
     """The known names most like `name`, as text for an error message.
 

@@ -136,3 +136,12 @@ def test_two_runs_give_the_same_bits() -> None:
     assert torch.equal(first[0], second[0])
     rows = [torch_ops.LatentOrder(c[1], 512).scatter_rows(c[0], x) for c in (first, second)]
     assert torch.equal(rows[0], rows[1])
+
+
+def test_the_threshold_code_passes_nan_on() -> None:
+    x, W, b = torch.randn(3, 4), torch.randn(6, 4), torch.zeros(6)
+    x[1, 2] = float("nan")
+    for implementation in (reference, torch_ops):
+        code = implementation.threshold_encode(x, W, b, torch.full((6,), 0.1))
+        assert code[1].isnan().all()
+        assert code[[0, 2]].isfinite().all()

@@ -1,0 +1,107 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from steersman.commands import pipeline
+from steersman.errors import SteersmanError
+from steersman.kernels import choose, dispatch, torch_ops, using
+from steersman.sae import SAE, SAEConfig
+from steersman.steer import SteerConfig
+
+CPU = torch.device("cpu")
+
+
+def test_the_cpu_runs_pytorch_unless_told_otherwise() -> None:
+    assert choose(CPU) is choose(CPU, "auto") is choose(CPU, "torch") is torch_ops
+    with pytest.raises(SteersmanError, match="no kernels named 'cuda'; have auto, triton, torch"):
+        choose(CPU, "cuda")
+
+
+def test_every_implementation_has_the_same_functions() -> None:
+    pytest.importorskip("triton")
+    from steersman.kernels import triton_ops
+
+    for name in ("topk_encode", "batch_topk_encode", "threshold_encode", "threshold_select", "sparse_decode",
+                 "decode_residual", "value_gradient", "LatentOrder"):  # fmt: skip
+        assert callable(getattr(torch_ops, name))
+        assert callable(getattr(triton_ops, name))
+
+
+def test_triton_on_the_cpu_is_an_error_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = pytest.importorskip("triton").knobs
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    with pytest.raises(
+        SteersmanError, match="kernels=triton cannot run on cpu: they run on NVIDIA GPUs; use kernels=torch"
+    ):
+        choose(CPU, "triton")
+    with pytest.raises(SteersmanError, match="cannot run on cpu"), using("triton", CPU):
+        pass
+    assert choose(CPU) is torch_ops
+
+
+def test_commands_and_training_refuse_what_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytest.importorskip("triton").knobs.runtime, "interpret", False)
+    nothing, device = str(tmp_path / "none"), "cpu"
+    for run, config in (
+        (pipeline.run_eval, pipeline.EvalCommand(sae=nothing, store=nothing, device=device, kernels="triton")),
+        (
+            pipeline.run_steer,
+            SteerConfig(model=nothing, sae=nothing, feature=("1=2",), device=device, kernels="triton"),
+        ),
+    ):
+        with pytest.raises(SteersmanError, match="kernels=triton cannot run on cpu"):
+            run(config)
+
+
+def test_using_is_undone_at_the_end() -> None:
+    with pytest.raises(SteersmanError, match="no kernels named"), using("fast"):
+        pass
+    with pytest.raises(RuntimeError, match="inside"), using("torch", CPU):
+        raise RuntimeError("inside")
+    assert dispatch._state["requested"] == "auto"
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SteersmanError, match="Triton is not installed"):
+        choose(CPU, "triton")
+    assert choose(CPU) is torch_ops
+
+
+@pytest.mark.skipif(not Path(dispatch.__file__).with_name("triton_ops.py").exists(), reason="no Triton kernels")
+def test_an_sae_runs_on_triton_with_no_change_of_call() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter's check")
+    knobs = pytest.importorskip("triton").knobs
+    assert knobs.runtime.interpret
+    sae = SAE(SAEConfig(d_in=8, d_sae=40, k=4), torch.Generator().manual_seed(0))
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    expected, dense = sae.encode_sparse(x), sae.encode(x)
+    with using("triton", CPU):
+        code, reconstruction = sae.encode_sparse(x), sae(x)
+    assert (code.values - expected.values).abs().max() < 0.03 * expected.values.max()
+    torch.testing.assert_close(reconstruction, sae.decode_sparse(code.values, code.indices))
+    assert reconstruction.shape == x.shape
+    assert dense.shape == (3, 40)
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "obstacle"),
+    [
+        ((7, 5), "3.9.0", "they need 8.0"),
+        ((8, 0), "3.6.0", None),
+        ((9, 0), "3.6.0", None),
+        ((10, 0), "3.9.0", None),
+        ((12, 0), "3.10.1", None),
+        ((10, 0), "3.7.1", "needs Triton 3.9, and this is 3.7.1"),
+    ],
+)
+def test_which_gpus_the_kernels_run_on(
+    capability: tuple[int, int], version: str, obstacle: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
+    found = dispatch._obstacle_of(*capability)
+    assert found is None if obstacle is None else obstacle in str(found)

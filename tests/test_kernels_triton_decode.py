@@ -1,0 +1,56 @@
+"""The Triton decoder against its reference. Without a GPU it runs under Triton's interpreter (see conftest.py)."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from steersman.kernels import reference, torch_ops, triton_decode
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def code(N: int, L: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(N * L + k)
+    indices = torch.stack([torch.randperm(L, generator=generator)[:k] for _ in range(N)]) if N else torch.zeros(0, k)
+    values = torch.randn(N, k, generator=generator).relu()
+    return values.to(DEVICE), indices.int().to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("N", "L", "D", "k"), [(1, 5, 3, 1), (3, 50, 300, 9), (2, 40, 770, 8), (4, 9, 16, 9), (0, 9, 16, 3)]
+)
+def test_equals_the_reference(N: int, L: int, D: int, k: int, dtype: torch.dtype) -> None:
+    values, indices = code(N, L, k)
+    generator = torch.Generator().manual_seed(1)
+    W = torch.randn(L, D, generator=generator).to(DEVICE, dtype)
+    b, x = torch.randn(D, generator=generator).to(DEVICE), torch.randn(N, D, generator=generator).to(DEVICE)
+    expected = reference.sparse_decode(values, indices, W, b)
+    torch.testing.assert_close(triton_decode.sparse_decode(values, indices, W, b), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(triton_decode.sparse_decode(values, indices, W), expected - b, rtol=1e-5, atol=1e-5)
+    for implementation in (triton_decode, torch_ops):
+        residual, squares = implementation.decode_residual(values, indices, W, b, x)
+        torch.testing.assert_close(residual, x - expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(squares, (x - expected).square().sum(dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_entries_of_value_zero_read_nothing() -> None:
+    values, indices = torch.tensor([[2.0, 0.0]]).to(DEVICE), torch.tensor([[0, 1]], dtype=torch.int32).to(DEVICE)
+    W = torch.tensor([[1.0, 2.0], [torch.nan, torch.nan]]).to(DEVICE)
+    assert triton_decode.sparse_decode(values, indices, W).tolist() == [[2.0, 4.0]]
+
+
+def test_a_nan_in_the_code_is_a_nan_in_the_result() -> None:
+    values, indices = code(3, 20, 4)
+    values[1, 2] = torch.nan
+    out = triton_decode.sparse_decode(values, indices, torch.ones(20, 24, device=DEVICE))
+    assert out.isnan().all(dim=1).tolist() == [False, True, False]
+
+
+def test_indices_of_both_widths_and_views() -> None:
+    values, indices = code(4, 30, 6)
+    W = torch.randn(12, 30, generator=torch.Generator().manual_seed(2)).to(DEVICE).T
+    out = triton_decode.sparse_decode(values[::2], indices[::2], W)
+    assert torch.equal(out, triton_decode.sparse_decode(values[::2], indices[::2].long(), W))
+    torch.testing.assert_close(out, reference.sparse_decode(values[::2], indices[::2], W), rtol=1e-5, atol=1e-5)
