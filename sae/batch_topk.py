@@ -7,12 +7,12 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.kernels import choose, with_gradient
-from steersman.sae.base import SAE, TrainingCode
+from steersman.sae.base import TrainingCode
 from steersman.sae.config import SAEConfig
-from steersman.sae.jumprelu import select_above
+from steersman.sae.elementwise import ElementwiseSAE, chosen
 
 
-class BatchTopKSAE(SAE):
+class BatchTopKSAE(ElementwiseSAE):
     """Trains on the batch's N*K largest; encodes by `threshold`, the mean over steps of the smallest value selected
     (sec. 3), so that a token's code does not depend on its neighbours."""
 
@@ -24,18 +24,28 @@ class BatchTopKSAE(SAE):
         self.register_buffer("threshold", torch.tensor(-1.0))
         """A scalar; negative until training has set it."""
 
-    def _select(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if bool(self.threshold < 0):
-            raise SteersmanError("this BatchTopK SAE has no threshold yet: train it before encoding with it")
-        return select_above(self, x, self.threshold)
+    def _dense(self, rows: Tensor, features: Tensor | None = None) -> Tensor:
+        self._check_threshold()
+        return choose(rows.device).threshold_encode(
+            rows, self._encoder(features), chosen(self.b_enc, features), self.threshold, self.encoder_bias_in
+        )
 
-    def training_code(self, x: Tensor) -> TrainingCode:
+    def training_code(self, x: Tensor, W_enc: Tensor | None = None) -> TrainingCode:
+        rows = self.W_enc.T if W_enc is None else W_enc
         with torch.no_grad():
             values, indices, smallest = choose(x.device).batch_topk_encode(
-                x, self.W_enc.T, self.b_enc, self.cfg.k, self.encoder_bias_in
+                x, rows, self.b_enc, self.cfg.k, self.encoder_bias_in
             )
-        values, order = with_gradient(x, self.W_enc.T, self.b_enc, self.encoder_bias_in, values, indices)
+        values, order = with_gradient(x, rows, self.b_enc, self.encoder_bias_in, values, indices)
         return TrainingCode(values, order, smallest)
+
+    def _check_threshold(self) -> None:
+        if bool(self.threshold < 0):
+            raise SteersmanError("this BatchTopK SAE has no threshold yet: train it before encoding with it")
+
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_threshold()
+        return choose(x.device).threshold_select(x, self.W_enc.T, self.b_enc, self.threshold, self.encoder_bias_in)
 
     @torch.no_grad()
     def fold_input_scale(self, scale: float) -> None:

@@ -1,27 +1,32 @@
 """What an SAE is: its widths, its activation, and where its inputs come from."""
 
+import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from steersman.errors import SteersmanError
 
-Activation = Literal["topk", "batch_topk", "jumprelu"]
+Activation = Literal["topk", "batch_topk", "jumprelu", "relu", "gated", "matryoshka", "groupmax"]
+InputNorm = Literal["none", "layer_norm", "constant_norm"]
+
+_NEEDS_K = ("topk", "batch_topk", "matryoshka", "groupmax")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
-    """The shape and meaning of a sparse autoencoder; saved with its weights.
+    """The shape and meaning of a sparse autoencoder or transcoder; saved with its weights.
 
     >>> SAEConfig(d_in=64, d_sae=512, k=8, hook_name="blocks.2.hook_resid_post").activation
     'topk'
     """
 
     d_in: int
-    """Width of the activations it reads and writes."""
+    """Width of the activations it reads (and, but for a transcoder, writes)."""
     d_sae: int
     """Number of features (latents)."""
     k: int = 0
-    """Active features a token: exactly (topk), on average (batch_topk), not used (jumprelu)."""
+    """Active features a token: exactly (topk), one of each of k groups (groupmax), on average while training
+    (batch_topk, matryoshka), not used (the others)."""
     activation: Activation = "topk"
     """How pre-activations become a sparse code."""
     hook_name: str = ""
@@ -30,13 +35,57 @@ class SAEConfig:
     """The model those activations come from: a hub id or a path."""
     apply_b_dec_to_input: bool = True
     """Whether the decoder bias is subtracted from the input before encoding."""
+    input_norm: InputNorm = "none"
+    """What is done to each token before encoding and undone after decoding: nothing; its mean and unbiased standard
+    deviation taken out (layer_norm); its length set to the square root of d_in (constant_norm)."""
+    reshape_heads: bool = False
+    """Whether inputs may come per attention head, [..., n_heads, d_head], as at `attn.hook_z`."""
+    transcoder: bool = False
+    """Whether it writes the activations of another hook point than it reads."""
+    d_out: int | None = None
+    """Width of what a transcoder writes; None where it is d_in."""
+    hook_name_out: str = ""
+    """Hook point whose activations a transcoder writes."""
+    skip_connection: bool = False
+    """Whether the output also has a linear part, `x W_skip^T` of the input as it came."""
+    group_sizes: tuple[int, ...] = ()
+    """Matryoshka only: how many features each group adds; the first groups alone are an SAE too."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Provenance: anything worth keeping that does not change what the SAE computes."""
 
     def __post_init__(self) -> None:
-        if self.d_in < 1 or self.d_sae < 1:
-            raise SteersmanError(f"an SAE needs d_in and d_sae of at least 1, not {self.d_in} and {self.d_sae}")
-        if self.activation not in ("topk", "batch_topk", "jumprelu"):
-            raise SteersmanError(f"unknown activation {self.activation!r}; use topk, batch_topk or jumprelu")
-        if self.activation != "jumprelu" and not 1 <= self.k <= self.d_sae:
+        if self.d_in < 1 or self.d_sae < 1 or self.out_width < 1:
+            widths = f"{self.d_in} and {self.d_sae}" + ("" if self.d_out is None else f" (d_out {self.d_out})")
+            raise SteersmanError(f"an SAE needs d_in and d_sae of at least 1, not {widths}")
+        if self.activation not in get_args(Activation):
+            raise SteersmanError(f"unknown activation {self.activation!r}; use {', '.join(get_args(Activation))}")
+        if self.input_norm not in get_args(InputNorm):
+            raise SteersmanError(f"unknown input_norm {self.input_norm!r}; use {', '.join(get_args(InputNorm))}")
+        if self.activation in _NEEDS_K and not 1 <= self.k <= self.d_sae:
             raise SteersmanError(f"k = {self.k} must lie between 1 and d_sae = {self.d_sae}")
+        if self.activation == "groupmax" and self.d_sae % self.k:
+            raise SteersmanError(f"groupmax needs d_sae = {self.d_sae} to be a multiple of k = {self.k}")
+        if self.out_width != self.d_in and not self.transcoder:
+            raise SteersmanError(f"d_out = {self.d_out} differs from d_in = {self.d_in}: set transcoder=True")
+        if self.transcoder and self.apply_b_dec_to_input:
+            raise SteersmanError("a transcoder's b_dec belongs to its output: set apply_b_dec_to_input=False")
+        if (self.activation == "matryoshka") != bool(self.group_sizes):
+            raise SteersmanError("group_sizes belong to activation 'matryoshka', which needs them")
+        if self.group_sizes and (min(self.group_sizes) < 1 or sum(self.group_sizes) != self.d_sae):
+            raise SteersmanError(f"group_sizes {list(self.group_sizes)} must add up to d_sae = {self.d_sae}")
+
+    @property
+    def out_width(self) -> int:
+        """Width of what it writes."""
+        return self.d_in if self.d_out is None else self.d_out
+
+    @property
+    def hook_layer(self) -> int | None:
+        """The block its hook point lies in, as SAEBench asks for it; None where the name holds no number."""
+        found = re.search(r"\.(\d+)(?:\.|$)", self.hook_name)
+        return None if found is None else int(found[1])
+
+    @property
+    def architecture(self) -> str:
+        """The activation, by the name that SAEBench asks for."""
+        return self.activation

@@ -6,19 +6,11 @@ import torch
 from torch import Tensor
 
 from steersman.kernels import choose
-from steersman.sae.base import SAE
 from steersman.sae.config import SAEConfig
+from steersman.sae.elementwise import ElementwiseSAE, chosen
 
 
-def select_above(sae: SAE, x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """The code of x [N, D] by threshold (a scalar or [L]): values and indices [N, K], K the fullest row's count."""
-    code = choose(x.device).threshold_encode(x, sae.W_enc.T, sae.b_enc, threshold, sae.encoder_bias_in)
-    width = max(1, int((code > 0).sum(dim=1).max())) if len(code) else 1
-    values, indices = code.topk(width, dim=1)
-    return values, indices.int()
-
-
-class JumpReLUSAE(SAE):
+class JumpReLUSAE(ElementwiseSAE):
     """`f = z H(z - threshold)`, `z = (x - b_dec) W_enc + b_enc` (eq. 3)."""
 
     activation: ClassVar[str] = "jumprelu"
@@ -28,8 +20,17 @@ class JumpReLUSAE(SAE):
         super().__init__(cfg, generator)
         self.register_buffer("threshold", torch.zeros(cfg.d_sae))
 
+    def _dense(self, rows: Tensor, features: Tensor | None = None) -> Tensor:
+        return choose(rows.device).threshold_encode(
+            rows,
+            self._encoder(features),
+            chosen(self.b_enc, features),
+            chosen(self.threshold, features),
+            self.encoder_bias_in,
+        )
+
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return select_above(self, x, self.threshold)
+        return choose(x.device).threshold_select(x, self.W_enc.T, self.b_enc, self.threshold, self.encoder_bias_in)
 
     @torch.no_grad()
     def fold_input_scale(self, scale: float) -> None:

@@ -92,18 +92,19 @@ class ReconstructionSums:
 
 @torch.no_grad()
 def measure_reconstruction(sae: SAE, batches: Iterable[Tensor]) -> Reconstruction:
-    """Reconstruction metrics of `sae` over batches of activations [N, D].
+    """Reconstruction metrics of `sae` over batches of activations [N, D]. Raises SteersmanError for a transcoder.
 
     >>> from steersman.sae import SAEConfig
     >>> sae = SAE(SAEConfig(d_in=4, d_sae=8, k=2))
     >>> measure_reconstruction(sae, [torch.randn(10, 4), torch.randn(10, 4)]).n_tokens
     20
     """
+    if sae.cfg.transcoder:
+        sae.check_residual("measuring the reconstruction of activations by themselves")
     sums = ReconstructionSums(sae.cfg.d_in, sae.cfg.d_sae, sae.device)
     for x in batches:
         x = x.to(sae.device)
-        code = sae.encode_sparse(x)
-        sums.add(x, sae.decode_sparse(code.values, code.indices), code)
+        sums.add(x, *sae.reconstruct(x))
     return sums.result()
 
 

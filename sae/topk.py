@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steersman.kernels import choose, topk_encode
+from steersman.kernels import AuxRows, choose, topk_encode
 from steersman.sae.base import SAE, TrainingCode
 
 _SMALL = 1 << 22
@@ -28,15 +28,16 @@ class TopKSAE(SAE):
         if len(x) * L * max(1, len(features)) > _SMALL:
             return super().encode_features(x, features)
         rows, _ = self._rows(x)
-        rows = rows.float() if self.encoder_bias_in is None else rows.float() - self.encoder_bias_in
-        Z = torch.addmm(self.b_enc, rows, self.W_enc)
+        rows = rows.float() if self.encoder_bias_in is None else rows.float() - self.encoder_bias_in.float()
+        Z = torch.addmm(self.b_enc.float(), rows, self.W_enc.float())
         chosen = Z.index_select(1, features)
         lower = torch.arange(L, device=Z.device) < features[:, None]
         ahead = torch.where(lower, Z[:, None] >= chosen[..., None], Z[:, None] > chosen[..., None])
         return torch.where(ahead.sum(dim=-1) < k, chosen.relu(), torch.zeros_like(chosen))
 
-    def training_code(self, x: Tensor) -> TrainingCode:
-        values, order = topk_encode(x, self.W_enc.T, self.b_enc, self.cfg.k, self.encoder_bias_in)
+    def training_code(self, x: Tensor, W_enc: Tensor | None = None) -> TrainingCode:
+        rows = self.W_enc.T if W_enc is None else W_enc
+        values, order = topk_encode(x, rows, self.b_enc, self.cfg.k, self.encoder_bias_in)
         return TrainingCode(values, order, None)
 
 
@@ -54,3 +55,41 @@ def auxk_loss(sae: SAE, x: Tensor, residual: Tensor, candidates: Tensor, alive: 
     code = torch.zeros_like(Z).scatter(1, chosen, values.relu())
     rebuilt = code @ sae.W_dec[candidates]
     return (rebuilt - residual.detach()).square().sum()
+
+
+@torch.no_grad()
+def auxk_gradients(
+    sae: SAE,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    centred: Tensor,
+    residual: Tensor,
+    candidates: Tensor,
+    alive: Tensor,
+    k_aux: int,
+    scale: Tensor,
+) -> tuple[Tensor, AuxRows]:
+    """`auxk_loss`, and the gradients of `scale` times it for the candidates' rows, without autograd.
+
+    W_enc, W_dec [L, D] and centred [N, D] are in the dtype of the products; residual [N, D] is fp32. Latents that are
+    alive come back as L, which counts for nothing.
+    """
+    enc, dec = W_enc[candidates], W_dec[candidates]
+    Z = _product(centred, enc.T) + sae.b_enc[candidates]
+    Z = Z.masked_fill(alive, float("-inf"))
+    values, chosen = Z.topk(min(k_aux, len(candidates)), dim=1, sorted=False)
+    code = torch.zeros_like(Z).scatter(1, chosen, values.relu())
+    small = code.to(centred.dtype)
+    error = _product(small, dec) - residual
+    g = (error * (2 * scale)).to(centred.dtype)
+    d_code = _product(g, dec.T).masked_fill(code <= 0, 0.0)
+    latents = torch.where(alive, sae.cfg.d_sae, candidates)
+    dW_enc = _product(d_code.to(centred.dtype).T, centred)
+    return error.square().sum(), AuxRows(latents, dW_enc, d_code.sum(dim=0), _product(small.T, g))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32, from operands in fp32 or less."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)

@@ -13,7 +13,7 @@ from steersman.errors import SteersmanError
 from steersman.sae import SAE, FeatureStats
 
 
-@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu"])
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu", "relu", "gated", "matryoshka", "groupmax"])
 def test_save_and_load_give_the_same_sae(activation: str, tmp_path: Path) -> None:
     sae = make_sae(activation)
     sae.feature_stats = FeatureStats(
@@ -111,9 +111,9 @@ def with_config(text: str):
         (with_config("{"), "not a readable SAE configuration"),
         (with_config("[]"), "not a readable SAE configuration"),
         (with_config('{"d_in": 8}'), "not a readable SAE configuration"),
-        (with_config('{"architecture": "gated", "d_in": 8, "d_sae": 64}'), "cannot read architecture 'gated'"),
-        (lambda folder: (folder / "sae_weights.safetensors").unlink(), "is missing"),
-        (lambda folder: (folder / "cfg.json").unlink(), "holds no SAE.*found: sae_weights.safetensors"),
+        (with_config('{"architecture": "temporal", "d_in": 8, "d_sae": 64}'), "cannot read architecture 'temporal'"),
+        (lambda folder: (folder / "sae_weights.safetensors").unlink(), "holds no SAE.*Found: cfg.json"),
+        (lambda folder: (folder / "cfg.json").unlink(), "holds no SAE.*Found: sae_weights.safetensors"),
         (shutil.rmtree, "no such folder"),
     ],
 )

@@ -1,0 +1,127 @@
+"""Llama Scope: `hyperparams.json` and `checkpoints/final.safetensors` of `fnlp/Llama3_1-8B-Base-LX{R,A,M}-{8,32}x`.
+
+JumpReLU. `encoder.weight [L,D]`, `encoder.bias`, `decoder.weight [D,L]`, `decoder.bias`. Inputs are multiplied by
+`s = sqrt(D) / dataset_average_activation_norm.in` (and outputs divided by it), which is folded in; the threshold of
+every latent is `jump_relu_threshold * s`. `b_dec` is not subtracted from the input.
+
+The SAEs of R1-Distill have `config.json` and `sae_weights.safetensors` with the same names and
+`log_jumprelu_threshold [L]`, the scale being `dataset_average_activation_norm` there too where it is given.
+
+Source: arXiv 2410.20526; sae_lens 6, `loading/pretrained_sae_loaders.py` (`llama_scope_*`).
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from steersman.errors import SteersmanError
+from steersman.sae.config import SAEConfig
+from steersman.sae.formats.base import Format, Parts, matrix, with_metadata
+from steersman.sae.formats.names import to_hook_name
+from steersman.sae.formats.source import Source
+from steersman.sae.formats.tensors import TensorFile
+
+HYPERPARAMETERS, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
+_DISTILL = ("config.json", "sae_weights.safetensors")
+
+
+class LlamaScope(Format):
+    name = "llama_scope"
+    needs = f"{HYPERPARAMETERS} and {WEIGHTS}"
+
+    def matches(self, source: Source) -> bool:
+        return source.has(HYPERPARAMETERS, WEIGHTS)
+
+    def read(self, source: Source) -> Parts:
+        fields, file = source.json(HYPERPARAMETERS), source.tensors(WEIGHTS)
+        path = source.path(HYPERPARAMETERS)
+        s = norm_scale(fields, path)
+        if s is None:
+            raise SteersmanError(f"{path} has no dataset_average_activation_norm: the scale of the input is unknown")
+        threshold = fields.get("jump_relu_threshold")
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
+            raise SteersmanError(f"{path}: jump_relu_threshold is {threshold!r}, not a number")
+        cfg = _config(source, fields, file)
+        return Parts(cfg=cfg, tensors=_tensors(file), file=file, input_scale=s, constant_threshold=threshold * s)
+
+
+class LlamaScopeDistill(Format):
+    name = "llama_scope_r1"
+    needs = "config.json and sae_weights.safetensors with encoder.weight and log_jumprelu_threshold"
+
+    def matches(self, source: Source) -> bool:
+        return source.has(*_DISTILL) and "log_jumprelu_threshold" in source.tensors(_DISTILL[1])
+
+    def read(self, source: Source) -> Parts:
+        fields, file = source.json(_DISTILL[0]), source.tensors(_DISTILL[1])
+        tensors = _tensors(file) | {"threshold": file.entry("log_jumprelu_threshold").exp()}
+        prefix = "dataset_average_activation_norm"
+        noted = {name.removeprefix(f"{prefix}."): name for name in file.headers if name.startswith(prefix)}
+        hook = str(fields.get("hook_point_in") or "in")
+        if hook in noted:
+            fields = {**fields, prefix: {"in": file.entry(noted[hook]).number()}}
+        s = norm_scale(fields, source.path(_DISTILL[0]))
+        warnings = []
+        if s is None and fields.get("norm_activation", "dataset-wise") != "inference":
+            warnings.append("the scale of its inputs is not recorded: activations are taken as they are")
+        cfg = _config(source, fields, file)
+        ignored = frozenset(noted.values())
+        return Parts(cfg=cfg, tensors=tensors, file=file, input_scale=s or 1.0, ignored=ignored, warnings=warnings)
+
+
+def _tensors(file: TensorFile) -> dict[str, Any]:
+    return {
+        "W_enc": file.entry("encoder.weight").T,
+        "b_enc": file.entry("encoder.bias"),
+        "W_dec": file.entry("decoder.weight").T,
+        "b_dec": file.entry("decoder.bias"),
+    }
+
+
+def norm_scale(fields: dict[str, Any], path: Path) -> float | None:
+    """`sqrt(D) / norm`, where the configuration records the average norm of the activations."""
+    norms = fields.get("dataset_average_activation_norm")
+    norm = norms.get("in") if isinstance(norms, dict) else None
+    if norm is None:
+        return None
+    width = fields.get("d_model")
+    if isinstance(norm, bool) or not isinstance(norm, int | float) or not (math.isfinite(norm) and norm > 0):
+        raise SteersmanError(f"{path}: dataset_average_activation_norm.in is {norm!r}, not a positive number")
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise SteersmanError(f"{path}: d_model is {width!r}, not a width")
+    return math.sqrt(width) / norm
+
+
+def _config(source: Source, fields: dict[str, Any], file: TensorFile) -> SAEConfig:
+    d_sae, d_in = matrix(file.entry("encoder.weight"))
+    for what, found in (("d_model", d_in), ("d_sae", d_sae)):
+        if fields.get(what, found) != found:
+            raise SteersmanError(f"{file.path}: the weights have {what} {found}, the configuration says {fields[what]}")
+    hook = to_hook_name(str(fields.get("hook_point_in") or ""))
+    distill = "R1-Distill" in source.place
+    cfg = SAEConfig(
+        d_in=d_in,
+        d_sae=d_sae,
+        activation="jumprelu",
+        hook_name=hook,
+        model_name="deepseek-ai/DeepSeek-R1-Distill-Llama-8B"
+        if distill
+        else "meta-llama/Llama-3.1-8B"
+        if "Llama3_1-8B" in source.place
+        else "",
+        apply_b_dec_to_input=False,
+        reshape_heads=hook.endswith("hook_z"),
+        transcoder=bool(fields.get("hook_point_out")) and fields["hook_point_out"] != fields.get("hook_point_in"),
+        hook_name_out=to_hook_name(str(fields.get("hook_point_out") or "")),
+    )
+    return with_metadata(cfg, neuronpedia_id=_neuronpedia(source.place))
+
+
+def _neuronpedia(place: str) -> str | None:
+    """The page of an SAE of the release: every one of layers and sizes has one."""
+    found = re.search(r"Llama3_1-8B-Base-L(\d+)([RAM])-(8|32)x", place)
+    if found is None:
+        return None
+    kind = {"R": "res", "A": "att", "M": "mlp"}[found[2]]
+    return f"llama3.1-8b/{found[1]}-llamascope-{kind}-{'32k' if found[3] == '8' else '131k'}"

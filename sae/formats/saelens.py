@@ -1,0 +1,261 @@
+"""SAELens: `cfg.json` and `sae_weights.safetensors`. Also what Steersman writes, and its run folders.
+
+Since version 6 the configuration holds `architecture`, `d_in`, `d_sae`, `apply_b_dec_to_input`,
+`normalize_activations`, `reshape_activations` and a `metadata` object; before, all keys were flat and the architecture
+`standard` unless the activation function was `topk`. Tensors: `W_enc [D,L]`, `b_enc [L]`, `W_dec [L,D]`, `b_dec [D]`,
+and by architecture `threshold [L]` (jumprelu), `b_gate, b_mag, r_mag [L]` (gated), `W_skip [D_out,D]` (skip
+transcoders). Training checkpoints hold `topk_threshold` (BatchTopK) or `log_threshold`, decoder norms that are not
+folded yet, and in `activation_scaler.json` an input scale that is not.
+
+Source: sae_lens 6, `saes/*.py`, `loading/pretrained_sae_loaders.py` (`handle_pre_6_0_config`,
+`read_sae_components_from_disk`), `training/activation_scaler.py`.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steersman.errors import SteersmanError
+from steersman.sae.base import SAE
+from steersman.sae.config import SAEConfig
+from steersman.sae.formats.base import Format, Parts, integer, text
+from steersman.sae.formats.names import to_hook_name, to_model_name
+from steersman.sae.formats.source import Source
+from steersman.sae.formats.tensors import Entry, SafetensorsFile, TensorFile
+from steersman.sae.stats import FeatureStats
+
+CONFIG, WEIGHTS, STATS, SCALER = (
+    "cfg.json",
+    "sae_weights.safetensors",
+    "feature_stats.safetensors",
+    "activation_scaler.json",
+)
+
+ARCHITECTURES = {
+    "standard": "relu",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "batchtopk": "batch_topk",
+    "matryoshka_batchtopk": "matryoshka",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+NORMS = {"none": "none", "expected_average_only_in": "none", "layer_norm": "layer_norm"} | {
+    "constant_norm_rescale": "constant_norm"
+}
+_OLD_NAMES = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+_KEPT = (
+    "hook_head_index",
+    "prepend_bos",
+    "context_size",
+    "seqpos_slice",
+    "dataset_path",
+    "exclude_special_tokens",
+    "model_class_name",
+    "model_from_pretrained_kwargs",
+    "neuronpedia_id",
+    "sae_lens_training_version",
+)
+
+
+class SAELens(Format):
+    name = "saelens"
+    needs = f"{CONFIG} and {WEIGHTS}"
+
+    def matches(self, source: Source) -> bool:
+        return source.has(CONFIG, WEIGHTS) and source.only in (None, CONFIG, WEIGHTS)
+
+    def read(self, source: Source) -> Parts:
+        fields = source.json(CONFIG)
+        file = source.tensors(WEIGHTS)
+        own = (fields.get("metadata") or {}).get("steersman") if isinstance(fields.get("metadata"), dict) else None
+        if own is not None:
+            return _read_own(source, own, file)
+        return _read_saelens(source, _modern(fields, source.path(CONFIG)), file)
+
+    def write(self, sae: SAE, path: Path) -> None:
+        """The architectures that SAELens lacks are refused; `SAE.save` writes them for Steersman alone."""
+        from steersman.sae.checkpoint import saelens_architecture
+
+        if saelens_architecture(sae.cfg) not in ARCHITECTURES:
+            kind = sae.cfg.activation + (" transcoder" if sae.cfg.transcoder else " with a skip connection")
+            raise SteersmanError(
+                f"SAELens has no {kind if sae.cfg.activation != 'groupmax' else 'groupmax'} architecture"
+            )
+        sae.save(path)
+
+
+def _read_own(source: Source, own: Any, file: TensorFile) -> Parts:
+    path = source.path(CONFIG)
+    try:
+        own = dict(own)
+        settings = dict(own.pop("config"))
+        settings["group_sizes"] = tuple(settings.get("group_sizes") or ())
+        for name in ("d_in", "d_sae", "k"):
+            settings[name] = integer(settings.get(name, 0), name, path)
+        cfg = SAEConfig(**settings, metadata=own)
+    except SteersmanError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SteersmanError(f"{path} is not a readable SAE configuration: {error!r}") from error
+    tensors = {name: file.entry(name) for name in _names(cfg)}
+    if "threshold" in file:
+        tensors["threshold"] = file.entry("threshold")
+    stats = _read_stats(source.path(STATS), cfg.d_sae) if source.has(STATS) else None
+    return Parts(cfg=cfg, tensors=tensors, file=file, stats=stats, native=True)
+
+
+def _names(cfg: SAEConfig) -> list[str]:
+    """The weights that an SAE of this configuration has; its widths do not matter."""
+    small = replace(cfg, d_in=1, d_out=None, d_sae=max(1, cfg.k), group_sizes=(max(1, cfg.k),) * bool(cfg.group_sizes))
+    with torch.device("meta"):
+        return [name for name, _ in SAE(small).named_parameters()]
+
+
+def _modern(fields: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The configuration of any version in the form of version 6."""
+    if isinstance(fields.get("metadata"), dict):  # only version 6 and later have one
+        return fields
+    flat = {_OLD_NAMES.get(key, key): value for key, value in fields.items()}
+    hook = str(flat.get("hook_name") or "")
+    flat.setdefault("architecture", "standard")
+    arguments = flat.get("activation_fn_kwargs") or {}
+    if flat.get("activation_fn") == "topk" and isinstance(arguments, dict) and arguments.get("k") is not None:
+        flat["architecture"], flat["k"] = "topk", arguments["k"]
+    norm = flat.get("normalize_activations")
+    if isinstance(norm, bool):
+        norm = "expected_average_only_in" if norm else "none"
+    flat["normalize_activations"] = norm or "none"
+    flat.setdefault("reshape_activations", "hook_z" if "hook_z" in hook else "none")
+    flat.setdefault("apply_b_dec_to_input", True)
+    if "d_in" not in flat or "d_sae" not in flat:
+        raise SteersmanError(f"{path} is not a readable SAE configuration: it has no d_in or no d_sae")
+    return flat | {"metadata": {"prepend_bos": True} | {key: value for key, value in flat.items() if key != "metadata"}}
+
+
+def _read_saelens(source: Source, fields: dict[str, Any], file: TensorFile) -> Parts:
+    path, warnings = source.path(CONFIG), []
+    architecture = text(fields, "architecture", "standard", path)
+    norm = text({"norm": fields.get("normalize_activations") or "none"}, "norm", "none", path)
+    if architecture not in ARCHITECTURES:
+        raise SteersmanError(f"{path}: cannot read architecture {architecture!r}; can read {', '.join(ARCHITECTURES)}")
+    if norm not in NORMS:
+        raise SteersmanError(
+            f"{path}: cannot read normalize_activations {norm!r}; can read {', '.join(NORMS)} (a whitened SAE must be "
+            "folded by SAELens first)"
+        )
+    scale = _input_scale(source)
+    if norm == "expected_average_only_in" and scale is None:
+        warnings.append(
+            "its inputs were scaled to an average norm in training and the scale is not recorded: activations are "
+            "taken as they are"
+        )
+    metadata = fields["metadata"] if isinstance(fields.get("metadata"), dict) else {}
+    transcoder = "transcoder" in architecture
+    for what in ("d_in", "d_sae"):
+        if what not in fields:
+            raise SteersmanError(f"{path} is not a readable SAE configuration: it has no {what}")
+    d_sae = integer(fields["d_sae"], "d_sae", path)
+    activation = ARCHITECTURES[architecture]
+    k = fields.get("k", 0) if activation in ("topk", "batch_topk", "matryoshka") else 0
+    if isinstance(k, float) and activation != "topk" and math.isfinite(k):
+        k = max(1, round(k))  # an average, and only used in training
+    cfg = SAEConfig(
+        d_in=integer(fields["d_in"], "d_in", path),
+        d_sae=d_sae,
+        k=integer(k, "k", path),
+        activation=activation,  # pyright: ignore[reportArgumentType]
+        hook_name=to_hook_name(str(metadata.get("hook_name") or "")),
+        model_name=to_model_name(str(metadata.get("model_name") or "")),
+        apply_b_dec_to_input=bool(fields.get("apply_b_dec_to_input", True)) and not transcoder,
+        input_norm=NORMS[norm],  # pyright: ignore[reportArgumentType]
+        reshape_heads=fields.get("reshape_activations", "none") == "hook_z",
+        transcoder=transcoder,
+        d_out=integer(fields["d_out"], "d_out", path) if transcoder and "d_out" in fields else None,
+        hook_name_out=to_hook_name(str(metadata.get("hook_name_out") or "")) if transcoder else "",
+        skip_connection="skip" in architecture,
+        group_sizes=_group_sizes(fields, d_sae, path) if activation == "matryoshka" else (),
+        metadata=_kept(metadata),
+    )
+    tensors, factor, ignored = _find(cfg, file, bool(fields.get("finetuning_scaling_factor")))
+    by_norm = bool(fields.get("rescale_acts_by_decoder_norm"))
+    if scale is not None and by_norm and activation in ("batch_topk", "matryoshka"):
+        # Its unit is the pre-activation times the decoder row's length, which folding the input scale shortens.
+        tensors["threshold"] = tensors["threshold"].scaled(1 / scale)
+    return Parts(
+        cfg=cfg,
+        tensors=tensors,
+        file=file,
+        ignored=ignored,
+        input_scale=scale or 1.0,
+        fold_decoder_norm=by_norm,
+        decoder_factor=factor,
+        warnings=warnings,
+    )
+
+
+def _kept(metadata: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: metadata[key] for key in _KEPT if metadata.get(key) is not None}
+    found = {"saelens": kept} if kept else {}
+    return found | ({"neuronpedia_id": kept["neuronpedia_id"]} if "neuronpedia_id" in kept else {})
+
+
+def _input_scale(source: Source) -> float | None:
+    """The scale of a training checkpoint whose inputs are not folded yet."""
+    if not source.has(SCALER):
+        return None
+    scale = source.json(SCALER).get("scaling_factor")
+    if scale is None:
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not (math.isfinite(scale) and scale > 0):
+        raise SteersmanError(f"{source.path(SCALER)}: scaling_factor is {scale!r}, not a positive number")
+    return float(scale)
+
+
+def _group_sizes(fields: dict[str, Any], d_sae: int, path: Path) -> tuple[int, ...]:
+    """The sizes of the groups from the widths that the nested SAEs end at."""
+    widths = fields.get("matryoshka_widths")
+    if not isinstance(widths, list) or not widths or not all(isinstance(width, int) for width in widths):
+        raise SteersmanError(f"{path}: matryoshka_widths is {widths!r}, not a list of widths")
+    ends = widths if widths[-1] == d_sae else [*widths, d_sae]
+    return tuple(end - start for start, end in zip([0, *ends[:-1]], ends))
+
+
+def _find(cfg: SAEConfig, file: TensorFile, finetuned: bool) -> tuple[dict[str, Entry], Entry | None, frozenset[str]]:
+    tensors = {name: file.entry(name) for name in _names(cfg)}
+    ignored: set[str] = set()
+    if cfg.activation in ("batch_topk", "matryoshka"):
+        tensors["threshold"] = file.entry("topk_threshold")
+    elif cfg.activation == "jumprelu":
+        tensors["threshold"] = file.entry("log_threshold").exp() if "log_threshold" in file else file.entry("threshold")
+    factor = next((file.entry(name) for name in ("finetuning_scaling_factor", "scaling_factor") if name in file), None)
+    if factor is not None and bool(torch.allclose(factor.read().float(), torch.ones(factor.shape))):
+        ignored.add(factor.name)  # written by some versions, and never used
+        factor = None
+    if factor is not None and not finetuned and factor.name == "scaling_factor":
+        raise SteersmanError(
+            f"{file.path} has a scaling_factor that is not one, and finetuning_scaling_factor is not set"
+        )
+    return tensors, factor, frozenset(ignored)
+
+
+def _read_stats(path: Path, d_sae: int) -> FeatureStats:
+    file = SafetensorsFile(path)
+    arrays = {name: torch.empty(d_sae) for name in ("max_act", "density", "mean_act")}
+    for name, array in arrays.items():
+        file.entry(name).copy_into(array)
+    try:
+        n_tokens, median = int(file.metadata["n_tokens"]), float(file.metadata["median_norm"])
+    except (KeyError, ValueError) as error:
+        raise SteersmanError(f"{path} lacks n_tokens or median_norm in its header") from error
+    return FeatureStats(**arrays, n_tokens=n_tokens, median_norm=median)
