@@ -1,0 +1,47 @@
+"""The logit lens: which tokens a direction of the residual stream writes.
+
+Shape letters: n directions, D width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steersman.errors import SteersmanError
+from steersman.lm.model import LanguageModel
+
+_BLOCK = 256  # directions whose logits are held at once
+
+
+@torch.no_grad()
+def logit_lens(lm: LanguageModel, directions: Tensor, n_tokens: int = 8) -> list[tuple[list[str], list[str]]]:
+    """The tokens each of `directions` [n, D] raises and lowers most through the final norm's gain and W_U [D, V].
+
+    Two empty lists a direction for models without an output layer.
+    """
+    try:
+        W_U, norm = lm.unembed()
+    except SteersmanError:  # an encoder without an output layer still has features worth reading
+        return [([], []) for _ in directions]
+    gain = norm_gain(norm)
+    lens = []
+    for block in directions.detach().split(_BLOCK):
+        logits = (block.to(W_U.device).float() * gain.to(W_U.device)) @ W_U.float()
+        logits -= logits.mean(dim=1, keepdim=True)
+        top = logits.topk(n_tokens, dim=1).indices.tolist()
+        bottom = (-logits).topk(n_tokens, dim=1).indices.tolist()
+        lens += [(_texts(lm.tokenizer, a), _texts(lm.tokenizer, b)) for a, b in zip(top, bottom)]
+    return lens
+
+
+def norm_gain(norm: nn.Module | None) -> Tensor:
+    """The factor per dimension of the final norm; Gemma stores it less one."""
+    weight: Any = getattr(norm, "weight", None)
+    if weight is None:
+        return torch.ones(())
+    return weight.detach().float() + 1.0 if "Gemma" in type(norm).__name__ else weight.detach().float()
+
+
+def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    return [tokenizer.decode([token]) for token in ids]
