@@ -77,11 +77,14 @@ def some_texts(tokens: int) -> list[str]:
 
 
 def ready_batches(lm: LanguageModel, stories: list[str], args: Args, length: int) -> tuple[list[torch.Tensor], int]:
-    """Full contexts [B, S] of at least `args.tokens` tokens beside BOS, and how many such tokens they hold."""
+    """Full batches [B, S] of at least `args.tokens` tokens beside BOS, and how many such tokens they hold.
+
+    Full, because caching runs full ones too: a last batch cut short would make the bare pass do less.
+    """
     bos = [] if lm.bos_token_id is None else [lm.bos_token_id]
-    ids = [token for text in stories for token in lm.token_ids(text)]
+    ids = [token for text in stories for token in lm.token_ids(text) if token not in bos]
     room = length - len(bos)
-    rows = -(-args.tokens // room)
+    rows = -(-args.tokens // (room * args.batch_size)) * args.batch_size
     contexts = torch.tensor([bos + ids[row * room : (row + 1) * room] for row in range(rows)])
     return list(contexts.split(args.batch_size)), rows * room
 

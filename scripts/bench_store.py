@@ -28,7 +28,7 @@ os.environ["STEERSMAN_PROGRESS"] = "0"
 import torch
 import tyro
 
-from steersman import ActivationStore
+from steersman import ActivationStore, TrainConfig, train_sae
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,10 @@ class Args:
     """Where to put the stores."""
     out: Path | None = None
     """Also write the rows to this JSON file."""
+    train: bool = False
+    """Measure the memory of training an SAE on one epoch of it too."""
     child: Path | None = None
-    """Used by the script itself: read this store once and report the peak memory."""
+    """Used by the script itself: read this store once (or train on it) and report the peak memory."""
 
 
 def make_store(folder: Path, width: int, megabytes: int) -> ActivationStore:
@@ -109,20 +111,27 @@ def rates(store: ActivationStore, args: Args, cold: bool) -> dict[str, list[floa
     return found
 
 
-def peak_memory(folder: Path, width: int, megabytes: int) -> float:
-    """Peak memory in MB of a process that reads one shuffled epoch."""
+def trained(path: Path, batch_size: int) -> None:
+    """Train a small SAE on one epoch of a store."""
+    config = TrainConfig(d_sae=256, k=8, batch_size=batch_size)
+    train_sae(ActivationStore.open(path), config, out=path.with_name(path.name + "-run"))
+
+
+def peak_memory(folder: Path, width: int, megabytes: int, train: bool) -> float:
+    """Peak memory in MB of a process that reads one shuffled epoch, or trains on it."""
     make_store(folder, width, megabytes)
-    command = [sys.executable, __file__, "--child", str(folder)]
+    command = [sys.executable, __file__, "--child", str(folder), "--train" if train else "--no-train"]
     try:
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     finally:
         shutil.rmtree(folder)
+        shutil.rmtree(folder.with_name(folder.name + "-run"), ignore_errors=True)
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.child:
-        shuffled(args.child, args.batch_size)
+        (trained if args.train else shuffled)(args.child, args.batch_size)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     folder = Path(tempfile.mkdtemp(dir=args.folder))
@@ -146,12 +155,14 @@ def main() -> None:
                     flush=True,
                 )
             shutil.rmtree(store.path)
-        if args.memory_megabytes:
-            peaks = [peak_memory(folder / "memory", args.widths[0], args.memory_megabytes * n) for n in (1, 10)]
-            rows.append({"width": args.widths[0], "peak_mb_x1": peaks[0], "peak_mb_x10": peaks[1]})
-            print(
-                f"peak memory of reading {args.memory_megabytes} MB: {peaks[0]:.0f} MB; 10x as much: {peaks[1]:.0f} MB"
-            )
+        for train in (False, True) if args.train else (False,):
+            if not args.memory_megabytes:
+                break
+            size, width = args.memory_megabytes, args.widths[0]
+            peaks = [peak_memory(folder / "memory", width, size * n, train) for n in (1, 10)]
+            what = "training on" if train else "reading"
+            rows.append({"width": width, "work": what, "peak_mb_x1": peaks[0], "peak_mb_x10": peaks[1]})
+            print(f"peak memory of {what} {size} MB: {peaks[0]:.0f} MB; 10x as much: {peaks[1]:.0f} MB", flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if args.out:

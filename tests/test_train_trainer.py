@@ -12,6 +12,7 @@ from steersman.errors import SteersmanError
 from steersman.sae import SAE, SAEConfig
 from steersman.sae.metrics import measure_reconstruction
 from steersman.train import ActivationStore, TrainConfig, Trainer, resolve, train_sae
+from steersman.train.optim import AutogradUpdater
 
 
 def mixture(n: int, d_in: int = 16, atoms: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -171,7 +172,8 @@ def test_gradient_of_the_decoder_has_no_part_along_its_rows(
         assert grad is not None
         seen.append((grad * trainer.sae.W_dec).sum(1).abs().max() / grad.abs().max())
 
-    monkeypatch.setattr(trainer.optimizer, "step", look)
+    assert isinstance(trainer.updater, AutogradUpdater)
+    monkeypatch.setattr(trainer.updater.optimizer, "step", look)
     trainer.step(rows)
     assert float(seen[0]) < 1e-5
 
@@ -185,7 +187,8 @@ def test_clipping_bounds_the_gradient(store: ActivationStore, monkeypatch: pytes
         grads = [p.grad for p in trainer.parameters if p.grad is not None]
         norms.append(float(torch.stack([g.norm() for g in grads]).norm()))
 
-    monkeypatch.setattr(trainer.optimizer, "step", look)
+    assert isinstance(trainer.updater, AutogradUpdater)
+    monkeypatch.setattr(trainer.updater.optimizer, "step", look)
     trainer.step(rows)
     assert norms[0] == pytest.approx(1e-3, rel=1e-3)
 

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,9 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from steersman.errors import SteersmanError
 from steersman.progress import progress
-from steersman.train.capture import CaptureSettings, capture_settings, captured_rows, expected_tokens, show_token
+from steersman.train.capture import (
+    CaptureSettings,
+    beside_model,
+    capture_settings,
+    captured_rows,
+    expected_tokens,
+    show_token,
+)
 from steersman.train.from_tensors import check_choices
 from steersman.train.manifest import Manifest
+from steersman.train.parallel import launched, use_local_accelerator
+from steersman.train.parallel_cache import PARTS, SharedStore, cache_on_ranks
 from steersman.train.shards import DTYPES
 from steersman.train.store import ActivationStore
 from steersman.train.store_writer import ROW_BYTES, StoreWriter
@@ -75,6 +84,8 @@ class CacheConfig:
     """Type to run the model in; float32 on the CPU and the checkpoint's own elsewhere if not given."""
     device: str = "auto"
     """Device to run the model on."""
+    timeout_seconds: float = 600.0
+    """With several processes (torchrun): how long none of them may be at work before the others stop waiting."""
     trust_remote_code: bool = False
     """Let transformers run code that comes with the model."""
 
@@ -96,7 +107,8 @@ def cache_activations(
 
     Shards are written while the model runs on. When interrupted, the same call goes on after the last finished shard
     and leaves the same bytes as an uninterrupted one (on the same device and number of threads). Memory does not grow
-    with the number of tokens.
+    with the number of tokens. Started by `torchrun`, each process writes a part of the shards, and the store is the
+    same; see `parallel_cache.py`.
 
     Args:
         lm: a loaded model; loaded as `config` says if not given.
@@ -110,6 +122,9 @@ def cache_activations(
             are not finite (naming document and token), a disk that fills up.
     """
     config = _config(config, overrides)
+    rank, n_ranks = launched()
+    if n_ranks > 1:
+        use_local_accelerator()
     if lm is None:
         from steersman.lm import LanguageModel
 
@@ -141,6 +156,17 @@ def cache_activations(
         exclude_tokens=config.exclude_tokens,
     )
     out = Path(config.out)
+    if n_ranks > 1 or (out / PARTS).exists():
+        if config.on_nonfinite == "skip":
+            raise SteersmanError(
+                "on_nonfinite='skip' needs one process: with several, rows are numbered before they run"
+            )
+        limits = {"shard_rows": config.shard_rows, "max_rows": config.tokens}
+        store = SharedStore(out, _manifest(lm, text, config, settings), rank=rank, **limits)
+        if rank == 0 and not store.manifest.complete:
+            _check_disk(lm, text, config, settings, store)
+        cache_on_ranks(store, lm, text, settings, n_ranks=n_ranks, timeout_seconds=config.timeout_seconds)
+        return ActivationStore.open(out, verify=False)
     writer = StoreWriter.begin(
         out,
         _manifest(lm, text, config, settings),
@@ -192,7 +218,11 @@ def _manifest(lm: "LanguageModel", text: TextSource, config: CacheConfig, settin
 
 
 def _check_disk(
-    lm: "LanguageModel", text: TextSource, config: CacheConfig, settings: CaptureSettings, writer: StoreWriter
+    lm: "LanguageModel",
+    text: TextSource,
+    config: CacheConfig,
+    settings: CaptureSettings,
+    writer: StoreWriter | SharedStore,
 ) -> None:
     """Say how large the store will be; `SteersmanError` when the disk has no room for it."""
     limits = [n for n in (config.tokens, expected_tokens(lm, text, settings)) if n is not None]
@@ -229,11 +259,11 @@ def size(n_bytes: float) -> str:
 def _fill(
     writer: StoreWriter, lm: "LanguageModel", text: TextSource, config: CacheConfig, settings: CaptureSettings
 ) -> None:
-    """Run the model until the store is full or the text ends, with a thread that writes meanwhile."""
+    """Run the model until the store is full or the text ends, and write what it gives, in a thread where one helps."""
     shards = writer.manifest.shards
     sent = writer.n_rows
     pending: deque[Future[None]] = deque()
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="steersman-write")
+    pool = beside_model(lm, "steersman-write")
     bar = progress(desc="caching", total=config.tokens, initial=sent, unit="tok", unit_scale=True)
     try:
         with bar, closing(captured_rows(lm, text, settings, shards[-1].cursor if shards else None)) as batches:

@@ -1,9 +1,10 @@
 """From text to rows of activations: the part that caching and streaming share."""
 
 import math
+import os
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,7 @@ def model_batches(
         pad_id=lm.pad_token_id or 0,
         cursor=cursor,
     )
-    return in_background(batches, ahead=4)
+    return in_background(batches, beside_model(lm, "steersman-text"), ahead=4)
 
 
 def capture_batch(lm: "LanguageModel", batch: ContextBatch, settings: CaptureSettings) -> CapturedRows:
@@ -151,10 +152,33 @@ def kept_tokens(batch: ContextBatch, settings: CaptureSettings) -> np.ndarray:
     return kept
 
 
-def in_background(items: Iterator[Any], ahead: int) -> Generator[Any]:
-    """The same items, up to `ahead` of them made in another thread before they are asked for."""
+class CallingThread(Executor):
+    """Runs what it is given at once, in the thread that gives it."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+def beside_model(lm: "LanguageModel", name: str) -> Executor:
+    """Where to do one thing at a time beside the model's passes: in a thread, if the passes leave a core for it.
+
+    On a CPU whose every core computes the passes a thread more makes each of their parallel steps wait for the core
+    that it took, which costs more than doing its work in between.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if lm.device.type == "cpu" and torch.get_num_threads() >= cores:
+        return CallingThread()
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+
+
+def in_background(items: Iterator[Any], pool: Executor, ahead: int) -> Generator[Any]:
+    """The same items, up to `ahead` of them made by `pool` before they are asked for."""
     end = object()
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="steersman-text")
     pending: deque[Future[Any]] = deque(pool.submit(next, items, end) for _ in range(ahead))
     try:
         while (item := pending.popleft().result()) is not end:

@@ -1,6 +1,6 @@
 """Features a person can read: the contexts they fire on and the words they write, from a store and its model.
 
-Shape letters: L latents, D width, V vocabulary.
+Shape letters: L latents.
 """
 
 import json
@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.lm.lens import logit_lens
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.sae.features import FeatureSummary, Rows, summarize_features
@@ -90,7 +90,7 @@ def describe_features(
     """The readable form of the features `ids`."""
     for feature in ids:
         sae.check_feature(feature)
-    writes = _logit_lens(sae.W_dec.detach()[ids], lm, n_tokens=8)
+    writes = logit_lens(lm, sae.W_dec.detach()[ids])
     described = []
     for feature, (promotes, suppresses) in zip(ids, writes):
         values, rows = summary.example_values[feature], summary.example_rows[feature]
@@ -107,36 +107,6 @@ def describe_features(
             )
         )
     return described
-
-
-@torch.no_grad()
-def _logit_lens(directions: Tensor, lm: LanguageModel, n_tokens: int) -> list[tuple[list[str], list[str]]]:
-    """The tokens each of `directions` [n, D] raises and lowers most through the final norm's gain and W_U [D, V]."""
-    try:
-        W_U, norm = lm.unembed()
-    except SteersmanError:  # an encoder without an output layer still has features worth reading
-        return [([], []) for _ in directions]
-    gain = _norm_gain(norm)
-    lens = []
-    for block in directions.split(256):
-        logits = (block.to(W_U.device).float() * gain.to(W_U.device)) @ W_U.float()
-        logits -= logits.mean(dim=1, keepdim=True)
-        top = logits.topk(n_tokens, dim=1).indices.tolist()
-        bottom = (-logits).topk(n_tokens, dim=1).indices.tolist()
-        lens += [(_texts(lm.tokenizer, a), _texts(lm.tokenizer, b)) for a, b in zip(top, bottom)]
-    return lens
-
-
-def _norm_gain(norm: nn.Module | None) -> Tensor:
-    """The factor per dimension of the final norm; Gemma stores it less one."""
-    weight: Any = getattr(norm, "weight", None)
-    if weight is None:
-        return torch.ones(())
-    return weight.float() + 1.0 if "Gemma" in type(norm).__name__ else weight.float()
-
-
-def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    return [tokenizer.decode([token]) for token in ids]
 
 
 def _contexts(

@@ -10,9 +10,10 @@ The defaults come from sweeps on real and planted data (`scripts/bench_recipe.py
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from steersman.errors import SteersmanError
+from steersman.kernels import Implementation, RuleName, StateDtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,18 @@ class TrainConfig:
     decay: float = 0.25
     """Share of the steps, at the end, over which the learning rate falls to 0."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of Adam's two moments."""
+    """Decay rates of the optimiser's moments; Signum uses the first."""
+    optimizer: RuleName = "adam"
+    """How gradients move the weights: adam, or signum (the sign of the first moment, half the state). Both move every
+    feature in every step; adam_touched and signum_touched leave features without a gradient, and their moments, as
+    they are, which pays when a batch touches few of them."""
+    state_dtype: StateDtype = "float32"
+    """What the optimiser's moments of the weights are kept in: float32, or bfloat16 or int8 (blocks of 128 with one
+    exponent) with stochastic rounding, for a half or a quarter of the memory."""
+    fused_update: bool | None = None
+    """Whether gradients, optimiser and normalisation are one pass that never writes a dense gradient; None: where there
+    are kernels for it and nothing forbids it (gradient clipping, accumulation, replicated weights). False is autograd
+    with dense gradients."""
     aux_coefficient: float = 0.25
     """Weight of the AuxK loss, which trains dead features on the residual; 0 turns it off."""
     k_aux: int | None = None
@@ -53,6 +65,9 @@ class TrainConfig:
     """Largest global gradient norm; None does not clip."""
     grad_accumulation: int = 1
     """Parts a batch is split into, one after the other, to save memory. The step is the same."""
+    cuda_graph: bool = False
+    """Whether steps are replayed as one CUDA graph, which saves the host's time where steps are short. Needs the fused
+    update and topk."""
     ema: float = 0.0
     """Decay of the moving average of the weights that is saved in their place; 0 saves the weights themselves."""
     heldout_fraction: float = 0.05
@@ -69,6 +84,13 @@ class TrainConfig:
     """Rows over which the finished SAE's feature statistics are taken, at most."""
     device: str = "auto"
     """Where to train: auto, cpu, cuda, cuda:1, ..."""
+    latent_shards: int | None = None
+    """With several processes (torchrun): how many of them share the latents; the rest of the factor are replicas that
+    share the batch. None: all of them. Does not change the result, so a run may go on with another layout."""
+    timeout_seconds: float = 600.0
+    """With several processes: how long one may be silent before the others end with an error."""
+    kernels: Implementation = "auto"
+    """Implementation of the SAE's arithmetic: triton (NVIDIA GPUs), torch, or auto, the faster that the device has."""
     wandb_project: str | None = None
     """Weights & Biases project to log to as well; None does not."""
 
@@ -83,8 +105,27 @@ class TrainConfig:
             (0 <= self.ema < 1, f"ema = {self.ema} must be at least 0 and below 1"),
             (0 < self.heldout_fraction < 1, f"heldout_fraction = {self.heldout_fraction} must lie between 0 and 1"),
             (self.grad_accumulation >= 1, f"grad_accumulation = {self.grad_accumulation} must be at least 1"),
+            (self.timeout_seconds > 0, f"timeout_seconds = {self.timeout_seconds} must be above 0"),
             (self.keep_checkpoints >= 1, f"keep_checkpoints = {self.keep_checkpoints} must be at least 1"),
             (self.log_every >= 1 and self.checkpoint_every >= 1, "log_every and checkpoint_every must be at least 1"),
+            (
+                self.optimizer in get_args(RuleName),
+                f"no optimizer {self.optimizer!r}; have {', '.join(get_args(RuleName))}",
+            ),
+            (
+                self.state_dtype in get_args(StateDtype),
+                f"no state_dtype {self.state_dtype!r}; have {', '.join(get_args(StateDtype))}",
+            ),
+            (
+                not self.fused_update or self.grad_clip is None,
+                "the fused update never has the whole gradient, so it cannot clip its norm: "
+                "use fused_update=False or grad_clip=None",
+            ),
+            (
+                not self.fused_update or self.grad_accumulation == 1,
+                "the fused update moves the weights as it takes their gradient, so it cannot add up parts of a batch: "
+                "use fused_update=False or grad_accumulation=1",
+            ),
             (
                 self.activation == "topk" or self.grad_accumulation == 1,
                 "batch_topk selects over the whole batch: use grad_accumulation=1 and a smaller batch_size",

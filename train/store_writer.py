@@ -33,6 +33,21 @@ def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} now)" for name in names)
 
 
+def check_same_store(folder: Path, manifest: Manifest) -> Manifest:
+    """The manifest in `folder`, or `manifest` where nothing is stored yet; `SteersmanError` naming the fields when the
+    store there is of another configuration."""
+    there = Manifest.load(folder)
+    if not there.complete and not there.shards:
+        return manifest  # nothing was written yet: there is nothing to be at odds with
+    wanted, found = ({**m.config, "dtype": m.dtype, "hooks": m.hooks} for m in (manifest, there))
+    wanted["model_name"], found["model_name"] = manifest.model_name, there.model_name
+    if difference := differing_fields(found, wanted):
+        raise SteersmanError(
+            f"{folder}: holds a store of another configuration: {difference}; choose another folder, or delete this one"
+        )
+    return there
+
+
 def merged_sums(folder: Path, manifest: Manifest) -> dict[str, StatsSums]:
     """The statistics' sums of each hook point over all finished shards, added in the order of the shards."""
     sums = {hook: StatsSums(width) for hook, width in manifest.hooks.items()}
@@ -76,29 +91,23 @@ class StoreWriter:
         shard_rows: int,
         max_rows: int | None = None,
         on_nonfinite: str = "error",
+        rows_before: int = 0,
     ) -> Self:
         """Open the store that `manifest` (without shards) describes at `folder`, new or left off by an interrupted run.
 
+        `rows_before` rows of the first batch are stored elsewhere and left out here.
         Raises `SteersmanError` when the folder holds other things, a store of another configuration, or a store that
         another process is writing.
         """
         with disk_errors(folder, "choose another place for the store"):
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / MANIFEST).exists():
-                there = Manifest.load(folder)
-                if not there.complete and not there.shards:
-                    there = manifest  # nothing was written yet: there is nothing to be at odds with
-                wanted, found = ({**m.config, "dtype": m.dtype, "hooks": m.hooks} for m in (manifest, there))
-                wanted["model_name"], found["model_name"] = manifest.model_name, there.model_name
-                if difference := differing_fields(found, wanted):
-                    raise SteersmanError(
-                        f"{folder}: holds a store of another configuration: {difference}; "
-                        "choose another folder, or delete this one"
-                    )
-                manifest = there
+                manifest = check_same_store(folder, manifest)
             elif any(folder.iterdir()):
                 raise SteersmanError(f"{folder}: exists and is not an activation store; choose an empty or new folder")
             writer = cls(folder, manifest, shard_rows=shard_rows, max_rows=max_rows, skip_bad=on_nonfinite == "skip")
+            if not manifest.shards:
+                writer._done_of_batch = rows_before
             if not manifest.complete:
                 writer._take_lock()
                 try:
@@ -237,6 +246,12 @@ class StoreWriter:
         self.manifest = manifest
         self._open, self._sums, self._rows, self._skipped = {}, {}, [], 0
         self._finished_rows, self._open_rows = manifest.n_rows, 0
+
+    def end_shard(self) -> None:
+        """End the unfinished shard, if there is one, with the rows that it has."""
+        with self._disk_errors():
+            if self._open:
+                self._end_shard()
 
     def finish(self) -> None:
         """End the last shard, write the statistics and mark the store complete."""

@@ -9,27 +9,37 @@ Shape letters: N tokens of a batch, L latents, D width, K active latents a token
 import logging
 import math
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from steersman import __version__
-from steersman.errors import SteersmanError
+from steersman.errors import PreemptedError, SteersmanError
+from steersman.kernels import using
 from steersman.progress import progress
-from steersman.sae import SAE, BatchTopKSAE, SAEConfig, auxk_loss
+from steersman.sae import SAE, BatchTopKSAE, SAEConfig
 from steersman.sae.metrics import collect_feature_stats, measure_reconstruction
 from steersman.train.batch import ActivationBatch
+from steersman.train.checkpoints import Checkpoints
+from steersman.train.graph import GraphedStep
+from steersman.train.journal import Journal
+from steersman.train.optim import AuxTerm, Updater, make_updater, parameters_of
+from steersman.train.parallel import Axis, launched
 from steersman.train.plots import plot_run
+from steersman.train.preemption import Preemption
 from steersman.train.recipe import Recipe, TrainConfig, resolve
 from steersman.train.run_folder import RunFolder
 from steersman.train.statistics import ActivationStats
 
 log = logging.getLogger(__name__)
+
+_PLACE = ("latent_shards", "timeout_seconds")
+"""Settings that say only where a run is computed."""
 
 
 class ActivationSource(Protocol):
@@ -68,24 +78,63 @@ class Trainer:
         variance = stats.mean_squared_norm - float(stats.mean.double().square().sum())
         if not (math.isfinite(variance) and variance > 1e-12 * max(stats.mean_squared_norm, 1e-30)):
             raise SteersmanError("the activations do not vary: there is nothing for an SAE to learn from them")
-        self.config, self.recipe = config, recipe
+        self.config, self.recipe, self.cfg = config, recipe, cfg
         self.device = pick_device(config.device)
         self.scale = math.sqrt(cfg.d_in / variance)
-        self.sae = SAE(cfg, torch.Generator().manual_seed(config.seed)).to(self.device)
+        self.sae = self._new_sae(cfg).to(self.device)
         with torch.no_grad():
             self.sae.b_dec.copy_(stats.mean * self.scale)
-        weights, biases = [self.sae.W_enc, self.sae.W_dec], [self.sae.b_enc, self.sae.b_dec]
-        groups = [{"params": weights, "ratio": 1.0}, {"params": biases, "ratio": config.bias_lr_ratio}]
-        self.optimizer = torch.optim.Adam(groups, lr=recipe.lr, betas=config.betas, fused=True)
+        self.updater: Updater = self._new_updater()
         self.ema = [p.detach().clone() for p in self.parameters] if config.ema else []
         self.n_steps_done = 0
-        self.silent_steps = torch.zeros(cfg.d_sae, dtype=torch.int32, device=self.device)
+        self.silent_steps = torch.zeros(self.sae.cfg.d_sae, dtype=torch.int32, device=self.device)
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         """Squared error, AuxK loss and active features, summed since the last log line."""
+        self._graph = GraphedStep(self) if config.cuda_graph else None
+
+    # What a trainer that is one of several ranks does its own way; see `sharded.py`.
+
+    n_replicas = 1
+    """Processes that share the batch, each with an equal part of it."""
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """First and end latent whose weights are here."""
+        return 0, self.cfg.d_sae
+
+    @property
+    def owned(self) -> tuple[int, int]:
+        """First and end latent that this process moves."""
+        return self.held
+
+    def batches(self, source: ActivationSource) -> Generator[Tensor]:
+        """This process's rows of the batches to come, epoch after epoch."""
+        for batch in training_batches(source, self.config, self.recipe, self.n_steps_done):
+            yield batch.x
+
+    def _new_sae(self, cfg: SAEConfig) -> SAE:
+        return SAE(cfg, torch.Generator().manual_seed(self.config.seed))
+
+    def _new_updater(self) -> Updater:
+        return make_updater(self.sae, self.config, self.recipe.lr)
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [self.sae.W_enc, self.sae.W_dec, self.sae.b_enc, self.sae.b_dec]
+        """The trained tensors, or those parts of them that this process moves."""
+        return parameters_of(self.sae)
+
+    def _rebuild(self, x: Tensor) -> Tensor:
+        return self.sae.decode_training(self.sae.training_code(x))
+
+    def _total(self, sums: Tensor) -> Tensor:
+        """Sums over this process's rows -> over the whole batch."""
+        return sums
+
+    def _count_silence(self, fired: Tensor) -> None:
+        self.silent_steps += 1
+        self.silent_steps.masked_fill_(fired > 0, 0)
+
+    # The step
 
     def scaled(self, x: Tensor) -> Tensor:
         """Activations [N, D] as the SAE sees them while training: fp32, on the device, unit variance."""
@@ -100,65 +149,54 @@ class Trainer:
         """
         sae, x = self.sae, self.scaled(x)
         centred = x - sae.b_dec
-        rebuilt = sae.decode_training(sae.training_code(x)) - sae.b_dec
-        factor = (centred * rebuilt).sum() / rebuilt.square().sum()
+        rebuilt = self._rebuild(x) - sae.b_dec
+        along, squared = self._total(torch.stack([(centred * rebuilt).sum(), rebuilt.square().sum()]))
+        factor = along / squared
         sae.W_enc.mul_(torch.where(factor.isfinite() & (factor > 0), factor, torch.ones_like(factor)))
 
     def step(self, x: Tensor) -> None:
-        """One optimiser step on a batch of activations [N, D], in `grad_accumulation` parts."""
+        """One optimiser step on a batch of activations [N, D]."""
+        if self._graph is not None:
+            self._graph(x)
+        else:
+            self.take_step(x)
+
+    def take_step(self, x: Tensor) -> None:
+        """`step` without a CUDA graph, in `grad_accumulation` parts."""
         sae, recipe = self.sae, self.recipe
         x = self.scaled(x)
         fired = torch.zeros(sae.cfg.d_sae, device=self.device)
+        aux_term = self._aux_term()
         for part in x.chunk(self.config.grad_accumulation):
-            code = sae.training_code(part)
-            residual = part - sae.decode_training(code)
-            squared_error = residual.square().sum()
-            aux = self._aux_loss(part, residual)
-            # x has unit variance per dimension, so this is an estimate of FVU, whatever the batch holds.
-            ((squared_error + self.config.aux_coefficient * aux) / x.numel()).backward()
+            # x has unit variance per dimension, so the loss a number is an estimate of FVU, whatever the batch holds.
+            code, squared_error, aux = self.updater.learn(part, x.numel() * self.n_replicas, aux_term)
             active = (code.values.detach() > 0).float()
             fired.scatter_add_(0, code.order.indices.flatten().long(), active.flatten())
-            self.sums += torch.stack([squared_error.detach(), aux.detach(), active.sum()]).double()
+            self.sums += torch.stack([squared_error, aux, active.sum()]).double()
             if isinstance(sae, BatchTopKSAE) and code.smallest is not None:
                 self._track_threshold(sae, code.smallest)
-        self._update(recipe.lr * recipe.lr_factor(self.n_steps_done))
-        self.silent_steps += 1
-        self.silent_steps.masked_fill_(fired > 0, 0)
+        self.updater.apply(recipe.lr * recipe.lr_factor(self.n_steps_done))
+        for average, parameter in zip(self.ema, self.parameters):
+            average.lerp_(parameter.detach(), 1 - self.config.ema)
+        self._count_silence(fired)
         self.n_steps_done += 1
 
-    def _aux_loss(self, x: Tensor, residual: Tensor) -> Tensor:
+    def _aux_term(self) -> AuxTerm | None:
         """AuxK over the longest-silent latents, weighted down while fewer than `k_aux` are dead."""
-        sae, recipe = self.sae, self.recipe
+        recipe = self.recipe
         dead = self.silent_steps >= recipe.dead_after_steps
         if not self.config.aux_coefficient or (self.device.type == "cpu" and not bool(dead.any())):
-            return residual.new_zeros(())
-        n_candidates = min(sae.cfg.d_sae, max(4 * recipe.k_aux, 64))
-        candidates = self.silent_steps.topk(n_candidates).indices
+            return None
+        n_candidates = min(self.sae.cfg.d_sae, max(4 * recipe.k_aux, 64))
+        candidates = longest_silent(self.silent_steps, n_candidates)
         weight = (dead.sum() / recipe.k_aux).clamp(max=1.0)
-        return weight * auxk_loss(sae, x, residual, candidates, ~dead[candidates], recipe.k_aux)
+        return AuxTerm(candidates, ~dead[candidates], weight, recipe.k_aux)
 
     @torch.no_grad()
     def _track_threshold(self, sae: BatchTopKSAE, smallest: Tensor) -> None:
         usable = torch.where(smallest.isfinite(), smallest, sae.threshold)
         moved = 0.99 * sae.threshold + 0.01 * usable
         sae.threshold.copy_(torch.where(sae.threshold < 0, usable, moved))
-
-    @torch.no_grad()
-    def _update(self, lr: float) -> None:
-        """Project the decoder's gradient off its rows, clip, step, and make the rows unit vectors again."""
-        W_dec = self.sae.W_dec
-        grad = W_dec.grad
-        if grad is not None:  # moving along a unit row would only be undone below
-            grad.sub_((grad * W_dec).sum(dim=1, keepdim=True) * W_dec)
-        if self.config.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["ratio"]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.sae.normalize_decoder()
-        for average, parameter in zip(self.ema, self.parameters):
-            average.lerp_(parameter, 1 - self.config.ema)
 
     def read_metrics(self, n_tokens: int) -> dict[str, float]:
         """Losses over the `n_tokens` since the last reading: the one place where the host waits for the device."""
@@ -175,25 +213,28 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, as named tensors."""
-        tensors = {f"sae.{name}": value.contiguous() for name, value in self.sae.state_dict().items()}
-        for i, parameter in enumerate(self.parameters):
-            for name, value in self.optimizer.state[parameter].items():
-                tensors[f"adam.{i}.{name}"] = value.contiguous()
-        tensors |= {f"ema.{i}": value.contiguous() for i, value in enumerate(self.ema)}
+        tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        tensors |= self.updater.state()
+        tensors |= {f"ema.{i}": value for i, value in enumerate(self.ema)}
         return tensors | {"silent_steps": self.silent_steps, "sums": self.sums, "rng": torch.get_rng_state()}
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Have the state written as a checkpoint, in the background."""
+        checkpoints.save(self.n_steps_done, self.state(), self.owned, self.cfg, self.scale)
+
+    def resume(self, checkpoints: Checkpoints) -> bool:
+        """Go on from the newest checkpoint; False when there is none."""
+        found = checkpoints.load(lambda name: self.held if name.startswith(("sae.", "silent")) else self.owned)
+        if found is not None:
+            self.restore(found[0], found[1]["step"])
+        return found is not None
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         """Go on from what `state` gave."""
         for name, value in self.sae.state_dict().items():
             value.copy_(tensors[f"sae.{name}"])
-        for i, parameter in enumerate(self.parameters):
-            self.optimizer.state[parameter] = {
-                name: torch.empty_like(parameter).copy_(tensors[f"adam.{i}.{name}"])
-                if name != "step"
-                else tensors[f"adam.{i}.{name}"].to(self.device)
-                for name in ("step", "exp_avg", "exp_avg_sq")
-            }
+        self.updater.restore(tensors)
         for i, average in enumerate(self.ema):
             average.copy_(tensors[f"ema.{i}"])
         self.silent_steps.copy_(tensors["silent_steps"])
@@ -209,6 +250,16 @@ class Trainer:
         self.sae.normalize_decoder()
         self.sae.fold_input_scale(self.scale)
         return self.sae
+
+
+def longest_silent(silent_steps: Tensor, n: int) -> Tensor:
+    """The ids of the n latents that have been silent longest, longest first, equal ones by id: [n] int64.
+
+    >>> longest_silent(torch.tensor([3, 9, 3, 0, 9], dtype=torch.int32), 3)
+    tensor([1, 4, 0])
+    """
+    L = len(silent_steps)
+    return (silent_steps.long() * L + torch.arange(L - 1, -1, -1, device=silent_steps.device)).topk(n).indices
 
 
 def pick_device(name: str) -> torch.device:
@@ -244,9 +295,40 @@ def train_sae(source: ActivationSource, config: TrainConfig, out: str | os.PathL
             finite, a full disk.
     """
     out = Path(out)
+    if launched()[1] > 1:
+        from steersman.train.cluster import train_on_ranks
+
+        with using(config.kernels):
+            return train_on_ranks(source, config, out)
+    plan = prepare(source, config)
+    folder = RunFolder(out, plan.record)
+    if folder.finished:
+        log.info("%s is finished; loading it", out)
+        return SAE.load(out, pick_device(config.device))
+    with using(config.kernels, pick_device(config.device)):
+        trainer = Trainer(config, plan.recipe, source.stats(), plan.cfg)
+        checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
+        checkpoints.clear_unfinished()
+        run(trainer, source, folder, checkpoints)
+        return finish_run(trainer, source, folder)
+
+
+class Plan(NamedTuple):
+    """What is settled before training starts."""
+
+    recipe: Recipe
+    cfg: SAEConfig
+    record: dict[str, Any]
+    """What the run folder remembers, to tell this run from others."""
+
+
+def prepare(source: ActivationSource, config: TrainConfig) -> Plan:
+    """Settle the schedule and the SAE's configuration; raises a SteersmanError for too few rows."""
     n_rows = source.n_batches(1, split="train", heldout_fraction=config.heldout_fraction)
     recipe = resolve(config, source.d_in, n_rows)
     provenance = {"hook_name": source.hook_name, "model_name": source.model_name, "fingerprint": source.fingerprint}
+    # Where a run is computed does not change what it gives.
+    settings = {name: value for name, value in asdict(config).items() if name not in _PLACE}
     cfg = SAEConfig(
         d_in=source.d_in,
         d_sae=config.d_sae,
@@ -256,104 +338,78 @@ def train_sae(source: ActivationSource, config: TrainConfig, out: str | os.PathL
         model_name=source.model_name,
         metadata={
             "version": __version__,
-            "training": asdict(config) | asdict(recipe),
+            "training": settings | asdict(recipe),
             "data": provenance["fingerprint"],
         },
     )
-    folder = RunFolder(out, {"training": asdict(config), "recipe": asdict(recipe), "data": provenance})
-    if folder.finished:
-        log.info("%s is finished; loading it", out)
-        return SAE.load(out, pick_device(config.device))
-    trainer = Trainer(config, recipe, source.stats(), cfg)
-    checkpoint = folder.load_checkpoint()
-    if checkpoint is None:
-        first = next(iter(source.batches(recipe.batch_size, **_reading(config))))
-        trainer.fit_encoder_scale(first.x)
+    return Plan(recipe, cfg, {"training": settings, "recipe": asdict(recipe), "data": provenance})
+
+
+def run(
+    trainer: Trainer,
+    source: ActivationSource,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    control: Axis | None = None,
+) -> None:
+    """Train to the end, from the newest checkpoint on if there is one. `control` holds all processes of the run."""
+    control = control or Axis()
+    if trainer.resume(checkpoints):
+        log.info("going on from step %d of %d", trainer.n_steps_done, trainer.recipe.n_steps)
     else:
-        tensors, state = checkpoint
-        trainer.restore(tensors, state["step"])
-        log.info("going on from step %d of %d", state["step"], recipe.n_steps)
-    _run(trainer, source, folder)
-    return _finish(trainer, source, folder)
+        batches = trainer.batches(source)
+        trainer.fit_encoder_scale(next(batches))
+        batches.close()
+    with Preemption(control) as preemption, closing(Journal(trainer, folder, control.index == 0)) as journal:
+        try:
+            _steps(trainer, source, checkpoints, journal, preemption)
+        except KeyboardInterrupt:
+            if control.size == 1:  # several ranks are not interrupted in the same step
+                trainer.save(checkpoints)
+            log.warning("interrupted at step %d; the same command goes on from here", trainer.n_steps_done)
+            raise
+        finally:
+            checkpoints.settle()
+    checkpoints.wait()
+
+
+def _steps(
+    trainer: Trainer, source: ActivationSource, checkpoints: Checkpoints, journal: Journal, preemption: Preemption
+) -> None:
+    config, recipe = trainer.config, trainer.recipe
+    if trainer.n_steps_done >= recipe.n_steps:
+        return
+    with closing(trainer.batches(source)) as batches:
+        for x in batches:
+            trainer.step(x)
+            journal.step_done()
+            step = trainer.n_steps_done
+            if step == recipe.n_steps:
+                return
+            if preemption.now():
+                trainer.save(checkpoints)
+                checkpoints.wait()
+                raise PreemptedError(f"asked to end at step {step}, which is saved; the same command goes on from here")
+            if step % config.checkpoint_every == 0:
+                trainer.save(checkpoints)
 
 
 def _reading(config: TrainConfig) -> dict[str, Any]:
     return {"split": "train", "heldout_fraction": config.heldout_fraction, "seed": config.seed}
 
 
-def _training_batches(source: ActivationSource, config: TrainConfig, recipe: Recipe, step: int) -> Iterator[Tensor]:
+def training_batches(
+    source: ActivationSource, config: TrainConfig, recipe: Recipe, step: int, **share: Any
+) -> Iterator[ActivationBatch]:
     """The batches of steps `step`, `step + 1`, ..., epoch after epoch."""
     an_epoch = source.n_batches(recipe.batch_size, split="train", heldout_fraction=config.heldout_fraction)
     epoch, start = divmod(step, an_epoch) if an_epoch else (0, step)
     while True:
-        for batch in source.batches(recipe.batch_size, epoch=epoch, start=start, **_reading(config)):
-            yield batch.x
+        yield from source.batches(recipe.batch_size, epoch=epoch, start=start, **_reading(config), **share)
         epoch, start = epoch + 1, 0
 
 
-def _run(trainer: Trainer, source: ActivationSource, folder: RunFolder) -> None:
-    config, recipe = trainer.config, trainer.recipe
-    wandb_run = _start_wandb(config, recipe, folder)
-    metrics_file = folder.open_metrics(trainer.n_steps_done)
-    last_logged = trainer.n_steps_done - trainer.n_steps_done % config.log_every
-    clock, since = time.monotonic(), trainer.n_steps_done
-    bar = progress(desc="training", total=recipe.n_steps * recipe.batch_size, unit="tok", unit_scale=True)
-    bar.update(trainer.n_steps_done * recipe.batch_size)
-
-    def save() -> None:
-        folder.save_checkpoint(trainer.n_steps_done, trainer.state(), {}, config.keep_checkpoints)
-
-    try:
-        remaining = recipe.n_steps - trainer.n_steps_done
-        batches = _training_batches(source, config, recipe, trainer.n_steps_done)
-        for x in batches if remaining else ():
-            trainer.step(x)
-            step = trainer.n_steps_done
-            bar.update(len(x))
-            if step % config.log_every == 0 or step == recipe.n_steps:
-                metrics = trainer.read_metrics((step - last_logged) * recipe.batch_size)
-                now = time.monotonic()
-                metrics |= {"lr": recipe.lr * recipe.lr_factor(step - 1)}
-                metrics |= {"tokens_per_second": (step - since) * recipe.batch_size / max(now - clock, 1e-9)}
-                last_logged, clock, since = step, now, step
-                line = {"step": step, "tokens": step * recipe.batch_size, **metrics}
-                folder.append(metrics_file, line)
-                bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("loss", "fvu", "l0", "dead_share")})
-                if wandb_run is not None:
-                    wandb_run.log(line, step=step)
-            if step == recipe.n_steps:
-                break
-            if step % config.checkpoint_every == 0:
-                save()
-    except KeyboardInterrupt:
-        save()
-        log.warning("interrupted at step %d; the same command goes on from here", trainer.n_steps_done)
-        raise
-    finally:
-        bar.close()
-        metrics_file.close()
-        if wandb_run is not None:
-            wandb_run.finish()
-
-
-def _start_wandb(config: TrainConfig, recipe: Recipe, folder: RunFolder) -> Any:
-    if config.wandb_project is None:
-        return None
-    import wandb
-
-    try:
-        return wandb.init(
-            project=config.wandb_project,
-            name=folder.path.name,
-            dir=str(folder.path),
-            config=asdict(config) | {"recipe": asdict(recipe)},
-            resume="allow",
-        )
-    except wandb.Error as error:
-        raise SteersmanError(f"Weights & Biases: {error} WANDB_MODE=offline logs to the run folder.") from error
-
-
-def _finish(trainer: Trainer, source: ActivationSource, folder: RunFolder) -> SAE:
+def finish_run(trainer: Trainer, source: ActivationSource, folder: RunFolder) -> SAE:
     """Fold the scale in, measure on held-out rows, take the feature statistics, save and plot."""
     config = trainer.config
     sae, rows = trainer.finish(), trainer.recipe.batch_size

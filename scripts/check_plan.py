@@ -1,0 +1,76 @@
+"""Compare the memory that `steersman plan` announces with the peak of a process that trains.
+
+Each case runs in processes of its own (`torchrun`), on random activations. Printed for each rank: the peak of resident
+memory over what the process held before, the plan's figure, and their ratio.
+
+    python scripts/check_plan.py --d-in 512 --d-sae 32768
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+CASES = [(1, 1), (2, 2), (2, 1)]
+
+
+def rank_main(d_in: int, d_sae: int, k: int, batch: int, latent: int) -> None:
+    import torch
+
+    from steersman.sae import SAEConfig
+    from steersman.train import TrainConfig, Trainer, resolve
+    from steersman.train.parallel import Mesh, Ranks, launched
+    from steersman.train.plan import PlanConfig, plan_run
+    from steersman.train.sharded import ShardedTrainer
+    from steersman.train.statistics import StatsSums, row_norms
+
+    rank, n = launched()
+    config = TrainConfig(d_sae=d_sae, k=k, batch_size=batch, tokens=batch * 100, device="cpu", aux_coefficient=0.0)
+    mesh = Mesh.over(n, rank=rank, d_sae=d_sae, batch_size=batch, latent=latent)
+    with Ranks(mesh, 300) as ranks:
+        rows = torch.randn(batch // mesh.data, d_in)
+        sums = StatsSums(d_in)
+        sums.add(rows, row_norms(rows))
+        recipe = resolve(config, d_in, None)
+        cfg = SAEConfig(d_in=d_in, d_sae=d_sae, k=k)
+        # The threads and libraries that the first step of any size brings in are not the run's.
+        warm = SAEConfig(d_in=64, d_sae=64 * n, k=4)
+        warm_config = TrainConfig(d_sae=64 * n, k=4, batch_size=batch, tokens=batch * 100, device="cpu")
+        warm_rows = torch.randn(64, 64)
+        warm_sums = StatsSums(64)
+        warm_sums.add(warm_rows, row_norms(warm_rows))
+        ShardedTrainer(warm_config, resolve(warm_config, 64, None), warm_sums.stats(), warm, ranks).step(warm_rows)
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        kind = ShardedTrainer if n > 1 else Trainer
+        trainer = kind(config, recipe, sums.stats(), cfg, *([ranks] if n > 1 else []))
+        for _ in range(3):
+            trainer.step(rows.bfloat16())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        plan = plan_run(PlanConfig(d_in=d_in, d_sae=d_sae, k=k, batch=batch, ranks=n, latent_shards=latent))
+        line = {"ranks": n, "latent": latent, "rank": rank, "peak_mb": round(peak / 1e6)}
+        line |= {"plan_mb": round(plan.memory_bytes / 1e6), "ratio": round(plan.memory_bytes / peak, 3)}
+        print(json.dumps(line), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--d-in", type=int, default=512)
+    parser.add_argument("--d-sae", type=int, default=32768)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--latent", type=int, default=0, help="used by the processes that this one starts")
+    args = parser.parse_args()
+    if args.latent:
+        rank_main(args.d_in, args.d_sae, args.k, args.batch, args.latent)
+        return
+    sizes = [f"--d-in={args.d_in}", f"--d-sae={args.d_sae}", f"--k={args.k}", f"--batch={args.batch}"]
+    for n, latent in CASES:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", __file__]
+        subprocess.run([*command, *sizes, f"--latent={latent}"], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Kill ranks at random moments, again and again, and compare what comes out with uninterrupted runs, byte for byte.
+
+A job of `--ranks` processes caches activations of the bundled model and then trains on them, started by `torchrun`. In
+each round one random rank gets SIGKILL after a random time, which falls into caching, training or the writing of a
+checkpoint; the same command then goes on. When a job has ended, its store and SAE must have the bytes of an
+uninterrupted one, and the next job begins.
+
+    python scripts/soak_kill.py --kills 50 --ranks 2
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
+
+
+def texts() -> list[str]:
+    rng = random.Random(0)
+    words = ("once", "upon", "a", "time", "there", "was", "little", "dog", "cat", "girl", "boy", "who", "went", "home")
+    return [" ".join(rng.choices(words, k=rng.randint(5, 60))) for _ in range(1500)]
+
+
+def job(out: str) -> None:
+    """What every rank runs."""
+    import torch
+
+    from steersman import LanguageModel, TrainConfig, cache_activations, train_sae
+    from steersman.demo import MODEL_PATH
+
+    torch.set_num_threads(1)
+    lm = LanguageModel.load(str(MODEL_PATH), device="cpu")
+    store = cache_activations(
+        lm, texts(), hook="blocks.1.hook_resid_post", out=f"{out}/acts", tokens=30_000, shard_rows=1500,
+        batch_size=4, timeout_seconds=20.0,
+    )  # fmt: skip
+    config = TrainConfig(
+        d_sae=512, k=8, batch_size=256, tokens=60_000, device="cpu", checkpoint_every=10, timeout_seconds=20.0
+    )
+    train_sae(store, config, f"{out}/run")
+
+
+def start(out: Path, ranks: int) -> subprocess.Popen:
+    environment = {**os.environ, "STEERSMAN_PROGRESS": "0", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [*TORCHRUN, f"--nproc-per-node={ranks}", __file__, "--job", str(out)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def workers(parent: int) -> list[int]:
+    """The processes that torchrun started."""
+    found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(pid) for pid in found]
+
+
+def digests(out: Path) -> dict[str, str]:
+    files = [*sorted((out / "acts").rglob("*")), out / "run" / "sae_weights.safetensors"]
+    return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path("soak"))
+    parser.add_argument("--job", default="", help="used by the processes that this one starts")
+    args = parser.parse_args()
+    if args.job:
+        job(args.job)
+        return
+    rng, folder = random.Random(args.seed), args.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.monotonic()
+    assert start(folder / "whole", args.ranks).wait() == 0
+    whole, length = digests(folder / "whole"), time.monotonic() - began
+    print(f"an uninterrupted job takes {length:.1f} s")
+    kills, finished, longest = 0, 0, 0.0
+    phases = {"caching": 0, "training": 0, "a checkpoint": 0}
+    while kills < args.kills:
+        out = folder / "killed"
+        process = start(out, args.ranks)
+        time.sleep(rng.uniform(0.3 * length, 0.9 * length))
+        if process.poll() is None and (pids := workers(process.pid)):
+            os.kill(rng.choice(pids), signal.SIGKILL)
+            kills, since = kills + 1, time.monotonic()
+            writing = any((out / "run" / "checkpoints").glob(".writing*")) if (out / "run").exists() else False
+            phases["a checkpoint" if writing else "training" if (out / "run").exists() else "caching"] += 1
+            assert process.wait(timeout=90) != 0
+            longest = max(longest, time.monotonic() - since)
+        if process.wait() == 0:
+            assert digests(out) == whole, "the result differs from the uninterrupted one"
+            finished += 1
+            shutil.rmtree(out)
+    while (code := start(folder / "killed", args.ranks).wait()) != 0:
+        raise SystemExit(f"a job that nobody disturbed ended with {code}")
+    assert digests(folder / "killed") == whole, "the result differs from the uninterrupted one"
+    print(f"{kills} kills ({phases}), {finished + 1} jobs ended, all with the same bytes; longest end {longest:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

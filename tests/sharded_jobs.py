@@ -1,0 +1,164 @@
+"""What the processes of `test_train_sharded` and `test_train_parallel` do. In a module of its own, so that they can
+import it."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steersman.kernels import choose
+from steersman.sae import SAEConfig
+from steersman.train import TrainConfig, Trainer, resolve
+from steersman.train.parallel import Mesh, Ranks
+from steersman.train.selection import keep_batch_topk, keep_topk
+from steersman.train.sharded import ShardedTrainer
+from steersman.train.statistics import StatsSums, row_norms
+
+
+def mixture(n: int, d_in: int = 16, atoms: int = 40, seed: int = 0) -> Tensor:
+    """Sparse mixtures of planted unit vectors, [n, d_in]."""
+    g, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(0)
+    dictionary = torch.nn.functional.normalize(torch.randn(atoms, d_in, generator=fixed), dim=1)
+    active = torch.rand(n, atoms, generator=g).topk(3, dim=1).indices
+    strength = torch.rand(n, 3, generator=g) + 0.5
+    return (dictionary[active] * strength[..., None]).sum(1) + 0.5
+
+
+def trainer_of(config: TrainConfig, rows: Tensor, ranks: Ranks | None = None) -> Trainer:
+    sums = StatsSums(rows.shape[1])
+    sums.add(rows, row_norms(rows))
+    cfg = SAEConfig(d_in=rows.shape[1], d_sae=config.d_sae, k=config.k, activation=config.activation)
+    recipe = resolve(config, rows.shape[1], len(rows))
+    if ranks is None:
+        return Trainer(config, recipe, sums.stats(), cfg)
+    return ShardedTrainer(config, recipe, sums.stats(), cfg, ranks)
+
+
+def trained(config: TrainConfig, rows: Tensor, n_steps: int, ranks: Ranks | None = None) -> dict[str, Any]:
+    """The state after `n_steps`, with this rank's part of it, and the metrics of each step."""
+    trainer = trainer_of(config, rows, ranks)
+    mesh = ranks.mesh if ranks else Mesh()
+    size = trainer.recipe.batch_size
+    share = size // mesh.data
+
+    def part(step: int) -> Tensor:
+        low = step % (len(rows) // size) * size + mesh.data_index * share
+        return rows[low : low + share]
+
+    trainer.fit_encoder_scale(part(0))
+    metrics = []
+    for step in range(n_steps):
+        trainer.step(part(step))
+        metrics.append(trainer.read_metrics(size))
+    sae = trainer.sae
+    names = ("W_enc", "W_dec", "b_enc", "b_dec")
+    found = {name: getattr(sae, name).detach().clone() for name in names}
+    state = trainer.updater.state()
+    found |= {f"{name}.adam": state[f"adam.{i}.exp_avg_sq"] for i, name in enumerate(names)}
+    found |= {f"{name}.ema": average for name, average in zip(names, trainer.ema)}
+    found |= {"silent_steps": trainer.silent_steps, "threshold": getattr(sae, "threshold", torch.zeros(()))}
+    return {"state": found, "metrics": metrics}
+
+
+def train_on_every_mesh(configs: dict[str, TrainConfig], rows: Tensor, n_steps: int, latent: int) -> dict[str, Any]:
+    """{name: what `trained` gives} on the mesh of all ranks with `latent` of them sharing the latents."""
+    first = next(iter(configs.values()))
+    from steersman.train.parallel import launched
+
+    rank, n = launched()
+    mesh = Mesh.over(n, rank=rank, d_sae=first.d_sae, batch_size=first.batch_size or n, latent=latent)
+    with Ranks(mesh, 60) as ranks:
+        return {name: trained(replace(config), rows, n_steps, ranks) for name, config in configs.items()}
+
+
+def select(cases: list[tuple[Tensor, int, int]]) -> list[Any]:
+    """For each (pre-activations [N, L], k, latent ranks): this rank's kept code [N, P] by both rules, with indices."""
+    from steersman.train.parallel import launched
+
+    rank, n = launched()
+    found = []
+    with Ranks(Mesh(data=1, latent=n, rank=rank), 60) as ranks:
+        data_ranks = Ranks.__new__(Ranks)
+        for Z, k, latent in cases:
+            mesh = Mesh(data=n // latent, latent=latent, rank=rank)
+            data_ranks.mesh, data_ranks.timeout = mesh, ranks.timeout
+            every = list(range(n))
+            on_latent = data_ranks._axis([every[d * latent : (d + 1) * latent] for d in range(mesh.data)])
+            on_data = data_ranks._axis([every[i::latent] for i in range(latent)])
+            rows = Z.chunk(mesh.data)[mesh.data_index]
+            low, high = mesh.local_latents(Z.shape[1])
+            eye = torch.eye(Z.shape[1])[low:high]  # pre-activations of x = Z under these rows are Z's own columns
+            ops, zero = choose(torch.device("cpu")), torch.zeros(high - low)
+            values, indices = ops.topk_encode(rows, eye, zero, min(k, high - low))
+            kept = keep_topk(values, k, on_latent)
+            topk = (torch.where(kept, values, 0.0), indices + low)
+            wide = min(k * mesh.data, high - low)
+            values, indices, _ = ops.batch_topk_encode(rows, eye, zero, wide)
+            kept, smallest = keep_batch_topk(values, len(Z) * k, on_latent, on_data)
+            found.append((topk, (torch.where(kept, values, 0.0), indices + low), smallest))
+    return found
+
+
+def train(store: str, config: TrainConfig, out: str, event: str = "", at_step: int = -1, victim: int = 0) -> Any:
+    """`train_sae` in a job, with something happening to rank `victim` before step `at_step`. Returns how it ended, the
+    seconds from the event to the end, and the metadata of what was trained."""
+    from steersman.errors import LostRankError, PreemptedError
+    from steersman.train import ActivationStore, train_sae
+    from steersman.train.parallel import launched
+
+    step, happened = Trainer.step, [time.monotonic()]
+
+    def eventful(self: Trainer, x: Tensor) -> None:
+        if self.n_steps_done == at_step:
+            happened[0] = time.monotonic()
+            if launched()[0] == victim:
+                signals = {"preempt": signal.SIGTERM, "kill": signal.SIGKILL, "hang": signal.SIGSTOP}
+                os.kill(os.getpid(), signals[event])
+        step(self, x)
+
+    Trainer.step = eventful
+    try:
+        sae = train_sae(ActivationStore.open(store), config, out)
+    except (LostRankError, PreemptedError) as error:
+        return type(error).__name__, time.monotonic() - happened[0], str(error)
+    return "done", time.monotonic() - happened[0], sae.cfg.metadata["heldout"]
+
+
+def bytes_sent(config: Any, n_steps: int = 4) -> float:
+    """Bytes that this rank hands to its sockets per step of the run that a `PlanConfig` describes."""
+    from steersman.train.parallel import launched
+
+    def written() -> int:  # by write calls of any kind, sockets among them
+        with open("/proc/self/io") as counters:
+            return int(next(line for line in counters if line.startswith("wchar")).split()[1])
+
+    rank, n = launched()
+    mesh = Mesh.over(n, rank=rank, d_sae=config.d_sae, batch_size=config.batch, latent=config.latent_shards)
+    settings = TrainConfig(
+        d_sae=config.d_sae, k=config.k, activation=config.activation, batch_size=config.batch, device="cpu",
+        k_aux=config.k_aux, tokens=config.batch * 1000, aux_coefficient=0.25, dead_after=config.batch * 900,
+    )  # fmt: skip
+    rows = mixture(config.batch, d_in=config.d_in, atoms=200)
+    share = config.batch // n
+    with Ranks(mesh, 60) as ranks:
+        trainer = trainer_of(settings, rows, ranks)
+        assert isinstance(trainer, ShardedTrainer)
+        mine = rows[rank * share : (rank + 1) * share]
+
+        def step() -> None:
+            if config.dead:  # so many of them, the same in every step
+                trainer.silent_steps.zero_()
+                trainer.silent_steps[: config.dead // mesh.latent] = trainer.recipe.dead_after_steps
+                trainer._dead = None
+            trainer.step(ranks.latent.gather(mine).flatten(0, 1))
+
+        step()
+        ranks.everyone.barrier()
+        before = written()
+        for _ in range(n_steps):
+            step()
+        return (written() - before) / n_steps

@@ -1,0 +1,204 @@
+"""Updaters: the fused one equals the ordinary one, goes on exactly where it stopped, and refuses what it cannot do."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from steersman.errors import SteersmanError
+from steersman.kernels import dispatch
+from steersman.sae import SAEConfig
+from steersman.train import ActivationStats, ActivationStore, TrainConfig, Trainer, resolve, train_sae
+from steersman.train.optim import AutogradUpdater, FusedUpdater, RuleUpdater, check_many, make_updater
+
+D = 16
+CONFIG = TrainConfig(d_sae=64, k=3, batch_size=128, seed=3, device="cpu", tokens=12_800, dead_after=128 * 4)
+
+
+def rows(n: int, seed: int = 0) -> Tensor:
+    """Sparse mixtures of planted directions [n, D]."""
+    fixed, g = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    dictionary = torch.nn.functional.normalize(torch.randn(40, D, generator=fixed), dim=1)
+    active = torch.rand(n, 40, generator=g).topk(3, dim=1).indices
+    return (dictionary[active] * (torch.rand(n, 3, generator=g) + 0.5)[..., None]).sum(1) + 0.5
+
+
+def trainer_of(config: TrainConfig) -> Trainer:
+    x = rows(4000)
+    squared = float(x.square().sum(1).mean())
+    stats = ActivationStats(mean=x.mean(0), mean_norm=1.0, median_norm=1.0, mean_squared_norm=squared, n_rows=4000)
+    cfg = SAEConfig(d_in=D, d_sae=config.d_sae, k=config.k, activation=config.activation)
+    return Trainer(config, resolve(config, D, 60_000), stats, cfg)
+
+
+def train(config: TrainConfig, steps: int = 100) -> tuple[Trainer, list[float]]:
+    """The trainer after some steps, and each step's squared error."""
+    trainer, errors, x = trainer_of(config), [], rows(128 * steps, seed=1)
+    trainer.fit_encoder_scale(x[:128])
+    for part in x.split(128):
+        before = float(trainer.sums[0])
+        trainer.step(part)
+        errors.append(float(trainer.sums[0]) - before)
+    return trainer, errors
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+@pytest.mark.parametrize("optimizer", ["adam", "adam_touched", "signum"])
+def test_a_hundred_fused_steps_equal_the_ordinary_ones(activation: Any, optimizer: Any) -> None:
+    """AuxK is on from the fifth step. Signs and selections flip on rounding, so later errors are compared loosely."""
+    config = replace(CONFIG, activation=activation, optimizer=optimizer)
+    fused, errors = train(replace(config, fused_update=True))
+    ordinary, want = train(config)
+    assert isinstance(fused.updater, FusedUpdater)
+    assert isinstance(ordinary.updater, AutogradUpdater if optimizer == "adam" else RuleUpdater)
+    assert float(ordinary.sums[1]) > 0, "the AuxK loss was never on"
+    assert errors[:20] == pytest.approx(want[:20], rel=1e-3)
+    assert errors == pytest.approx(want, rel=0.02)
+    assert float(fused.sums[1]) == pytest.approx(float(ordinary.sums[1]), rel=0.02)
+    assert errors[-1] < 0.7 * errors[0]
+    torch.testing.assert_close(fused.sae.W_dec.norm(dim=1), torch.ones(64))
+
+
+def test_auxk_reaches_the_encoder_of_silent_features_in_the_fused_update() -> None:
+    moved = {}
+    for coefficient in (0.0, 0.25):
+        config = replace(CONFIG, fused_update=True, optimizer="adam_touched", aux_coefficient=coefficient)
+        trainer = trainer_of(config)
+        with torch.no_grad():
+            trainer.sae.b_enc[:10] = -1.0
+        *first, last = rows(128 * 5, seed=1).split(128)
+        for part in first:
+            trainer.step(part)
+        before = trainer.sae.W_enc[:, :10].detach().clone()
+        trainer.step(last)
+        silent = trainer.silent_steps[:10] == 5
+        assert silent.any()
+        moved[coefficient] = ((trainer.sae.W_enc[:, :10] - before) != 0).any(dim=0)[silent]
+    assert not moved[0.0].any()
+    assert moved[0.25].any()
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_small_state_trains_as_well(state_dtype: Any) -> None:
+    _, want = train(CONFIG)
+    for fused in (True, False):
+        _, errors = train(replace(CONFIG, state_dtype=state_dtype, fused_update=fused))
+        assert sum(errors[-10:]) < 1.05 * sum(want[-10:])
+
+
+def test_golden_losses() -> None:
+    """Squared error a number after 1, 10 and 50 steps: a change of the arithmetic must be meant."""
+    golden = [0.476989, 0.382610, 0.236227]
+    for fused in (False, True):
+        _, errors = train(replace(CONFIG, fused_update=fused), 50)
+        assert [errors[i] / (128 * D) for i in (0, 9, 49)] == pytest.approx(golden, rel=1e-4)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fused_update": True},
+        {"fused_update": True, "state_dtype": "int8", "ema": 0.9},
+        {"fused_update": True, "state_dtype": "bfloat16", "optimizer": "signum", "activation": "batch_topk"},
+        {"fused_update": False, "state_dtype": "int8", "optimizer": "adam_touched", "grad_clip": 0.05},
+    ],
+    ids=["fused", "fused int8 ema", "fused signum batch_topk", "ordinary int8"],
+)
+def test_resuming_gives_the_same_bits(options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ActivationStore.from_tensors(rows(20_000).split(5000), tmp_path / "acts", "h", dtype="float32")
+    config = replace(CONFIG, tokens=128 * 40, checkpoint_every=15, **options)
+    whole = train_sae(store, config, tmp_path / "whole")
+    step = Trainer.step
+
+    def stopping_step(self: Trainer, x: Tensor) -> None:
+        if self.n_steps_done == 22:
+            raise Stop
+        step(self, x)
+
+    monkeypatch.setattr(Trainer, "step", stopping_step)
+    with pytest.raises(Stop):
+        train_sae(store, config, tmp_path / "cut")
+    monkeypatch.setattr(Trainer, "step", step)
+    cut = train_sae(store, config, tmp_path / "cut")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, cut.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fused_update": True, "grad_clip": 1.0}, "cannot clip its norm: use fused_update=False"),
+        ({"fused_update": True, "grad_accumulation": 2}, "cannot add up parts of a batch"),
+        ({"optimizer": "sgd"}, "no optimizer 'sgd'; have adam, adam_touched, signum, signum_touched"),
+        ({"state_dtype": "float16"}, "no state_dtype 'float16'; have float32, bfloat16, int8"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(SteersmanError, match=message):
+        replace(CONFIG, **options)
+
+
+def test_replicated_weights_are_refused() -> None:
+    check_many(CONFIG)
+    with pytest.raises(SteersmanError, match="use fused_update=False"):
+        check_many(replace(CONFIG, fused_update=True))
+    with pytest.raises(SteersmanError, match="use cuda_graph=False"):
+        check_many(replace(CONFIG, cuda_graph=True))
+    with pytest.raises(SteersmanError, match="optimizer=signum .* trains in one process only"):
+        check_many(replace(CONFIG, optimizer="signum"))
+
+
+def test_left_open_the_fused_update_runs_where_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = trainer_of(CONFIG).sae
+    assert type(make_updater(sae, CONFIG, 0.1)) is AutogradUpdater
+    with dispatch.using("triton"):
+        assert type(make_updater(sae, CONFIG, 0.1)) is FusedUpdater
+        assert type(make_updater(sae, replace(CONFIG, grad_clip=1.0), 0.1)) is AutogradUpdater
+        assert type(make_updater(sae, replace(CONFIG, grad_accumulation=2), 0.1)) is AutogradUpdater
+
+
+def test_weights_changed_from_outside_are_read_again() -> None:
+    trainer = trainer_of(replace(CONFIG, fused_update=True))
+    assert isinstance(trainer.updater, FusedUpdater)
+    trainer.step(rows(128))
+    assert not trainer.updater._weights_changed()
+    with torch.no_grad():
+        trainer.sae.W_enc.mul_(2)
+    assert trainer.updater._weights_changed()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on operations that make the host wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal")
+        assert not any(func.name().startswith(f"aten::{name}") for name in waits), func
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            came = [a.device.type for a in args if isinstance(a, Tensor) and a.dim()]
+            assert not (out.device.type == "cpu" and "meta" in came), f"{func} copies to the host"
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8", "optimizer": "adam_touched", "ema": 0.9}], ids=str)
+def test_a_step_on_a_gpu_never_waits(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta tensors, which have no numbers to read: everything from the batch to the new weights is queued."""
+    monkeypatch.setattr(dispatch, "triton_obstacle", lambda device: None)
+    with dispatch.using("triton"):
+        trainer = trainer_of(replace(CONFIG, device="meta", **options))
+        assert isinstance(trainer.updater, FusedUpdater)
+        assert trainer.updater.operands == torch.bfloat16
+        x = torch.empty(128, D, device="meta")
+        with NoWaiting():
+            trainer.step(x)
+            trainer.step(x)
+        with pytest.raises((RuntimeError, NotImplementedError, AssertionError)), NoWaiting():
+            trainer.read_metrics(128)

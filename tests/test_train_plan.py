@@ -1,0 +1,70 @@
+"""The tables of `steersman plan` are those of the code."""
+
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+from sharded_jobs import bytes_sent
+
+from steersman.errors import SteersmanError
+from steersman.train.plan import PlanConfig, plan_run
+
+SHAPE: dict[str, Any] = {"d_in": 96, "d_sae": 512, "k": 8, "batch": 512, "store_dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "latent", "more"),
+    [
+        (2, 2, {}),
+        (2, 1, {}),
+        (4, 2, {}),
+        (2, 2, {"activation": "batch_topk"}),
+        (2, 2, {"dead": 20, "k_aux": 48}),  # all of them dead from the first step on
+        (2, 2, {"dead": 512, "k_aux": 16}),
+    ],
+)
+def test_bytes_sent_are_those_of_the_table(ranks: int, latent: int, more: dict[str, Any]) -> None:
+    config = PlanConfig(**SHAPE, ranks=ranks, latent_shards=latent, **more)
+    expected = plan_run(config).network_bytes
+    for sent in run_ranks(ranks, bytes_sent, config):
+        assert sent == pytest.approx(expected, rel=0.05)
+
+
+def test_what_does_not_grow_with_latents_is_what_latent_sharding_moves() -> None:
+    def network(**more: Any) -> float:
+        return plan_run(PlanConfig(**{**SHAPE, "ranks": 4, **more})).network_bytes
+
+    assert network(d_sae=512) == network(d_sae=1 << 20)
+    assert network(latent_shards=1, d_sae=1 << 20) > 100 * network(latent_shards=1, d_sae=1 << 10)
+
+
+def test_memory_falls_with_the_ranks_that_share_it() -> None:
+    one, four = (plan_run(PlanConfig(**{**SHAPE, "d_sae": 1 << 16, "ranks": n})).memory for n in (1, 4))
+    for item in ("weights", "gradients", "optimiser state"):
+        assert four[item] == pytest.approx(one[item] / 4, rel=1e-3)
+    replicas = plan_run(PlanConfig(**{**SHAPE, "d_sae": 1 << 16, "ranks": 4, "latent_shards": 1})).memory
+    assert replicas["weights"] == one["weights"]
+    assert replicas["optimiser state"] == pytest.approx(one["optimiser state"] / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": 3}, "d_sae = 512 cannot be split over 3 ranks; use 510 or 513"),
+        ({"k": 513}, "k = 513 must be at most d_sae = 512"),
+        ({"flops": 0.0}, "flops = 0.0 must be above 0"),
+    ],
+)
+def test_what_does_not_fit_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SteersmanError, match=message):
+        plan_run(PlanConfig(**{**SHAPE, **options}))
+
+
+def test_the_command_prints_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    from steersman.cli import run
+
+    run(["plan", "--d-in", "2304", "--d-sae", "65536", "--k", "64", "--batch", "4096", "--ranks", "8"])
+    text = capsys.readouterr().out
+    assert "1 data x 8 latent ranks" in text
+    for item in ("optimiser state", "reconstruction", "network", "together"):
+        assert item in text

@@ -1,0 +1,284 @@
+"""How training is spread over processes: the mesh, checked without any process group, and the ranks that make it up.
+
+A mesh has two axes. The ranks along `latent` share the latents: each owns L / latent of them with their optimiser
+state, so that the gradients of weights stay where they are made and a step moves only the batch and the
+reconstruction. The ranks along `data` share the batch; their gradients are summed over that axis alone. Neighbouring
+ranks share latents, as those talk most: rank = data index * latent + latent index.
+
+Shape letters: N tokens of a batch, L latents, D width.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from steersman.errors import LostRankError, SteersmanError
+
+# Newer PyTorch has other names for the same functions.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """The layout of a job: `data` replicas of `latent` ranks each, and which of them this process is.
+
+    >>> mesh = Mesh.over(8, rank=5, d_sae=65536, batch_size=4096, latent=4)
+    >>> mesh.data, mesh.data_index, mesh.latent_index, mesh.local_latents(65536), mesh.owned_latents(65536)
+    (2, 1, 1, (16384, 32768), (24576, 32768))
+    """
+
+    data: int = 1
+    """Replicas that share the batch."""
+    latent: int = 1
+    """Ranks that share the latents of a replica."""
+    rank: int = 0
+    """This process, from 0 to data * latent - 1."""
+
+    def __post_init__(self) -> None:
+        if self.data < 1 or self.latent < 1 or not 0 <= self.rank < self.data * self.latent:
+            raise SteersmanError(f"rank {self.rank} has no place in a mesh of {self.data} x {self.latent} ranks")
+
+    @classmethod
+    def over(cls, world_size: int, *, rank: int = 0, d_sae: int, batch_size: int, latent: int | None = None) -> Self:
+        """The mesh of `world_size` ranks, `latent` of which (all if None) share the latents.
+
+        Raises a SteersmanError that names the nearest sizes that fit when latents or rows do not divide evenly.
+        """
+        latent = world_size if latent is None else latent
+        if latent < 1 or world_size % latent:
+            fits = [n for n in range(1, world_size + 1) if world_size % n == 0]
+            raise SteersmanError(
+                f"latent_shards = {latent} does not divide the {world_size} ranks of the job; use one of "
+                f"{', '.join(map(str, fits))}, or start another number of ranks"
+            )
+        for name, value in (("d_sae", d_sae), ("batch_size", batch_size)):
+            if value % world_size:
+                below, above = value // world_size * world_size, -(-value // world_size) * world_size
+                nearest = f"{below} or {above}" if below else f"{above}"
+                raise SteersmanError(f"{name} = {value} cannot be split over {world_size} ranks; use {nearest}")
+        return cls(data=world_size // latent, latent=latent, rank=rank)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.data * self.latent
+
+    @property
+    def data_index(self) -> int:
+        """Which replica this rank belongs to."""
+        return self.rank // self.latent
+
+    @property
+    def latent_index(self) -> int:
+        """Which part of the latents this rank holds."""
+        return self.rank % self.latent
+
+    def local_latents(self, d_sae: int) -> tuple[int, int]:
+        """First and end latent whose weights this rank holds and computes with."""
+        size = d_sae // self.latent
+        return self.latent_index * size, (self.latent_index + 1) * size
+
+    def owned_latents(self, d_sae: int) -> tuple[int, int]:
+        """First and end latent that this rank updates: its share, among the replicas, of `local_latents`."""
+        size = d_sae // self.world_size
+        start = self.local_latents(d_sae)[0] + self.data_index * size
+        return start, start + size
+
+
+def launched() -> tuple[int, int]:
+    """Rank and number of ranks, as `torchrun` (or whatever set RANK and WORLD_SIZE) tells them; (0, 1) without one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    try:
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        raise SteersmanError("RANK and WORLD_SIZE in the environment must be numbers; start with torchrun") from None
+    if not 0 <= rank < world_size:
+        raise SteersmanError(f"RANK {rank} is not below WORLD_SIZE {world_size}; start the ranks with torchrun")
+    return rank, world_size
+
+
+def use_local_accelerator() -> None:
+    """Make `cuda` mean the device that LOCAL_RANK names, so that the ranks of one machine use one each."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+class Axis:
+    """Some ranks of the job and what they can do together. With one rank everything is done by doing nothing.
+
+    Every collective here is called by all ranks of the axis in the same order. When a rank is lost or does not answer
+    in time, the others raise a `LostRankError` that says so.
+    """
+
+    def __init__(self, size: int = 1, index: int = 0, group: Any = None):
+        self.size, self.index, self.group = size, index, group
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """x becomes its sum over the ranks, the same bits on each."""
+        return self._reduce_(x, dist.ReduceOp.SUM)
+
+    def max_(self, x: Tensor) -> Tensor:
+        """x becomes its largest over the ranks, element by element."""
+        return self._reduce_(x, dist.ReduceOp.MAX)
+
+    def min_(self, x: Tensor) -> Tensor:
+        """x becomes its smallest over the ranks, element by element."""
+        return self._reduce_(x, dist.ReduceOp.MIN)
+
+    def _reduce_(self, x: Tensor, op: Any) -> Tensor:
+        if self.size > 1:
+            with lost_rank():
+                dist.all_reduce(x, op=op, group=self.group)
+        return x
+
+    def max_later(self, x: Tensor) -> Any:
+        """Start `max_` of an axis of several ranks; the returned handle's `wait` ends it."""
+        with lost_rank():
+            return dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Every rank's x, [...] -> [size, ...]."""
+        return self.gather_later(x)()
+
+    def gather_later(self, x: Tensor) -> Callable[[], Tensor]:
+        """Start `gather` and return the function that waits for it, so that work can go on meanwhile."""
+        if self.size == 1:
+            return lambda: x[None]
+        x = x.contiguous()
+        out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
+        with lost_rank():  # as bytes, since not every backend knows every type
+            work: Any = _all_gather(
+                out.view(-1).view(torch.uint8), x.view(-1).view(torch.uint8), group=self.group, async_op=True
+            )
+
+        def finish() -> Tensor:
+            with lost_rank():
+                work.wait()
+            return out
+
+        return finish
+
+    def sum_of_shares(self, rows: Tensor) -> Tensor:
+        """rows [size * n, ...] of every rank -> the sum over ranks of this rank's share of them, [n, ...].
+
+        The ranks' parts are added in order of rank, so that the sum is the same in every run.
+        """
+        if self.size == 1:
+            return rows
+        rows = rows.contiguous()
+        with lost_rank():
+            if rows.device.type != "cpu":
+                out = torch.empty((len(rows) // self.size, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+                _reduce_scatter(out, rows, group=self.group)
+                return out
+            # Gloo's own reduce-scatter is an all-reduce, which sends twice as much.
+            parts = torch.empty_like(rows)
+            dist.all_to_all_single(parts, rows, group=self.group)
+        return parts.view(self.size, len(rows) // self.size, *rows.shape[1:]).sum(dim=0)
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if self.size > 1:
+            self.sum_(torch.zeros(1, device=self._device))
+
+    @property
+    def _device(self) -> torch.device:
+        nccl = dist.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+@contextmanager
+def lost_rank() -> Iterator[None]:
+    """Turn what a collective raises when another rank is gone or silent into one clear error."""
+    try:
+        yield
+    except SteersmanError:
+        raise
+    except RuntimeError as error:
+        rank, world_size = launched()
+        timed_out = "imed out" in str(error) or "timeout" in str(error).lower()
+        what = "another rank did not answer in time" if timed_out else "the connection to another rank was lost"
+        raise LostRankError(
+            f"rank {rank} of {world_size}: {what} (it was killed, hangs or met an error of its own); this rank ends "
+            "too. Run the same command again to go on from the last checkpoint"
+        ) from error
+
+
+class Ranks:
+    """The process groups of a mesh: `latent` and `data` axes, `everyone`, and `control`, which works on the CPU.
+
+    Use as a context manager. `Ranks(Mesh())` is one process and needs no process group.
+    """
+
+    def __init__(self, mesh: Mesh, timeout_seconds: float = 600.0):
+        self.mesh = mesh
+        self.latent = self.data = self.everyone = self.control = self.background = Axis()
+        self._started = False
+        if mesh.world_size == 1:
+            return
+        self.timeout = timedelta(seconds=timeout_seconds)
+        if not dist.is_initialized():
+            self._start()
+        every = list(range(mesh.world_size))
+        self.latent = self._axis([every[d * mesh.latent : (d + 1) * mesh.latent] for d in range(mesh.data)])
+        self.data = self._axis([every[i :: mesh.latent] for i in range(mesh.latent)])
+        self.everyone = self._axis([every])
+        self.control = self._axis([every], "gloo")
+        self.background = self._axis([every], "gloo")
+        """A group of its own for the thread that writes checkpoints."""
+
+    def _start(self) -> None:
+        use_local_accelerator()
+        with lost_rank():
+            backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=self.timeout)
+        self._started = True
+
+    def _axis(self, groups: list[list[int]], backend: str | None = None) -> Axis:
+        mine = Axis()
+        for members in groups:  # every rank makes every group, in the same order
+            if len(members) == 1:
+                continue
+            with lost_rank():
+                group = dist.new_group(members, timeout=self.timeout, backend=backend)
+            if self.mesh.rank in members:
+                mine = Axis(len(members), members.index(self.mesh.rank), group)
+        return mine
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes what there is one of."""
+        return self.mesh.rank == 0
+
+    def on_first(self, action: Callable[[], None]) -> None:
+        """Run `action` on the first rank while the others wait; its SteersmanError is raised on all of them."""
+        if self.mesh.world_size == 1:
+            action()
+            return
+        message: list[str | None] = [None]
+        if self.first:
+            try:
+                action()
+            except SteersmanError as error:
+                message = [str(error)]
+        with lost_rank():
+            dist.broadcast_object_list(message, src=0, group=self.control.group)
+        if message[0] is not None:
+            raise SteersmanError(message[0])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._started:
+            dist.destroy_process_group()
+            self._started = False

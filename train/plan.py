@@ -1,0 +1,192 @@
+"""What a training run needs of a machine: bytes of memory per rank, bytes sent per step, and the time of a step.
+
+The memory and network tables are those of this code, item by item; tests compare the network table with what the
+sockets carry, and `scripts/check_plan.py` compares the memory table with the peak of a process. The time is a sum of
+work divided by rates, with nothing overlapped: an estimate that is too high rather than too low.
+
+Shape letters: N tokens of a replica's batch, L latents of a rank, D width, K active latents a token, n latent ranks, d
+replicas.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from steersman.errors import SteersmanError
+from steersman.kernels.torch_ops import BLOCK_BYTES
+from steersman.train.parallel import Mesh
+
+FP32 = 4
+_ADAM_BYTES = 28
+"""Bytes that Adam moves a parameter: gradient, weight and two moments read, weight and two moments written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """See what a training run needs: memory per rank by item, network per step, and the time of a step."""
+
+    d_in: int
+    """Width of the activations."""
+    d_sae: int
+    """Number of features."""
+    k: int
+    """Active features a token."""
+    batch: int = 4096
+    """Rows a step, over all ranks."""
+    ranks: int = 1
+    """Processes, one for each accelerator."""
+    latent_shards: int | None = None
+    """How many ranks share the latents; None: all of them."""
+    activation: Literal["topk", "batch_topk"] = "topk"
+    """The SAE's architecture."""
+    store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the activations in the store."""
+    k_aux: int | None = None
+    """Dead features a token that AuxK may use; None: d_in / 2."""
+    dead: int = 0
+    """Dead features to reckon with. With any, AuxK costs a second reconstruction."""
+    ema: bool = False
+    """Whether a moving average of the weights is kept."""
+    flops: float = 4e14
+    """Floating-point operations a second of one rank's matrix products."""
+    memory_bandwidth: float = 2.5e12
+    """Bytes a second of one rank's memory."""
+    network_bandwidth: float = 5e10
+    """Bytes a second that one rank can send."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "d_sae", "k", "batch", "ranks", "flops", "memory_bandwidth", "network_bandwidth"):
+            if getattr(self, name) <= 0:
+                raise SteersmanError(f"{name} = {getattr(self, name)} must be above 0")
+        if self.k > self.d_sae:
+            raise SteersmanError(f"k = {self.k} must be at most d_sae = {self.d_sae}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """The three tables, each item with its bytes or seconds, for one rank."""
+
+    mesh: Mesh
+    memory: dict[str, float] = field(default_factory=dict)
+    """Bytes held at the moment of the step that needs most."""
+    checkpoint: float = 0.0
+    """Bytes of host memory while a checkpoint is written."""
+    network: dict[str, float] = field(default_factory=dict)
+    """Bytes sent per step."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds per step."""
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def network_bytes(self) -> float:
+        return sum(self.network.values())
+
+    def to_text(self) -> str:
+        """The tables as lines."""
+        mesh = self.mesh
+        lines = [f"mesh: {mesh.data} data x {mesh.latent} latent ranks", "memory per rank:"]
+        lines += [f"  {name:<28}{_size(n):>12}" for name, n in self.memory.items()]
+        lines += [f"  {'together':<28}{_size(self.memory_bytes):>12}"]
+        lines += [f"  {'host, during a checkpoint':<28}{_size(self.checkpoint):>12}", "sent per step and rank:"]
+        lines += [f"  {name:<28}{_size(n):>12}" for name, n in self.network.items()]
+        lines += [f"  {'together':<28}{_size(self.network_bytes):>12}", "time per step, nothing overlapped:"]
+        lines += [f"  {name:<28}{1e3 * t:>9.3g} ms" for name, t in self.seconds.items()]
+        return "\n".join([*lines, f"  {'together':<28}{1e3 * sum(self.seconds.values()):>9.3g} ms"])
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.4g} {unit}"
+        n /= 1000
+    return f"{n:.4g} TB"
+
+
+def plan_run(config: PlanConfig) -> RunPlan:
+    """The tables of `config`. Raises a SteersmanError, naming sizes that fit, when the mesh does not divide evenly.
+
+    >>> plan = plan_run(PlanConfig(d_in=4096, d_sae=131072, k=64, batch=8192, ranks=8))
+    >>> round(plan.memory["weights"] / 1e6), round(plan.network["reconstruction"] / 1e6)
+    (537, 235)
+    """
+    mesh = Mesh.over(config.ranks, d_sae=config.d_sae, batch_size=config.batch, latent=config.latent_shards)
+    memory, network = _memory(config, mesh), _network(config, mesh)
+    owned = config.d_sae // mesh.world_size * (2 * config.d_in + 1) * FP32
+    checkpoint = owned * (3 + config.ema) + config.d_sae // mesh.world_size * config.d_in * FP32
+    return RunPlan(
+        mesh=mesh,
+        memory=memory,
+        checkpoint=checkpoint,
+        network=network,
+        seconds=_seconds(config, mesh, sum(network.values())),
+    )
+
+
+def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
+    N, D, L = c.batch // mesh.data, c.d_in, c.d_sae // mesh.latent
+    matrix = L * D * FP32
+    held = 2 * matrix + (L + D) * FP32
+    owned = held / mesh.data
+    P = min(c.k, L)
+    selection = mesh.latent * N * P * (2 * FP32 + 8 + FP32 + 1) if mesh.latent > 1 else 0
+    items = {
+        "weights": held,
+        "gradients": held + (owned if mesh.data > 1 else 0),
+        "optimiser state": 2 * owned,
+        "moving average": owned if c.ema else 0,
+        # One matrix at a time is projected (one process) or received from the replicas.
+        "update, exchange": matrix,
+        # Batches read ahead and exchanged; the scaled batch, its centred copy, the reconstruction and the residual.
+        "batch": N * D * (2 * _item(c) + 4 * FP32),
+        "pre-activations": min(BLOCK_BYTES, N * L * FP32),
+        "code and its order": N * P * (FP32 + 4 + 3 * 8 + 2 * FP32),
+        "selection over ranks": selection,
+        "counters": L * 2 * FP32,
+    }
+    return {name: n for name, n in items.items() if n}
+
+
+def _item(c: PlanConfig) -> int:
+    return FP32 if c.store_dtype == "float32" else 2
+
+
+def _network(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
+    """Bytes that one rank sends in a step, by ring algorithms: an all-reduce of S bytes over n ranks sends
+    2 (n - 1) / n S, an all-gather of S from each rank (n - 1) S, a reduce-scatter of S (n - 1) / n S."""
+    n, d = mesh.latent, mesh.data
+    N, D, L = c.batch // d, c.d_in, c.d_sae // n
+    reduce_n, reduce_d = 2 * (n - 1) / n, 2 * (d - 1) / d
+    P = min(c.k, L)
+    k_aux = c.k_aux if c.k_aux is not None else max(1, D // 2)
+    items = {
+        "batch": (n - 1) / n * N * D * _item(c),
+        "reconstruction": reduce_n * N * D * FP32,
+        "bias gradient, dead counts": reduce_n * D * FP32 + (n - 1) * 4,
+        "gradients": (d - 1) / d * L * (2 * D + 1) * FP32 + reduce_d * D * FP32,
+        "weights": (d - 1) / d * L * (2 * D + 1) * FP32,
+        "silence counters": reduce_d * L,
+    }
+    if c.activation == "topk":
+        items["proposals"] = (n - 1) * N * P * FP32
+    else:
+        counts = 2 * 65536 * FP32
+        items["selection by counting"] = (reduce_n + reduce_d) * (counts + FP32) + (n - 1) * N * FP32 + (d - 1) * FP32
+    if c.dead:
+        items["AuxK reconstruction"] = reduce_n * N * D * FP32
+        if c.dead > k_aux:
+            items["AuxK proposals"] = (n - 1) * N * min(k_aux, -(-c.dead // n)) * FP32
+    return {name: size for name, size in items.items() if size}
+
+
+def _seconds(c: PlanConfig, mesh: Mesh, sent: float) -> dict[str, float]:
+    N, D, L = c.batch // mesh.data, c.d_in, c.d_sae // mesh.latent
+    pairs = N * min(c.k, L) / mesh.latent + N  # active here on average
+    return {
+        "encode": 2 * N * L * D / c.flops,
+        "decode and gradients": 4 * pairs * D * FP32 / c.memory_bandwidth,
+        "gradients written, projected": 5 * L * D * FP32 / c.memory_bandwidth,
+        "update": _ADAM_BYTES * 2 * L * D / mesh.data / c.memory_bandwidth,
+        "network": sent / c.network_bandwidth,
+    }

@@ -1,0 +1,51 @@
+"""SIGTERM, which a scheduler sends before it takes a machine away: noticed between two steps, by all ranks in the same
+one."""
+
+import signal
+import threading
+from typing import Any, Self
+
+import torch
+
+from steersman.train.parallel import Axis, lost_rank
+
+
+class Preemption:
+    """While it is entered, SIGTERM ends nothing but is remembered, and `now` says whether to save and end.
+
+    With several ranks `now` is called by all of them after each step. It answers what was known on any rank one step
+    before, so that nobody waits for the exchange, and everybody gets the same answer. A handler that the program set
+    itself is left alone, and outside the main thread, where Python allows no handlers, nothing is noticed.
+    """
+
+    def __init__(self, control: Axis) -> None:
+        self._control, self._asked = control, False
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        self._previous: Any = None
+
+    def __enter__(self) -> Self:
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            self._previous = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+
+    def now(self) -> bool:
+        """Whether some rank was asked to end."""
+        if self._control.size == 1:
+            return self._asked
+        answer = False
+        if self._pending is not None:
+            work, flag = self._pending
+            with lost_rank():
+                work.wait()
+            answer = bool(flag.item())
+        flag = torch.tensor([self._asked], dtype=torch.uint8)
+        self._pending = (self._control.max_later(flag), flag)
+        return answer
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
