@@ -1,24 +1,69 @@
 """Interventions: steer a language model by features of an SAE or by vectors."""
 
+from steersman.steer.calibrate import CalibrateConfig, Calibration, ScaleSearch, calibrate, search_scale
 from steersman.steer.compare import Comparison, SteerConfig, TextPair, parse_features, steer_and_compare
+from steersman.steer.decompose import (
+    DecomposeConfig,
+    Decomposition,
+    Retention,
+    decompose,
+    load_labels,
+    measure_retention,
+    plot_decompositions,
+)
 from steersman.steer.edits import MODES, UNITS
+from steersman.steer.effect_config import EffectsConfig
+from steersman.steer.effect_map import EffectMap
+from steersman.steer.effect_verify import Verification, verify_effect
+from steersman.steer.effects import collect_effects
+from steersman.steer.effects_folder import Effects
+from steersman.steer.evaluation import EvaluationConfig, SteeringEvaluation, evaluate_steering
+from steersman.steer.fgaa import fgaa_targets
+from steersman.steer.methods import METHODS, ContrastConfig, contrast
 from steersman.steer.report import EditReport, FeatureOutcome
 from steersman.steer.scope import Scope
 from steersman.steer.steerer import Steerer, Steering
 from steersman.steer.trace import Trace
+from steersman.steer.vector import SteeringVector
 
 __all__ = [
+    "METHODS",
     "MODES",
     "UNITS",
+    "CalibrateConfig",
+    "Calibration",
     "Comparison",
+    "ContrastConfig",
+    "DecomposeConfig",
+    "Decomposition",
     "EditReport",
+    "EffectMap",
+    "Effects",
+    "EffectsConfig",
+    "EvaluationConfig",
     "FeatureOutcome",
+    "Retention",
+    "ScaleSearch",
     "Scope",
     "SteerConfig",
     "Steerer",
     "Steering",
+    "SteeringEvaluation",
+    "SteeringVector",
     "TextPair",
     "Trace",
+    "Verification",
+    "calibrate",
+    "collect_effects",
+    "contrast",
+    "decompose",
+    "evaluate_steering",
+    "fgaa_targets",
+    "load_labels",
+    "measure_retention",
     "parse_features",
+    "plot_decompositions",
+    "search_scale",
     "steer_and_compare",
+    "verify_effect",
 ]

@@ -16,8 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from steersman.errors import SteersmanError
+from steersman.kernels import Implementation
 from steersman.lm import Generation, LanguageModel
 from steersman.sae import SAE
+from steersman.steer.measures import distinct, generated_tokens, repetition_rate, token_kl, token_nll
 from steersman.steer.report import EditReport
 from steersman.steer.steerer import Steerer
 
@@ -59,6 +61,8 @@ class SteerConfig:
     """Also generate without steering."""
     device: str = "auto"
     """Device of the model and the SAE."""
+    kernels: Implementation = "auto"
+    """Implementation of the SAE's arithmetic: triton (NVIDIA GPUs), torch, or auto, the faster that the device has."""
     dtype: str | None = None
     """Dtype of the model: float32, bfloat16, ...; by default float32 on the CPU and the checkpoint's own elsewhere."""
 
@@ -156,47 +160,6 @@ def parse_features(texts: Sequence[str]) -> dict[int, float]:
     return features
 
 
-def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
-    """[B, S-1] fp32: negative log-likelihood of tokens[:, 1:] given logits [B, S, V]."""
-    logp = logits[:, :-1].float().log_softmax(-1)
-    return -logp.gather(-1, tokens[:, 1:, None])[..., 0]
-
-
-def token_kl(steered: Tensor, base: Tensor) -> Tensor:
-    """[B, S] fp32: KL(steered || base) in nats of the next-token distributions, from logits [B, S, V] of each.
-
-    >>> import torch
-    >>> same = torch.randn(1, 3, 7)
-    >>> token_kl(same, same).tolist()
-    [[0.0, 0.0, 0.0]]
-    """
-    p, q = steered.float().log_softmax(-1), base.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def repetition_rate(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of the n-grams of `tokens` that occurred before in it; 0 for texts too short to hold one.
-
-    >>> repetition_rate([1, 2, 1, 2, 1, 2], n=2)
-    0.6
-    """
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def distinct(tokens: Sequence[int], n: int = 2) -> float:
-    """Distinct n-grams over n-grams of `tokens`; 1 for texts too short to hold one."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
-
-
-def _generated(text: Generation) -> Tensor:
-    """[B, S-1] bool: which next-token predictions are of real generated tokens."""
-    chosen = text.attention_mask.bool().clone()
-    chosen[:, : text.prompt_columns] = False
-    return chosen[:, 1:]
-
-
 def steer_and_compare(lm: LanguageModel, sae: SAE, config: SteerConfig) -> Comparison:
     """Continue the prompts with the features edited (and, with `compare`, without) and measure the difference.
 
@@ -226,7 +189,7 @@ def steer_and_compare(lm: LanguageModel, sae: SAE, config: SteerConfig) -> Compa
         forced = lm.logits(text.tokens, text.attention_mask, prompt_length=text.prompt_length)
     edit = steering.report() if steering.trace.count else None
     base = lm.logits(text.tokens, text.attention_mask)
-    chosen = _generated(text)
+    chosen = generated_tokens(text)
     kl, nll = token_kl(forced, base)[:, :-1], token_nll(base, text.tokens)
     plain_nll = None
     if plain is not None:
@@ -253,4 +216,4 @@ def steer_and_compare(lm: LanguageModel, sae: SAE, config: SteerConfig) -> Compa
 
 
 def _row_mean(nll: Tensor, text: Generation, row: int) -> float:
-    return float(nll[row][_generated(text)[row]].mean())
+    return float(nll[row][generated_tokens(text)[row]].mean())

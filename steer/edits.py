@@ -10,9 +10,11 @@ With f_j the SAE's encoder and d_j row j of its decoder, fp32 throughout:
 | `scale` | h + (r - 1) f_j(h) d_j; r = 0 ablates |
 | `project_out` | h - s (h . d_j) d_j / |d_j|^2; s = 1 removes the direction |
 
-None decodes the whole code, so each keeps the SAE's error term. Several features are edited at once, all from the
-same h. For `project_out` the coefficients are then those of the least-squares fit of h on the chosen directions, so
-that s = 1 removes their whole span even where they overlap.
+None decodes the whole code, so each keeps the SAE's error term. For an SAE that normalises its input, d_j stands for
+the decoder row times the token's scale, which is what a unit of activation is worth there (not in `project_out`).
+Several features are edited at once, all from the same h. For `project_out` the coefficients are then
+those of the least-squares fit of h on the chosen directions, so that s = 1 removes their whole span even where they
+overlap.
 
 Shape letters: B rows of the batch, S tokens of the pass, D width; R rows of parameters (1 for all, or one per
 prompt), M features named in any row, n steered tokens.
@@ -41,6 +43,10 @@ class Edit:
     def apply(self, h: Tensor, now: Pass, where: Tensor | bool) -> Tensor:
         """h' [B, S, D], equal to h outside `where` ([B, S] bool, or True for every token)."""
         raise NotImplementedError  # each edit defines it
+
+    def narrow(self, where: Tensor | bool, now: Pass) -> Tensor | bool:
+        """Of the tokens in scope, those this edit can change."""
+        return where
 
     def expand(self, table: Tensor, now: Pass) -> Tensor:
         """A table [R, ...] as [B, ...], or [1, ...] when one row serves all."""
@@ -109,6 +115,37 @@ class VectorEdit(Edit):
         return blend(h, h + self.delta(now, h), where)
 
 
+class PositionEdit(Edit):
+    """h_p + scale gate v_p at absolute position p < P, nothing after: `vector` [P, D], `scale` and `gate` a number or
+    [B]."""
+
+    def __init__(self, vector: Tensor, scale: Any = 1.0, gate: Any = 1.0) -> None:
+        if vector.ndim != 2 or vector.numel() == 0:
+            raise SteersmanError(f"a vector added position by position must be [P, D], got {tuple(vector.shape)}")
+        if not bool(torch.isfinite(vector).all()):
+            raise SteersmanError("the steering vector holds NaN or infinite values")
+        self.vector = vector.float()
+        scales, gates = per_row(scale, "scale", vector.device), per_row(gate, "gate", vector.device)
+        self.rows = common_rows(scale=len(scales), gate=len(gates))
+        self.factor = scales * gates
+        self.active = (self.factor != 0).expand(self.rows)
+        self.used = vector.abs().sum(1) > 0  # [P]: a position whose row is zero is not steered
+
+    def narrow(self, where: Tensor | bool, now: Pass) -> Tensor | bool:
+        if isinstance(where, bool) and not where:
+            return False
+        position = now.positions.to(self.used.device)
+        inside = (position >= 0) & (position < len(self.used))
+        inside &= self.used[position.clamp(0, len(self.used) - 1)]
+        return inside.to(now.device) & now.real if isinstance(where, bool) else inside.to(where.device) & where
+
+    def apply(self, h: Tensor, now: Pass, where: Tensor | bool) -> Tensor:
+        position = now.positions.clamp(0, len(self.vector) - 1).to(self.vector.device)
+        factor = self.expand(self.factor, now)[:, None, None]
+        delta = (factor * self.vector[position]).to(h.dtype).to(h.device)
+        return blend(h, h + delta, where)
+
+
 def feature_rows(features: Mapping[int, float] | Sequence[Mapping[int, float]]) -> list[dict[int, float]]:
     """The features and strengths of each row: one mapping for all rows, or a list of them, one per row."""
     rows = [features] if isinstance(features, Mapping) else list(features)
@@ -141,6 +178,11 @@ def strength_unit(sae: SAE, feature: int, mode: str, units: str) -> float:
                 "choose another feature or use units='raw'"
             )
         return largest
+    if sae.cfg.input_norm != "none":
+        raise SteersmanError(
+            "units='norm_frac' need directions of one length, and this SAE scales them per token "
+            f"({sae.cfg.input_norm}): use units='raw' or 'max_act'"
+        )
     median = getattr(stats, "median_norm", None)
     if not median or not median > 0:
         raise SteersmanError(
@@ -186,7 +228,7 @@ class FeatureEdit(Edit):
         self.weight = self.on * self.gate[:, None]  # [R, M]: 0 where a row leaves a feature alone
         self.active = (self.on.any(1) & (self.gate != 0)).expand(self.rows)
         self._added: VectorEdit | None = None
-        if mode == "add":  # needs no encoding: a constant vector per row
+        if mode == "add" and sae.cfg.input_norm == "none":  # needs no encoding: a constant vector per row
             self._added = VectorEdit((self.amount * self.on) @ self.directions, 1.0, self.gate)
         if mode == "project_out":
             self.dual = self._dual()
@@ -232,6 +274,9 @@ class FeatureEdit(Edit):
             # One product for all tokens where all rows share their features, else each token with its own row's.
             inner = x @ dual[0].T if len(dual) == 1 else (x[:, None] * dual).sum(-1)
             coefficient = -amount * inner
+            return (coefficient * weight) @ self.directions
+        if self.mode == "add":
+            coefficient = amount
         else:
             f = self.sae.encode_features(x, self.ids)
             if self.mode == "scale":
@@ -240,4 +285,6 @@ class FeatureEdit(Edit):
                 coefficient = amount - f
                 if self.mode == "floor":
                     coefficient = coefficient.relu()
-        return (coefficient * weight) @ self.directions
+        delta = (coefficient * weight) @ self.directions
+        scale = self.sae.token_scale(x)
+        return delta if scale is None else delta * scale

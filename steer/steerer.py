@@ -14,10 +14,11 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel, Pass
 from steersman.sae import SAE
-from steersman.steer.edits import Edit, FeatureEdit, VectorEdit
+from steersman.steer.edits import Edit, FeatureEdit, PositionEdit, VectorEdit
 from steersman.steer.report import EditReport, Meter
 from steersman.steer.scope import Scope
 from steersman.steer.trace import Trace
+from steersman.steer.vector import SteeringVector
 
 
 class Steering:
@@ -58,6 +59,7 @@ class Steering:
             if edit.rows > 1:
                 now.row_index(edit.rows)  # a wrong number of rows is an error even where nothing would be steered
             where = False if idle else scope.select(now)
+            where = edit.narrow(where, now)
             if isinstance(where, bool) and not where:
                 return h
             if mixed:
@@ -127,14 +129,15 @@ class Steerer:
         gate: Any = 1.0,
         include_bos: bool = False,
     ) -> Steering:
-        """Add `scale` times a vector: a tensor [D] or [B, D] with `hook`, a mapping {hook: tensor}, or an object with
-        `hook_name` and `vector` (and `model_name`).
+        """Add `scale` times a vector: a `SteeringVector` (or a list of them, one per row), a tensor [D] or [B, D] with
+        `hook`, a mapping {hook: tensor}, or an object with `hook_name` and `vector` (and `model_name`).
 
+        A `SteeringVector` that has one direction per position is added from the front: row p at absolute position p.
         `scale` and `gate` are a number or [B]: `scale=[0, 2, 4]` on three copies of a prompt is a dose-response curve
         in one batch. Raises SteersmanError for a vector of another model, hook point or width, and for one that is
         not finite.
         """
-        edits = {}
+        edits: dict[str, Edit] = {}
         for name, v in self._vectors(vector, hook).items():
             v = torch.as_tensor(v).to(self.lm.device)
             width = self.lm.hook_width(name)
@@ -142,7 +145,9 @@ class Steerer:
                 raise SteersmanError(
                     f"a vector of shape {tuple(v.shape)} does not fit {name} of {self.lm.name}: its width is {width}"
                 )
-            edits[name] = VectorEdit(v if v.is_floating_point() else v.float(), scale, gate)
+            v = v if v.is_floating_point() else v.float()
+            by_position = isinstance(vector, SteeringVector) and v.ndim == 2
+            edits[name] = PositionEdit(v, scale, gate) if by_position else VectorEdit(v, scale, gate)
         return Steering(self.lm, edits, Scope.of(scope, include_bos=include_bos))
 
     def measure(
@@ -160,6 +165,7 @@ class Steerer:
 
     def _hook_of(self, sae: SAE, hook: str | None) -> str:
         """The hook point an SAE belongs to, after checking that it fits this model."""
+        sae.check_residual("steering")
         recorded, model_name = sae.cfg.hook_name, sae.cfg.model_name
         if not self.lm.matches(model_name):
             raise SteersmanError(f"this SAE was trained on {model_name!r}, the model is {self.lm.name!r}")
@@ -177,6 +183,8 @@ class Steerer:
         return name
 
     def _vectors(self, vector: Any, hook: str | None) -> dict[str, Any]:
+        if isinstance(vector, list | tuple) and vector and isinstance(vector[0], SteeringVector):
+            return self._rows(vector, hook)
         if isinstance(vector, Mapping):
             if hook is not None:
                 raise SteersmanError("a mapping of vectors names its own hook points: leave out hook=")
@@ -185,14 +193,36 @@ class Steerer:
             if hook is None:
                 raise SteersmanError("name the hook point of the vector with hook=, such as 'blocks.2.hook_resid_post'")
             return {self.lm.resolve_hook(hook): vector}
-        if not hasattr(vector, "hook_name") or not hasattr(vector, "vector"):
+        known = isinstance(vector, SteeringVector)
+        if not known and not (hasattr(vector, "hook_name") and hasattr(vector, "vector")):
             raise SteersmanError(
                 f"a vector is a tensor, a mapping of them, or has .hook_name and .vector; got {vector!r}"
             )
         model_name = getattr(vector, "model_name", "") or ""
         if not self.lm.matches(model_name):
             raise SteersmanError(f"this vector was made for {model_name!r}, the model is {self.lm.name!r}")
-        name = self.lm.resolve_hook(vector.hook_name)
-        if hook is not None and self.lm.resolve_hook(hook) != name:
-            raise SteersmanError(f"this vector was made at {vector.hook_name!r}, not at {hook!r}")
-        return {name: vector.vector}
+        kind, own = getattr(vector, "metadata", {}).get("model_type"), getattr(self.lm.config, "model_type", "")
+        if kind and own and kind != own:
+            raise SteersmanError(f"this vector was made for a model of type {kind!r}, {self.lm.name!r} is {own!r}")
+        parts = vector.directions if known else {vector.hook_name: vector.vector}
+        found = {self.lm.resolve_hook(name): v for name, v in parts.items()}
+        if hook is not None and list(found) != [self.lm.resolve_hook(hook)]:
+            made = ", ".join(map(repr, parts))
+            raise SteersmanError(f"this vector was made at {made}, not at {hook!r}")
+        return found
+
+    def _rows(self, vectors: Sequence[Any], hook: str | None) -> dict[str, Tensor]:
+        """Several vectors, one per row of the batch: [B, D] at each hook point."""
+        for i, v in enumerate(vectors):
+            if not isinstance(v, SteeringVector) or v.positions is not None:
+                raise SteersmanError(
+                    f"row {i} of a list of vectors must be a SteeringVector with one direction for all positions"
+                )
+        found = [self._vectors(v, hook) for v in vectors]
+        names = list(dict.fromkeys(name for parts in found for name in parts))
+        for name in names:
+            widths = sorted({len(parts[name]) for parts in found if name in parts})
+            if len(widths) > 1:
+                raise SteersmanError(f"vectors of different widths at {name}: {' and '.join(map(str, widths))}")
+        width = {name: len(next(parts[name] for parts in found if name in parts)) for name in names}
+        return {n: torch.stack([parts.get(n, torch.zeros(width[n])) for parts in found]) for n in names}

@@ -11,7 +11,7 @@ from tiny_models import toy_sae, with_text
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.steer import SteerConfig, Steerer, parse_features, steer_and_compare
-from steersman.steer.compare import distinct, repetition_rate, token_kl, token_nll
+from steersman.steer.measures import distinct, repetition_rate, token_kl, token_nll
 
 CONFIG = SteerConfig(
     model="m", sae="s", feature=("3=6", "8=-2"), prompt=("w5 w6 w7", "w9"), units="raw", max_new_tokens=6

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import make_sae
 from tiny_models import D, toy_sae, with_text
 from torch import Tensor
 
@@ -199,3 +200,39 @@ def test_wrong_vectors() -> None:
 def test_feature_rows() -> None:
     assert feature_rows({3: 1}) == [{3: 1.0}]
     assert feature_rows([{3: 1}, {}]) == [{3: 1.0}, {}]
+
+
+@pytest.mark.parametrize("input_norm", ["layer_norm", "constant_norm"])
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_directions_of_a_normalised_sae_have_the_scale_of_the_token(
+    lm: LanguageModel, activation: str, input_norm: str
+) -> None:
+    sae = make_sae(activation, d_in=D, input_norm=input_norm, hook_name=HOOK)
+    h = states(lm)[:, 1:]
+    j = int((sae.encode(h) > 0).float().mean((0, 1)).argmax())
+    d, f, scale = sae.W_dec[j].detach(), sae.encode(h)[..., j, None], sae.token_scale(h.reshape(-1, D))
+    assert scale is not None
+    scale = scale.view(*h.shape[:-1], 1)
+    steerer = Steerer(lm)
+    for mode, coefficient in {"add": 2.0, "clamp": 2.0 - f, "floor": (2.0 - f).relu(), "scale": f}.items():
+        got = states(lm, steerer.features(sae, {j: 2.0}, mode=mode))[:, 1:]
+        torch.testing.assert_close(got, h + coefficient * scale * d, rtol=1e-5, atol=1e-5)
+    # Decoding the edited code gives the same change as editing the state.
+    edited = sae.encode(h)
+    edited[..., j] = 2.0
+    change = sae.decode(edited, like=h) - sae.decode(sae.encode(h), like=h)
+    torch.testing.assert_close(
+        states(lm, steerer.features(sae, {j: 2.0}, mode="clamp"))[:, 1:], h + change, rtol=1e-4, atol=1e-4
+    )
+    sae.feature_stats = stats()
+    with pytest.raises(SteersmanError, match="scales them per token"):
+        steerer.features(sae, {j: 1.0}, units="norm_frac")
+
+
+def test_what_cannot_steer_says_so(lm: LanguageModel) -> None:
+    transcoder = make_sae("relu", d_in=D, transcoder=True, hook_name="blocks.1.hook_mlp_in", hook_name_out=HOOK)
+    with pytest.raises(SteersmanError, match="steering needs an SAE that writes where it reads; this is a transcoder"):
+        Steerer(lm).features(transcoder, {0: 1.0})
+    heads = make_sae("relu", d_in=D, reshape_heads=True, hook_name="blocks.1.attn.hook_z")
+    with pytest.raises(SteersmanError, match="steering works on hidden states; this SAE reads blocks.1.attn.hook_z"):
+        Steerer(lm).features(heads, {0: 1.0})

@@ -1,0 +1,92 @@
+"""Coefficients by what they do: gradient descent on the steered loss plus L1.
+
+From a matching pursuit of 2k features, minimise over c
+
+    mean over tokens of KL(p_v || p_c) + l1 |c|_1 / |v|
+
+with p_v and p_c the model's next-token distributions steered by v and by W_dec^T c. Adam on the first term, a proximal
+step (soft threshold) for the second; after two thirds of the steps the k largest coefficients are kept and the penalty
+is dropped. So a feature stays for what it does to the model's output, not for the length it explains: arXiv 2411.08790
+asks of a decomposition that steering with it does what steering with v does.
+
+Shape letters: D width, M features, B texts, S tokens, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
+from steersman.steer.decompose.omp import matching_pursuit
+from steersman.steer.decompose.task import Task
+from steersman.steer.decompose.terms import Terms, largest
+from steersman.steer.steerer import Steerer
+
+L1, STEPS, RATE = 0.01, 60, 0.03
+_TOKENS = 128  # of each text
+
+
+def behaviour(task: Task) -> list[Terms]:
+    """Refined coefficients of every vector, at most k, largest first."""
+    if task.lm is None or not task.texts:
+        raise SteersmanError("method 'behaviour' needs the model and texts to compare on: give lm= and texts=")
+    return [_refine(task, task.lm, v) for v in task.vectors]
+
+
+def _refine(task: Task, lm: LanguageModel, v: Tensor) -> Terms:
+    config, atoms = task.config, task.atoms
+    assert config.k is not None
+    start = matching_pursuit(v[None], atoms, min(2 * config.k, len(v)))[0]
+    directions = atoms.unit(start.features).float().to(lm.device)
+    size, a = float(v.norm()), config.scale or 1.0
+    steps, l1 = config.steps or STEPS, L1 if config.l1 is None else config.l1
+    batch = lm.encode(list(task.texts), max_length=min(_TOKENS, lm.context_length or _TOKENS))
+    match = _Match(lm, task.hook, batch, a * v.float().to(lm.device))
+    c = (start.coefficients / size).float().to(lm.device).requires_grad_()
+    optimizer = torch.optim.Adam([c], lr=RATE)
+    kept = torch.ones_like(c, dtype=torch.bool)
+    first = last = 0.0
+    for step in range(steps):
+        shrinking = step < 2 * steps // 3
+        with torch.enable_grad():
+            loss = match.divergence(a * size * (c * kept) @ directions)
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        last = float(loss.detach())
+        first = last if step == 0 else first
+        with torch.no_grad():
+            if shrinking:
+                c.copy_(c.sign() * (c.abs() - RATE * l1).clamp_min(0))
+            elif step == 2 * steps // 3:
+                kept = torch.zeros_like(kept)
+                kept[largest(c.detach(), config.k)] = True
+            c.mul_(kept)
+    values = c.detach().double().to(v.device) * size
+    order = largest(values, config.k)
+    details = {"kl_at_start": first, "kl_at_end": last, "l1": l1}
+    return Terms(features=start.features[order], coefficients=values[order], details=details)
+
+
+class _Match:
+    """KL(p_v || p_c) on fixed texts, differentiable in the vector of c."""
+
+    def __init__(self, lm: LanguageModel, hook: str, batch: Any, v: Tensor) -> None:
+        self.lm, self.hook, self.batch = lm, hook, batch
+        self.real = batch.attention_mask.bool().clone()
+        self.real[:, 0] &= batch.input_ids[:, 0] != lm.bos_token_id if lm.bos_token_id is not None else True
+        with torch.no_grad():
+            self.target = self._logp(v)
+
+    def _logp(self, vector: Tensor) -> Tensor:
+        """[n, V] log probabilities at every real token, steered by `vector` [D]."""
+        with Steerer(self.lm).vector(vector, hook=self.hook):
+            # not lm.logits, which takes no gradient
+            output = self.lm.model(input_ids=self.batch.input_ids, attention_mask=self.batch.attention_mask)
+        return output.logits[self.real].float().log_softmax(-1)
+
+    def divergence(self, vector: Tensor) -> Tensor:
+        """Mean KL in nats per token."""
+        return (self.target.exp() * (self.target - self._logp(vector))).sum(-1).mean()

@@ -1,0 +1,399 @@
+"""`EffectMap`: what any steering vector does to an SAE's features, and the vector that does what is asked for.
+
+SAE-TS (arXiv 2411.02193). The effect of the unit vector x is y = x M + b. The vector for target weights t is
+
+    s = M t / |M t| - bias_weight M b / |M b|,
+
+the limit of large mu of the ridge solution
+
+    x(mu) = (M M^T + mu I)^-1 M (c t - bias_weight b),    c = |M b| / |M t|,
+
+whose other end, mu = 0, is the pseudo-inverse: the vector whose predicted effect is nearest to c t, noise and all.
+
+Shape letters: D width, L latents.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steersman.errors import SteersmanError
+from steersman.sae import SAE
+from steersman.steer.effect_fit import LinearFit, adam_fit, check_enough, ridge_fit, score
+from steersman.steer.effect_vectors import unit_rows
+from steersman.steer.effects_folder import Baseline, Effects, sae_identity
+from steersman.steer.vector import SteeringVector
+
+WEAK = 2.0
+"""Signal below which a column of M is taken for noise; see `LinearFit.signal`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EffectMap:
+    """y = x M + b, from unit vectors at a hook point to the features of one SAE."""
+
+    M: Tensor
+    """[D, L] fp32."""
+    b: Tensor
+    """[L] fp32: the effect that steering has in whatever direction."""
+    signal: Tensor
+    """[L] fp32: strength of each column of M against what noise alone would give it: near 1 without any."""
+    noise: Tensor
+    """[L] fp32: standard deviation of the residuals."""
+    r2: Tensor
+    """[L] fp32: R2 on vectors that were held out; NaN where nothing was, or where a feature never moved."""
+    ceiling: Tensor
+    """[L] fp32: the R2 that exact expected effects would have, given the sampling noise of the measurement."""
+    baseline: Baseline
+    """The unsteered averages, their standard errors, and the median norm of the states."""
+    model_name: str
+    """The model."""
+    hook_name: str
+    """Hook point that vectors are added at."""
+    sae: Mapping[str, Any]
+    """The SAE whose features these are: see `sae_identity`."""
+    provenance: Mapping[str, Any]
+    """How it was measured and fitted, and its overall scores."""
+
+    @classmethod
+    def fit(
+        cls,
+        effects: Effects,
+        *,
+        method: str = "closed",
+        ridge: float | None = None,
+        heldout: float = 0.1,
+        seed: int = 0,
+        **adam: Any,
+    ) -> "EffectMap":
+        """Fit a map to measured effects; vectors whose scale was not reached are left out.
+
+        `method`: `closed` (ridge regression; `ridge` None chooses by generalised cross-validation) or `adam` (with
+        `lr`, `epochs` and `batch_size`). The share `heldout` of the vectors is kept for the scores and takes no part in
+        the fit. Raises SteersmanError for too few vectors for the map's width.
+        """
+        if method not in ("closed", "adam"):
+            raise SteersmanError(f"unknown method {method!r}: use 'closed' or 'adam'")
+        if adam and method != "adam":
+            raise SteersmanError(f"{', '.join(adam)} are settings of method='adam'")
+        if not 0 <= heldout < 1:
+            raise SteersmanError(f"heldout is a share of the vectors, from 0 to below 1, got {heldout}")
+        reached = effects.column("reached")
+        used = reached.nonzero()[:, 0]
+        order = torch.randperm(len(used), generator=torch.Generator().manual_seed(seed))
+        test = torch.zeros(len(reached), dtype=torch.bool)
+        test[used[order[: round(heldout * len(used))]]] = True
+        train = reached & ~test
+
+        def rows(chosen: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            start = 0
+            for shard in effects.iterate():
+                keep = chosen[start : start + len(shard.vectors)]
+                start += len(keep)
+                if bool(keep.any()):
+                    yield shard.vectors[keep], shard.effect[keep], shard.standard_error[keep]
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            return ((x, y) for x, y, _ in rows(train))
+
+        width = next(iter(effects.iterate())).vectors.shape[1]
+        check_enough(int(train.sum()), width, ridge)
+        fitted = ridge_fit(pairs(), ridge, torch.float32) if method == "closed" else adam_fit(pairs, seed=seed, **adam)
+        scored = score(fitted.M, fitted.b, rows(test))
+        notes = {
+            "method": method,
+            "ridge": fitted.ridge,
+            "n_vectors": int(train.sum()),
+            "n_heldout": int(test.sum()),
+            "n_not_reached": int((~reached).sum()),
+            "r2": scored.total if bool(test.any()) else None,
+            "r2_ceiling": scored.total_ceiling if bool(test.any()) else None,
+            "median_scale": float(effects.column("scale")[train].median()),
+            "seed": seed,
+            "vectors_hash": effects.manifest.vectors_hash,
+            "effects": effects.manifest.settings,
+        }
+        return cls.of(fitted, effects, notes, scored.r2, scored.ceiling)
+
+    @classmethod
+    def of(cls, fitted: LinearFit, effects: Effects, notes: dict[str, Any], r2: Tensor, ceiling: Tensor) -> "EffectMap":
+        """The map of a fit."""
+        manifest = effects.manifest
+        return cls(
+            M=fitted.M.float(),
+            b=fitted.b.float(),
+            signal=fitted.signal,
+            noise=fitted.noise,
+            r2=r2,
+            ceiling=ceiling,
+            baseline=effects.baseline,
+            model_name=manifest.model_name,
+            hook_name=manifest.hook_name,
+            sae=manifest.sae,
+            provenance=notes,
+        )
+
+    @property
+    def d_in(self) -> int:
+        """D."""
+        return self.M.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        """L."""
+        return self.M.shape[1]
+
+    @property
+    def median_scale(self) -> float:
+        """The median scale that the vectors were measured at: a place to start from when steering."""
+        return float(self.provenance.get("median_scale", 1.0))
+
+    def __repr__(self) -> str:
+        r2 = self.provenance.get("r2")
+        held = "" if r2 is None else f", held-out R2 {r2:.3f}"
+        return f"EffectMap({self.d_in} -> {self.d_sae} features at {self.hook_name} of {self.model_name}{held})"
+
+    # What it predicts
+
+    def check_sae(self, sae: SAE) -> None:
+        """Raise SteersmanError unless `sae` is the one whose features this map is of."""
+        found, wanted = sae_identity(sae), self.sae
+        if found["hash"] != wanted["hash"]:
+            differences = [f"{k} {wanted[k]!r} there, {found[k]!r} here" for k in found if found[k] != wanted.get(k)]
+            raise SteersmanError(f"this effect map was made with another SAE: {', '.join(differences)}")
+
+    def direction(self, vector: Any) -> Tensor:
+        """A vector [D] or `SteeringVector` as a unit direction. Raises SteersmanError for another width, model or hook
+        point, and for a zero vector."""
+        name, hook = getattr(vector, "model_name", ""), getattr(vector, "hook_name", self.hook_name)
+        if name and self.model_name and _plain(name) != _plain(self.model_name):
+            raise SteersmanError(f"this vector was made for {name!r}, the effect map is of {self.model_name!r}")
+        if hook != self.hook_name:
+            raise SteersmanError(f"this vector was made at {hook!r}, the effect map at {self.hook_name!r}")
+        x = torch.as_tensor(getattr(vector, "vector", vector)).detach().float().cpu()
+        if x.shape[-1:] != (self.d_in,) or x.ndim > 2:
+            raise SteersmanError(f"a vector of shape {tuple(x.shape)} does not fit an effect map of width {self.d_in}")
+        if not bool(x.isfinite().all()) or not bool((x.norm(dim=-1) > 0).all()):
+            raise SteersmanError("the vector is zero or not finite: it has no direction")
+        return unit_rows(x)
+
+    def predict(self, vector: Any) -> Tensor:
+        """The effect [L] of a vector (or [n, L] of n rows), at the scale the map was measured at."""
+        return self.direction(vector) @ self.M + self.b
+
+    # What brings an effect about
+
+    def targets(self, targets: Any, min_signal: float = WEAK) -> Tensor:
+        """Target weights as t [L] float64: from {feature: weight}, one feature, several of weight 1, or a tensor [L].
+
+        Raises SteersmanError for an id out of range, for no target at all, and for one whose column of M is weaker
+        than `min_signal` times noise.
+        """
+        weights = _weights(targets, self.d_sae)
+        t = torch.zeros(self.d_sae, dtype=torch.float64)
+        for feature, weight in weights.items():
+            if not 0 <= feature < self.d_sae:
+                raise SteersmanError(f"feature {feature} is out of range: this map has features 0 to {self.d_sae - 1}")
+            if not math.isfinite(weight):
+                raise SteersmanError(f"the weight of feature {feature} must be finite, got {weight}")
+            t[feature] = weight
+        if not bool(t.any()):
+            raise SteersmanError("no target: give at least one feature with a weight that is not 0")
+        weak = [j for j in t.nonzero()[:, 0].tolist() if not float(self.signal[j]) >= min_signal]
+        if weak:
+            shown = ", ".join(f"{j} ({float(self.signal[j]):.2g} times noise)" for j in weak[:5])
+            raise SteersmanError(
+                f"the effect map holds no signal for feature {shown}; {min_signal:g} is asked for: choose another "
+                "feature, measure more rollouts or vectors, use the rotation, or lower min_signal"
+            )
+        return t
+
+    @cached_property
+    def _gram(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [D] and eigenvectors [D, D] of M M^T, float64."""
+        gram = torch.zeros(self.d_in, self.d_in, dtype=torch.float64)
+        for start in range(0, self.d_sae, 2048):
+            part = self.M[:, start : start + 2048].double()
+            gram.addmm_(part, part.T)
+        w, Q = torch.linalg.eigh(gram)
+        return w.clamp_min(0), Q
+
+    @property
+    def ridge_unit(self) -> float:
+        """The mean eigenvalue of M M^T: what `ridge` in `solve` is large or small against."""
+        return float(self.M.double().square().sum()) / self.d_in
+
+    def _times(self, t: Tensor) -> Tensor:
+        """M t [D] float64, in pieces."""
+        total = torch.zeros(self.d_in, dtype=torch.float64)
+        for start in range(0, self.d_sae, 2048):
+            part = slice(start, start + 2048)
+            total += self.M[:, part].double() @ t[part]
+        return total
+
+    def solve(
+        self,
+        targets: Any,
+        *,
+        ridge: float = math.inf,
+        bias_weight: float = 1.0,
+        min_signal: float = WEAK,
+    ) -> SteeringVector:
+        """The unit vector that raises the target features and as little else as `ridge` allows.
+
+        `ridge` is mu in the page's formulas: infinite is SAE-TS, 0 the pseudo-inverse; `ridge_unit` is the scale
+        between. `bias_weight` is the share of the general effect b that is worked against. Raises SteersmanError for
+        targets as `targets` does.
+        """
+        if math.isnan(ridge) or ridge < 0:
+            raise SteersmanError(f"ridge must be 0 or more (infinity is SAE-TS), got {ridge}")
+        t = self.targets(targets, min_signal)
+        b = self.b.double()
+        Mt, Mb = self._times(t), self._times(b)
+        if not float(Mt.norm()) > 0:
+            raise SteersmanError("the effects of the targets cancel: no direction raises them all")
+        if math.isinf(ridge):
+            x = Mt / Mt.norm()
+            x = x - bias_weight * Mb / Mb.norm() if float(Mb.norm()) > 0 else x
+        else:
+            c = float(Mb.norm() / Mt.norm()) or 1.0
+            w, Q = self._gram
+            small = w + ridge <= float(w.max()) * len(w) * torch.finfo(torch.float32).eps
+            inverse = torch.where(small, torch.zeros_like(w), 1 / (w + ridge).clamp_min(1e-300))
+            x = Q @ (inverse * (Q.T @ (c * Mt - bias_weight * Mb)))
+        if not float(x.norm()) > 0:
+            raise SteersmanError("the target's direction and that of the bias cancel: lower bias_weight")
+        method = "sae_ts" if math.isinf(ridge) else "pseudo_inverse" if ridge == 0 else "sae_ts_ridge"
+        return self._vector(x, t, method, ridge="inf" if math.isinf(ridge) else ridge, bias_weight=bias_weight)
+
+    def _vector(self, x: Tensor, t: Tensor, method: str, **notes: Any) -> SteeringVector:
+        nonzero = t.nonzero()[:, 0].tolist()
+        largest = sorted(nonzero, key=lambda j: -abs(float(t[j])))[:64]
+        metadata = {
+            "targets": {str(j): float(t[j]) for j in largest},
+            "n_targets": len(nonzero),
+            **notes,
+            "median_scale": self.median_scale,
+            "sae": dict(self.sae),
+        }
+        return SteeringVector.of(
+            (x / x.norm()).float(),
+            hook_name=self.hook_name,
+            model_name=self.model_name,
+            method=method,
+            metadata=metadata,
+        )
+
+    # The rotation
+
+    def rotation(self, sae: SAE, min_signal: float = WEAK) -> Tensor:
+        """R [D, D] float64, the rotation that brings decoder directions nearest to the vectors that write them: R d_j.
+
+        With unit columns m_j of M and unit rows d_j of W_dec, sum_j m_j d_j^T = U S V^T and R = U V^T, which maximises
+        sum_j m_j . R d_j over all rotations (orthogonal Procrustes). Columns weaker than `min_signal` times noise are
+        left out. (The authors' code applies the transpose of R.) Raises SteersmanError for another SAE than the map's.
+        """
+        self.check_sae(sae)
+        good = (self.signal >= min_signal).nonzero()[:, 0]
+        if len(good) < self.d_in:
+            raise SteersmanError(
+                f"only {len(good)} features have a signal of at least {min_signal:g} times noise: too few for a "
+                f"rotation of width {self.d_in}; lower min_signal or measure more"
+            )
+        W = sae.W_dec.detach().double().cpu()
+        total = torch.zeros(self.d_in, self.d_in, dtype=torch.float64)
+        for part in good.split(2048):
+            total.addmm_(unit_rows(self.M[:, part].T.double()).T, unit_rows(W[part]))
+        U, _, Vh = torch.linalg.svd(total)
+        return U @ Vh
+
+    def solve_rotated(
+        self, targets: Any, sae: SAE, *, of: SAE | None = None, min_signal: float = WEAK
+    ) -> SteeringVector:
+        """R applied to the targets' decoder directions: for features that the map itself never measured well.
+
+        `of` is the SAE that the targets' ids belong to, where it is not the map's: any SAE at the map's hook point.
+        """
+        source = sae if of is None else of
+        weights = _weights(targets, source.cfg.d_sae)
+        for feature in weights:
+            source.check_feature(feature)
+        if source.cfg.d_in != self.d_in:
+            raise SteersmanError(f"the SAE has d_in {source.cfg.d_in}, the effect map has width {self.d_in}")
+        t = torch.zeros(source.cfg.d_sae, dtype=torch.float64)
+        for feature, weight in weights.items():
+            t[feature] = weight
+        x = t @ unit_rows(source.W_dec.detach().double().cpu())
+        if not float(x.norm()) > 0:
+            raise SteersmanError("no target: give at least one feature with a weight that is not 0")
+        notes = {} if of is None else {"targets_of": sae_identity(of)}
+        return self._vector(self.rotation(sae, min_signal) @ x, t, "sae_ts_rotation", **notes)
+
+    def verify(self, lm: Any, sae: SAE, vector: Any, targets: Any = None, **options: Any) -> Any:
+        """Steer with a vector, measure what it does and compare with what the map predicts: see `verify_effect`."""
+        from steersman.steer.effect_verify import verify_effect
+
+        return verify_effect(self, lm, sae, vector, targets, **options)
+
+    # What is known of it
+
+    def to_text(self) -> str:
+        """What it was fitted to and how well it predicts, in a few lines."""
+        p, known = self.provenance, self.r2.isfinite()
+        lines = [repr(self)]
+        lines.append(f"fitted ({p['method']}, ridge {p['ridge']:.3g}) to {p['n_vectors']} vectors")
+        if p.get("r2") is not None:
+            median = float(self.r2[known].median()) if bool(known.any()) else float("nan")
+            lines.append(
+                f"held out, {p['n_heldout']} vectors: R2 {p['r2']:.3f} over all features (exact expected effects would "
+                f"have {p['r2_ceiling']:.3f}), median over features {median:.3f}"
+            )
+        lines.append(
+            f"{int((self.signal >= WEAK).sum())} of {self.d_sae} features with a signal above {WEAK:g} x noise"
+        )
+        return "\n".join(lines)
+
+    def with_provenance(self, **notes: Any) -> "EffectMap":
+        """The same map with further notes."""
+        return replace(self, provenance={**self.provenance, **notes})
+
+    # Files
+
+    def save(self, path: str | Path) -> None:
+        """Write it as one safetensors file with a JSON header, atomically."""
+        from steersman.steer.effect_map_file import write
+
+        write(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "EffectMap":
+        """Read a file that `save` wrote, or the map in a folder of `steersman effects`. Raises SteersmanError, naming
+        the file, when it is not one."""
+        from steersman.steer.effect_map_file import read
+
+        return read(Path(path))
+
+
+def _plain(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def _weights(targets: Any, d_sae: int) -> dict[int, float]:
+    """Target weights by feature, from what a user writes."""
+    if isinstance(targets, Mapping):
+        return {int(j): float(w) for j, w in targets.items()}
+    if isinstance(targets, Tensor):
+        if targets.shape != (d_sae,):
+            raise SteersmanError(f"target weights must be [{d_sae}], one for each feature, got {tuple(targets.shape)}")
+        return {int(j): float(targets[j]) for j in targets.nonzero()[:, 0]}
+    if isinstance(targets, int):
+        return {targets: 1.0}
+    if isinstance(targets, Sequence) and not isinstance(targets, str):
+        return {int(j): 1.0 for j in targets}
+    raise SteersmanError(f"targets are {{feature: weight}}, feature ids or a tensor [{d_sae}], got {targets!r}")

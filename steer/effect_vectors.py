@@ -1,0 +1,101 @@
+"""The vectors whose effects are measured: unit directions, made from one seed (arXiv 2411.02193, sec. 3).
+
+| kind | direction |
+|---|---|
+| `decoder` | d_j / |d_j| for rows j drawn without replacement |
+| `pairs` | w d_i / |d_i| + (1 - w) d_j / |d_j|, w uniform on [0, 1), two different rows; then unit norm |
+| `random` | uniform on the sphere |
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
+from steersman.sae import SAE
+from steersman.steer.effect_config import EffectsConfig
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """The rows of x [n, D] with norm 1."""
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def usable_rows(sae: SAE) -> Tensor:
+    """Ids [n] of the features whose decoder rows are directions: not zero and, where that is known, not dead."""
+    usable = sae.W_dec.detach().cpu().norm(dim=1) > 0
+    if sae.feature_stats is not None:
+        usable &= sae.feature_stats.max_act.cpu() > 0
+    return usable.nonzero()[:, 0]
+
+
+def make_vectors(config: EffectsConfig, sae: SAE, width: int) -> Tensor:
+    """Unit vectors [n, D] fp32 on the CPU, as `config` asks. Raises SteersmanError where the SAE has too few rows."""
+    g = torch.Generator().manual_seed(config.seed)
+    n = config.n_vectors
+    if config.vectors == "random":
+        return unit_rows(torch.randn(8 * width if n is None else n, width, generator=g))
+    if sae.cfg.d_in != width:
+        raise SteersmanError(f"decoder rows have width {sae.cfg.d_in}, the hook point to steer at has {width}")
+    ids = usable_rows(sae)
+    rows = unit_rows(sae.W_dec.detach().float().cpu()[ids])
+    if len(ids) < 2:
+        raise SteersmanError("this SAE has fewer than two living features: use vectors='random'")
+    if config.vectors == "decoder":
+        n = len(ids) if n is None else n
+        if n > len(ids):
+            raise SteersmanError(
+                f"n_vectors {n} is more than the {len(ids)} living features of the SAE: ask for fewer, or use "
+                "vectors='pairs' or 'random'"
+            )
+        return rows[torch.randperm(len(ids), generator=g)[:n]]
+    n = 8 * width if n is None else n
+    first = torch.randint(len(ids), (n,), generator=g)
+    second = (first + torch.randint(1, len(ids), (n,), generator=g)) % len(ids)
+    w = torch.rand(n, 1, generator=g)
+    return unit_rows(w * rows[first] + (1 - w) * rows[second])
+
+
+def given_vectors(given: Any, lm: LanguageModel, hook: str) -> Tensor:
+    """Vectors from the caller, [n, D] or a sequence of `SteeringVector`, as unit rows [n, D] fp32 on the CPU.
+
+    Raises SteersmanError for one of another width, model or hook point, one that is zero, and one that is not finite.
+    """
+    width = lm.hook_width(hook)
+    if isinstance(given, Tensor):
+        x = given.detach().float().cpu()
+        if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] != width:
+            raise SteersmanError(f"vectors must be [n, {width}] for {hook} of {lm.name}, got {tuple(x.shape)}")
+    else:
+        x = torch.stack([vector_at(v, lm, hook) for v in _sequence(given)])
+    if not bool(x.isfinite().all()):
+        raise SteersmanError("the vectors hold NaN or infinite values")
+    zero = (x.norm(dim=1) == 0).nonzero()[:, 0]
+    if len(zero):
+        raise SteersmanError(f"vector {int(zero[0])} of {len(x)} is zero: it has no direction")
+    return unit_rows(x)
+
+
+def _sequence(given: Any) -> Sequence[Any]:
+    found = list(given) if isinstance(given, Iterable) else [given]
+    if not found:
+        raise SteersmanError("no vectors given")
+    return found
+
+
+def vector_at(vector: Any, lm: LanguageModel, hook: str) -> Tensor:
+    """The direction [D] of a `SteeringVector` or tensor, after checking that it fits `hook` of the model."""
+    model_name, where = getattr(vector, "model_name", ""), getattr(vector, "hook_name", hook)
+    if not lm.matches(model_name or ""):
+        raise SteersmanError(f"this vector was made for {model_name!r}, the model is {lm.name!r}")
+    if lm.resolve_hook(where) != hook:
+        raise SteersmanError(f"this vector was made at {where!r}, not at {hook!r}")
+    x = torch.as_tensor(getattr(vector, "vector", vector)).detach().float().cpu()
+    if x.shape != (lm.hook_width(hook),):
+        raise SteersmanError(
+            f"a vector of shape {tuple(x.shape)} does not fit {hook} of {lm.name}: its width is {lm.hook_width(hook)}"
+        )
+    return x

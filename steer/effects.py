@@ -1,0 +1,288 @@
+"""Measuring what steering vectors do to an SAE's features: the first half of SAE-TS (arXiv 2411.02193).
+
+The main path, top to bottom: vectors, the unsteered baseline, then shard by shard a scale for each vector, texts
+sampled under many vectors at once, the average of each feature over those texts, minus the baseline.
+"""
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch import distributed as dist
+
+from steersman.errors import SteersmanError, near_names
+from steersman.lm import LanguageModel
+from steersman.progress import progress
+from steersman.sae import SAE
+from steersman.steer.effect_config import EffectsConfig
+from steersman.steer.effect_rollouts import RolloutMeter
+from steersman.steer.effect_scales import ScaleRule
+from steersman.steer.effect_vectors import given_vectors, make_vectors
+from steersman.steer.effects_folder import (
+    BASELINE,
+    MANIFEST,
+    Baseline,
+    Effects,
+    EffectShard,
+    EffectsManifest,
+    read_baseline,
+    sae_identity,
+    shard_path,
+    tensor_hash,
+    write_baseline,
+    write_tensors,
+)
+
+log = logging.getLogger(__name__)
+
+_PILOTS = 16
+"""Vectors whose scales say where the search for the others starts."""
+
+
+def collect_effects(
+    lm: LanguageModel,
+    sae: SAE,
+    texts: Iterable[str] = (),
+    config: EffectsConfig | None = None,
+    *,
+    vectors: Any = None,
+    rows_of: SAE | None = None,
+    **overrides: Any,
+) -> Effects:
+    """Measure the effect of many steering vectors on every feature of `sae`.
+
+    Under `torchrun` the shards are shared out over the ranks; the numbers, and the files, are those of one process.
+    When interrupted, the same call with the same `out` goes on after the finished shards and leaves the same bytes.
+
+    Args:
+        lm: the model.
+        sae: whose features are measured; it must record its hook point.
+        texts: held-out texts, for the scale rules `loss` and `kl`.
+        config: an `EffectsConfig`; `overrides` are fields of it, over those of `config`.
+        vectors: a kind (see `EffectsConfig.vectors`), or the vectors themselves: [n, D], or `SteeringVector`s.
+        rows_of: another SAE at the same hook point, to take decoder rows from.
+
+    Raises:
+        SteersmanError: an SAE of another model, hook point or width; vectors of another width, model or hook point,
+            zero or not finite; no held-out texts where the rule needs them; a rule that no vector reaches; a folder
+            that holds something else, or effects measured with other settings (naming them).
+    """
+    config = _config(config, {**overrides, **({"vectors": vectors} if isinstance(vectors, str) else {})})
+    read_at = check_sae_fits(lm, sae)
+    hook = read_at if config.hook is None else lm.resolve_hook(config.hook)
+    if vectors is None or isinstance(vectors, str):
+        source = sae if rows_of is None else rows_of
+        check_sae_fits(lm, source)
+        directions = make_vectors(config, source, lm.hook_width(hook))
+    else:
+        directions = given_vectors(vectors, lm, hook)
+    kept = _first_texts(texts, config) if config.needs_texts else []
+    manifest = EffectsManifest(
+        model_name=lm.name,
+        hook_name=hook,
+        sae=sae_identity(sae),
+        n_vectors=len(directions),
+        vectors_hash=tensor_hash(directions),
+        texts_hash=hashlib.sha256("\0".join(kept).encode()).hexdigest()[:16] if kept else "",
+        settings={**config.identity(), "hook": hook, "vectors": config.vectors if _made(vectors) else "given"},
+    )
+    with Ranks() as ranks:
+        folder = None if config.out is None else Path(config.out)
+        if folder is None and ranks.world > 1:
+            raise SteersmanError("several processes share their work through a folder: give out=")
+        if folder is not None and ranks.first:
+            _begin(folder, manifest)
+        ranks.wait()  # the others must not look before the folder is known to be the right one
+        meter = RolloutMeter(lm, sae, hook, config)
+        return _collect(meter, directions, kept, manifest, folder, ranks)
+
+
+def _collect(
+    meter: RolloutMeter,
+    vectors: Tensor,
+    texts: list[str],
+    manifest: EffectsManifest,
+    folder: Path | None,
+    ranks: "Ranks",
+) -> Effects:
+    baseline, rule = _baseline(meter, vectors, texts, manifest, folder, ranks)
+    shards = list(enumerate(manifest.shards))
+    mine = [shard for shard in shards if shard[0] % ranks.world == ranks.rank]
+    waiting = [shard for shard in mine if folder is None or not shard_path(folder, shard[0]).is_file()]
+    total = sum(stop - start for _, (start, stop) in mine)
+    done = total - sum(stop - start for _, (start, stop) in waiting)
+    kept = []
+    options: dict[str, Any] = {"initial": done, "unit": "vector", **ranks.quiet}
+    with progress(desc="measuring effects", total=total, **options) as bar:
+        for number, (start, stop) in waiting:
+            shard = _shard(meter, rule, vectors[start:stop], start, baseline)
+            if folder is None:
+                kept.append(shard)
+            else:
+                write_tensors(shard_path(folder, number), shard._asdict(), manifest)
+            bar.update(stop - start)
+    ranks.wait()
+    effects = Effects(manifest, baseline, shards=kept) if folder is None else Effects.open(folder)
+    _check_reached(effects, meter.config, baseline)
+    return effects
+
+
+def _shard(meter: RolloutMeter, rule: ScaleRule, vectors: Tensor, first: int, baseline: Baseline) -> EffectShard:
+    """The effects of the vectors [n, D] that are the `first`-th and following."""
+    config = meter.config
+    found = rule.find(vectors, None if math.isnan(baseline.typical_scale) else baseline.typical_scale)
+    numbers = range(first, first + len(vectors))
+    averages = meter.measure(vectors, found.scale, numbers, config.rollouts, config.seed)
+    return EffectShard(
+        vectors=vectors,
+        scale=found.scale,
+        achieved=found.achieved,
+        reached=found.reached,
+        effect=(averages.mean - baseline.mean.double()).float(),
+        standard_error=averages.standard_error.float(),
+        positions=averages.positions,
+    )
+
+
+def _baseline(
+    meter: RolloutMeter,
+    vectors: Tensor,
+    texts: list[str],
+    manifest: EffectsManifest,
+    folder: Path | None,
+    ranks: "Ranks",
+) -> tuple[Baseline, ScaleRule]:
+    """The unsteered rollouts, measured by the first rank where they are not there yet; and the rule for scales."""
+
+    def rule(median_norm: float) -> ScaleRule:
+        return ScaleRule(meter.lm, meter.hook, meter.config, median_norm, texts)
+
+    if ranks.first and (folder is None or not (folder / BASELINE).is_file()):
+        averages, median_norm = meter.base()
+        found = rule(median_norm)
+        typical = found.typical(vectors[:_PILOTS]) if meter.config.needs_texts else math.nan
+        baseline = Baseline(averages.mean[0].float(), averages.standard_error[0].float(), median_norm, typical)
+        if folder is None:
+            return baseline, found
+        write_baseline(folder, baseline, manifest)
+    ranks.wait()
+    assert folder is not None
+    baseline = read_baseline(folder, manifest)
+    return baseline, rule(baseline.median_norm)
+
+
+def _check_reached(effects: Effects, config: EffectsConfig, baseline: Baseline) -> None:
+    reached = effects.column("reached")
+    if bool(reached.all()):
+        return
+    achieved = effects.column("achieved")
+    limit = config.scale_limit * baseline.median_norm
+    text = f"scale_rule {config.scale_rule!r} with target {config.target:g}"
+    if not bool(reached.any()):
+        raise SteersmanError(
+            f"{text} was reached by none of {len(reached)} vectors up to scale {limit:.4g} "
+            f"({config.scale_limit:g} x the median norm): the largest measured was "
+            f"{float(achieved.nan_to_num().max()):.3g}; lower scale_target or raise scale_limit"
+        )
+    log.warning(
+        "%s was not reached by %d of %d vectors: maps leave them out", text, int((~reached).sum()), len(reached)
+    )
+
+
+def check_sae_fits(lm: LanguageModel, sae: SAE) -> str:
+    """The hook point of an SAE, after checking that it is one of this model. Raises SteersmanError otherwise."""
+    cfg = sae.cfg
+    if not lm.matches(cfg.model_name):
+        raise SteersmanError(f"this SAE was trained on {cfg.model_name!r}, the model is {lm.name!r}")
+    if not cfg.hook_name:
+        raise SteersmanError("this SAE records no hook point: set hook_name in its configuration")
+    hook = lm.resolve_hook(cfg.hook_name)
+    if cfg.d_in != lm.hook_width(hook):
+        raise SteersmanError(f"this SAE has d_in {cfg.d_in}, but {hook} of {lm.name} has width {lm.hook_width(hook)}")
+    return hook
+
+
+def _config(config: EffectsConfig | None, overrides: dict[str, Any]) -> EffectsConfig:
+    names = [field.name for field in fields(EffectsConfig)]
+    for name in overrides:
+        if name not in names:
+            raise SteersmanError(f"unknown setting {name!r}; near it: {near_names(name, names, 3)}")
+    return replace(config or EffectsConfig(), **overrides)
+
+
+def _made(vectors: Any) -> bool:
+    return vectors is None or isinstance(vectors, str)
+
+
+def _first_texts(texts: Iterable[str], config: EffectsConfig) -> list[str]:
+    """The texts that the scale rule measures on."""
+    kept: list[str] = []
+    for text in [texts] if isinstance(texts, str) else texts:
+        if text.strip():
+            kept.append(text)
+        if len(kept) == config.heldout_texts:
+            break
+    if not kept:
+        raise SteersmanError(
+            f"scale_rule {config.scale_rule!r} measures on held-out text: give texts, or use 'norm' or 'fixed'"
+        )
+    return kept
+
+
+def _begin(folder: Path, manifest: EffectsManifest) -> None:
+    """Make the folder, or check that it was begun with the same settings."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / MANIFEST).exists():
+            if difference := EffectsManifest.load(folder).differences(manifest):
+                raise SteersmanError(
+                    f"{folder}: holds effects measured with other settings: {difference}; choose another folder, or "
+                    "delete this one"
+                )
+        elif any(child for child in folder.iterdir() if not child.name.endswith(".tmp")):
+            raise SteersmanError(f"{folder}: exists and holds no effects; choose an empty or new folder")
+        else:
+            manifest.save(folder)
+    except OSError as error:
+        raise SteersmanError(f"{folder} cannot be used for effects: {error.strerror}") from error
+
+
+class Ranks:
+    """The processes of a `torchrun` job that measure together: a gloo group while it is open, or just this process."""
+
+    def __init__(self) -> None:
+        self.world, self.rank, self._own = 1, 0, False
+
+    def __enter__(self) -> "Ranks":
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may wait as long as a shard takes
+            self._own = True
+        if dist.is_available() and dist.is_initialized():
+            self.world, self.rank = dist.get_world_size(), dist.get_rank()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._own:
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this process does what is done once."""
+        return self.rank == 0
+
+    @property
+    def quiet(self) -> dict[str, bool]:
+        """Options of a progress bar: only the first process shows one."""
+        return {} if self.first else {"disable": True}
+
+    def wait(self) -> None:
+        """Go on when all have come here."""
+        if self.world > 1:
+            dist.barrier()

@@ -1,0 +1,167 @@
+"""`evaluate_steering`: what a vector does, beside what everything simpler does.
+
+The arms of a report are always the same: `vector`; `random`, a random direction of equal norm; `diffmean`, the
+difference of the means of the examples at equal norm; `prompt`, words put before each prompt; `unsteered`. An arm that
+cannot be made says why in `missing`. Every measure is kept per prompt, so that its interval is over prompts. Half of
+the prompts (the even ones) choose an arm's scale, the other half report what it does.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
+from steersman.progress import progress
+from steersman.sae import SAE
+from steersman.steer.evaluation.config import EvaluationConfig
+from steersman.steer.evaluation.forced import as_continuations, heldout_loss, margins
+from steersman.steer.evaluation.report import ArmReport, Point, SteeringEvaluation, choose_scale
+from steersman.steer.evaluation.rollouts import Arm, Judge, Targets, roll_out, unsteered
+from steersman.steer.methods import contrast
+from steersman.steer.methods.examples import as_examples
+from steersman.steer.steerer import Steerer
+from steersman.steer.vector import SteeringVector
+
+
+def evaluate_steering(
+    lm: LanguageModel,
+    vector: SteeringVector,
+    prompts: Sequence[str],
+    *,
+    words: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    continuations: Sequence[Any] = (),
+    positive: Any = (),
+    negative: Any = (),
+    prompt_prefix: str | None = None,
+    sae: SAE | None = None,
+    features: Sequence[int] = (),
+    judge: Judge | None = None,
+    criterion: str = "",
+    config: EvaluationConfig | None = None,
+) -> SteeringEvaluation:
+    """Measure a steering vector against its baselines, with no judge unless one is given.
+
+    Args:
+        lm: the model, unsteered.
+        vector: the vector; scales multiply it.
+        prompts: what is continued; at least two, better twenty.
+        words: words that should become more frequent.
+        texts: held-out texts for the loss while steering.
+        continuations: (prompt, positive, negative) for the log-likelihood of whole continuations.
+        positive, negative: examples for the `diffmean` baseline.
+        prompt_prefix: what the prompting baseline puts before each prompt; by default the first positive example.
+        sae, features: an SAE and the features that should rise, for target rise, side effects and specificity.
+        judge, criterion: marks completions from 0 to 1.
+        config: scales, sampling and the rest.
+
+    A scale is chosen by the first of these that is measured: judge, word rate, margin of the continuations, target
+    rise; without any of them the largest scale that costs no more than `max_nll_rise`. Raises SteersmanError for empty
+    prompts and texts, a vector that is zero or does not fit the model, and an SAE of another one.
+    """
+    config = config or EvaluationConfig()
+    st = Steerer(lm)
+    prompts = _checked_texts(prompts, "prompt", least=2)
+    texts = _checked_texts(texts, "text") if texts else []
+    items = as_continuations(continuations)
+    vector.check_not_zero("its effect")
+    st.vector(vector, scope=config.scope)
+    if sae is not None:
+        st.features(sae, dict.fromkeys(features or (0,), 0.0))  # checks model, hook point, width and ids
+    elif features:
+        raise SteersmanError("features need the SAE they belong to: give sae=")
+    targets = Targets(words=tuple(words), sae=sae, features=tuple(features), judge=judge, criterion=criterion)
+
+    missing: dict[str, str] = {}
+    arms: dict[str, SteeringVector] = {"vector": vector, "random": vector.random_like(config.seed)}
+    if positive and negative:
+        other = contrast(lm, positive, negative, hook=vector.hook_names, method="diffmean", diagnostics=False)
+        arms["diffmean"] = _as_long_as(other, vector)
+    else:
+        missing["diffmean"] = "no positive and negative examples were given"
+    if prompt_prefix is None and positive:
+        prompt_prefix = as_examples(positive, "positive")[0].text.strip() + " "
+    if not prompt_prefix:
+        missing["prompt"] = "no prompt prefix and no positive examples were given"
+
+    bar = progress(total=len(arms) * len(config.steered_scales) + 1 + bool(prompt_prefix), desc="evaluating")
+
+    def measure(arm: Arm, scale: float, prefix: str = "", baseline: np.ndarray | None = None) -> Point:
+        made = roll_out(lm, prompts, arm, targets, config, prefix=prefix, baseline=baseline)
+        forced: dict[str, np.ndarray] = {}
+        if texts and not prefix:
+            forced["heldout_loss"] = heldout_loss(lm, texts, arm, config.batch_size)
+        if items:
+            shown = [_after(prefix, item) for item in items] if prefix else items
+            forced["margin"] = margins(lm, shown, arm, config.batch_size)
+        bar.update()
+        return Point(scale=scale, values=made.values, forced=forced, texts=made.texts, activations=made.activations)
+
+    with bar:
+        plain = measure(unsteered, 0.0)
+        found = {"unsteered": ArmReport(name="unsteered", points=[plain], norm=0.0)}
+        for name, v in arms.items():
+            points = [
+                measure(_steered(st, v, scale, config.scope), scale, baseline=plain.activations)
+                for scale in config.steered_scales
+            ]
+            points = sorted([plain, *points], key=lambda point: point.scale)
+            found[name] = ArmReport(name=name, points=points, norm=v.norm())
+        if prompt_prefix:
+            point = measure(unsteered, 0.0, prompt_prefix, plain.activations)
+            found["prompt"] = ArmReport(name="prompt", points=[point], norm=0.0)
+    objective = _objective(targets, bool(items))
+    chosen = {name: choose_scale(arm, plain, objective, config.max_nll_rise) for name, arm in found.items()}
+    return SteeringEvaluation(
+        model_name=lm.name,
+        vector=vector.provenance() | {"hook_names": vector.hook_names, "norm": vector.norm()},
+        prompts=prompts,
+        arms=found,
+        chosen=chosen,
+        missing=missing,
+        objective=objective,
+        prompt_prefix=prompt_prefix or "",
+        config=config,
+    )
+
+
+def _steered(st: Steerer, v: SteeringVector, scale: float, scope: str) -> Arm:
+    def arm(_rows: int) -> AbstractContextManager[Any]:
+        return st.vector(v, scale=scale, scope=scope)
+
+    return arm
+
+
+def _after(prefix: str, item: Any) -> Any:
+    return type(item)(prompt=prefix + item.prompt, positive=item.positive, negative=item.negative)
+
+
+def _as_long_as(v: SteeringVector, model: SteeringVector) -> SteeringVector:
+    """v with the norm of `model` at every hook point (per position: the largest)."""
+    parts = {
+        hook: d * (model.directions[hook].norm(dim=-1).max() / d.norm(dim=-1).max()) for hook, d in v.directions.items()
+    }
+    return SteeringVector(directions=parts, model_name=v.model_name, method=v.method, metadata=v.metadata)
+
+
+def _objective(targets: Targets, items: bool) -> str:
+    if targets.judge is not None:
+        return "judge"
+    if targets.words:
+        return "word_rate"
+    if items:
+        return "margin"
+    return "target_rise" if targets.features else "scale"
+
+
+def _checked_texts(given: Sequence[str], what: str, least: int = 1) -> list[str]:
+    found = [given] if isinstance(given, str) else list(given)
+    for i, text in enumerate(found):
+        if not isinstance(text, str) or not text.strip():
+            raise SteersmanError(f"{what} {i} is empty")
+    if len(found) < least:
+        raise SteersmanError(f"at least {least} {what}s are needed, got {len(found)}: half of them choose the scale")
+    return found

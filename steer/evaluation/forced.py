@@ -1,0 +1,98 @@
+"""Measures on given text, teacher-forced: held-out loss while steering, and whole continuations for and against.
+
+A continuation item is a prompt with a positive and a negative continuation. Its margin is log p(positive | prompt) -
+log p(negative | prompt), over all tokens of both (arXiv 2410.17245). The slope of the margin over the scale says how
+steerable the item is, and the share of items with a negative slope how many move the other way (arXiv 2407.12404).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
+from steersman.steer.evaluation.rollouts import Arm
+from steersman.steer.measures import token_nll
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuations:
+    """One prompt and two ways to go on."""
+
+    prompt: str
+    """What comes before."""
+    positive: str
+    """The continuation that steering should make likelier."""
+    negative: str
+    """The one it should make less likely."""
+
+
+def as_continuations(given: Sequence[Any]) -> list[Continuations]:
+    """From `Continuations`, mappings with their fields, or (prompt, positive, negative). Raises SteersmanError."""
+    found = []
+    for i, entry in enumerate(given):
+        if isinstance(entry, Mapping) and {"prompt", "positive", "negative"} <= set(entry):
+            entry = (entry["prompt"], entry["positive"], entry["negative"])
+        if not isinstance(entry, Continuations):
+            if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 3:
+                raise SteersmanError(f"continuation {i} must have a prompt, a positive and a negative; got {entry!r}")
+            entry = Continuations(prompt=entry[0], positive=entry[1], negative=entry[2])
+        if not entry.positive.strip() or not entry.negative.strip():
+            raise SteersmanError(f"continuation {i} is empty on one side")
+        found.append(entry)
+    return found
+
+
+@torch.no_grad()
+def heldout_loss(lm: LanguageModel, texts: Sequence[str], arm: Arm, batch_size: int) -> np.ndarray:
+    """Mean negative log-likelihood per token of each text while steering, in nats; NaN for a text of one token."""
+    losses = []
+    length = lm.context_length
+    for start in range(0, len(texts), batch_size):
+        batch = lm.encode(texts[start : start + batch_size], max_length=length)
+        with arm(len(batch.input_ids)):
+            logits = lm.logits(batch.input_ids, batch.attention_mask)
+        real = batch.attention_mask[:, 1:].bool()
+        nll = token_nll(logits, batch.input_ids).masked_fill(~real, 0.0)
+        n = real.sum(1)
+        losses += torch.where(n > 0, nll.sum(1) / n.clamp(min=1), torch.nan).tolist()
+    return np.array(losses)
+
+
+@torch.no_grad()
+def margins(lm: LanguageModel, items: Sequence[Continuations], arm: Arm, batch_size: int) -> np.ndarray:
+    """log p(positive | prompt) - log p(negative | prompt) of each item while steering, in nats."""
+    texts = [item.prompt + side for item in items for side in (item.positive, item.negative)]
+    prompts = [lm.token_ids(item.prompt, bos=True) if item.prompt else [] for item in items for _ in range(2)]
+    logp = []
+    for start in range(0, len(texts), batch_size):
+        part = texts[start : start + batch_size]
+        batch = lm.encode(part)
+        starts = []
+        for row, prompt in enumerate(prompts[start : start + batch_size]):
+            ids = batch.input_ids[row].tolist()
+            same = 0
+            while same < min(len(prompt), int(batch.lengths[row]) - 1) and ids[same] == prompt[same]:
+                same += 1
+            starts.append(max(same, 1))  # a token that holds the end of the prompt counts as the continuation's
+        first = torch.tensor(starts, device=batch.input_ids.device)[:, None]
+        with arm(len(part)):
+            logits = lm.logits(batch.input_ids, batch.attention_mask, prompt_length=first[:, 0])
+        column = torch.arange(1, batch.input_ids.shape[1], device=first.device)
+        chosen = (column >= first) & batch.attention_mask[:, 1:].bool()
+        logp += (-token_nll(logits, batch.input_ids).masked_fill(~chosen, 0.0).sum(1)).tolist()
+    return np.array(logp).reshape(-1, 2) @ np.array([1.0, -1.0])
+
+
+def slopes(scales: Sequence[float], values: np.ndarray) -> np.ndarray:
+    """Least-squares slope over the scale of each column of `values` [scales, items].
+
+    >>> slopes([0.0, 1.0, 2.0], np.array([[0.0, 5.0], [1.0, 4.0], [2.0, 3.0]])).tolist()
+    [1.0, -1.0]
+    """
+    s = np.asarray(scales, dtype=np.float64)
+    s = s - s.mean()
+    return s @ (values - values.mean(0)) / (s @ s)

@@ -1,0 +1,115 @@
+"""What predicts whether a vector will steer: do the pairs agree, and does the vector separate the examples?
+
+- `agreement`: mean cosine between the differences of two different pairs, from the unit differences d_i:
+  (|sum d_i|^2 - n) / (n (n - 1)). 1 when every pair says the same, about 0 when they say nothing in common.
+- `split_half`: cosine between the vectors made from each half of the examples.
+- `auroc`, `d_prime`: how well the vector separates the sides. Each half is projected on the vector of the OTHER half,
+  so that a vector cannot score on what it was fitted to: with fewer examples than dimensions anything separates those.
+- `pairs_right`: the share of pairs whose positive lies further along, held out in the same way.
+
+Agreement and separability are the predictors that arXiv 2505.22637 finds for steering vectors (it measures them in
+sample). N samples, D width.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LOW = {"agreement": 0.1, "split_half": 0.5, "auroc": 0.7}
+"""Below these, steering along the vector is likely to disappoint: figures to look twice at, not limits of a theory."""
+
+
+class Agreement:
+    """Streams the differences of pairs and says how much they agree."""
+
+    def __init__(self) -> None:
+        self.n, self.total = 0, torch.zeros(())
+
+    def add(self, differences: Tensor) -> None:
+        """Take in differences [n, D]; those that are zero say nothing and do not count."""
+        norm = differences.double().norm(dim=1, keepdim=True)
+        keep = norm[:, 0] > 0
+        self.n += int(keep.sum())
+        self.total = self.total + (differences[keep].double() / norm[keep]).sum(0)
+
+    def figures(self) -> dict[str, float]:
+        """`agreement`, where there are at least two pairs."""
+        if self.n < 2:
+            return {}
+        return {"agreement": (float(self.total @ self.total) - self.n) / (self.n * (self.n - 1))}
+
+
+class Projections:
+    """Samples projected on a vector and on the vectors of the two halves: two numbers are kept per sample."""
+
+    def __init__(self, direction: Tensor, halves: tuple[Tensor, Tensor] | None) -> None:
+        self.unit = (direction / direction.norm()).double()
+        self.halves = None
+        if halves is not None:
+            self.halves = torch.stack([half / half.norm() for half in halves]).double()
+        self._along: list[Tensor] = []
+        self._heldout: list[Tensor] = []
+        self._positive: list[Tensor] = []
+
+    def add(self, x: Tensor, positive: Tensor, unit: Tensor) -> None:
+        """Take in samples x [n, D], their sides [n] and their units [n] (even ones made the first half)."""
+        self._along.append(x.double() @ self.unit)
+        self._positive.append(positive)
+        if self.halves is not None:
+            both = x.double() @ self.halves.T  # [n, 2]
+            self._heldout.append(both.gather(1, 1 - (unit % 2)[:, None])[:, 0])
+
+    def figures(self, *, paired: bool) -> dict[str, Any]:
+        """All the module describes but `agreement`; held-out figures only where both halves have a vector."""
+        along, positive = torch.cat(self._along), torch.cat(self._positive)
+        found: dict[str, Any] = {"n_positive": int(positive.sum()), "n_negative": int((~positive).sum())}
+        two_sided = found["n_positive"] > 0 and found["n_negative"] > 0
+        found["heldout"] = self.halves is not None
+        if self.halves is not None:
+            found["split_half"] = float(self.halves[0] @ self.halves[1])
+            along = torch.cat(self._heldout)
+        if two_sided:
+            found["auroc"] = auroc(along[positive], along[~positive])
+            found["d_prime"] = d_prime(along[positive], along[~positive])
+        if paired:
+            found["pairs_right"] = float((along[0::2] > along[1::2]).double().mean())
+        return found
+
+
+def auroc(positive: Tensor, negative: Tensor) -> float:
+    """Share of (positive, negative) pairs that the score orders rightly, ties half.
+
+    >>> auroc(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0]))
+    0.875
+    """
+    low = np.sort(negative.numpy())
+    values = positive.numpy()
+    below, upto = np.searchsorted(low, values, "left"), np.searchsorted(low, values, "right")
+    return float((below + upto).mean() / 2 / len(low))
+
+
+def d_prime(positive: Tensor, negative: Tensor) -> float | None:
+    """Difference of the means over the root mean square of the standard deviations; None where nothing varies."""
+    if len(positive) < 2 or len(negative) < 2:
+        return None
+    spread = float(((positive.var() + negative.var()) / 2).sqrt())
+    return float(positive.mean() - negative.mean()) / spread if spread > 0 else None
+
+
+def warnings(figures: dict[str, Any]) -> list[str]:
+    """What the figures of one hook point warn of, in plain words."""
+    said = {
+        "agreement": "the pairs' differences have little in common (agreement {value:.2f}): no vector may fit all",
+        "split_half": "half of the examples gives another direction (cosine {value:.2f}): use more examples",
+        "auroc": "the vector hardly separates examples it was not made from (AUROC {value:.2f})",
+    }
+    found = []
+    for name, text in said.items():
+        value = figures.get(name)
+        if value is not None and value < LOW[name]:
+            found.append(text.format(value=value))
+    if not figures.get("heldout", True):
+        found.append("too few examples to check the vector on others than those it was made from")
+    return found

@@ -1,0 +1,25 @@
+"""`diffmean`: v = mean of all tokens of the positives - mean of all tokens of the negatives.
+
+Source: arXiv 2501.17148 (AxBench), section 3.2; there unit-normalised, here at the length of the difference.
+"""
+
+from torch import Tensor
+
+from steersman.steer.methods.base import Estimator, StreamedMethod
+
+
+class MeanDifference(Estimator):
+    """The difference of the means and nothing else."""
+
+    def direction(self) -> Tensor:
+        return self.difference()
+
+
+class DiffMean(StreamedMethod):
+    """Difference of the means over all tokens of each side."""
+
+    name = "diffmean"
+    source = "arXiv 2501.17148"
+    tokens = "all"
+    order = "sides"
+    estimator = MeanDifference

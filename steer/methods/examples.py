@@ -1,0 +1,139 @@
+"""What a vector is made from: positive and negative examples, from lists or JSONL, paired or not.
+
+An example is a text, or a prompt and an answer. In a JSONL file each line is one of
+
+    {"positive": "I love it", "negative": "I hate it"}                     a pair of texts
+    {"prompt": "Is it good?", "positive": " Yes", "negative": " No"}       a pair of answers to one prompt
+    {"text": "I love it", "label": "positive"}                             a text by itself (or true / false)
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steersman.errors import SteersmanError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One text to read the model on."""
+
+    text: str
+    """The whole text, the answer included."""
+    prompt: str = ""
+    """The beginning of the text before its answer; empty where the text has no answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Both sides. Where a method compares pairs, entry i of one belongs to entry i of the other."""
+
+    positive: list[Example]
+    """What the vector points to."""
+    negative: list[Example]
+    """What it points away from; may be empty for the methods that need none."""
+
+    def check_pairs(self, method: str) -> None:
+        """Raise SteersmanError unless there is a negative for every positive."""
+        if len(self.positive) != len(self.negative):
+            raise SteersmanError(
+                f"method {method!r} compares pairs: it needs as many negatives as positives, got "
+                f"{len(self.positive)} positives and {len(self.negative)} negatives"
+            )
+
+
+def as_examples(given: Any, side: str) -> list[Example]:
+    """Examples from texts, (prompt, answer) pairs, mappings with `text` or `prompt` and `answer`, or `Example`s.
+
+    Raises SteersmanError, naming the side and the number of the entry, for an empty text or one of another kind.
+
+    >>> as_examples(["I love it", ("Is it good?", " Yes")], "positive")[1].text
+    'Is it good? Yes'
+    """
+    if isinstance(given, str | Example | Mapping):
+        given = [given]
+    if not isinstance(given, Iterable):
+        raise SteersmanError(f"the {side} examples must be a list of texts, got {type(given).__name__}")
+    return [_example(entry, f"{side} example {i}") for i, entry in enumerate(given)]
+
+
+def _example(entry: Any, where: str) -> Example:
+    if isinstance(entry, Mapping) and "text" in entry:
+        entry = entry["text"]
+    elif isinstance(entry, Mapping) and {"prompt", "answer"} <= set(entry):
+        entry = (entry["prompt"], entry["answer"])
+    if isinstance(entry, str):
+        entry = Example(text=entry)
+    elif isinstance(entry, Sequence) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
+        if not entry[1].strip():
+            raise SteersmanError(f"{where} has an empty answer")
+        entry = Example(text=entry[0] + entry[1], prompt=entry[0])
+    if not isinstance(entry, Example):
+        raise SteersmanError(f"{where} is neither a text nor a (prompt, answer) pair: {entry!r}")
+    if not entry.text.strip():
+        raise SteersmanError(f"{where} is empty")
+    return entry
+
+
+def read_examples(path: str | Path) -> Examples:
+    """Examples from a JSONL file (see the module). Raises SteersmanError that names the file and the line."""
+    sides: dict[str, list[Example]] = {"positive": [], "negative": []}
+    for number, record in _records(Path(path)):
+        where = f"{path}: line {number}"
+        if {"positive", "negative"} <= set(record):
+            prompt = record.get("prompt")
+            for side, found in sides.items():
+                value = record[side] if prompt is None else (prompt, record[side])
+                found.append(_example(value, f"{where}, {side}:"))
+        elif {"text", "label"} <= set(record):
+            side = {True: "positive", False: "negative"}.get(record["label"], record["label"])
+            if side not in sides:
+                raise SteersmanError(f"{where}: the label must be positive or negative, got {record['label']!r}")
+            sides[side].append(_example(record["text"], f"{where}:"))
+        else:
+            raise SteersmanError(
+                f"{where} has {sorted(record)}; it needs positive and negative (with or without prompt), or text and "
+                "label"
+            )
+    return Examples(positive=sides["positive"], negative=sides["negative"])
+
+
+def _records(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise SteersmanError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SteersmanError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise SteersmanError(f"{path}: line {number} is not JSON ({error})") from error
+            if not isinstance(record, dict):
+                raise SteersmanError(f"{path}: line {number} is {type(record).__name__}, not an object with fields")
+            yield number, record
+
+
+def read_texts(path: str | Path, column: str = "text") -> list[str]:
+    """Texts from a file: the `column` of each line of a .jsonl file, or each line that is not blank of any other."""
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        texts = []
+        for number, record in _records(path):
+            if not isinstance(record.get(column), str):
+                raise SteersmanError(f"{path}: line {number} has no text in {column!r}; it has {sorted(record)}")
+            texts.append(record[column])
+    else:
+        try:
+            texts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except OSError as error:
+            raise SteersmanError(f"{path} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise SteersmanError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not texts:
+        raise SteersmanError(f"{path} holds no text")
+    return texts

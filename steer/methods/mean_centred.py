@@ -1,0 +1,19 @@
+"""`mean_centred`: v = mean(target) - mean(corpus).
+
+The positives are texts of the target, the negatives any text the model meets; nothing is contrasted with anything.
+What all states have in common, which is most of their mean, goes away. Source: arXiv 2312.03813, equation 3. The
+corpus' mean may be given directly, as {hook point: mean [D]}, in place of texts.
+"""
+
+from steersman.steer.methods.base import StreamedMethod
+from steersman.steer.methods.diffmean import MeanDifference
+
+
+class MeanCentred(StreamedMethod):
+    """Mean of the target's states less the mean of a corpus."""
+
+    name = "mean_centred"
+    source = "arXiv 2312.03813"
+    tokens = "all"
+    order = "sides"
+    estimator = MeanDifference

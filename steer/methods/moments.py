@@ -1,0 +1,102 @@
+"""Sums over samples that never keep the samples. D width, N samples."""
+
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steersman.errors import SteersmanError
+
+
+class RunningMean:
+    """Mean of samples [N, D], summed in float64."""
+
+    def __init__(self, n: int = 0, total: Tensor | None = None) -> None:
+        self.n, self.total = n, total
+
+    def add(self, x: Tensor) -> None:
+        """Take in samples [n, D]; none is fine."""
+        if len(x):
+            part = x.double().sum(0)
+            self.n, self.total = self.n + len(x), part if self.total is None else self.total + part
+
+    def merged(self, other: "RunningMean") -> "RunningMean":
+        """The mean over both sets of samples."""
+        if self.total is None or other.total is None:
+            known = self if other.total is None else other
+            return RunningMean(known.n, known.total)
+        return RunningMean(self.n + other.n, self.total + other.total)
+
+    @property
+    def mean(self) -> Tensor:
+        """[D] float64. Raises SteersmanError when there was no sample."""
+        if self.total is None:
+            raise SteersmanError("there are no examples on one side to take a mean of")
+        return self.total / self.n
+
+
+class SecondMoment:
+    """Sum of x x^T over samples, about zero: [D, D] float64."""
+
+    def __init__(self, total: Tensor | None = None) -> None:
+        self.total = total
+
+    def add(self, x: Tensor) -> None:
+        """Take in samples [n, D]."""
+        if len(x):
+            wide = x.double()
+            part = wide.T @ wide
+            self.total = part if self.total is None else self.total.add_(part)
+
+    def merged(self, other: "SecondMoment") -> "SecondMoment":
+        """The sum over both sets of samples."""
+        if self.total is None or other.total is None:
+            return SecondMoment(self.total if other.total is None else other.total)
+        return SecondMoment(self.total + other.total)
+
+    def first_component(self) -> tuple[Tensor, float]:
+        """The unit eigenvector [D] float64 of the largest eigenvalue, and that eigenvalue's share of the trace."""
+        if self.total is None or not float(self.total.trace()) > 0:
+            raise SteersmanError("the examples of each pair give the same states: there is no difference to analyse")
+        values, vectors = torch.linalg.eigh(self.total)
+        return vectors[:, -1], float(values[-1] / values.sum())
+
+
+class Spill:
+    """Samples with labels in a temporary file, for methods that go over them many times."""
+
+    def __init__(self) -> None:
+        self._files = [tempfile.TemporaryFile(prefix="steersman-")]  # noqa: SIM115 (gone when this object is)
+        self._labels: list[list[Tensor]] = [[]]
+        self.width = 0
+
+    def add(self, x: Tensor, label: Tensor) -> None:
+        """Take in samples [n, D] and their labels [n]."""
+        self.width = x.shape[1]
+        self._labels[0].append(label)
+        try:
+            self._files[0].write(np.ascontiguousarray(x.float().numpy()).tobytes())
+        except OSError as error:
+            raise SteersmanError(f"no room in {tempfile.gettempdir()} for the states: {error.strerror}") from error
+
+    def merged(self, other: "Spill") -> "Spill":
+        """Both sets of samples; the files are shared, not copied."""
+        both = Spill.__new__(Spill)
+        both._files, both._labels = self._files + other._files, self._labels + other._labels
+        both.width = self.width or other.width
+        return both
+
+    def chunks(self, rows: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
+        """Samples [n, D] fp32 and labels [n], `rows` at a time."""
+        for file, parts in zip(self._files, self._labels):
+            if not parts:
+                continue
+            labels = torch.cat(parts)
+            file.seek(0)
+            for start in range(0, len(labels), rows):
+                part = labels[start : start + rows]
+                data = bytearray(file.read(len(part) * self.width * 4))
+                yield torch.frombuffer(data, dtype=torch.float32).reshape(len(part), self.width), part
+            file.seek(0, 2)

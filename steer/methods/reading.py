@@ -1,0 +1,178 @@
+"""Reading a model's states on examples, a batch at a time: which tokens of each text count.
+
+| tokens | samples of a text |
+|---|---|
+| `all` | every token but the BOS, each a sample of its own |
+| `mean` | one: their mean |
+| `last` | one: the last token |
+| `answer` | one: the mean over the tokens of the answer |
+| `index:N` | one: the token at absolute position N (the BOS is at 0; negative N count from the end) |
+
+Shape letters: N samples, B texts of a batch, S tokens, D width.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
+from steersman.steer.methods.examples import Example, Examples
+
+TOKENS = ("all", "mean", "last", "answer", "index:N")
+
+Order = Literal["sides", "pairs", "shuffled"]
+"""`sides`: all positives, then all negatives. `pairs`: each positive followed by its negative. `shuffled`: both sides
+in one random order, two neighbours making a pair."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Samples of one batch, in the order that was asked for."""
+
+    states: dict[str, Tensor]
+    """Hook point -> [N, D] fp32 on the CPU."""
+    positive: Tensor
+    """[N] bool: from a positive example."""
+    unit: Tensor
+    """[N] int64: number of the pair (`pairs`, `shuffled`) or of the example on its side (`sides`)."""
+
+
+@dataclass(frozen=True)
+class _Item:
+    example: Example
+    positive: bool
+    unit: int
+    where: str
+
+
+def check_tokens(tokens: str) -> int | None:
+    """The N of `index:N`, None for the other choices. Raises SteersmanError for an unknown one."""
+    if tokens in TOKENS[:-1]:
+        return None
+    head, _, number = tokens.partition(":")
+    if head == "index" and number.lstrip("-").isdecimal():
+        return int(number)
+    raise SteersmanError(f"unknown tokens {tokens!r}: use one of {', '.join(TOKENS)}, such as index:-2")
+
+
+class Reader:
+    """Reads examples at hook points. It can go over them again, always in the same order."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        hooks: Sequence[str],
+        *,
+        tokens: str,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise SteersmanError(f"batch_size must be at least 1, got {batch_size}")
+        self.lm, self.hooks, self.tokens = lm, list(hooks), tokens
+        self.index = check_tokens(tokens)
+        self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
+
+    def samples(self, examples: Examples, order: Order) -> Iterator[Samples]:
+        """The samples of both sides, batch by batch. Raises SteersmanError where a state is not finite."""
+        items = self._items(examples, order)
+        step = 2 * self.batch_size if order != "sides" else self.batch_size  # never cuts a pair
+        for start in range(0, len(items), step):
+            yield self._read(items[start : start + step])
+
+    def _items(self, examples: Examples, order: Order) -> list[_Item]:
+        sides = [
+            [_Item(e, positive, i, f"{side} example {i}") for i, e in enumerate(found)]
+            for side, found, positive in (
+                ("positive", examples.positive, True),
+                ("negative", examples.negative, False),
+            )
+        ]
+        if order == "pairs":
+            return list(chain.from_iterable(zip(*sides)))
+        items = sides[0] + sides[1]
+        if order == "shuffled":
+            random.Random(self.seed).shuffle(items)
+            items = [_Item(item.example, item.positive, i // 2, item.where) for i, item in enumerate(items)]
+        return items
+
+    @torch.no_grad()
+    def _read(self, items: Sequence[_Item]) -> Samples:
+        lm = self.lm
+        batch = lm.encode([item.example.text for item in items], max_length=self.max_length)
+        longest = int(batch.lengths.argmax())
+        if lm.context_length is not None and int(batch.lengths[longest]) > lm.context_length:
+            raise SteersmanError(
+                f"{items[longest].where} has {int(batch.lengths[longest])} tokens and the context of {lm.name} is "
+                f"{lm.context_length}: shorten it or set max_length"
+            )
+        weights, sample, counts = self._weights(items, batch.lengths.tolist(), batch.input_ids.shape[1])
+        states = lm.capture(batch.input_ids, batch.attention_mask, hooks=self.hooks)
+        found = {}
+        for hook, h in states.items():
+            flat = h.flatten(0, 1)[sample.to(h.device)].float()  # [chosen tokens, D]
+            if not bool(flat.isfinite().all()):
+                bad = int((~flat.isfinite().all(1)).nonzero()[0, 0])
+                row = int(sample[bad]) // batch.input_ids.shape[1]
+                raise SteersmanError(f"{lm.name} gives NaN or infinite states at {hook} on {items[row].where}")
+            flat = flat.cpu()
+            if self.tokens != "all":
+                rows = torch.repeat_interleave(torch.arange(len(items)), counts)
+                flat = torch.zeros(len(items), flat.shape[1]).index_add_(0, rows, flat * weights[:, None])
+            found[hook] = flat
+        each = counts if self.tokens == "all" else torch.ones_like(counts)
+        return Samples(
+            states=found,
+            positive=torch.tensor([item.positive for item in items]).repeat_interleave(each),
+            unit=torch.tensor([item.unit for item in items]).repeat_interleave(each),
+        )
+
+    def _weights(self, items: Sequence[_Item], lengths: list[int], width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens to read: weight in their text's sample [n], place in the flattened batch [n], how many per text
+        [B]."""
+        places, weights, counts = [], [], []
+        for row, (item, length) in enumerate(zip(items, lengths)):
+            first, last = self._span(item, length)
+            places += [row * width + p for p in range(first, last)]
+            weights += [1.0 / (last - first)] * (last - first)
+            counts.append(last - first)
+        return torch.tensor(weights), torch.tensor(places), torch.tensor(counts)
+
+    def _span(self, item: _Item, length: int) -> tuple[int, int]:
+        """Half-open range of the absolute positions that count in a text of `length` tokens."""
+        bos = 0 if self.lm.bos_token_id is None else 1
+        if self.index is not None:
+            at = self.index if self.index >= 0 else length + self.index
+            if not 0 <= at < length:
+                raise SteersmanError(f"{item.where} has {length} tokens (BOS included), so no token {self.index}")
+            return at, at + 1
+        if length <= bos:
+            raise SteersmanError(f"{item.where} has no token besides the BOS")
+        if self.tokens == "last":
+            return length - 1, length
+        if self.tokens == "answer":
+            return min(prompt_tokens(self.lm, item.example, item.where), length - 1), length
+        return bos, length
+
+
+def prompt_tokens(lm: LanguageModel, example: Example, where: str) -> int:
+    """How many tokens of an example, the BOS included, are its prompt's alone.
+
+    A token that holds the end of the prompt and the start of the answer counts as the answer's.
+    """
+    if not example.prompt:
+        raise SteersmanError(
+            f"{where} has no answer to read: give (prompt, answer) examples, or choose tokens='last' or 'mean'"
+        )
+    whole, prompt = lm.token_ids(example.text, bos=True), lm.token_ids(example.prompt, bos=True)
+    same = 0
+    while same < min(len(whole), len(prompt)) and whole[same] == prompt[same]:
+        same += 1
+    return same

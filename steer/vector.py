@@ -1,0 +1,333 @@
+"""`SteeringVector`: a direction in the residual stream, at one hook point or several, and where it came from.
+
+A vector at several hook points is one element of the direct sum of their residual streams: it is added, scaled and
+compared as a whole, and its norm is that of all parts together. A part is [D], the same at every token, or [P, D]: row
+p is added at absolute position p only (position 0 is the beginning-of-sequence token, where there is one).
+
+Shape letters: D width, P positions.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steersman.errors import SteersmanError, near_names
+from steersman.sae import SAE
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SteeringVector:
+    """What is added to the residual stream, with its provenance. `SteeringVector.of` makes one from a tensor.
+
+    The directions are kept as they were made, in the units of the residual stream: `scale` when steering multiplies
+    them. Raises SteersmanError when a direction is not finite or has no width.
+
+    >>> v = SteeringVector.of(torch.tensor([3.0, 4.0]), hook_name="blocks.2.hook_resid_post")
+    >>> v.norm(), (2 * v).vector.tolist(), round(v.cosine(-v), 6)
+    (5.0, [6.0, 8.0], -1.0)
+    """
+
+    directions: dict[str, Tensor]
+    """Hook point -> direction, fp32 on the CPU: [D], or [P, D] for one that is added position by position."""
+    model_name: str = ""
+    """The model it belongs to; empty when unknown."""
+    method: str = ""
+    """How it was made, such as `diffmean`; empty when unknown."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Provenance: whatever JSON can hold."""
+
+    def __post_init__(self) -> None:
+        if not self.directions:
+            raise SteersmanError("a steering vector needs at least one hook point")
+        parts = {str(hook): _direction(hook, direction) for hook, direction in self.directions.items()}
+        object.__setattr__(self, "directions", parts)
+        try:
+            object.__setattr__(self, "metadata", json.loads(json.dumps(dict(self.metadata))))
+        except (TypeError, ValueError) as error:
+            raise SteersmanError(f"the metadata of a steering vector must be what JSON can hold: {error}") from None
+
+    @classmethod
+    def of(
+        cls,
+        direction: Any,
+        *,
+        hook_name: str,
+        model_name: str = "",
+        method: str = "",
+        metadata: Mapping[str, Any] | None = None,
+    ) -> "SteeringVector":
+        """A vector at one hook point from a tensor (or list) [D], or [P, D] for one added position by position."""
+        if not hook_name:
+            raise SteersmanError(
+                "name the hook point of the vector with hook_name=, such as 'blocks.2.hook_resid_post'"
+            )
+        parts = {hook_name: torch.as_tensor(direction)}
+        return cls(directions=parts, model_name=model_name, method=method, metadata=dict(metadata or {}))
+
+    @classmethod
+    def of_feature(cls, sae: SAE, feature: int, *, hook_name: str = "") -> "SteeringVector":
+        """A feature's decoder row, as it is: the vector that `Steerer.features` adds in mode `add` at strength 1."""
+        sae.check_feature(feature)
+        hook = hook_name or sae.cfg.hook_name
+        if not hook:
+            raise SteersmanError("this SAE records no hook point: name the one it was trained at with hook_name=")
+        return cls.of(
+            sae.W_dec[feature].detach(),
+            hook_name=hook,
+            model_name=sae.cfg.model_name,
+            method="feature",
+            metadata={"feature": int(feature), "d_sae": sae.cfg.d_sae},
+        )
+
+    @classmethod
+    def contrast(
+        cls, lm: Any, positive: Any, negative: Any = (), *, hook: Any, method: str = "diffmean", **options: Any
+    ) -> "SteeringVector":
+        """The vector that points from the negative examples to the positive ones, by any method of
+        `steersman.steer.methods` (actadd, caa, diffmean, mean_centred, pca, lat, probe, optimised).
+
+        `hook` is a hook point, or a list of them. Arguments, settings and errors as for `steersman.steer.contrast`.
+        """
+        from steersman.steer.methods import contrast  # which makes vectors of this class
+
+        return contrast(lm, positive, negative, hook=hook, method=method, **options)
+
+    def random_like(self, seed: int = 0) -> "SteeringVector":
+        """A random direction of the same shape and, at each hook point, the same norm: the null to compare with."""
+        generator = torch.Generator().manual_seed(seed)
+        parts = {}
+        for hook, direction in self.directions.items():
+            noise = torch.randn(direction.shape, generator=generator)
+            parts[hook] = noise * (direction.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
+        metadata = {"seed": seed, "norm_of": self.method}
+        return SteeringVector(directions=parts, model_name=self.model_name, method="random", metadata=metadata)
+
+    # What it is
+
+    @property
+    def hook_names(self) -> list[str]:
+        """Its hook points."""
+        return list(self.directions)
+
+    @property
+    def hook_name(self) -> str:
+        """Its hook point. Raises SteersmanError when there are several."""
+        if len(self.directions) > 1:
+            raise SteersmanError(
+                f"this vector has {len(self.directions)} hook points ({', '.join(self.directions)}): use .directions, "
+                "or take one with .at(hook)"
+            )
+        return next(iter(self.directions))
+
+    @property
+    def vector(self) -> Tensor:
+        """Its direction [D]. Raises SteersmanError when there are several hook points or one vector per position."""
+        direction = self.directions[self.hook_name]
+        if direction.ndim != 1:
+            raise SteersmanError(
+                f"this vector has one direction for each of {len(direction)} positions: use .directions, "
+                "or .mean_over_positions()"
+            )
+        return direction
+
+    @property
+    def positions(self) -> int | None:
+        """P when it is added position by position (the largest of its hook points), None otherwise."""
+        lengths = [len(d) for d in self.directions.values() if d.ndim == 2]
+        return max(lengths) if lengths else None
+
+    def at(self, hook: str) -> "SteeringVector":
+        """The part at one of its hook points, as a vector of its own."""
+        if hook not in self.directions:
+            near = near_names(hook, self.hook_names)
+            raise SteersmanError(f"this vector has nothing at {hook!r}; its hook points are {near}")
+        return self._with({hook: self.directions[hook]})
+
+    def mean_over_positions(self) -> "SteeringVector":
+        """The mean over positions where it is added position by position, without those that are all zero."""
+
+        def mean(direction: Tensor) -> Tensor:
+            return direction[direction.abs().sum(1) > 0].mean(0) if direction.ndim == 2 else direction
+
+        if self.positions is None:
+            return self
+        self.check_not_zero("its mean over positions")
+        return self._with({hook: mean(d) for hook, d in self.directions.items()}, mean_over_positions=self.positions)
+
+    def norm(self) -> float:
+        """The Euclidean norm of all its numbers together."""
+        return math.sqrt(self.dot(self))
+
+    def check_not_zero(self, what: str = "this") -> None:
+        """Raise SteersmanError when every number is 0, so that it has no direction."""
+        if self.norm() == 0:
+            name = f" ({self.method})" if self.method else ""
+            raise SteersmanError(f"this steering vector{name} is zero, it has no direction: {what} is not defined")
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{hook} {list(direction.shape)}" for hook, direction in self.directions.items())
+        known = f"{self.method or 'vector'} for {self.model_name or 'an unnamed model'}"
+        return f"SteeringVector({known}, {parts}, norm {self.norm():.4g})"
+
+    # Arithmetic
+
+    def _with(self, parts: dict[str, Tensor], **notes: Any) -> "SteeringVector":
+        metadata = {**self.metadata, **notes}
+        return SteeringVector(directions=parts, model_name=self.model_name, method=self.method, metadata=metadata)
+
+    def _combine(self, other: "SteeringVector", sign: float) -> "SteeringVector":
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        self._check_same_model(other)
+        parts = dict(self.directions)
+        for hook, direction in other.directions.items():
+            parts[hook] = _sum(hook, parts[hook], sign * direction) if hook in parts else sign * direction
+        word = "+" if sign > 0 else "-"
+        return SteeringVector(
+            directions=parts,
+            model_name=self.model_name or other.model_name,
+            method=f"{self.method or '?'} {word} {other.method or '?'}",
+            metadata={"operation": word, "of": [self.provenance(), other.provenance()]},
+        )
+
+    def __add__(self, other: "SteeringVector") -> "SteeringVector":
+        return self._combine(other, 1.0)
+
+    def __sub__(self, other: "SteeringVector") -> "SteeringVector":
+        return self._combine(other, -1.0)
+
+    def __mul__(self, factor: float) -> "SteeringVector":
+        if isinstance(factor, SteeringVector | str) or not math.isfinite(float(factor)):
+            raise SteersmanError(f"a steering vector is multiplied by a finite number, got {factor!r}")
+        factor = float(factor)
+        parts = {hook: factor * direction for hook, direction in self.directions.items()}
+        return self._with(parts, factor=factor * self.metadata.get("factor", 1.0))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "SteeringVector":
+        if divisor == 0:
+            raise SteersmanError("a steering vector cannot be divided by 0")
+        return self * (1.0 / divisor)
+
+    def __neg__(self) -> "SteeringVector":
+        return self * -1.0
+
+    def normalized(self) -> "SteeringVector":
+        """The vector of norm 1 in its direction. Raises SteersmanError for a zero vector."""
+        self.check_not_zero("its direction")
+        return self / self.norm()
+
+    def dot(self, other: "SteeringVector") -> float:
+        """The inner product, over the hook points of both; what one of them lacks counts as 0."""
+        self._check_same_model(other)
+        total = 0.0
+        for hook in self.directions.keys() & other.directions.keys():
+            a, b = _aligned(hook, self.directions[hook], other.directions[hook])
+            total += float((a.double() * b.double()).sum())
+        return total
+
+    def cosine(self, other: "SteeringVector") -> float:
+        """Cosine of the angle between the two. Raises SteersmanError when one is zero or they share no hook point."""
+        if not self.directions.keys() & other.directions.keys():
+            raise SteersmanError(
+                f"these vectors share no hook point: {', '.join(self.directions)} and {', '.join(other.directions)}"
+            )
+        self.check_not_zero("a cosine")
+        other.check_not_zero("a cosine")
+        return self.dot(other) / (self.norm() * other.norm())
+
+    def project(self, onto: "SteeringVector") -> "SteeringVector":
+        """The component along `onto`: (v . u / |u|^2) u. `v - v.project(u)` is what is left, orthogonal to u."""
+        onto.check_not_zero("a projection onto it")
+        part = onto * (self.dot(onto) / onto.dot(onto))
+        notes = {"operation": "project", "of": [self.provenance(), onto.provenance()]}
+        return SteeringVector(
+            directions=part.directions, model_name=part.model_name, method=self.method, metadata=notes
+        )
+
+    def _check_same_model(self, other: "SteeringVector") -> None:
+        a, b = self.model_name, other.model_name
+        if a and b and a.rstrip("/").rpartition("/")[2].lower() != b.rstrip("/").rpartition("/")[2].lower():
+            raise SteersmanError(f"these vectors belong to different models: {a!r} and {b!r}")
+
+    # Use
+
+    def apply(self, where: Any, *, scale: Any = 1.0, **options: Any) -> Any:
+        """The steering context of this vector for a `Steerer` or a `LanguageModel`: see `Steerer.vector`."""
+        from steersman.steer.steerer import Steerer  # which takes vectors itself
+
+        steerer = where if isinstance(where, Steerer) else Steerer(where)
+        return steerer.vector(self, scale=scale, **options)
+
+    def calibrate(self, st: Any, *, texts: Any = None, **options: Any) -> "SteeringVector":
+        """This vector times the scale at which steering costs a budget, such as `target_kl=0.5` (nats per token).
+
+        `st` is a `Steerer` or a `LanguageModel`; budgets and settings as for `steersman.steer.calibrate`, whose record
+        is in the result's metadata. Raises SteersmanError when no scale meets the budget; a search that ran out of
+        evaluations is only logged, and recorded as `converged: false`.
+        """
+        from steersman.steer.calibrate import calibrate, refuse_unmet
+
+        return refuse_unmet(calibrate(self, st, texts=texts, **options))
+
+    # Files
+
+    def provenance(self) -> dict[str, Any]:
+        """What is known about it besides its numbers, as JSON can hold it."""
+        return {"model_name": self.model_name, "method": self.method, "metadata": self.metadata}
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a file, atomically: safetensors with its provenance, or a GGUF control vector for `.gguf`."""
+        self._format(Path(path))[0](self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SteeringVector":
+        """Read a file that `save` wrote, or a GGUF control vector. Raises a one-line SteersmanError that names it."""
+        return cls._format(Path(path))[1](Path(path))
+
+    @staticmethod
+    def _format(path: Path) -> tuple[Callable[..., None], Callable[[Path], "SteeringVector"]]:
+        from steersman.steer import vector_file
+
+        return vector_file.writer_and_reader(path)
+
+
+def _direction(hook: str, given: Any) -> Tensor:
+    """A direction as it is kept: a copy, fp32 on the CPU. Raises SteersmanError for a wrong shape or value."""
+    direction = torch.as_tensor(given).detach().to("cpu", torch.float32).clone().contiguous()
+    if direction.ndim not in (1, 2) or direction.numel() == 0:
+        raise SteersmanError(f"a direction must be [D], or [P, D] per position; {hook} got {list(direction.shape)}")
+    if not bool(direction.isfinite().all()):
+        raise SteersmanError(f"the steering vector at {hook} holds NaN or infinite values")
+    return direction
+
+
+def _aligned(hook: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two parts with as many positions each, the shorter one padded with zeros."""
+    if a.shape[-1] != b.shape[-1]:
+        raise SteersmanError(f"these vectors have different widths at {hook}: {a.shape[-1]} and {b.shape[-1]}")
+    if a.ndim != b.ndim:
+        raise SteersmanError(
+            f"at {hook} one vector is added at every token and the other position by position: use "
+            ".mean_over_positions() first"
+        )
+    if a.ndim == 1 or len(a) == len(b):
+        return a, b
+    rows = max(len(a), len(b))
+    return _padded(a, rows), _padded(b, rows)
+
+
+def _padded(a: Tensor, rows: int) -> Tensor:
+    return torch.cat([a, a.new_zeros(rows - len(a), a.shape[1])])
+
+
+def _sum(hook: str, a: Tensor, b: Tensor) -> Tensor:
+    a, b = _aligned(hook, a, b)
+    return a + b

@@ -1,0 +1,34 @@
+"""A small model with text, an SAE on it and settings that measure in a moment."""
+
+from typing import Any
+
+import torch
+from tiny_models import D, toy_sae, with_text
+
+from steersman.lm import LanguageModel
+from steersman.sae import SAE
+from steersman.steer.effect_config import EffectsConfig
+
+HOOK = "blocks.1.hook_resid_post"
+TEXTS = ["w5 w6 w7 w8 w9", "w10 w11 w12", "w12 w13 w14 w15"]
+
+
+def toy(k: int = 8) -> tuple[LanguageModel, SAE]:
+    lm = with_text("llama")
+    sae = toy_sae(HOOK, k=k)
+    with torch.no_grad():
+        sae.b_enc += 0.5
+        lm.model.lm_head.weight *= 5  # a model sure enough of itself for steering to change what it says
+    return lm, sae
+
+
+def quick(**changes: Any) -> EffectsConfig:
+    settings: dict[str, Any] = {
+        "vectors": "random", "n_vectors": 7, "scale_rule": "fixed", "scale_target": 2.0, "rollouts": 6, "new_tokens": 5,
+        "prompts": ("w5 w6", "w7"), "top_p": None, "top_k": None, "shard_vectors": 3, "batch_rows": 18,
+    }  # fmt: skip
+    return EffectsConfig(**{**settings, **changes})
+
+
+def width() -> int:
+    return D

@@ -1,0 +1,240 @@
+"""Collecting effects: the same bytes after an interruption and over ranks, and one line for each mistake."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from effect_toys import HOOK, TEXTS, quick, toy
+from stores import digests
+from tiny_models import D, toy_sae
+
+from steersman.errors import SteersmanError
+from steersman.steer import effects as module
+from steersman.steer.effect_config import EffectsConfig
+from steersman.steer.effect_vectors import make_vectors
+from steersman.steer.effects import collect_effects
+from steersman.steer.effects_folder import Effects
+from steersman.steer.vector import SteeringVector
+
+
+def test_memory_and_folder_hold_the_same(tmp_path: Path) -> None:
+    lm, sae = toy()
+    kept = collect_effects(lm, sae, config=quick())
+    written = collect_effects(lm, sae, config=quick(out=str(tmp_path / "e")))
+    assert [len(shard.vectors) for shard in kept.iterate()] == [3, 3, 1]
+    for a, b in zip(kept.iterate(), written.iterate(), strict=True):
+        for name in a._fields:
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), equal_nan=True, rtol=0, atol=0)
+    assert written.column("scale").tolist() == [2.0] * 7
+    assert "7 vectors at blocks.1.hook_resid_post" in written.to_text()
+    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == [
+        "00000.safetensors", "00001.safetensors", "00002.safetensors", "baseline.safetensors", "manifest.json",
+    ]  # fmt: skip
+
+
+def test_effects_are_differences_to_the_unsteered() -> None:
+    lm, sae = toy()
+    effects = collect_effects(
+        lm, sae, config=quick(rollouts=200, base_rollouts=2000, batch_rows=1000, n_vectors=2, scale_target=8.0)
+    )
+    nothing = collect_effects(
+        lm, sae, config=quick(rollouts=200, base_rollouts=2000, batch_rows=1000, n_vectors=2, scale_target=1e-6)
+    )
+    (shard,), (still,) = effects.iterate(), nothing.iterate()
+    spread = (still.standard_error.square() + nothing.baseline.standard_error.square()).sqrt().clamp_min(1e-4)
+    assert float((still.effect / spread).abs().max()) < 5  # next to nothing added: nothing but noise
+    assert float((shard.effect / spread).abs().max()) > 10
+
+
+def test_interrupted_work_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, sae = toy()
+    options: dict[str, Any] = {"scale_rule": "kl", "scale_target": 0.05}
+    collect_effects(lm, sae, TEXTS, quick(out=str(tmp_path / "whole"), **options))
+    broken, make = str(tmp_path / "broken"), module._shard
+    done = []
+
+    def stop_at_second(*args: Any) -> Any:
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(1)
+        return make(*args)
+
+    monkeypatch.setattr(module, "_shard", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        collect_effects(lm, sae, TEXTS, quick(out=broken, **options))
+    with pytest.raises(SteersmanError, match="2 of 3 shards are not measured yet"):
+        Effects.open(broken)
+    monkeypatch.setattr(module, "_shard", make)
+    (tmp_path / "broken" / ".00001.safetensors.tmp").write_bytes(b"half")
+    collect_effects(lm, sae, TEXTS, quick(out=broken, **options))
+    (tmp_path / "broken" / ".00001.safetensors.tmp").unlink(missing_ok=True)
+    assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
+    monkeypatch.setattr(module, "_shard", lambda *args: pytest.fail("measured again"))
+    collect_effects(lm, sae, TEXTS, quick(out=broken, **options))
+
+
+def test_other_settings_in_the_same_folder_are_an_error(tmp_path: Path) -> None:
+    lm, sae = toy()
+    out = str(tmp_path / "e")
+    collect_effects(lm, sae, config=quick(out=out))
+    for changes, said in (
+        ({"seed": 1}, r"seed \(0 there, 1 now\)"),
+        ({"rollouts": 8}, "rollouts"),
+        ({"scope": "generation"}, r"scope \('all' there, 'generation' now\)"),
+        ({"n_vectors": 5}, "n_vectors"),
+    ):
+        with pytest.raises(SteersmanError, match=said):
+            collect_effects(lm, sae, config=quick(out=out, **changes))
+    with pytest.raises(SteersmanError, match=r"sae\.hash"):
+        collect_effects(lm, toy_sae(HOOK, k=8), config=quick(out=out))
+    with pytest.raises(SteersmanError, match="vectors_hash"):
+        collect_effects(lm, sae, config=quick(out=out), vectors=torch.randn(7, D))
+    collect_effects(lm, sae, config=quick(out=out, batch_rows=5))  # decides nothing but rounding
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(SteersmanError, match="holds no effects"):
+        collect_effects(lm, sae, config=quick(out=str(tmp_path / "full")))
+
+
+WORKER = """
+import sys
+sys.path.insert(0, {tests!r})
+from effect_toys import quick, toy
+from steersman.steer.effects import collect_effects
+lm, sae = toy()
+print(len(collect_effects(lm, sae, config=quick(out={out!r}))))
+"""
+
+
+def test_ranks_share_the_work_and_change_nothing(tmp_path: Path) -> None:
+    lm, sae = toy()
+    collect_effects(lm, sae, config=quick(out=str(tmp_path / "one")))
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(tmp_path / "two")))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "STEERSMAN_PROGRESS": "0"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "".join(run.stdout.split()) == "77"  # the ranks' lines may run into each other
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    lm, sae = toy()
+    out = tmp_path / "e"
+    collect_effects(lm, sae, config=quick(out=str(out)))
+    shard = out / "00001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-9])
+    with pytest.raises(SteersmanError, match="00001.safetensors is missing or damaged"):
+        list(Effects.open(out).iterate())
+    shard.write_bytes(whole)
+    text = (out / "manifest.json").read_text()
+    (out / "manifest.json").write_text(text.replace('"seed": 0', '"seed": 5'))
+    with pytest.raises(SteersmanError, match="other settings than its manifest"):
+        Effects.open(out)
+    (out / "manifest.json").write_text("{")
+    with pytest.raises(SteersmanError, match="not a readable manifest"):
+        Effects.open(out)
+    with pytest.raises(SteersmanError, match="no effects here"):
+        Effects.open(tmp_path)
+
+
+def test_kinds_of_vectors() -> None:
+    _, sae = toy()
+    for kind, expected in (("decoder", 40), ("pairs", 8 * D), ("random", 8 * D)):
+        x = make_vectors(quick(vectors=kind, n_vectors=None), sae, D)
+        assert x.shape == (expected, D)
+        torch.testing.assert_close(x.norm(dim=1), torch.ones(expected))
+        assert torch.equal(x, make_vectors(quick(vectors=kind, n_vectors=None), sae, D))
+        if kind != "decoder":
+            assert not torch.equal(x, make_vectors(quick(vectors=kind, n_vectors=None, seed=1), sae, D))
+    rows = sae.W_dec.detach()
+    x = make_vectors(quick(vectors="decoder", n_vectors=11), sae, D)
+    nearest = (x @ rows.T).max(1)
+    torch.testing.assert_close(nearest.values, torch.ones(11))
+    assert len(nearest.indices.unique()) == 11
+    pair = make_vectors(quick(vectors="pairs", n_vectors=1), sae, D)[0]
+    planes = torch.stack([torch.stack([rows[i], rows[j]]) for i in range(40) for j in range(i)])
+    left = torch.stack([(pair - torch.linalg.lstsq(p.T, pair).solution @ p).norm() for p in planes])
+    assert float(left.min()) < 1e-5  # in the plane of two rows
+
+
+def test_given_vectors_are_measured_as_they_are() -> None:
+    lm, sae = toy()
+    v = SteeringVector.of(3.0 * torch.randn(D), hook_name=HOOK, model_name="llama")
+    (shard,) = collect_effects(lm, sae, config=quick(), vectors=[v]).iterate()
+    torch.testing.assert_close(shard.vectors[0], v.normalized().vector)
+    (again,) = collect_effects(lm, sae, config=quick(), vectors=v.vector[None]).iterate()
+    torch.testing.assert_close(again.effect, shard.effect)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "said"),
+    [
+        (torch.randn(3, D + 1), "vectors must be"),
+        (torch.zeros(2, D), "vector 0 of 2 is zero"),
+        (torch.full((1, D), float("nan")), "NaN or infinite"),
+        ([], "no vectors given"),
+        ([SteeringVector.of(torch.randn(D), hook_name=HOOK, model_name="gpt2")], "made for 'gpt2'"),
+        ([SteeringVector.of(torch.randn(D), hook_name="blocks.0.hook_resid_post")], "made at 'blocks.0"),
+        ([SteeringVector.of(torch.randn(D + 2), hook_name=HOOK)], "its width is 16"),
+    ],
+)
+def test_given_vectors_that_do_not_fit(vectors: Any, said: str) -> None:
+    lm, sae = toy()
+    with pytest.raises(SteersmanError, match=said):
+        collect_effects(lm, sae, config=quick(), vectors=vectors)
+
+
+def test_wrong_requests_have_one_line(tmp_path: Path) -> None:
+    lm, sae = toy()
+    with pytest.raises(SteersmanError, match="give texts, or use 'norm' or 'fixed'"):
+        collect_effects(lm, sae, config=quick(scale_rule="loss"))
+    with pytest.raises(SteersmanError, match="unknown setting 'n_vector'; near it: n_vectors"):
+        collect_effects(lm, sae, n_vector=3)
+    with pytest.raises(SteersmanError, match="records no hook point"):
+        collect_effects(lm, toy_sae(""), config=quick())
+    with pytest.raises(SteersmanError, match="trained on 'gpt2'"):
+        collect_effects(lm, toy_sae(HOOK, model_name="gpt2"), config=quick())
+    with pytest.raises(SteersmanError, match="n_vectors 41 is more than the 40"):
+        collect_effects(lm, sae, config=quick(vectors="decoder", n_vectors=41))
+    with pytest.raises(SteersmanError, match="reached by none of 7 vectors up to scale"):
+        collect_effects(lm, sae, TEXTS, quick(scale_rule="kl", scale_target=50.0, scale_limit=1.0))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SteersmanError, match="cannot be used for effects"):
+        collect_effects(lm, sae, config=quick(out=str(tmp_path / "file")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"scale_rule": "fixed"}, "needs scale_target"),
+        ({"rollouts": 1}, "at least 2"),
+        ({"n_vectors": 0}, "n_vectors"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"scale_target": -1.0}, "above 0"),
+        ({"batch_rows": 0}, "batch_rows"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(SteersmanError, match=said):
+        EffectsConfig(**settings)
+
+
+def test_vectors_that_miss_the_target_take_no_part_in_the_map() -> None:
+    lm, sae = toy()
+    settings = {"scale_rule": "kl", "scale_target": 0.1, "n_vectors": 40, "shard_vectors": 40}
+    free = collect_effects(lm, sae, TEXTS, quick(**settings, scale_limit=50.0))
+    limit = float(free.column("scale").quantile(0.75)) / free.baseline.median_norm
+    effects = collect_effects(lm, sae, TEXTS, quick(**settings, scale_limit=limit))
+    missed = int((~effects.column("reached")).sum())
+    assert 5 <= missed <= 15
+    assert float(effects.column("scale").max()) <= limit * free.baseline.median_norm * 1.0001
+    m = effects.fit(heldout=0)
+    assert m.provenance["n_vectors"] == 40 - missed
+    assert m.provenance["n_not_reached"] == missed

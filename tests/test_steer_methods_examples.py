@@ -1,0 +1,71 @@
+"""Examples from lists and files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from steersman.errors import SteersmanError
+from steersman.steer.methods import Example, as_examples, read_examples, read_texts
+
+
+def write(path: Path, *records: object) -> Path:
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n")
+    return path
+
+
+def test_kinds_of_entries() -> None:
+    given = ["a b", ("a", " b"), {"text": "a b"}, {"prompt": "a", "answer": " b"}, Example(text="a b", prompt="a")]
+    found = as_examples(given, "positive")
+    assert {e.text for e in found} == {"a b"}
+    assert [e.prompt for e in found] == ["", "a", "", "a", "a"]
+    assert as_examples("alone", "positive") == [Example(text="alone")]
+    assert len(as_examples((t for t in "abc"), "positive")) == 3
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "e.jsonl",
+        {"positive": "good", "negative": "bad"},
+        "",
+        {"prompt": "Is it?", "positive": " Yes", "negative": " No"},
+        {"text": "alone", "label": "negative"},
+        {"text": "other", "label": True},
+    )
+    found = read_examples(path)
+    assert [e.text for e in found.positive] == ["good", "Is it? Yes", "other"]
+    assert [e.text for e in found.negative] == ["bad", "Is it? No", "alone"]
+    assert found.negative[1].prompt == "Is it?"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[1]", "line 2 is list, not an object"),
+        ({"positive": "x"}, r"line 2 has \['positive'\]; it needs"),
+        ({"positive": "x", "negative": " "}, "line 2, negative: is empty"),
+        ({"text": "x", "label": "maybe"}, "line 2: the label must be positive or negative, got 'maybe'"),
+        ({"prompt": "x", "positive": "", "negative": "y"}, "line 2, positive: has an empty answer"),
+    ],
+)
+def test_wrong_lines(tmp_path: Path, record: object, message: str) -> None:
+    path = write(tmp_path / "e.jsonl", {"positive": "good", "negative": "bad"}, record)
+    with pytest.raises(SteersmanError, match=message):
+        read_examples(path)
+
+
+def test_texts(tmp_path: Path) -> None:
+    assert read_texts(write(tmp_path / "t.txt", "one", "", "two")) == ["one", "two"]
+    assert read_texts(write(tmp_path / "t.jsonl", {"text": "one"}, {"text": "two"})) == ["one", "two"]
+    with pytest.raises(SteersmanError, match="line 1 has no text in 'text'"):
+        read_texts(write(tmp_path / "t.jsonl", {"content": "one"}))
+    with pytest.raises(SteersmanError, match="holds no text"):
+        read_texts(write(tmp_path / "empty.txt", ""))
+    with pytest.raises(SteersmanError, match="cannot be read: No such file"):
+        read_texts(tmp_path / "none.txt")
+    with pytest.raises(SteersmanError, match="cannot be read: No such file"):
+        read_examples(tmp_path / "none.jsonl")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(SteersmanError, match="not UTF-8"):
+        read_texts(tmp_path / "bytes.txt")
