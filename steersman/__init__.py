@@ -10,7 +10,12 @@ if TYPE_CHECKING:
     from steersman.lm import LanguageModel as LanguageModel
     from steersman.sae import SAE as SAE
     from steersman.sae import SAEConfig as SAEConfig
+    from steersman.steer import EffectMap as EffectMap
     from steersman.steer import Steerer as Steerer
+    from steersman.steer import SteeringVector as SteeringVector
+    from steersman.steer import collect_effects as collect_effects
+    from steersman.steer import decompose as decompose
+    from steersman.steer import evaluate_steering as evaluate_steering
     from steersman.train import ActivationStore as ActivationStore
     from steersman.train import TrainConfig as TrainConfig
     from steersman.train import cache_activations as cache_activations
@@ -28,19 +33,29 @@ _HOME = {
     "TrainConfig": "steersman.train",
     "cache_activations": "steersman.train",
     "train_sae": "steersman.train",
+    "EffectMap": "steersman.steer",
     "Steerer": "steersman.steer",
+    "decompose": "steersman.steer",
+    "SteeringVector": "steersman.steer",
+    "evaluate_steering": "steersman.steer",
+    "collect_effects": "steersman.steer",
 }
 
 __all__ = [
     "SAE",
     "ActivationStore",
+    "EffectMap",
     "LanguageModel",
     "SAEConfig",
     "Steerer",
+    "SteeringVector",
     "SteersmanError",
     "TrainConfig",
     "__version__",
     "cache_activations",
+    "collect_effects",
+    "decompose",
+    "evaluate_steering",
     "train_sae",
 ]
 

@@ -1,7 +1,8 @@
 """The `steersman` command: one subcommand for each step, each read from the dataclass of its Python function.
 
 A field `batch_size` of a dataclass is the flag `--batch-size` and the YAML key `batch_size` (`--config settings.yaml`;
-flags win over the file). A mistake is one line on standard error and exit code 2.
+flags win over the file). A mistake is one line on standard error and exit code 2; work that was cut short by something
+else, and that the same command goes on with, is one line and exit code 75, on which a scheduler can queue it again.
 """
 
 import contextlib
@@ -16,25 +17,39 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from steersman.errors import SteersmanError, near_names
+from steersman.allocator import keep_freed_memory
+from steersman.errors import LostRankError, SteersmanError, UnfinishedError, near_names
 
-MISTAKE, INTERRUPTED = 2, 130
+MISTAKE, INTERRUPTED, UNFINISHED = 2, 130, 75
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "quickstart": ("steersman.demo.quickstart", "QuickstartConfig", "see everything at once on the bundled model"),
-    "cache": ("steersman.commands", "CacheConfig", "run a model over text and store its activations"),
-    "train": ("steersman.commands", "TrainCommand", "train an SAE on a store, or straight from a model"),
-    "eval": ("steersman.commands", "EvalCommand", "measure an SAE's reconstruction and its effect on the model"),
-    "features": ("steersman.commands", "FeaturesCommand", "see what each feature fires on and writes"),
-    "steer": ("steersman.commands", "SteerConfig", "generate text with features turned up or down"),
+    "cache": ("steersman.commands.pipeline", "CacheConfig", "run a model over text and store its activations"),
+    "train": ("steersman.commands.pipeline", "TrainCommand", "train an SAE on a store, or straight from a model"),
+    "eval": ("steersman.commands.pipeline", "EvalCommand", "measure an SAE: reconstruction, effect on the model"),
+    "features": ("steersman.commands.pipeline", "FeaturesCommand", "see what each feature fires on and writes"),
+    "plan": ("steersman.commands.cluster", "PlanConfig", "memory, network and time that a training run needs"),
+    "steer": ("steersman.commands.pipeline", "SteerConfig", "generate text with features turned up or down"),
+    "inspect": ("steersman.commands.sae_files", "InspectCommand", "see what an SAE's files hold, in any format"),
+    "convert": ("steersman.commands.sae_files", "ConvertCommand", "write an SAE in another library's format"),
+    "vector make": ("steersman.commands.vectors", "VectorMakeCommand", "a steering vector from examples or a feature"),
+    "vector show": ("steersman.commands.vectors", "VectorShowCommand", "what is known of vectors, and their cosines"),
+    "vector calibrate": ("steersman.commands.vectors", "VectorCalibrateCommand", "scale a vector to what it may cost"),
+    "vector convert": ("steersman.commands.vectors", "VectorConvertCommand", "between safetensors and GGUF"),
+    "evaluate": ("steersman.commands.vectors", "EvaluateCommand", "measure a vector against its baselines"),
+    "effects": ("steersman.commands.effects", "EffectsCommand", "measure what steering vectors do to features"),
+    "target": ("steersman.commands.effects", "TargetCommand", "make the vector that raises chosen features (SAE-TS)"),
+    "decompose": ("steersman.commands.decompose", "DecomposeCommand", "take vectors apart into signed features"),
 }
-"""Subcommand: the module, the dataclass of its flags and a line of help. The module's `run_<subcommand>` runs it."""
+"""Subcommand, of one word or two: the module, the dataclass of its flags and a line of help. The module's
+`run_<subcommand>` (`run_vector_make`) runs it."""
 
 
-def usage() -> str:
-    """The help of the command as a whole."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {what}" for name, (_, _, what) in COMMANDS.items()]
+def usage(group: str = "") -> str:
+    """The help of the command as a whole, or of a group such as `vector`."""
+    shown = {name: what for name, (_, _, what) in COMMANDS.items() if not group or name.startswith(f"{group} ")}
+    width = max(map(len, shown))
+    lines = [f"  {name:<{width}}  {what}" for name, what in shown.items()]
     head = "usage: steersman COMMAND [--config FILE.yaml] [FLAGS]\n\ncommands:\n"
     return head + "\n".join(lines) + "\n\n`steersman COMMAND --help` lists a command's flags."
 
@@ -42,8 +57,14 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_freed_memory()
     try:
         run(list(sys.argv[1:] if argv is None else argv))
+    except UnfinishedError as error:
+        print("steersman: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        if isinstance(error, LostRankError):
+            os._exit(UNFINISHED)  # a broken connection may keep the interpreter from ending
+        sys.exit(UNFINISHED)
     except SteersmanError as error:
         print("steersman: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(MISTAKE)
@@ -65,15 +86,29 @@ def run(argv: list[str]) -> None:
 
         print(f"steersman {__version__}")
         return
-    name, *rest = argv
-    if name not in COMMANDS:
-        raise SteersmanError(f"no command {name!r}; near it: {near_names(name, list(COMMANDS), 3)}")
+    name, rest = _command(argv)
+    if name is None:
+        print(usage(argv[0]))
+        return
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("steersman").setLevel(logging.INFO)
     module = import_module(COMMANDS[name][0])
     config = parse(getattr(module, COMMANDS[name][1]), rest, f"steersman {name}")
     quiet_transformers()
-    getattr(module, f"run_{name}")(config)
+    getattr(module, f"run_{name.replace(' ', '_')}")(config)
+
+
+def _command(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The subcommand and its flags; None where the help of a group is asked for."""
+    first, *rest = argv
+    members = [name for name in COMMANDS if name.startswith(f"{first} ")]
+    if members and (not rest or rest[0] in ("-h", "--help", "help")):
+        return None, []
+    if members:
+        first, rest = f"{first} {rest[0]}", rest[1:]
+    if first not in COMMANDS:
+        raise SteersmanError(f"no command {first!r}; near it: {near_names(first, members or list(COMMANDS), 3)}")
+    return first, rest
 
 
 def quiet_transformers() -> None:

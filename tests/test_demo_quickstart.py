@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_auroc_equals_counting_pairs() -> None:
 
 def test_quickstart_makes_a_report(tmp_path: Path) -> None:
     config = QuickstartConfig(
-        out=str(tmp_path / "out"), tokens=40_000, d_sae=256, targets=1, samples=4, max_new_tokens=12
+        out=str(tmp_path / "out"), tokens=40_000, d_sae=256, targets=1, samples=4, max_new_tokens=12, effect_vectors=0
     )
     results = quickstart(config)
     assert results.evaluation.loss is not None
@@ -41,6 +42,38 @@ def test_quickstart_makes_a_report(tmp_path: Path) -> None:
     assert str(results.concepts[0].concept) in report
     figures = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(figures["steered"]) == 1
+    contrast = results.contrast
+    assert contrast is not None
+    parts = contrast.found.as_features()
+    assert parts[contrast.features[0]] > 0 > parts.get(contrast.features[1], -1.0)
+    assert contrast.kept["reconstruction, equal norm"].retained > 0.7
+    assert f"A vector taken apart: {contrast.concept} less {contrast.against}" in report
+    assert figures["contrast"]["decomposition"]["method"] == "omp"
+
+
+def test_sae_ts_and_direction_push_equally_hard() -> None:
+    from steersman import SAE, LanguageModel, SAEConfig
+    from steersman.demo import CONCEPTS, MODEL_PATH, texts
+    from steersman.demo.report import _targeting
+    from steersman.demo.targets import Target
+    from steersman.demo.vectors import BUDGET, target_feature
+
+    lm = LanguageModel.load(str(MODEL_PATH))
+    config = SAEConfig(d_in=128, d_sae=160, k=32, hook_name="blocks.2.hook_resid_post", model_name=lm.name)
+    sae = SAE(config, torch.Generator().manual_seed(0))
+    targets = [Target(name=f"t{i}", words=CONCEPTS["rain"].words, candidates=(i,)) for i in range(40)]
+    options = {"n_vectors": 140, "max_new_tokens": 6, "seed": 0}
+    found = target_feature(lm, sae, targets, {"t0": 7}, texts(4, seed=3), ["Once upon a time"] * 3, **options)
+    assert found is not None, "no feature of a random dictionary has a signal"
+    unsteered, plain, optimised = found.ways[0], found.ways[1], found.ways[-1]
+    assert unsteered.norm == 0
+    assert plain.kl == pytest.approx(BUDGET, rel=0.06)
+    assert optimised.kl == pytest.approx(BUDGET, rel=0.06)
+    assert len(plain.texts) == 3
+    assert "SAE-TS" in found.to_text()
+    shown = _targeting(SimpleNamespace(targeted=found))  # pyright: ignore[reportArgumentType]
+    assert f"feature {found.feature}, which fires" in shown
+    assert shown.count("<p>") == 1 + 2 * 3
 
 
 def test_quickstart_runs_on_another_text(tmp_path: Path) -> None:

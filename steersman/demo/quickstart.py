@@ -1,13 +1,12 @@
 """`steersman quickstart`: the whole job on the bundled model (or any other) in one command, with a report to look at.
 
-Cache activations, train an SAE, measure it, see its features, steer by a few of them. On the bundled model the
-grammar's exact labels say which feature stands for which concept; on another model the tokens that a feature promotes
-take the place of a concept's words.
+Cache activations, train an SAE, measure it, see its features, steer by a few of them, make a vector for what one of
+them does to text, take a vector apart. On the bundled model the grammar's exact labels say which feature stands for
+which concept; on another model the tokens that a feature promotes take the place of a concept's words.
 """
 
 import json
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -22,12 +21,14 @@ from steersman.demo import CONCEPTS, MODEL_PATH
 from steersman.demo.concept_features import ConceptFeature, match_concepts, writing_features
 from steersman.demo.grammar import stories, texts
 from steersman.demo.report import write_report
+from steersman.demo.targets import Target, word_rate
+from steersman.demo.vectors import Contrast, Targeted, take_apart, target_feature
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.steer import Steerer
-from steersman.steer.compare import token_nll
+from steersman.steer.measures import token_nll
 from steersman.train import ActivationStore, TrainConfig, cache_activations, train_sae
 from steersman.train.evaluate import Evaluation, evaluate_sae
 from steersman.train.feature_report import Feature, describe_features, features_to_json, summarize_store
@@ -60,6 +61,8 @@ class QuickstartConfig:
     """Active features a token."""
     targets: int = 4
     """Features to steer by: the ones that did most, of those tried on texts of their own."""
+    effect_vectors: int = 512
+    """Directions whose effects are measured for SAE-TS; 0 leaves it out. More than the model is wide."""
     samples: int = 16
     """Texts generated at each strength."""
     max_new_tokens: int = 48
@@ -68,18 +71,6 @@ class QuickstartConfig:
     """Seed of the text, the training and the generation."""
     device: str = "auto"
     """Where to run: auto, cpu, cuda, ..."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """Something to steer towards: the words by which to see it, and the features that may bring it about."""
-
-    name: str
-    """Name of the concept, or the first tokens that the feature promotes."""
-    words: tuple[str, ...]
-    """The words that should become more frequent."""
-    candidates: tuple[int, ...]
-    """Feature ids to try."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +117,8 @@ class Results:
     concepts: list[ConceptFeature]
     features: list[Feature]
     steered: list[SteeredTarget]
+    targeted: Targeted | None
+    contrast: Contrast | None
     seconds: float
 
 
@@ -134,6 +127,8 @@ AFFORDABLE = 1.0
 """Nats per token that steering may cost when a strength is chosen."""
 SCREENED = 8
 """Held-out texts on which features and strengths are chosen; the prompts come from others."""
+CONTRASTED = 32
+"""Held-out texts on which a contrast vector and its parts are compared."""
 PROMPT_WORDS = 8
 """Words of the held-out texts that are given as prompts."""
 
@@ -154,35 +149,53 @@ def quickstart(config: QuickstartConfig) -> Results:
     device = pick_device(config.device)
     out = Path(config.out)
 
-    log.info("[1/6] loading the model and caching activations")
+    log.info("[1/8] loading the model and caching activations")
     lm = LanguageModel.load(config.model or str(MODEL_PATH), device=device)
     hook = lm.resolve_hook(config.hook or f"blocks.{lm.n_layers // 2}.hook_resid_post")
     source: Any = config.text if config.text is not None else texts(config.tokens // 60 + 50, seed=config.seed)
     store = cache_activations(lm, source, hook=hook, out=str(out / "acts"), tokens=config.tokens)
 
-    log.info("[2/6] training an SAE with %d features", config.d_sae)
+    log.info("[2/8] training an SAE with %d features", config.d_sae)
     settings = TrainConfig(d_sae=config.d_sae, k=config.k, seed=config.seed, device=config.device)
     sae = train_sae(store, settings, out / "sae")
 
-    log.info("[3/6] measuring it")
+    log.info("[3/8] measuring it")
     unseen = _heldout_texts(store, config)
     evaluation = evaluate_sae(sae, store, lm, unseen)
 
-    log.info("[4/6] reading its features")
+    log.info("[4/8] reading its features")
     summary = summarize_store(sae, store)
     features = describe_features(sae, store, lm, summary, list(range(sae.cfg.d_sae)))
     features_to_json(features, out / "features.json")
 
-    log.info("[5/6] naming features")
+    log.info("[5/8] naming features")
     concepts = match_concepts(lm, sae, list(islice(stories(HELDOUT_SEED), 400))) if config.text is None else []
     if concepts:
         targets = _concept_targets(lm, sae, concepts)
     else:
         targets = _promoted_targets(features, 4 * config.targets)
 
-    log.info("[6/6] steering by %d features", config.targets)
+    log.info("[6/8] steering by %d features", config.targets)
     prompts = [" ".join(text.split()[:PROMPT_WORDS]) for text in unseen[SCREENED : SCREENED + config.samples]]
     steered = steer_towards(lm, sae, targets, unseen[:SCREENED], prompts, config)
+
+    log.info("[7/8] a vector for the effect of a feature (SAE-TS)")
+    targeted, few = None, unseen[:SCREENED]
+    if config.effect_vectors:
+        targeted = target_feature(
+            lm,
+            sae,
+            targets,
+            {one.target.name: one.feature for one in steered},
+            few,
+            prompts,
+            n_vectors=config.effect_vectors,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+        )
+
+    log.info("[8/8] taking a vector apart")
+    contrast = take_apart(lm, sae, concepts, [one.target.name for one in steered], unseen[:CONTRASTED])
     results = Results(
         model_name=lm.name,
         hook_name=hook,
@@ -191,11 +204,14 @@ def quickstart(config: QuickstartConfig) -> Results:
         concepts=concepts,
         features=features,
         steered=steered,
+        targeted=targeted,
+        contrast=contrast,
         seconds=time.monotonic() - start,
     )
     write_report(results, out / "report.html")
     figures = {"evaluation": evaluation.to_json(), "concepts": [asdict(c) for c in concepts]}
-    figures |= {"steered": [asdict(s) for s in steered], "seconds": results.seconds}
+    figures |= {"steered": [asdict(s) for s in steered], "targeted": None if targeted is None else asdict(targeted)}
+    figures |= {"contrast": None if contrast is None else contrast.to_dict(), "seconds": results.seconds}
     (out / "results.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     return results
 
@@ -314,17 +330,6 @@ def dose_response(
     return doses
 
 
-def word_rate(completions: Sequence[str], words: Sequence[str]) -> float:
-    """Words of `words` per 100 words of `completions`.
-
-    >>> word_rate(["The fog came. Fog!", "Mist and fog everywhere"], ("fog", "mist"))
-    50.0
-    """
-    found = re.findall(r"\w+", " ".join(completions).lower())
-    wanted = {word.lower() for word in words}
-    return 100 * sum(word in wanted for word in found) / max(1, len(found))
-
-
 def summary(results: Results) -> str:
     """The results for a terminal."""
     lines = ["", results.evaluation.to_text(), ""]
@@ -340,4 +345,5 @@ def summary(results: Results) -> str:
         lines.append(f"  nats per token under the unsteered model: {plain.nll:.2f} -> {best.nll:.2f}")
         lines.append(f"  unsteered  {plain.texts[0]}")
         lines.append(f"  steered    {best.texts[0]}")
+    lines += [part.to_text() for part in (results.targeted, results.contrast) if part is not None]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steersman.errors import SteersmanError
+from steersman.steer import plot_decompositions
 
 if TYPE_CHECKING:
     from steersman.demo.quickstart import Results, SteeredTarget
@@ -28,7 +29,8 @@ img { max-width: 100%; } details { margin: .3em 0; } .muted { color: #777; }
 
 def write_report(results: Results, path: Path) -> None:
     """Write the report of a quickstart to `path`."""
-    sections = [_measures(results), _training(results), _concepts(results), _steering(results), _features(results)]
+    sections = [_measures(results), _training(results), _concepts(results), _steering(results)]
+    sections += [_targeting(results), _contrast(results), _features(results)]
     body = "\n".join(section for section in sections if section)
     head = f"<h1>Steersman on {escape(results.model_name)}</h1><p>{escape(results.hook_name)}</p>"
     page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Steersman</title><style>{STYLE}</style>"
@@ -94,6 +96,62 @@ def _steering(results: Results) -> str:
             parts += [f"<p>{_marked(text, steered.target.words)}</p>" for text in pair]
         parts.append("</div>")
     return "\n".join(parts)
+
+
+def _targeting(results: Results) -> str:
+    targeted = results.targeted
+    if targeted is None:
+        return ""
+    name = escape(targeted.target.name)
+    intro = (
+        f"<p>SAE-TS looks for the vector whose effect on text is feature {targeted.feature}, which fires when the "
+        f"words of {name} are read, and little else: from the measured effects of {targeted.n_vectors} directions "
+        f"(signal of this feature {targeted.signal:.1f} times noise). Its cosine to the feature's own direction is "
+        f"{targeted.cosine:.2f}. All push equally hard: the same KL per token on held-out texts.</p>"
+    )
+    header = ["", "norm", "KL per token", f"words of {targeted.target.name} per 100", "nats per token"]
+    table = _table(header, [[way.name, way.norm, way.kl, way.rate, way.nll] for way in targeted.ways])
+    plain, optimised = targeted.ways[1], targeted.ways[-1]
+    parts = [f"<h2>A vector for what a feature does: {name}</h2>", intro, table]
+    parts.append(f"<div class=pair><b>{plain.name}</b><b>{optimised.name}</b>")
+    for pair in list(zip(plain.texts, optimised.texts))[:4]:
+        parts += [f"<p>{_marked(text, targeted.target.words)}</p>" for text in pair]
+    parts.append("</div>")
+    return "\n".join(parts)
+
+
+def _contrast(results: Results) -> str:
+    contrast = results.contrast
+    if contrast is None:
+        return ""
+    found, kept = contrast.found, contrast.kept
+    names = f"{escape(contrast.concept)} less {escape(contrast.against)}"
+    explained, chance = found.explained_variance, float(found.null_curve[-1])
+    intro = (
+        f"<p>The difference of the mean states at words of {escape(contrast.concept)} and of "
+        f"{escape(contrast.against)}, as {len(found)} signed features by matching pursuit: they explain "
+        f"{explained:.3f} of it (as many explain {chance:.3f} of a random direction). Steering with the reconstruction "
+        f"at equal norm keeps {kept['reconstruction, equal norm'].retained:.2f} of its effect on the next token.</p>"
+    )
+    rows: list[list[Any]] = [
+        [feature, coefficient, cosine, label]
+        for feature, coefficient, cosine, label in zip(
+            found.features.tolist(), found.coefficients.tolist(), found.cosines.tolist(), found.labels
+        )
+    ]
+    ways = [[way.name, way.norm, way.kl, way.retained, way.rise or 0.0] for way in kept.kept]
+    warnings = "".join(f"<li>{escape(warning)}</li>" for warning in found.warnings)
+    return "\n".join(
+        [
+            f"<h2>A vector taken apart: {names}</h2>",
+            intro,
+            "<div class=pair><div>",
+            _table(["feature", "coefficient", "cosine", "what it stands for, or promotes"], rows),
+            f"</div><div>{_picture(plot_decompositions({found.method: found}), 'explained variance')}",
+            f"<ul class=muted>{warnings}</ul></div></div>",
+            _table(["steering with", "norm", "KL per token", "effect kept", "rise of its words"], ways),
+        ]
+    )
 
 
 def _marked(text: str, words: tuple[str, ...]) -> str:

@@ -1,12 +1,15 @@
-"""What the subcommands take and do: thin layers over the public functions."""
+"""`steersman cache | train | eval | features | steer`."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import wraps
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from steersman.errors import SteersmanError
+from steersman.kernels import Implementation, using
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
 from steersman.sae.checkpoint import save_statistics
@@ -20,6 +23,7 @@ from steersman.train.feature_report import (
     features_to_text,
     summarize_store,
 )
+from steersman.train.parallel import launched
 from steersman.train.text import TextSource, open_text
 from steersman.train.trainer import pick_device
 from steersman.train.view import HookView
@@ -27,9 +31,22 @@ from steersman.train.view import HookView
 __all__ = ["CacheConfig", "EvalCommand", "FeaturesCommand", "SteerConfig", "TrainCommand"]
 
 
+def _on_kernels(run: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A command that computes with the implementation that its `kernels` asks for, or fails at once."""
+
+    @wraps(run)
+    def run_with(config: Any) -> None:
+        with using(config.kernels, pick_device(config.device)):
+            run(config)
+
+    return run_with
+
+
 def run_cache(config: CacheConfig) -> None:
     """`steersman cache`."""
     store = cache_activations(config=config)
+    if launched()[0]:
+        return  # one of several ranks speaks
     print(f"{store.path}: {store.n_rows:,} rows of {', '.join(store.hook_names)} from {store.model_name}")
     for hook in store.hook_names:
         stats = store.stats(hook)
@@ -61,6 +78,8 @@ def run_train(config: TrainCommand) -> None:
     """`steersman train`."""
     settings = TrainConfig(**{field.name: getattr(config, field.name) for field in fields(TrainConfig)})
     sae = train_sae(_source(config), settings, config.out)
+    if launched()[0]:
+        return  # one of several ranks speaks
     heldout = sae.cfg.metadata["heldout"]
     measured = f"FVU {heldout['fvu']:.4f}, L0 {heldout['l0']:.1f}, dead {100 * heldout['dead_share']:.2f} %"
     print(f"{config.out}: {sae.cfg.d_sae} features at {sae.cfg.hook_name}; held out: {measured}")
@@ -100,8 +119,11 @@ class EvalCommand:
     """Also write the figures to this JSON file."""
     device: str = "auto"
     """Where to run: auto, cpu, cuda, ..."""
+    kernels: Implementation = "auto"
+    """Implementation of the SAE's arithmetic: triton (NVIDIA GPUs), torch, or auto, the faster that the device has."""
 
 
+@_on_kernels
 def run_eval(config: EvalCommand) -> None:
     """`steersman eval`."""
     device = pick_device(config.device)
@@ -164,8 +186,11 @@ class FeaturesCommand:
     """Write all features as JSON to this file; by default features.json in the SAE's folder."""
     device: str = "auto"
     """Where to run: auto, cpu, cuda, ..."""
+    kernels: Implementation = "auto"
+    """Implementation of the SAE's arithmetic: triton (NVIDIA GPUs), torch, or auto, the faster that the device has."""
 
 
+@_on_kernels
 def run_features(config: FeaturesCommand) -> None:
     """`steersman features`."""
     device = pick_device(config.device)
@@ -188,6 +213,7 @@ def run_features(config: FeaturesCommand) -> None:
     print(f"{len(described)} features written to {out}")
 
 
+@_on_kernels
 def run_steer(config: SteerConfig) -> None:
     """`steersman steer`."""
     device = pick_device(config.device)

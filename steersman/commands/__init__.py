@@ -1,0 +1,1 @@
+"""What the subcommands take and do, one file per group: thin layers over the public functions."""

@@ -1,0 +1,117 @@
+"""`steersman decompose`."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
+from steersman.sae import SAE
+from steersman.steer import DecomposeConfig, EffectMap, SteeringVector, decompose, load_labels, measure_retention
+from steersman.steer.decompose import Decomposition, plot_decompositions
+from steersman.steer.methods.examples import read_texts
+from steersman.train import ActivationStore
+from steersman.train.feature_report import check_same_origin
+from steersman.train.trainer import pick_device
+from steersman.train.view import HookView
+
+RETENTION_TEXTS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecomposeCommand(DecomposeConfig):
+    """Take steering vectors apart into signed features of an SAE, with what must be known to believe it."""
+
+    vector: tuple[str, ...]
+    """Vector file (safetensors or GGUF); several are taken apart together."""
+    sae: str
+    """Folder, file or hub id of the SAE, of the vectors' hook point."""
+    hook: str = ""
+    """Hook point, for an SAE that records none."""
+    labels: str | None = None
+    """JSON with feature names: {id: name}, or what `steersman features` wrote; by default features.json in the SAE's
+    folder, else with --model the tokens that each feature promotes."""
+    model: str | None = None
+    """Folder or hub id of the model: for contrast, behaviour and retention."""
+    positive: str | None = None
+    """File of texts that the vector points towards, for contrast: one per line, or .jsonl with text."""
+    negative: str | None = None
+    """File of texts that it points away from."""
+    store: str | None = None
+    """Store of activations at the hook point, for response."""
+    effects: str | None = None
+    """Effect map that `steersman effects` wrote (its folder or file), for effect."""
+    text: str | None = None
+    """File of held-out texts, one per line: for behaviour, and to measure --retention on."""
+    retention: bool = False
+    """Also steer with the reconstruction, at equal norm and at equal KL, and the residual: needs --model and --text."""
+    strength: float = 1.0
+    """Multiples of the vector at which the retention is measured."""
+    out: str | None = None
+    """Write everything as JSON to this file."""
+    plot: str | None = None
+    """Draw explained variance against the number of features to this PNG file."""
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda, ..."""
+
+
+def run_decompose(config: DecomposeCommand) -> None:
+    """`steersman decompose`."""
+    if not config.vector:
+        raise SteersmanError("no vector to take apart: give --vector FILE")
+    if config.retention and (config.model is None or config.text is None):
+        raise SteersmanError("--retention needs --model and --text: what to steer, and the texts to measure on")
+    if config.text is not None and not (config.retention or config.method == "behaviour"):
+        raise SteersmanError("--text is read by --retention and by --method behaviour only")
+    device = pick_device(config.device)
+    vectors = [SteeringVector.load(path) for path in config.vector]
+    sae = SAE.load(config.sae, device)
+    lm = None if config.model is None else LanguageModel.load(config.model, device=device)
+    texts = None if config.text is None else read_texts(config.text)[:RETENTION_TEXTS]
+    settings = DecomposeConfig(**{field.name: getattr(config, field.name) for field in fields(DecomposeConfig)})
+    found: list[Decomposition] = decompose(
+        vectors,
+        sae,
+        config=settings,
+        labels=_labels(config),
+        lm=lm,
+        texts=texts if config.method == "behaviour" else None,
+        positive=None if config.positive is None else read_texts(config.positive),
+        negative=None if config.negative is None else read_texts(config.negative),
+        activations=None if config.store is None else _activations(config.store, sae),
+        effect_map=None if config.effects is None else EffectMap.load(config.effects),
+        hook=config.hook,
+    )
+    records: list[dict[str, Any]] = []
+    for path, one in zip(config.vector, found):
+        records.append({"vector": path, **one.to_dict()})
+        print(f"{path}\n{one.to_text()}")
+        if config.retention and lm is not None and texts is not None:
+            kept = measure_retention(one, lm, texts, scale=config.strength, hook=config.hook)
+            records[-1]["retention"] = kept.to_dict()
+            print(kept.to_text())
+        print()
+    if config.plot is not None:
+        names = {Path(path).stem if len(set(config.vector)) > 1 else config.method: one
+                 for path, one in zip(config.vector, found)}  # fmt: skip
+        plot_decompositions(names, config.plot)
+        print(f"curves drawn to {config.plot}")
+    if config.out is not None:
+        try:
+            Path(config.out).write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise SteersmanError(f"{config.out} could not be written: {error.strerror}") from error
+        print(f"written to {config.out}")
+
+
+def _labels(config: DecomposeCommand) -> dict[int, str] | None:
+    if config.labels is not None:
+        return load_labels(config.labels)
+    beside = Path(config.sae) / "features.json"
+    return load_labels(beside) if beside.is_file() else None
+
+
+def _activations(path: str, sae: SAE) -> HookView:
+    store = ActivationStore.open(path)
+    return HookView(store, check_same_origin(sae, store))

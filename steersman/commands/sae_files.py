@@ -1,0 +1,46 @@
+"""`steersman inspect | convert`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tyro.conf import Positional
+
+from steersman.sae.formats.convert import convert
+from steersman.sae.formats.inspection import inspect
+
+__all__ = ["ConvertCommand", "InspectCommand"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectCommand:
+    """See what an SAE's files hold: format, architecture, widths, hook point, model, size, norms, warnings."""
+
+    path: Positional[str]
+    """Folder or file, or repo-id[/subfolder][@revision] on the hub."""
+    format: str | None = None
+    """Read it as this format, whatever the files look like."""
+
+
+def run_inspect(config: InspectCommand) -> None:
+    """`steersman inspect`."""
+    print(inspect(config.path, config.format).to_text())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertCommand:
+    """Write an SAE of any format in one that another library opens."""
+
+    source: Positional[str]
+    """Folder or file, or repo-id[/subfolder][@revision] on the hub."""
+    target: Positional[str]
+    """New folder."""
+    to: Literal["saelens", "sparsify", "dictionary_learning"]
+    """Format to write. One that cannot express what the SAE computes is refused."""
+    format: str | None = None
+    """Read the source as this format, whatever the files look like."""
+
+
+def run_convert(config: ConvertCommand) -> None:
+    """`steersman convert`."""
+    sae = convert(config.source, config.target, to=config.to, format=config.format)
+    print(f"{config.target}: {sae.cfg.activation} of {sae.cfg.d_sae:,} features as {config.to}")

@@ -1,0 +1,119 @@
+"""`steersman vector ...` and `steersman evaluate`, end to end on the bundled model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_cli import fails
+
+from steersman import SteeringVector
+from steersman.cli import main, usage
+from steersman.demo import MODEL_PATH, texts
+from steersman.sae import SAE, SAEConfig
+
+MODEL = str(MODEL_PATH)
+HOOK = "blocks.2.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with examples, texts and a vector, made by the command."""
+    folder = tmp_path_factory.mktemp("vectors")
+    pairs = [
+        {"prompt": f"{name} saw the", "positive": " snow", "negative": " fog"} for name in ("Anna", "Tom", "Mia", "Ben")
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n")
+    (folder / "texts.txt").write_text("\n".join(texts(8, seed=3)) + "\n")
+    (folder / "prompts.txt").write_text("Anna saw\nTom saw\nAt noon\n")
+    main(
+        ["vector", "make", "--model", MODEL, "--hook", HOOK, "--data", str(folder / "pairs.jsonl"), "--method", "caa",
+         "--out", str(folder / "v.safetensors")]
+    )  # fmt: skip
+    return folder
+
+
+def test_make_and_show(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    v = SteeringVector.load(work / "v.safetensors")
+    assert (v.method, v.hook_name, v.model_name) == ("caa", HOOK, "steersman-demo")
+    capsys.readouterr()
+    path = str(work / "v.safetensors")
+    main(["vector", "show", "--vector", path, "--vector", path, "--model", MODEL, "--top", "3"])
+    shown = capsys.readouterr().out
+    assert "agreement" in shown
+    assert "promotes" in shown
+    assert "1.000" in shown
+
+
+def test_make_from_a_feature(work: Path) -> None:
+    sae = SAE(SAEConfig(d_in=128, d_sae=32, k=4, activation="topk", hook_name=HOOK, model_name="steersman-demo"))
+    sae.save(work / "sae")
+    out = str(work / "f.safetensors")
+    main(["vector", "make", "--sae", str(work / "sae"), "--feature", "3", "--out", out])
+    assert SteeringVector.load(out).vector.equal(SAE.load(work / "sae").W_dec[3].detach())
+
+
+def test_calibrate(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(work / "scaled.safetensors")
+    arguments = ["vector", "calibrate", "--vector", str(work / "v.safetensors"), "--model", MODEL, "--out", out]
+    main([*arguments, "--text", str(work / "texts.txt"), "--target-kl", "0.3"])
+    assert "converged in" in capsys.readouterr().out
+    record = SteeringVector.load(out).metadata["calibration"]
+    assert record["converged"]
+    assert record["value"] == pytest.approx(0.3, rel=0.05)
+    Path(out).unlink()
+    line = fails(capsys, *arguments, "--text", str(work / "texts.txt"), "--target-kl", "100")
+    assert "the kl budget of 100 is not reached" in line
+    assert not Path(out).exists()
+    assert "exactly one budget" in fails(capsys, *arguments)
+
+
+def test_convert(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf")
+    there, back = str(work / "v.gguf"), str(work / "back.safetensors")
+    main(["vector", "convert", "--vector", str(work / "v.safetensors"), "--out", there])
+    main(["vector", "convert", "--vector", there, "--out", back])
+    v, w = SteeringVector.load(work / "v.safetensors"), SteeringVector.load(back)
+    assert w.vector.equal(v.vector)
+    assert w.metadata == v.metadata
+
+
+def test_evaluate(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(
+        ["evaluate", "--model", MODEL, "--vector", str(work / "v.safetensors"), "--prompts", str(work / "prompts.txt"),
+         "--data", str(work / "pairs.jsonl"), "--text", str(work / "texts.txt"), "--word", "snow", "--word", "frost",
+         "--scale", "0.5", "--scale", "1.0", "--max-new-tokens", "8", "--out", str(work / "report")]
+    )  # fmt: skip
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("unsteered", "random", "diffmean", "prompt", "word_rate", "margin"))
+    data = json.loads((work / "report" / "evaluation.json").read_text())
+    assert data["missing"] == {}
+    assert [p["scale"] for p in data["arms"]["vector"]["points"]] == [0.0, 0.5, 1.0]
+
+
+def test_groups_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["vector"], ["vector", "--help"]):
+        main(argv)
+        shown = capsys.readouterr().out
+        assert "vector make" in shown
+        assert "quickstart" not in shown
+    assert "vector calibrate" in usage()
+    assert "no command 'vector mak'; near it: vector make" in fails(capsys, "vector", "mak")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["make", "--out", "v.safetensors"], "make it from examples"),
+        (["make", "--data", "{}/pairs.jsonl", "--out", "v.safetensors"], "examples need --model and --hook"),
+        (["make", "--data", "{}/none.jsonl", "--out", "v.safetensors"], "cannot be read"),
+        (["make", "--data", "{}/pairs.jsonl", "--positive", "x", "--out", "v"], "not both"),
+        (["make", "--negative", "{}/texts.txt", "--out", "v"], "--negative needs --positive"),
+        (["make", "--sae", "{}/none", "--out", "v"], "--sae needs --feature"),
+        (["make", "--out", "v", "--layer", "3"], "no flag --layer"),
+        (["show", "--vector", "{}/none.safetensors"], "none.safetensors: no such file"),
+        (["show", "--vector", "{}/texts.txt"], "not a safetensors file"),
+        (["convert", "--vector", "{}/v.safetensors"], "out"),
+    ],
+)
+def test_mistakes_get_one_line(work: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in fails(capsys, "vector", *(arg.replace("{}", str(work)) for arg in argv))
