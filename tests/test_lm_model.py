@@ -1,5 +1,9 @@
 """LanguageModel: encoding, capture, edits, and the model's own facts."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import D, V, build, count_hooks, with_text, word_tokenizer
@@ -81,25 +85,32 @@ def test_edits_at_several_layers_and_gradients(lm: LanguageModel) -> None:
     lm.model.zero_grad()
 
 
-@pytest.mark.parametrize("family", ["llama", "gptj"])
-def test_a_block_that_returns_a_tensor_keeps_every_row(family: str) -> None:
-    lm = with_text(family)
-    kept: list[object] = []
-    handle = lm.blocks[1].register_forward_hook(lambda m, a, out: kept.append(out))
-    ids = torch.tensor([[0, 5, 6], [0, 7, 8]])
-    with lm.edit(HOOK, lambda h, now: h + 1):
-        lm.logits(ids)
-        handle.remove()
-        handle = lm.blocks[1].register_forward_hook(lambda m, a, out: kept.append(out))
-        lm.logits(ids)
-    handle.remove()
-    before, after = kept
-    assert type(before) is type(after) is (tuple if family == "gptj" else Tensor)
-    first, second = (x[0] if isinstance(x, tuple) else x for x in (before, after))
-    assert isinstance(first, Tensor)
-    assert isinstance(second, Tensor)
-    assert second.shape == (2, 3, D)
-    assert torch.equal(second, first + 1)  # both rows, not batch row 0 alone
+@pytest.mark.parametrize("form", [None, tuple, list])
+def test_what_a_block_returns_keeps_its_form_and_every_row(form: Callable[[Any], Any] | None) -> None:
+    """Which blocks return a tensor and which a tuple changes with the release of transformers."""
+    lm, ids = with_text("llama"), torch.tensor([[0, 5, 6], [0, 7, 8]])
+    seen: list[Any] = []
+
+    def unwrap(module: Any, args: Any, output: Any) -> Any:
+        seen.append(output)
+        return output if isinstance(output, Tensor) else output[0]
+
+    for edited in (False, True):
+        with ExitStack() as stack:
+            if form is not None:
+                made = lm.blocks[1].register_forward_hook(lambda module, args, output: form([output, "rest"]))
+                stack.callback(made.remove)
+            if edited:
+                stack.enter_context(lm.edit(HOOK, lambda h, now: h + 1))
+            stack.callback(lm.blocks[1].register_forward_hook(unwrap).remove)
+            lm.logits(ids)
+    before, after = seen
+    assert type(before) is type(after) is (Tensor if form is None else form)
+    if form is not None:
+        assert after[1:] == before[1:] == form(["rest"])
+        before, after = before[0], after[0]
+    assert after.shape == (2, 3, D)
+    assert torch.equal(after, before + 1)  # both rows, not batch row 0 alone
 
 
 def test_edits_keep_dtype_and_shape() -> None:

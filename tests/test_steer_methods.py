@@ -332,7 +332,7 @@ WRONG: list[tuple[Any, Any, dict[str, Any], str]] = [
     (POSITIVE, NEGATIVE, {"method": "probe", "l2": 0.0}, "l2 must be above 0"),
     (POSITIVE, NEGATIVE, {"method": "optimised", "steps": 0}, "steps must be at least 1"),
     (POSITIVE, NEGATIVE, {"batch_size": 0}, "batch_size must be at least 1"),
-    (POSITIVE, POSITIVE, {"method": "pca"}, "no difference to analyse"),
+    (POSITIVE, POSITIVE, {"method": "pca"}, "pca gives a zero vector at blocks.1"),
     (POSITIVE, POSITIVE, {}, "gives a zero vector at blocks.1"),
     (["w5 w6"], ["w5 w6"], {"method": "actadd"}, "actadd gives a zero vector"),
     (["w5 " * 40], NEGATIVE, {}, "positive example 0 has 41 tokens and the context of llama is 32"),

@@ -26,7 +26,8 @@ from steersman.train.plots import plot_run
 from steersman.train.recipe import TrainConfig
 from steersman.train.run_folder import RunFolder
 from steersman.train.sharded import ShardedTrainer
-from steersman.train.trainer import ActivationSource, pick_device, prepare, run
+from steersman.train.source import ActivationSource
+from steersman.train.trainer import pick_device, prepare, run
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,9 @@ from steersman.train.parallel import Ranks
 from steersman.train.recipe import Recipe, TrainConfig
 from steersman.train.selection import keep_topk
 from steersman.train.sharded_update import ShardedUpdater
+from steersman.train.source import ActivationSource, training_batches
 from steersman.train.statistics import ActivationStats
-from steersman.train.trainer import ActivationSource, Trainer, longest_silent, training_batches
+from steersman.train.trainer import Trainer, longest_silent
 
 _DRAWN_ROWS = 4096
 

@@ -22,8 +22,9 @@ from steersman.train.parallel import Axis, launched, use_local_accelerator
 from steersman.train.preemption import Preemption
 from steersman.train.recipe import TrainConfig
 from steersman.train.run_folder import RunFolder
+from steersman.train.source import ActivationSource, training_batches
 from steersman.train.store import ActivationStore
-from steersman.train.trainer import ActivationSource, Trainer, finish_run, prepare, training_batches
+from steersman.train.trainer import Trainer, finish_run, prepare
 from steersman.train.view import HookView
 
 log = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ Shape letters: N tokens of a batch, L latents, D width, K active latents a token
 import logging
 import math
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from steersman.kernels import using
 from steersman.progress import progress
 from steersman.sae import SAE, BatchTopKSAE, SAEConfig
 from steersman.sae.metrics import collect_feature_stats, measure_reconstruction
-from steersman.train.batch import ActivationBatch
 from steersman.train.checkpoints import Checkpoints
 from steersman.train.graph import GraphedStep
 from steersman.train.journal import Journal
@@ -34,41 +33,13 @@ from steersman.train.plots import plot_run
 from steersman.train.preemption import Preemption
 from steersman.train.recipe import Recipe, TrainConfig, resolve
 from steersman.train.run_folder import RunFolder
+from steersman.train.source import ActivationSource, training_batches
 from steersman.train.statistics import ActivationStats
 
 log = logging.getLogger(__name__)
 
 _PLACE = ("latent_shards", "timeout_seconds")
 """Settings that say only where a run is computed."""
-
-
-class ActivationSource(Protocol):
-    """What can be trained on: an `ActivationStore`, an `ActivationStream`, or anything that reads like one."""
-
-    @property
-    def hook_name(self) -> str: ...
-    @property
-    def model_name(self) -> str: ...
-    @property
-    def d_in(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def stats(self) -> ActivationStats: ...
-    def n_batches(
-        self, batch_size: int, *, split: Any = "train", heldout_fraction: float = 0.05, drop_last: bool = True
-    ) -> int | None: ...
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        split: Any = "train",
-        heldout_fraction: float = 0.05,
-        shuffle: bool = True,
-        seed: int = 0,
-        epoch: int = 0,
-        start: int = 0,
-        drop_last: bool = True,
-    ) -> Iterator[ActivationBatch]: ...
 
 
 class Trainer:
@@ -392,21 +363,6 @@ def _steps(
                 raise PreemptedError(f"asked to end at step {step}, which is saved; the same command goes on from here")
             if step % config.checkpoint_every == 0:
                 trainer.save(checkpoints)
-
-
-def _reading(config: TrainConfig) -> dict[str, Any]:
-    return {"split": "train", "heldout_fraction": config.heldout_fraction, "seed": config.seed}
-
-
-def training_batches(
-    source: ActivationSource, config: TrainConfig, recipe: Recipe, step: int, **share: Any
-) -> Iterator[ActivationBatch]:
-    """The batches of steps `step`, `step + 1`, ..., epoch after epoch."""
-    an_epoch = source.n_batches(recipe.batch_size, split="train", heldout_fraction=config.heldout_fraction)
-    epoch, start = divmod(step, an_epoch) if an_epoch else (0, step)
-    while True:
-        yield from source.batches(recipe.batch_size, epoch=epoch, start=start, **_reading(config), **share)
-        epoch, start = epoch + 1, 0
 
 
 def finish_run(trainer: Trainer, source: ActivationSource, folder: RunFolder) -> SAE:

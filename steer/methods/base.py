@@ -12,7 +12,7 @@ Shape letters: N samples, D width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -25,6 +25,9 @@ from steersman.steer.methods.diagnostics import Agreement, Projections
 from steersman.steer.methods.examples import Examples
 from steersman.steer.methods.moments import RunningMean
 from steersman.steer.methods.reading import Order, Reader
+
+ROUNDING = 1e-5
+"""Share of the states' length up to which a difference of states is rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +164,8 @@ class StreamedMethod(Method):
                 even.negative.add(means[hook][None])
                 odd.negative.add(means[hook][None])
         whole = {hook: even.merged(odd) for hook, (even, odd) in halves.items()}
+        for hook, estimator in whole.items():
+            check_differ(estimator.difference(), (estimator.positive.mean, estimator.negative.mean), self.name, hook)
         directions = {hook: _checked(estimator.direction(), self.name, hook) for hook, estimator in whole.items()}
         notes: dict[str, Any] = {"tokens": tokens}
         for hook, estimator in whole.items():
@@ -190,11 +195,20 @@ def _half_directions(halves: tuple[Estimator, Estimator], examples: Examples) ->
     return found if all(bool(v.isfinite().all()) and float(v.norm()) > 0 for v in found) else None
 
 
+def check_differ(difference: Tensor, states: Sequence[Tensor], method: str, hook: str) -> None:
+    """Raise SteersmanError when the `difference` of two sets of `states` is nothing but rounding.
+
+    Equal texts in one batch may come out a few bits apart: how a processor sums depends on the row.
+    """
+    if float(difference.norm()) <= ROUNDING * max(float(x.norm()) for x in states):
+        raise SteersmanError(
+            f"{method} gives a zero vector at {hook}: the positive and the negative examples have the same states there"
+        )
+
+
 def _checked(direction: Tensor, method: str, hook: str) -> Tensor:
     if not bool(direction.isfinite().all()):
         raise SteersmanError(f"{method} gives NaN or infinite values at {hook}")
     if not float(direction.norm()) > 0:
-        raise SteersmanError(
-            f"{method} gives a zero vector at {hook}: the positive and the negative examples have the same states there"
-        )
+        raise SteersmanError(f"{method} gives a zero vector at {hook}: its direction is at right angles to the means'")
     return direction.to(torch.float32)

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from steersman.errors import SteersmanError
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a model's forward calls its KV cache: since transformers 5.24, and before it. Later versions take both."""
+
 
 class GenerationRun:
     """What the clock knows about one call of `model.generate`: its prompt and which tokens end a row."""
@@ -205,6 +208,7 @@ class PassClock:
         self.current: Pass | None = None
         self.declared: Any = None
         self.parameters = list(inspect.signature(model.forward).parameters)
+        self.cache_name = next((name for name in CACHE_NAMES if name in self.parameters), "past_key_values")
         self._handles: list[Any] = []
         self._users = 0
         self._runs: list[GenerationRun] = []
@@ -294,7 +298,7 @@ class PassClock:
         x = ids if ids is not None else given.get("inputs_embeds")
         if x is None:
             raise SteersmanError("a pass needs input_ids or inputs_embeds for edits to know its positions")
-        cache = given.get("past_key_values")
+        cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         past = 0 if cache is None else int(cache.get_seq_length())
         batch, length = x.shape[0], x.shape[1]
         run = self._runs[-1] if self._runs else None

@@ -241,7 +241,7 @@ class Sampler:
 
     def _forward(self, ids: Tensor, cache: Any, mask: Tensor, positions: Tensor) -> Tensor:
         """Logits [B, V] after the last of the tokens `ids` [B, n]."""
-        inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+        inputs: dict[str, Any] = {"input_ids": ids, self.lm._clock.cache_name: cache, "use_cache": True}
         if self.padded:
             inputs["attention_mask"] = mask
             if "position_ids" in self._takes:
