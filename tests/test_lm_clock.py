@@ -44,7 +44,7 @@ class Spy:
 
 
 def cache_of(lm: LanguageModel, output: Any) -> dict[str, Any]:
-    """The KV cache in an output, as the argument that the next pass takes; its name depends on transformers' release."""
+    """The KV cache in an output, as an argument of the next pass. Releases of transformers name it differently."""
     return {lm._clock.cache_name: output[lm._clock.cache_name]}
 
 
