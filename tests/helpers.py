@@ -33,3 +33,10 @@ def make_sae(activation: str = "topk", d_in: int = 8, d_sae: int = 64, k: int = 
         elif activation == "jumprelu":
             sae.threshold = torch.rand(d_sae, generator=g)
     return sae
+
+
+def triton_before(major: int, minor: int) -> bool:
+    """Whether the Triton installed is older than this release."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) < (major, minor)

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import triton_before
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "kernel_resources.py"
 UNITS = {80: "mma", 90: "wgmma", 100: "tcgen05"}
@@ -20,7 +21,7 @@ SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_shipped_tiles(capability: int) -> None:
-    if capability == 100 and tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
+    if capability == 100 and triton_before(3, 9):
         pytest.skip("this Triton cannot compile them; dispatch refuses such GPUs")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from compiled import compile_all
+from helpers import triton_before
 
 from steersman.kernels.triton_backward import CHUNK, PAIRS, width_block
 from steersman.kernels.triton_update import tile
@@ -61,6 +62,8 @@ def test_kernels_are_not_specialised_on_the_number_of_pairs() -> None:
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_shipped_tiles_compile_without_spills(arch: int, tmp_path: Path) -> None:
     """4096 and 2304 take the tile of 512 and that of 256 columns; the state's dtypes are spread over the two."""
+    if arch == 100 and triton_before(3, 9):
+        pytest.skip("dispatch refuses such GPUs with this Triton")
     todo = [*jobs(arch, 4096, "float32"), *jobs(arch, 4096, "int8"), *jobs(arch, 2304, "bfloat16")]
     for what, got in zip(todo, compile_all(todo, tmp_path)):
         name = what["kernel"].split(":")[1]
