@@ -25,7 +25,7 @@ CODE_BYTES = 256 << 20
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `reference.topk_encode`. Works on blocks of rows, so that memory is N*K and one block.
 
-    On a CPU with bf16 matrix units, bf16 products choose the candidates (see `screen`) and fp32 decides.
+    On a CPU with bf16 arithmetic, bf16 products choose the candidates (see `screen`) and fp32 decides.
     """
     x = x.float() if b_dec is None else x.float() - b_dec.float()
     W_enc, b_enc = W_enc.float(), b_enc.float()

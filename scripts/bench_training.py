@@ -5,12 +5,15 @@ Run it in an environment with the `peers` extra: `pip install steersman[peers]`.
     python scripts/bench_training.py --d-sae 4096 16384 --steps 20
 
 Both steps read the same batches and do what their trainers do for a batch already in memory: forward, backward,
-projection of the decoder's gradient, an Adam step, decoder normalisation, dead-feature counters.
+projection of the decoder's gradient, an Adam step, decoder normalisation, dead-feature counters. Peak memory is what
+five steps add to a process of each library, over what it holds with the data and every import done.
 """
 
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,8 +42,12 @@ class Args:
     """Timed steps of each library, after three that are not."""
     threads: int = 0
     """Threads of PyTorch; 0 leaves its default."""
+    memory: bool = True
+    """Measure peak memory too."""
     out: Path | None = None
     """Also write the rows to this JSON file."""
+    child: str | None = None
+    """Used by the script itself: take steps with this library and print the peak memory."""
 
 
 def our_step(args: Args, d_sae: int, x: torch.Tensor) -> Any:
@@ -84,17 +91,54 @@ def sparsify_step(args: Args, d_sae: int, x: torch.Tensor) -> Any:
     return step
 
 
+MAKERS = {"steersman": our_step, "eai-sparsify": sparsify_step}
+
+
+def made_batches(args: Args) -> torch.Tensor:
+    """Three batches: a mixture of sparse directions, so that the code is used as it is on real activations."""
+    torch.manual_seed(0)
+    atoms = torch.nn.functional.normalize(torch.randn(2 * args.d_in, args.d_in), dim=1)
+    active = torch.rand(3, args.batch_size, len(atoms)).topk(16, dim=2).indices
+    batches = torch.stack([atoms[a].sum(dim=1) for a in active])
+    return batches + 0.05 * torch.randn(3, args.batch_size, args.d_in)
+
+
+def peak_mb(args: Args, d_sae: int, name: str) -> float:
+    """Peak memory in MB that steps of a library add, in a process of its own."""
+    command = [sys.executable, __file__, "--d-sae", str(d_sae), "--d-in", str(args.d_in), "--k", str(args.k)]
+    command += ["--batch-size", str(args.batch_size), "--threads", str(args.threads), "--child", name]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def resident(field: str) -> float:
+    """MB that the process holds (VmRSS), or held at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def take_steps(args: Args, name: str) -> None:
+    """What the process of `peak_mb` does. The libraries' threads and imports are paid for by a tiny SAE first."""
+    batches = made_batches(args)
+    warm = MAKERS[name](args, 2048, batches[0, :512])
+    warm(batches[0, :512])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    step = MAKERS[name](args, args.d_sae[0], batches[0])
+    for i in range(5):
+        step(batches[i % 3])
+    print(resident("VmHWM") - before)
+
+
 def main(args: Args) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.child is not None:
+        take_steps(args, args.child)
+        return
     rows = []
     for d_sae in args.d_sae:
-        torch.manual_seed(0)
-        # A mixture of sparse directions, so that the code is used as it is on real activations.
-        atoms = torch.nn.functional.normalize(torch.randn(2 * args.d_in, args.d_in), dim=1)
-        active = torch.rand(3, args.batch_size, len(atoms)).topk(16, dim=2).indices
-        batches = torch.stack([atoms[a].sum(dim=1) for a in active]) + 0.05 * torch.randn(3, args.batch_size, args.d_in)
-        steps = {"steersman": our_step(args, d_sae, batches[0]), "eai-sparsify": sparsify_step(args, d_sae, batches[0])}
+        batches = made_batches(args)
+        steps = {name: make(args, d_sae, batches[0]) for name, make in MAKERS.items()}
         times: dict[str, list[float]] = {name: [] for name in steps}
         for i in range(args.steps + 3):
             for name, step in steps.items():
@@ -105,6 +149,8 @@ def main(args: Args) -> None:
         ratio = statistics.median(b / a for a, b in zip(times["steersman"], times["eai-sparsify"]))
         row: dict[str, Any] = {"d_sae": d_sae, "d_in": args.d_in, "k": args.k, "batch_size": args.batch_size}
         row |= {f"{name} ms": 1e3 * statistics.median(t) for name, t in times.items()}
+        if args.memory:
+            row |= {f"{name} peak MB": peak_mb(args, d_sae, name) for name in steps}
         rows.append(row | {"ratio": ratio, "threads": torch.get_num_threads(), "torch": torch.__version__})
         print(
             "  ".join(

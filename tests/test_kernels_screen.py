@@ -67,6 +67,26 @@ def test_ties_and_nan_are_left_to_the_plain_path() -> None:
     assert unproven[6]
 
 
+@pytest.mark.parametrize(("n", "m"), [(30, 7), (30, 30), (513, 256), (1500, 20), (1500, 300), (5000, 200)])
+def test_largest_keys(n: int, m: int) -> None:
+    g = torch.Generator().manual_seed(n + m)
+    values = torch.randn(9, n, generator=g).bfloat16()
+    values[0, ::3], values[1], values[2, 5] = -0.0, -torch.rand(n, generator=g), float("inf")
+    keys = screen._keys(values)
+    assert torch.equal(screen._ordered((keys >> 16).short()).view(torch.bfloat16), values)
+    assert torch.equal((keys & 0xFFFF)[0], torch.arange(n))
+    found = screen._largest_keys(keys, m)
+    expected = screen._keys(values).sort(dim=1, descending=True).values[:, :m]
+    assert torch.equal(found.sort(dim=1, descending=True).values, expected)
+    assert torch.equal(values.gather(1, (expected & 0xFFFF).long()).float(), values.float().topk(m).values)
+
+
+def test_products_that_may_overflow_are_left_to_the_plain_path() -> None:
+    x, W, b = problem(5)
+    x[4] *= 1e37
+    assert check(x, W, b, 8)[4]
+
+
 def test_the_encoder_with_screening_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     x, W, b = problem(4, n=200)
     x[3] = 0.0  # every latent ties but for its bias
@@ -85,11 +105,11 @@ def test_the_encoder_with_screening_equals_the_reference(monkeypatch: pytest.Mon
 
 
 def test_it_is_used_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "has_matrix_units", lambda: True)
+    monkeypatch.setattr(screen, "has_fast_bf16", lambda: True)
     x, W, _ = problem(0)
     assert screen.worthwhile(x, W, 16)
     assert not screen.worthwhile(x[:8], W, 16)
     assert not screen.worthwhile(x, W[:512], 16)
     assert not screen.worthwhile(x, W, 200)
-    monkeypatch.setattr(screen, "has_matrix_units", lambda: False)
+    monkeypatch.setattr(screen, "has_fast_bf16", lambda: False)
     assert not screen.worthwhile(x, W, 16)
