@@ -33,8 +33,10 @@ class Args:
     """What to measure."""
     rounds: int = 3
     """Timed rounds, after one that is not."""
-    tokens: int = 150_000
+    tokens: int = 262_144
     """Rows cached."""
+    shard_rows: int = 32_768
+    """Rows of a shard, which is what ranks share out: a real store has tens of shards."""
     d_in: int = 384
     """Width of the SAE that is trained."""
     d_sae: int = 4096
@@ -52,7 +54,9 @@ def cache(args: Args, out: Path) -> None:
     stories = texts(args.tokens // 60 + 50, seed=0)
     lm.logits(torch.zeros(1, 8, dtype=torch.long))
     start = time.perf_counter()
-    cache_activations(lm, stories, hook="blocks.2.hook_resid_post", out=str(out), tokens=args.tokens, batch_size=32)
+    cache_activations(
+        lm, stories, hook="blocks.2.hook_resid_post", out=str(out), tokens=args.tokens, shard_rows=args.shard_rows
+    )
     if launched()[0] == 0:
         print(time.perf_counter() - start)
 
@@ -63,7 +67,15 @@ def caching(args: Args) -> None:
         for ranks, found in times.items():
             folder = Path(tempfile.mkdtemp())
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            command += [__file__, "--tokens", str(args.tokens), "--child", str(folder / "acts")]
+            command += [
+                __file__,
+                "--tokens",
+                str(args.tokens),
+                "--shard-rows",
+                str(args.shard_rows),
+                "--child",
+                str(folder / "acts"),
+            ]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
             done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
             shutil.rmtree(folder)
