@@ -7,7 +7,8 @@ used over and over (the fastest there is: nothing is kept); the same into new me
 that hands batches out; and `store.batches`, shuffled, with its default prefetch. `warm` rounds find the files in the
 system's cache, where a sequential read is a plain memory copy; before each `cold` read they are dropped from it. The
 ratios are medians over rounds. Peak memory is that of a fresh process that reads an epoch of a store, and of one that
-reads a store ten times as large.
+reads a store ten times as large: all that is resident, and the part that is the process's own, without mapped files
+(pages of the system's cache, which it takes back when others need them).
 """
 
 import json
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,12 +119,21 @@ def trained(path: Path, batch_size: int) -> None:
     train_sae(ActivationStore.open(path), config, out=path.with_name(path.name + "-run"))
 
 
-def peak_memory(folder: Path, width: int, megabytes: int, train: bool) -> float:
-    """Peak memory in MB of a process that reads one shuffled epoch, or trains on it."""
+def sample_own_memory(found: list[float]) -> None:
+    """Add to `found`, for as long as the process lives, the MB that it holds without mapped files."""
+    while True:
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        found.append(int(fields["RssAnon"].split()[0]) / 1024)
+        time.sleep(0.02)
+
+
+def peak_memory(folder: Path, width: int, megabytes: int, train: bool) -> tuple[float, float]:
+    """Peak memory in MB of a process that reads one shuffled epoch, or trains on it: resident, and its own."""
     make_store(folder, width, megabytes)
     command = [sys.executable, __file__, "--child", str(folder), "--train" if train else "--no-train"]
     try:
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        return float(printed[-2]), float(printed[-1])
     finally:
         shutil.rmtree(folder)
         shutil.rmtree(folder.with_name(folder.name + "-run"), ignore_errors=True)
@@ -131,8 +142,10 @@ def peak_memory(folder: Path, width: int, megabytes: int, train: bool) -> float:
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.child:
+        own: list[float] = []
+        threading.Thread(target=sample_own_memory, args=(own,), daemon=True).start()
         (trained if args.train else shuffled)(args.child, args.batch_size)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, max(own))
         return
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     rows = []
@@ -159,10 +172,15 @@ def main() -> None:
             if not args.memory_megabytes:
                 break
             size, width = args.memory_megabytes, args.widths[0]
-            peaks = [peak_memory(folder / "memory", width, size * n, train) for n in (1, 10)]
+            (all_1, own_1), (all_10, own_10) = (peak_memory(folder / "memory", width, size * n, train) for n in (1, 10))
             what = "training on" if train else "reading"
-            rows.append({"width": width, "work": what, "peak_mb_x1": peaks[0], "peak_mb_x10": peaks[1]})
-            print(f"peak memory of {what} {size} MB: {peaks[0]:.0f} MB; 10x as much: {peaks[1]:.0f} MB", flush=True)
+            figures = {"peak_mb_x1": all_1, "peak_mb_x10": all_10, "own_mb_x1": own_1, "own_mb_x10": own_10}
+            rows.append({"width": width, "work": what, **figures})
+            print(
+                f"peak memory of {what} {size} MB: {all_1:.0f} MB, {own_1:.0f} of them its own; "
+                f"10x as much: {all_10:.0f} MB, {own_10:.0f} its own",
+                flush=True,
+            )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if args.out:
