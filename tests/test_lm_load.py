@@ -1,14 +1,18 @@
 """Loading from a folder, and one clear line for each way it fails."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ranks import answers, start_ranks
 from tiny_models import D, build, with_text, word_tokenizer
 
+from steersman.demo import MODEL_PATH
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.load import parse_device, parse_dtype
+from steersman.train import cache_activations
 
 STORIES = Path(__file__).resolve().parents[1].parent / "shared" / "models" / "stories260k"
 
@@ -107,3 +111,79 @@ def test_a_real_model() -> None:
     assert ids.count(1) == 1
     assert ids[0] == 1
     assert lm.generate("Once upon a time", max_new_tokens=20).completions[0].startswith(", there was a little girl")
+
+
+# Models that one device does not hold
+
+IDS = torch.tensor([[0, 5, 6, 7]])
+POINT = "blocks.1.hook_resid_post"
+
+
+def test_a_device_map_changes_nothing(folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    plain = LanguageModel.load(str(folder), device="cpu")
+    spread = LanguageModel.load(str(folder), device="cpu", device_map={"": "cpu"})
+    assert torch.equal(spread.capture(IDS, hooks=[POINT])[POINT], plain.capture(IDS, hooks=[POINT])[POINT])
+    with plain.edit(POINT, lambda h, now: h + 1):
+        expected = plain.logits(IDS)
+    with spread.edit(POINT, lambda h, now: h + 1):
+        assert torch.equal(spread.logits(IDS), expected)
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_quantized_weights(folder: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    x = LanguageModel.load(str(folder), device="cpu").capture(IDS, hooks=[POINT])[POINT]
+    lm = LanguageModel.load(str(folder), device="cpu", quantization="8bit")
+    error = (lm.capture(IDS, hooks=[POINT])[POINT].float() - x).norm() / x.norm()
+    assert 0 < error < 0.05
+    assert lm.quantization == "8bit"
+
+
+DEMO_POINT = "blocks.2.hook_resid_post"
+
+
+def split(out: str) -> list[list[float]]:
+    """What each rank of a tensor-parallel model sees."""
+    import torch.distributed
+
+    lm = LanguageModel.load(str(MODEL_PATH), device="cpu", tensor_parallel=True)
+    weight: Any = lm.blocks[0].get_parameter("mlp.up_proj.weight")
+    local = weight.to_local() if hasattr(weight, "to_local") else weight
+    assert local.shape[0] * 2 == lm.config.intermediate_size
+    with pytest.raises(SteersmanError, match="run it together"):
+        cache_activations(lm, ["Once upon a time"], hook=DEMO_POINT, out=out)
+    states = lm.capture(IDS, hooks=[DEMO_POINT])[DEMO_POINT]
+    with lm.edit(DEMO_POINT, lambda h, now: h + 1):
+        logits = lm.logits(IDS)
+    torch.distributed.destroy_process_group()
+    return [states.flatten().tolist(), logits.flatten().tolist()]
+
+
+def test_every_rank_of_a_split_model_sees_the_states_of_one_process(tmp_path: Path) -> None:
+    plain = LanguageModel.load(str(MODEL_PATH), device="cpu")
+    states = plain.capture(IDS, hooks=[DEMO_POINT])[DEMO_POINT].flatten()
+    with plain.edit(DEMO_POINT, lambda h, now: h + 1):
+        logits = plain.logits(IDS).flatten()
+    for ok, answer in answers(start_ranks(2, split, str(tmp_path / "acts"))):
+        assert ok, answer
+        torch.testing.assert_close(torch.tensor(answer[0]), states, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.tensor(answer[1]), logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel": True}, "start them with torchrun"),
+        ({"tensor_parallel": True, "quantization": "8bit"}, "leave out device_map and quantization"),
+        ({"device_map": "auto"}, r'device_map needs accelerate, which is not installed: pip install "steersman'),
+        ({"quantization": "4bit"}, "quantization needs bitsandbytes, which is not installed"),
+    ],
+)
+def test_placements_that_cannot_be(
+    folder: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SteersmanError, match=message) as error:
+        LanguageModel.load(str(folder), device="cpu", **options)
+    assert "\n" not in str(error.value)

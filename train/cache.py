@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from steersman.errors import SteersmanError
+from steersman.lm.load import Quantization
 from steersman.progress import progress
 from steersman.train.capture import (
     CaptureSettings,
@@ -84,6 +85,10 @@ class CacheConfig:
     """Type to run the model in; float32 on the CPU and the checkpoint's own elsewhere if not given."""
     device: str = "auto"
     """Device to run the model on."""
+    device_map: str | None = None
+    """Spread a model that one device does not hold over devices and the host's memory: auto, balanced, sequential."""
+    quantization: Quantization | None = None
+    """Keep the model's weights in 8bit or 4bit. Part of the store's identity: it changes the activations."""
     timeout_seconds: float = 600.0
     """With several processes (torchrun): how long none of them may be at work before the others stop waiting."""
     trust_remote_code: bool = False
@@ -136,6 +141,13 @@ def cache_activations(
             device=config.device,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
+            device_map=config.device_map,
+            quantization=config.quantization,
+        )
+    if lm.tensor_parallel:
+        raise SteersmanError(
+            "the processes of a tensor_parallel model run it together, and those that cache share the text out: load "
+            "it with device_map or quantization, or use LanguageModel.capture"
         )
     if texts is None and config.text is None:
         raise SteersmanError("no text given: pass texts, or set text to a file, folder or dataset id")
@@ -213,6 +225,8 @@ def _manifest(lm: "LanguageModel", text: TextSource, config: CacheConfig, settin
         "excluded_tokens": list(settings.excluded),
         "shard_rows": config.shard_rows,
     }
+    if lm.quantization is not None:
+        content["quantization"] = lm.quantization
     hooks = {hook: lm.hook_width(hook) for hook in settings.hooks}
     return Manifest(model_name=lm.name, dtype=config.dtype, hooks=hooks, config=content)
 

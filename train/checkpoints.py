@@ -196,6 +196,17 @@ def _overlap(stored: Any, axis: int | None, held: list[int], wanted: tuple[int, 
     return stored[low:high] if axis == 0 else stored[:, low:high]
 
 
+def is_unfinished_run(path: str | Path) -> bool:
+    """Whether a local path is a checkpoint, or the folder of a run that has checkpoints and no finished SAE.
+
+    >>> is_unfinished_run("a/folder/that/is/not/there")
+    False
+    """
+    folder = Path(path)
+    checkpoint = (folder / STATE).is_file() and any(folder.glob("state*.safetensors"))
+    return checkpoint or ((folder / "checkpoints").is_dir() and not (folder / "sae_weights.safetensors").exists())
+
+
 def checkpoint_to_sae(path: str | Path) -> SAE:
     """The SAE of a checkpoint, or of the newest one of a run folder, for inputs as they are, on the CPU.
 

@@ -11,8 +11,8 @@ from steersman.sae.formats.base import Format
 TARGETS = ("saelens", "sparsify", "dictionary_learning")
 
 
-def convert(source: str | Path, target: str | Path, *, to: str, format: str | None = None) -> SAE:
-    """Read the SAE at `source` (as `SAE.load` does) and write it to the folder `target` in the format `to`.
+def convert(source: str | Path | SAE, target: str | Path, *, to: str, format: str | None = None) -> SAE:
+    """Write an SAE, or the one at `source` (read as `SAE.load` does), to the folder `target` in the format `to`.
 
     The codes and reconstructions of the result equal the source's. Raises SteersmanError, and writes nothing, where the
     format cannot express what the SAE computes, and where the folder is not empty. Returns the SAE.
@@ -22,6 +22,6 @@ def convert(source: str | Path, target: str | Path, *, to: str, format: str | No
     path = Path(target)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise SteersmanError(f"{path} exists and is not an empty folder: name a new one")
-    sae = SAE.load(source, torch.device("cpu"), format=format)
+    sae = source if isinstance(source, SAE) else SAE.load(source, torch.device("cpu"), format=format)
     Format.registry[to].write(sae, path)
     return sae

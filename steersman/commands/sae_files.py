@@ -7,6 +7,7 @@ from tyro.conf import Positional
 
 from steersman.sae.formats.convert import convert
 from steersman.sae.formats.inspection import inspect
+from steersman.train.checkpoints import checkpoint_to_sae, is_unfinished_run
 
 __all__ = ["ConvertCommand", "InspectCommand"]
 
@@ -28,10 +29,11 @@ def run_inspect(config: InspectCommand) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertCommand:
-    """Write an SAE of any format in one that another library opens."""
+    """Write an SAE of any format in one that another library opens; of a run that is not finished, its newest
+    checkpoint."""
 
     source: Positional[str]
-    """Folder or file, or repo-id[/subfolder][@revision] on the hub."""
+    """Folder or file, or repo-id[/subfolder][@revision] on the hub; or a run folder, or one of its checkpoints."""
     target: Positional[str]
     """New folder."""
     to: Literal["saelens", "sparsify", "dictionary_learning"]
@@ -42,5 +44,6 @@ class ConvertCommand:
 
 def run_convert(config: ConvertCommand) -> None:
     """`steersman convert`."""
-    sae = convert(config.source, config.target, to=config.to, format=config.format)
+    source = checkpoint_to_sae(config.source) if is_unfinished_run(config.source) else config.source
+    sae = convert(source, config.target, to=config.to, format=config.format)
     print(f"{config.target}: {sae.cfg.activation} of {sae.cfg.d_sae:,} features as {config.to}")

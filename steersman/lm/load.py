@@ -1,8 +1,11 @@
 """Loading a transformers model and its tokenizer, with one clear line for each way it can fail."""
 
+import importlib.util
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,6 +21,10 @@ DTYPES = {
     "fp16": torch.float16,
     "float64": torch.float64,
 }
+
+
+Quantization = Literal["8bit", "4bit"]
+"""Weights in 8-bit integers, or in 4-bit floats, by bitsandbytes."""
 
 
 def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:
@@ -83,10 +90,61 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
+def placement(
+    dtype: torch.dtype | str,
+    device_map: str | Mapping[str, Any] | None,
+    tensor_parallel: bool,
+    quantization: Quantization | None,
+) -> dict[str, Any]:
+    """What transformers' `from_pretrained` is told so that it places the weights itself; empty for one plain device.
+
+    Raises SteersmanError for what cannot go together and for packages that are missing.
+    """
+    if tensor_parallel and (device_map is not None or quantization is not None):
+        raise SteersmanError("tensor_parallel places the weights itself: leave out device_map and quantization")
+    if tensor_parallel:
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            raise SteersmanError("tensor_parallel splits the model over several processes: start them with torchrun")
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    options: dict[str, Any] = {}
+    if device_map is not None:
+        _need("accelerate", "device_map")
+        options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
+    if quantization is not None:
+        _need("bitsandbytes", "quantization")
+        import transformers
+
+        compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+        options["quantization_config"] = {
+            "8bit": lambda: transformers.BitsAndBytesConfig(load_in_8bit=True),
+            "4bit": lambda: transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute),
+        }[quantization]()
+    return options
+
+
+def _need(package: str, option: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise SteersmanError(f'{option} needs {package}, which is not installed: pip install "steersman[large]"')
+
+
 def load_pretrained(
-    source: str, *, dtype: str | torch.dtype | None, device: torch.device, revision: str | None, trust_remote_code: bool
+    source: str,
+    *,
+    dtype: str | torch.dtype | None,
+    device: torch.device,
+    revision: str | None,
+    trust_remote_code: bool,
+    device_map: str | Mapping[str, Any] | None = None,
+    tensor_parallel: bool = False,
+    quantization: Quantization | None = None,
 ) -> tuple[nn.Module, Any, str]:
-    """Model (in evaluation mode, on `device`), tokenizer and the name to record. Raises SteersmanError, in one line."""
+    """Model (in evaluation mode, on `device` or as `placement` says), tokenizer and the name to record.
+
+    Raises SteersmanError, in one line."""
     import transformers
     from safetensors import SafetensorError
 
@@ -94,9 +152,12 @@ def load_pretrained(
     where = str(folder) if folder is not None else source
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     torch_dtype = parse_dtype(dtype, device)
+    placed = placement(torch_dtype, device_map, tensor_parallel, quantization)
+    if quantization is not None and device_map is None:
+        placed["device_map"] = {"": device}
     try:
         config = transformers.AutoConfig.from_pretrained(where, **options)
-        model = model_class(config).from_pretrained(where, dtype=torch_dtype, **options)
+        model = model_class(config).from_pretrained(where, dtype=torch_dtype, **placed, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
     except SteersmanError:
         raise
@@ -108,7 +169,7 @@ def load_pretrained(
             f"{source!r} is no local folder and could not be fetched from the Hugging Face hub: {reason}"
         ) from error
     try:
-        model = model.to(device)
+        model = model if placed else model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise SteersmanError(f"cannot move the model to {device}: {' '.join(str(error).split())[:200]}") from error
     return model.eval(), tokenizer, folder.resolve().name if folder is not None else source

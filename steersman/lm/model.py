@@ -1,6 +1,6 @@
 """`LanguageModel`: a transformers model with named hook points that can be read, edited and generated with."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -11,7 +11,7 @@ from steersman.errors import SteersmanError
 from steersman.lm.clock import Pass, PassClock
 from steersman.lm.generate import Generation, real_generated, sampling_settings, seeded
 from steersman.lm.hooks import HookMap
-from steersman.lm.load import load_pretrained, parse_device
+from steersman.lm.load import Quantization, load_pretrained, parse_device
 from steersman.lm.tokens import TextEncoder, TokenBatch
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after")
@@ -45,6 +45,8 @@ class LanguageModel:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.revision = revision
+        self.quantization: Quantization | None = None
+        self.tensor_parallel = False
         config: Any = model.config
         self.name = name or getattr(config, "_name_or_path", "") or type(model).__name__
         self.config = config.get_text_config()
@@ -67,18 +69,37 @@ class LanguageModel:
         revision: str | None = None,
         trust_remote_code: bool = False,
         name: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        tensor_parallel: bool = False,
+        quantization: Quantization | None = None,
     ) -> "LanguageModel":
         """Load from a folder or from the Hugging Face hub.
 
         `dtype` None means float32 on the CPU and the checkpoint's own elsewhere; `device` "auto" takes an accelerator
-        if there is one. `name` is what SAEs and stores record; by default the hub id or the folder's name. Raises
-        SteersmanError when the folder is missing or holds no model, or when the hub has no such id.
+        if there is one. `name` is what SAEs and stores record; by default the hub id or the folder's name.
+
+        For models that one device does not hold: `device_map` ("auto", or {module: device}) spreads the layers over
+        devices, the host's memory and disk (through accelerate); `quantization` keeps weights in "8bit" or "4bit"
+        (through bitsandbytes); `tensor_parallel` splits every layer over the processes of a torchrun job, all of which
+        must then make the same calls and see the same hidden states.
+
+        Raises SteersmanError when the folder is missing or holds no model, when the hub has no such id, for a package
+        that is not installed, and for tensor_parallel in a single process or with one of the others.
         """
         where = parse_device(device)
         model, tokenizer, found = load_pretrained(
-            str(source), dtype=dtype, device=where, revision=revision, trust_remote_code=trust_remote_code
+            str(source),
+            dtype=dtype,
+            device=where,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            device_map=device_map,
+            tensor_parallel=tensor_parallel,
+            quantization=quantization,
         )
-        return cls(model, tokenizer, name=name or found, revision=revision)
+        lm = cls(model, tokenizer, name=name or found, revision=revision)
+        lm.quantization, lm.tensor_parallel = quantization, tensor_parallel
+        return lm
 
     # What it is
 
