@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from power_cut import PowerCut, power_cut_after
 from stores import HOOK, digests, word_documents
 from tiny_models import with_text
 
@@ -178,6 +180,21 @@ def test_an_error_anywhere_leaves_whole_shards_and_can_be_gone_on_from(
     assert list((tmp_path / "acts").rglob("*.tmp")) == []
     cached(lm, tmp_path / "acts", texts, shard_rows=110, packing=packing)
     assert digests(whole.path) == digests(tmp_path / "acts")
+
+
+def test_a_power_cut_at_any_moment_loses_at_most_a_shard(lm: LanguageModel, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"shard_rows": 110, "tokens": 250}
+    whole = cached(lm, tmp_path / "whole", **options)
+    n, ended = 0, False
+    while not ended:
+        out = tmp_path / f"acts{n}"
+        with suppress(PowerCut), power_cut_after(n) as changes:
+            cached(lm, out, **options)
+        again = cached(lm, out, **options)
+        assert digests(again.path) == digests(whole.path), f"cut after {changes[-1:]}, change {n}"
+        ended = len(changes) < n
+        n += 1
+    assert n > 20
 
 
 def test_files_that_an_interruption_left_are_removed(lm: LanguageModel, tmp_path: Path) -> None:

@@ -3,14 +3,16 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from power_cut import PowerCut, power_cut_after
 from ranks import answers, run_ranks, start_ranks
 from stores import HOOK, digests, word_documents
 
-from steersman.errors import SteersmanError
+from steersman.errors import LostRankError, SteersmanError
 from steersman.train import ActivationStore, cache_activations
 from steersman.train.parallel_cache import SharedStore
 
@@ -110,6 +112,35 @@ def test_ranks_go_on_with_what_one_process_left(alone: Path, tmp_path: Path, mon
     monkeypatch.undo()
     run_ranks(2, cache, str(tmp_path / "acts"), options)
     assert digests(tmp_path / "acts") == digests(alone)
+
+
+def test_a_power_cut_at_any_moment_is_gone_on_from(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two ranks loses its power before a change to the disk, every fifth one; the second works on."""
+    options = {**OPTIONS, "tokens": 1901, "timeout_seconds": 0.0}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def rank(number: int) -> bool:
+        """Whether the rank sees the whole store in the end."""
+        monkeypatch.setenv("RANK", str(number))
+        try:
+            cache(str(out), options)
+        except LostRankError:
+            return False
+        return True
+
+    n, ended = 2, False
+    while not ended:
+        out = tmp_path / f"acts{n}"
+        with suppress(PowerCut), power_cut_after(n) as changes:
+            rank(0)
+        rank(1)
+        assert rank(0), f"cut after {changes[-1:]}, change {n}"
+        assert digests(out) == digests(alone), f"cut after {changes[-1:]}, change {n}"
+        ended = len(changes) < n
+        n += 5
+    assert n > 40
 
 
 def test_what_several_ranks_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

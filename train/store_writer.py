@@ -103,7 +103,7 @@ class StoreWriter:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / MANIFEST).exists():
                 manifest = check_same_store(folder, manifest)
-            elif any(folder.iterdir()):
+            elif not _only_begun(folder, manifest):
                 raise SteersmanError(f"{folder}: exists and is not an activation store; choose an empty or new folder")
             writer = cls(folder, manifest, shard_rows=shard_rows, max_rows=max_rows, skip_bad=on_nonfinite == "skip")
             if not manifest.shards:
@@ -284,6 +284,16 @@ class StoreWriter:
         """Delete the store's folder when it holds no finished shard: a failed first try leaves nothing."""
         if not self.manifest.shards:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _only_begun(folder: Path, manifest: Manifest) -> bool:
+    """Whether a folder without a manifest holds at most what `begin` makes before it: a run may end in between."""
+    folders = (ROWS, *manifest.folders().values())
+    for child in folder.iterdir():
+        empty = child.name in folders and child.is_dir() and not any(child.iterdir())
+        if not empty and child.name != f"{MANIFEST}.tmp":
+            return False
+    return True
 
 
 def _figures(stats: ActivationStats) -> dict[str, float]:
