@@ -1,11 +1,13 @@
 """Training: it learns, it resumes exactly, and it refuses what cannot work."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from power_cut import PowerCut, power_cut_after
 from torch import Tensor
 
 from steersman.errors import SteersmanError
@@ -118,6 +120,26 @@ def test_resuming_equals_an_uninterrupted_run(
     assert logged("whole") == logged("cut")
     final = "sae_weights.safetensors"
     assert (tmp_path / "whole" / final).read_bytes() == (tmp_path / "cut" / final).read_bytes()
+
+
+def test_a_power_cut_at_any_moment_loses_at_most_a_checkpoint(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every fifth change to the disk: while checkpoints are written and deleted, and while the SAE is saved."""
+    monkeypatch.setattr("steersman.train.trainer.plot_run", lambda *_: None)  # the slowest part by far
+    config = replace(CONFIG, tokens=64 * 20, batch_size=64, checkpoint_every=4, statistics_tokens=640)
+    train_sae(store, config, tmp_path / "whole")
+    whole = (tmp_path / "whole" / "sae_weights.safetensors").read_bytes()
+    n, ended = 0, False
+    while not ended:
+        with suppress(PowerCut), power_cut_after(n) as changes:
+            train_sae(store, config, tmp_path / f"run{n}")
+        train_sae(store, config, tmp_path / f"run{n}")
+        again = (tmp_path / f"run{n}" / "sae_weights.safetensors").read_bytes()
+        assert again == whole, f"cut after {changes[-1:]}, change {n}"
+        ended = len(changes) < n
+        n += 5
+    assert n > 30
 
 
 def test_an_interrupt_saves_a_checkpoint(
