@@ -37,6 +37,8 @@ def worthwhile(x: Tensor, W_enc: Tensor, k: int) -> bool:
     """Whether screening is the faster way for x [N, D] and W_enc [L, D] on the CPU: enough rows to pay for rounding
     the weights, enough latents for the product to be most of the work."""
     N, L = len(x), len(W_enc)
+    if L * n_candidates(k) > 1 << 30:  # more groups, or candidates, than `_keys` can number
+        return False
     return has_fast_bf16() and N >= 256 and L >= 2048 and x.shape[1] >= 64 and 8 * n_candidates(k) <= L
 
 

@@ -111,5 +111,6 @@ def test_it_is_used_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not screen.worthwhile(x[:8], W, 16)
     assert not screen.worthwhile(x, W[:512], 16)
     assert not screen.worthwhile(x, W, 200)
+    assert not screen.worthwhile(x, torch.empty(1 << 25, 64, device="meta"), 64)  # 2^16 groups and more
     monkeypatch.setattr(screen, "has_fast_bf16", lambda: False)
     assert not screen.worthwhile(x, W, 16)

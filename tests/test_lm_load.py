@@ -177,6 +177,7 @@ def test_every_rank_of_a_split_model_sees_the_states_of_one_process(tmp_path: Pa
         ({"tensor_parallel": True}, "start them with torchrun"),
         ({"tensor_parallel": True, "quantization": "8bit"}, "leave out device_map and quantization"),
         ({"device_map": "auto"}, r'device_map needs accelerate, which is not installed: pip install "steersman'),
+        ({"quantization": "3bit"}, "unknown quantization '3bit': use one of 8bit, 4bit"),
         ({"quantization": "4bit"}, "quantization needs bitsandbytes, which is not installed"),
     ],
 )

@@ -126,7 +126,7 @@ def test_a_checkpoint_becomes_an_sae(store: str, tmp_path: Path) -> None:
     x = mixture(500, seed=2)
     one_step_before, now = (measure_reconstruction(each, [x]).fvu for each in (sae, trained))
     assert one_step_before == pytest.approx(now, rel=0.05)
-    (tmp_path / "run" / "sae_weights.safetensors").unlink()  # as if the run had been interrupted
+    (tmp_path / "run" / "cfg.json").unlink()  # as if the run had been interrupted
     main(["convert", str(tmp_path / "run"), str(tmp_path / "plain"), "--to", "saelens"])
     assert torch.equal(SAE.load(tmp_path / "plain").W_dec, sae.W_dec)
     with pytest.raises(SteersmanError, match="holds no checkpoint"):

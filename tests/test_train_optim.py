@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from stopping import stopped_before
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -98,10 +99,6 @@ def test_golden_losses() -> None:
         assert [errors[i] / (128 * D) for i in (0, 9, 49)] == pytest.approx(golden, rel=1e-4)
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -112,21 +109,12 @@ class Stop(Exception):
     ],
     ids=["fused", "fused int8 ema", "fused signum batch_topk", "ordinary int8"],
 )
-def test_resuming_gives_the_same_bits(options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_gives_the_same_bits(options: dict, tmp_path: Path) -> None:
     store = ActivationStore.from_tensors(rows(20_000).split(5000), tmp_path / "acts", "h", dtype="float32")
     config = replace(CONFIG, tokens=128 * 40, checkpoint_every=15, **options)
     whole = train_sae(store, config, tmp_path / "whole")
-    step = Trainer.step
-
-    def stopping_step(self: Trainer, x: Tensor) -> None:
-        if self.n_steps_done == 22:
-            raise Stop
-        step(self, x)
-
-    monkeypatch.setattr(Trainer, "step", stopping_step)
-    with pytest.raises(Stop):
+    with stopped_before(22):
         train_sae(store, config, tmp_path / "cut")
-    monkeypatch.setattr(Trainer, "step", step)
     cut = train_sae(store, config, tmp_path / "cut")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, cut.state_dict()[name]), name

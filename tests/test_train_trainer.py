@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from power_cut import PowerCut, power_cut_after
+from stopping import stopped_before
 from torch import Tensor
 
 from steersman.errors import SteersmanError
@@ -80,10 +81,6 @@ def test_the_run_folder_holds_what_it_says(store: ActivationStore, tmp_path: Pat
     assert loaded.cfg.metadata["heldout"]["fvu"] > 0
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -95,20 +92,11 @@ class Stop(Exception):
 )
 @pytest.mark.parametrize("stop_at", [41, 95])
 def test_resuming_equals_an_uninterrupted_run(
-    config: TrainConfig, stop_at: int, store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, stop_at: int, store: ActivationStore, tmp_path: Path
 ) -> None:
     whole = train_sae(store, config, tmp_path / "whole")
-    step = Trainer.step
-
-    def stopping_step(self: Trainer, x: Tensor) -> None:
-        if self.n_steps_done == stop_at:
-            raise Stop
-        step(self, x)
-
-    monkeypatch.setattr(Trainer, "step", stopping_step)
-    with pytest.raises(Stop):
+    with stopped_before(stop_at):
         train_sae(store, config, tmp_path / "cut")
-    monkeypatch.setattr(Trainer, "step", step)
     torch.manual_seed(99)  # whatever else happened in the process
     cut = train_sae(store, config, tmp_path / "cut")
     assert_equal_weights(whole, cut)
@@ -254,18 +242,8 @@ def test_a_folder_of_another_configuration_is_refused(store: ActivationStore, tm
         train_sae(store, replace(CONFIG, k=4), tmp_path / "run")
 
 
-def test_a_truncated_checkpoint_is_named(
-    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = Trainer.step
-
-    def stopping_step(self: Trainer, x: Tensor) -> None:
-        if self.n_steps_done == 41:
-            raise Stop
-        step(self, x)
-
-    monkeypatch.setattr(Trainer, "step", stopping_step)
-    with pytest.raises(Stop):
+def test_a_truncated_checkpoint_is_named(store: ActivationStore, tmp_path: Path) -> None:
+    with stopped_before(41):
         train_sae(store, CONFIG, tmp_path / "run")
     file = tmp_path / "run" / "checkpoints" / "step_00000040" / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-10])

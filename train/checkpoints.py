@@ -26,7 +26,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE, SAEConfig
-from steersman.sae.checkpoint import write_atomically, write_json
+from steersman.sae.checkpoint import CONFIG, write_atomically, write_json
 from steersman.train.parallel import Axis
 from steersman.train.shards import fsync_folder
 
@@ -204,7 +204,7 @@ def is_unfinished_run(path: str | Path) -> bool:
     """
     folder = Path(path)
     checkpoint = (folder / STATE).is_file() and any(folder.glob("state*.safetensors"))
-    return checkpoint or ((folder / "checkpoints").is_dir() and not (folder / "sae_weights.safetensors").exists())
+    return checkpoint or ((folder / "checkpoints").is_dir() and not (folder / CONFIG).is_file())
 
 
 def checkpoint_to_sae(path: str | Path) -> SAE:

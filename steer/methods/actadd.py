@@ -37,7 +37,7 @@ class ActAdd(Method):
             raise SteersmanError("method 'actadd' reads every position: leave out tokens")
         space = space_token(lm)
         totals: dict[str, Tensor] = {}
-        largest: dict[str, Tensor] = {}  # the longest states of a prompt, to tell a difference from rounding
+        size: dict[str, float] = {}  # the largest norm of a prompt's states, to tell a difference from rounding
         counts = torch.zeros(0)
         for plus, minus in zip(examples.positive, examples.negative):
             pair = [lm.token_ids(e.text, bos=True)[: config.max_length] for e in (plus, minus)]
@@ -55,12 +55,12 @@ class ActAdd(Method):
                 known = _padded(totals.get(hook, difference[:0]), length)
                 known[:length] += difference
                 totals[hook] = known
-                largest[hook] = max(largest.get(hook, h[0]), h[0], key=lambda x: float(x.norm()))
+                size[hook] = max(size.get(hook, 0.0), float(h[0].float().norm()))
         directions = {hook: total / counts[:, None] for hook, total in totals.items()}
         for hook, direction in directions.items():
             if not bool(direction.isfinite().all()):
                 raise SteersmanError(f"{lm.name} gives NaN or infinite states at {hook}")
-            check_differ(direction, (largest[hook],), self.name, hook)
+            check_differ(direction, size[hook], self.name, hook)
         return Made(directions=directions, notes={"positions": len(counts), "filled_with_token": space})
 
 

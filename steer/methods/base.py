@@ -12,7 +12,7 @@ Shape letters: N samples, D width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -165,7 +165,8 @@ class StreamedMethod(Method):
                 odd.negative.add(means[hook][None])
         whole = {hook: even.merged(odd) for hook, (even, odd) in halves.items()}
         for hook, estimator in whole.items():
-            check_differ(estimator.difference(), (estimator.positive.mean, estimator.negative.mean), self.name, hook)
+            size = max(float(side.mean.norm()) for side in (estimator.positive, estimator.negative))
+            check_differ(estimator.difference(), size, self.name, hook)
         directions = {hook: _checked(estimator.direction(), self.name, hook) for hook, estimator in whole.items()}
         notes: dict[str, Any] = {"tokens": tokens}
         for hook, estimator in whole.items():
@@ -195,12 +196,12 @@ def _half_directions(halves: tuple[Estimator, Estimator], examples: Examples) ->
     return found if all(bool(v.isfinite().all()) and float(v.norm()) > 0 for v in found) else None
 
 
-def check_differ(difference: Tensor, states: Sequence[Tensor], method: str, hook: str) -> None:
-    """Raise SteersmanError when the `difference` of two sets of `states` is nothing but rounding.
+def check_differ(difference: Tensor, size: float, method: str, hook: str) -> None:
+    """Raise SteersmanError when the `difference` of states whose length is `size` is nothing but rounding.
 
     Equal texts in one batch may come out a few bits apart: how a processor sums depends on the row.
     """
-    if float(difference.norm()) <= ROUNDING * max(float(x.norm()) for x in states):
+    if float(difference.norm()) <= ROUNDING * size:
         raise SteersmanError(
             f"{method} gives a zero vector at {hook}: the positive and the negative examples have the same states there"
         )

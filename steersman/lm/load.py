@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -100,6 +100,8 @@ def placement(
 
     Raises SteersmanError for what cannot go together and for packages that are missing.
     """
+    if quantization not in (None, *get_args(Quantization)):
+        raise SteersmanError(f"unknown quantization {quantization!r}: use one of {', '.join(get_args(Quantization))}")
     if tensor_parallel and (device_map is not None or quantization is not None):
         raise SteersmanError("tensor_parallel places the weights itself: leave out device_map and quantization")
     if tensor_parallel:
@@ -118,11 +120,13 @@ def placement(
         _need("bitsandbytes", "quantization")
         import transformers
 
-        compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-        options["quantization_config"] = {
-            "8bit": lambda: transformers.BitsAndBytesConfig(load_in_8bit=True),
-            "4bit": lambda: transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute),
-        }[quantization]()
+        if quantization == "8bit":
+            options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        else:
+            compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+            options["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_compute_dtype=compute
+            )
     return options
 
 
