@@ -4,6 +4,7 @@ import it."""
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from steersman.kernels import choose
-from steersman.sae import SAEConfig
+from steersman.sae import SAE, SAEConfig
 from steersman.train import TrainConfig, Trainer, resolve
 from steersman.train.parallel import Mesh, Ranks
 from steersman.train.selection import keep_batch_topk, keep_topk
@@ -103,29 +104,71 @@ def select(cases: list[tuple[Tensor, int, int]]) -> list[Any]:
     return found
 
 
+class Event:
+    """Something that happens to rank `victim` when `reached` is called with `at`: preempt, kill or hang."""
+
+    def __init__(self, what: str, at: int, victim: int) -> None:
+        self.what, self.at, self.victim = what, at, victim
+        self.since = time.monotonic()
+
+    def reached(self, number: int) -> None:
+        from steersman.train.parallel import launched
+
+        if number == self.at:
+            self.since = time.monotonic()
+            if launched()[0] == self.victim:
+                signals = {"preempt": signal.SIGTERM, "kill": signal.SIGKILL, "hang": signal.SIGSTOP}
+                os.kill(os.getpid(), signals[self.what])
+
+    def end_of(self, train: Callable[[], SAE]) -> tuple[str, float, Any]:
+        """How the run ended, the seconds from the event to the end, and the metadata of what was trained."""
+        from steersman.errors import LostRankError, PreemptedError
+
+        step = Trainer.step
+
+        def eventful(trainer: Trainer, x: Tensor) -> None:
+            self.reached(trainer.n_steps_done)
+            step(trainer, x)
+
+        Trainer.step = eventful
+        try:
+            sae = train()
+        except (LostRankError, PreemptedError) as error:
+            return type(error).__name__, time.monotonic() - self.since, str(error)
+        return "done", time.monotonic() - self.since, sae.cfg.metadata["heldout"]
+
+
 def train(store: str, config: TrainConfig, out: str, event: str = "", at_step: int = -1, victim: int = 0) -> Any:
-    """`train_sae` in a job, with something happening to rank `victim` before step `at_step`. Returns how it ended, the
-    seconds from the event to the end, and the metadata of what was trained."""
-    from steersman.errors import LostRankError, PreemptedError
+    """`train_sae` in a job, with something happening to rank `victim` before step `at_step`."""
     from steersman.train import ActivationStore, train_sae
+
+    return Event(event, at_step, victim).end_of(lambda: train_sae(ActivationStore.open(store), config, out))
+
+
+def train_from_stream(
+    text: str, options: dict[str, Any], config: TrainConfig, out: str, event: str = "", at: int = -1, victim: int = 0
+) -> Any:
+    """`train_sae` on a stream of a tiny model. The event comes before step `at` of a trainer, or before forward pass
+    `at` of a model rank. With how it ended come the forward passes of this rank and the largest number of them that it
+    was ahead of the batches asked for."""
+    from tiny_models import with_text
+
+    from steersman.lm import LanguageModel
+    from steersman.train import ActivationStream, train_sae
     from steersman.train.parallel import launched
 
-    step, happened = Trainer.step, [time.monotonic()]
+    happening, capture, passes = Event(event, at, victim), LanguageModel.capture, [0]
 
-    def eventful(self: Trainer, x: Tensor) -> None:
-        if self.n_steps_done == at_step:
-            happened[0] = time.monotonic()
-            if launched()[0] == victim:
-                signals = {"preempt": signal.SIGTERM, "kill": signal.SIGKILL, "hang": signal.SIGSTOP}
-                os.kill(os.getpid(), signals[event])
-        step(self, x)
+    def counted(self: LanguageModel, *args: Any, **named: Any) -> Any:
+        passes[0] += 1
+        happening.reached(passes[0] if launched()[0] == victim else -2)
+        return capture(self, *args, **named)
 
-    Trainer.step = eventful
-    try:
-        sae = train_sae(ActivationStore.open(store), config, out)
-    except (LostRankError, PreemptedError) as error:
-        return type(error).__name__, time.monotonic() - happened[0], str(error)
-    return "done", time.monotonic() - happened[0], sae.cfg.metadata["heldout"]
+    LanguageModel.capture = counted
+    ended = happening.end_of(
+        lambda: train_sae(lambda: ActivationStream(with_text("llama"), text, **options), config, out)
+    )
+    return *ended, passes[0]
 
 
 def bytes_sent(config: Any, n_steps: int = 4) -> float:

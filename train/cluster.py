@@ -21,7 +21,7 @@ from steersman.sae import SAE, SAEConfig, SparseCode
 from steersman.sae.metrics import FeatureSums, ReconstructionSums
 from steersman.train.batch import ActivationBatch
 from steersman.train.checkpoints import Checkpoints
-from steersman.train.parallel import Axis, Mesh, Ranks, launched
+from steersman.train.parallel import Axis, Mesh, Ranks
 from steersman.train.plots import plot_run
 from steersman.train.recipe import TrainConfig
 from steersman.train.run_folder import RunFolder
@@ -34,12 +34,12 @@ log = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 4096
 
 
-def train_on_ranks(source: ActivationSource, config: TrainConfig, out: Path) -> SAE:
-    """See `train_sae`. Called by all ranks of the job; each returns the SAE, all but the first on the CPU."""
-    rank, world_size = launched()
+def train_on_ranks(source: ActivationSource, config: TrainConfig, out: Path, rank: int, n_ranks: int) -> SAE:
+    """See `train_sae`. Called by the first `n_ranks` ranks of the job; each returns the SAE, all but the first on the
+    CPU."""
     plan = prepare(source, config)
     sizes = {"d_sae": config.d_sae, "batch_size": plan.recipe.batch_size}
-    mesh = Mesh.over(world_size, rank=rank, latent=config.latent_shards, **sizes)
+    mesh = Mesh.over(n_ranks, rank=rank, latent=config.latent_shards, **sizes)
     with Ranks(mesh, config.timeout_seconds) as ranks:
         ranks.on_first(lambda: _start(out, plan.record))
         folder = RunFolder(out, plan.record)

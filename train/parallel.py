@@ -10,7 +10,7 @@ Shape letters: N tokens of a batch, L latents, D width.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self
@@ -110,6 +110,22 @@ def use_local_accelerator() -> None:
     """Make `cuda` mean the device that LOCAL_RANK names, so that the ranks of one machine use one each."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+@contextmanager
+def process_group(timeout_seconds: float) -> Iterator[None]:
+    """The process group of all ranks of the job: one made here, or the program's own if it has made one."""
+    if dist.is_initialized():
+        yield
+        return
+    use_local_accelerator()
+    with lost_rank():
+        backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 class Axis:
@@ -214,7 +230,9 @@ def lost_rank() -> Iterator[None]:
 
 
 class Ranks:
-    """The process groups of a mesh: `latent` and `data` axes, `everyone`, and `control`, which works on the CPU.
+    """The process groups of a mesh, whose ranks are the first of the job.
+
+    They are the `latent` and `data` axes, `everyone`, and `control`, which works on the CPU.
 
     Use as a context manager. `Ranks(Mesh())` is one process and needs no process group.
     """
@@ -222,12 +240,11 @@ class Ranks:
     def __init__(self, mesh: Mesh, timeout_seconds: float = 600.0):
         self.mesh = mesh
         self.latent = self.data = self.everyone = self.control = self.background = Axis()
-        self._started = False
+        self._stack = ExitStack()
         if mesh.world_size == 1:
             return
         self.timeout = timedelta(seconds=timeout_seconds)
-        if not dist.is_initialized():
-            self._start()
+        self._stack.enter_context(process_group(timeout_seconds))
         every = list(range(mesh.world_size))
         self.latent = self._axis([every[d * mesh.latent : (d + 1) * mesh.latent] for d in range(mesh.data)])
         self.data = self._axis([every[i :: mesh.latent] for i in range(mesh.latent)])
@@ -236,20 +253,15 @@ class Ranks:
         self.background = self._axis([every], "gloo")
         """A group of its own for the thread that writes checkpoints."""
 
-    def _start(self) -> None:
-        use_local_accelerator()
-        with lost_rank():
-            backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, timeout=self.timeout)
-        self._started = True
-
     def _axis(self, groups: list[list[int]], backend: str | None = None) -> Axis:
         mine = Axis()
         for members in groups:  # every rank makes every group, in the same order
             if len(members) == 1:
                 continue
             with lost_rank():
-                group = dist.new_group(members, timeout=self.timeout, backend=backend)
+                # The others of a job that does more than this mesh know nothing of its groups.
+                alone = self.mesh.world_size < dist.get_world_size()
+                group = dist.new_group(members, timeout=self.timeout, backend=backend, use_local_synchronization=alone)
             if self.mesh.rank in members:
                 mine = Axis(len(members), members.index(self.mesh.rank), group)
         return mine
@@ -279,6 +291,4 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._started:
-            dist.destroy_process_group()
-            self._started = False
+        self._stack.close()

@@ -3,6 +3,7 @@ one."""
 
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -18,8 +19,9 @@ class Preemption:
     itself is left alone, and outside the main thread, where Python allows no handlers, nothing is noticed.
     """
 
-    def __init__(self, control: Axis) -> None:
-        self._control, self._asked = control, False
+    def __init__(self, control: Axis, asked_elsewhere: Callable[[], bool] = lambda: False) -> None:
+        """`asked_elsewhere` says whether a process that is not of `control` was asked to end."""
+        self._control, self._asked_here, self._asked_elsewhere = control, False, asked_elsewhere
         self._pending: tuple[Any, torch.Tensor] | None = None
         self._previous: Any = None
 
@@ -30,7 +32,11 @@ class Preemption:
         return self
 
     def _ask(self, *_: object) -> None:
-        self._asked = True
+        self._asked_here = True
+
+    @property
+    def _asked(self) -> bool:
+        return self._asked_here or self._asked_elsewhere()
 
     def now(self) -> bool:
         """Whether some rank was asked to end."""

@@ -87,6 +87,9 @@ class TrainConfig:
     latent_shards: int | None = None
     """With several processes (torchrun): how many of them share the latents; the rest of the factor are replicas that
     share the batch. None: all of them. Does not change the result, so a run may go on with another layout."""
+    model_ranks: int = 0
+    """With several processes and no store: how many of them, the last ones, run the model and send its activations to
+    the others, which train. 0: all train, and each runs the model itself. Does not change the result."""
     timeout_seconds: float = 600.0
     """With several processes: how long one may be silent before the others end with an error."""
     kernels: Implementation = "auto"
@@ -105,6 +108,7 @@ class TrainConfig:
             (0 <= self.ema < 1, f"ema = {self.ema} must be at least 0 and below 1"),
             (0 < self.heldout_fraction < 1, f"heldout_fraction = {self.heldout_fraction} must lie between 0 and 1"),
             (self.grad_accumulation >= 1, f"grad_accumulation = {self.grad_accumulation} must be at least 1"),
+            (self.model_ranks >= 0, f"model_ranks = {self.model_ranks} must be at least 0"),
             (self.timeout_seconds > 0, f"timeout_seconds = {self.timeout_seconds} must be above 0"),
             (self.keep_checkpoints >= 1, f"keep_checkpoints = {self.keep_checkpoints} must be at least 1"),
             (self.log_every >= 1 and self.checkpoint_every >= 1, "log_every and checkpoint_every must be at least 1"),

@@ -34,32 +34,54 @@ _HELDOUT_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows on their way through the buffer: activations [n, D] and (row, token, document, position) [n, 4]."""
+class StreamRows:
+    """Rows on their way through the buffer. Of rows that another process has, only `info` is here."""
 
     x: torch.Tensor
+    """Activations [n here, D] of the rows that are here, in their order."""
     info: np.ndarray
+    """Row, token, document, position and the part that has the row (-1: nobody), [n, 5] int64."""
+    part: int
+    """Which part this process has; see `ActivationStream.run_part`."""
 
     def __len__(self) -> int:
         return len(self.info)
 
-    def __getitem__(self, part: slice) -> "_Rows":
-        return _Rows(self.x[part], self.info[part])
+    @property
+    def here(self) -> np.ndarray:
+        """Which rows' activations are here, [n] bool."""
+        return self.info[:, 4] == self.part
 
-    def take(self, index: np.ndarray) -> "_Rows":
-        return _Rows(self.x[torch.from_numpy(index).to(self.x.device)], self.info[index])
+    def __getitem__(self, rows: slice) -> "StreamRows":
+        start, stop, _ = rows.indices(len(self))
+        before, n = int(self.here[:start].sum()), int(self.here[start:stop].sum())
+        return StreamRows(self.x[before : before + n], self.info[rows], self.part)
 
-    def batch(self) -> ActivationBatch:
-        return ActivationBatch(x=self.x, find_rows=lambda: self.info[:, 0], find_info=lambda _: self._row_info())
+    def take(self, index: np.ndarray) -> "StreamRows":
+        here = self.here
+        place = (np.cumsum(here) - 1)[index[here[index]]]
+        return StreamRows(self.x[torch.from_numpy(place).to(self.x.device)], self.info[index], self.part)
 
-    def _row_info(self) -> RowInfo:
-        columns = (torch.from_numpy(self.info[:, column].copy()) for column in (1, 2, 3))
+
+def batch_of(x: torch.Tensor, info: np.ndarray) -> ActivationBatch:
+    """Rows x [n, D], all of which are here, as a batch; `info` [n, 5] is that of `StreamRows`."""
+
+    def row_info(_: np.ndarray) -> RowInfo:
+        columns = (torch.from_numpy(info[:, column].copy()) for column in (1, 2, 3))
         token_ids, doc_ids, positions = columns
         return RowInfo(token_ids.int(), doc_ids, positions.int())
 
+    return ActivationBatch(x=x, find_rows=lambda: info[:, 0], find_info=row_info)
 
-def _joined(parts: Sequence[_Rows]) -> _Rows:
-    return _Rows(torch.cat([part.x for part in parts]), np.concatenate([part.info for part in parts]))
+
+def _joined(parts: Sequence[StreamRows]) -> StreamRows:
+    info = np.concatenate([rows.info for rows in parts])
+    return StreamRows(torch.cat([rows.x for rows in parts]), info, parts[0].part)
+
+
+def share_of(n: int, rank: int, world_size: int) -> slice:
+    """Which of the n rows of a batch belong to one of several ranks."""
+    return slice(rank * n // world_size, (rank + 1) * n // world_size)
 
 
 class ActivationStream:
@@ -114,7 +136,21 @@ class ActivationStream:
         )
         expected = expected_tokens(lm, self._text, self._settings)
         self._heldout_rows = heldout_rows if expected is None else min(heldout_rows, int(expected * _HELDOUT_SHARE))
-        self._counts: dict[int, int] = {}
+        self._part, self._n_parts = 0, 1
+        self.n_passed = 0
+        """Forward batches gone past until now, run or not: while it rises, reading goes on."""
+
+    def run_part(self, part: int, n_parts: int) -> None:
+        """From now on run the model over every `n_parts`-th forward batch alone, beginning with batch `part`.
+
+        Of the rows of the others only what their tokens tell is known, as other processes have them; `whole_batches`
+        gives both. Called before anything is read.
+        """
+        if self._skip_bad:
+            raise SteersmanError(
+                "on_nonfinite='skip' needs one process: with several, rows are numbered before they run"
+            )
+        self._part, self._n_parts = part, n_parts
 
     @property
     def hook_name(self) -> str:
@@ -130,6 +166,11 @@ class ActivationStream:
     def model_name(self) -> str:
         """The model that runs."""
         return self._lm.name
+
+    @property
+    def buffer_rows(self) -> int:
+        """Rows of the buffer that shuffles."""
+        return self._buffer_rows
 
     @property
     def d_in(self) -> int:
@@ -156,7 +197,7 @@ class ActivationStream:
     @cached_property
     def _stats(self) -> ActivationStats:
         sums = StatsSums(self.d_in)
-        with closing(self._train_rows(self._buffer_rows)) as rows:
+        with closing(self._train_rows(self._buffer_rows, n_parts=1)) as rows:
             for part in rows:
                 sums.add(part.x, row_norms(part.x))
         return sums.stats()
@@ -176,6 +217,7 @@ class ActivationStream:
         rows = 0
         with closing(model_batches(self._lm, self._text, self._settings, self._train_cursor)) as batches:
             for batch in batches:
+                self.n_passed += 1
                 rows += int(kept_tokens(batch, self._settings).sum())
                 if self._tokens is not None and rows >= self._tokens:
                     return self._tokens
@@ -204,12 +246,24 @@ class ActivationStream:
         the model itself and takes its share of each batch. Nothing is prefetched: the model is the slower part.
         """
         self._check_hook(hook)
-        if batch_size < 1 or start < 0 or not 0 <= rank < world_size or batch_size % world_size:
+        if not 0 <= rank < world_size or batch_size % world_size:
             raise SteersmanError(f"batch_size {batch_size} must divide among world_size {world_size} ranks from 0 on")
+        whole = self.whole_batches(
+            batch_size, split=split, shuffle=shuffle, seed=seed, epoch=epoch, start=start, drop_last=drop_last
+        )
+        shares = (rows[share_of(len(rows), rank, world_size)] for rows in whole)
+        return (batch_of(rows.x, rows.info) for rows in shares)
+
+    def whole_batches(
+        self, batch_size: int, *, split: str, shuffle: bool, seed: int, epoch: int, start: int, drop_last: bool
+    ) -> Iterator[StreamRows]:
+        """The batches of `batches` as they are for all ranks together, with what `run_part` leaves to this process."""
+        if batch_size < 1 or start < 0:
+            raise SteersmanError(f"batch_size {batch_size} must be at least 1 and start {start} at least 0")
         if self._check_split(split) == "heldout":
             rows = self._heldout[0]
             order = np.random.default_rng([seed, epoch]).permutation(len(rows)) if shuffle else np.arange(len(rows))
-            stages: Iterator[_Rows] = iter([rows.take(order[start * batch_size :])])
+            stages: Iterator[StreamRows] = iter([rows.take(order[start * batch_size :])])
         elif shuffle:
             if self._buffer_rows < 2 * batch_size:
                 raise SteersmanError(
@@ -218,7 +272,7 @@ class ActivationStream:
             stages = self._shuffled(batch_size, seed, epoch, start)
         else:
             stages = self._in_order(start * batch_size)
-        return self._cut(stages, batch_size, rank, world_size, drop_last)
+        return self._cut(stages, batch_size, drop_last)
 
     def _check_hook(self, hook: str | None) -> None:
         if hook is not None and self._lm.resolve_hook(hook) != self.hook_name:
@@ -230,33 +284,29 @@ class ActivationStream:
         return split
 
     @staticmethod
-    def _cut(
-        stages: Iterator[_Rows], batch_size: int, rank: int, world_size: int, drop_last: bool
-    ) -> Iterator[ActivationBatch]:
-        left: list[_Rows] = []
+    def _cut(stages: Iterator[StreamRows], batch_size: int, drop_last: bool) -> Iterator[StreamRows]:
+        left: list[StreamRows] = []
         for stage in stages:
             rows = _joined([*left, stage])
             whole = len(rows) // batch_size * batch_size
             for low in range(0, whole, batch_size):
-                share = (low + r * batch_size // world_size for r in (rank, rank + 1))
-                yield rows[slice(*share)].batch()
+                yield rows[low : low + batch_size]
             left = [rows[whole:]]
-        n = sum(map(len, left))
-        if n and not drop_last:
-            yield left[0][rank * n // world_size : (rank + 1) * n // world_size].batch()
+        if sum(map(len, left)) and not drop_last:
+            yield left[0]
 
-    def _in_order(self, first: int) -> Iterator[_Rows]:
+    def _in_order(self, first: int) -> Iterator[StreamRows]:
         needed = _Needed(np.zeros(0, dtype=np.int64), first)
         with closing(self._train_rows(self._tokens, needed)) as parts:
             for part in parts:
                 yield part[max(first - int(part.info[0, 0]), 0) :] if len(part) else part
 
-    def _shuffled(self, batch_size: int, seed: int, epoch: int, start: int) -> Iterator[_Rows]:
+    def _shuffled(self, batch_size: int, seed: int, epoch: int, start: int) -> Iterator[StreamRows]:
         """The rows of the training split in shuffled order, a buffer's half at a time, from batch `start` on."""
         size, half = self._buffer_rows, self._buffer_rows // 2 // batch_size * batch_size
         skip = start * batch_size
         with closing(self._train_rows(self._tokens, _needed_rows(size, half, seed, epoch, skip))) as parts:
-            buffer: list[_Rows] = []
+            buffer: list[StreamRows] = []
             held, stage, more = 0, 0, True
             while more:
                 while held < size and (part := next(parts, None)) is not None:
@@ -276,7 +326,7 @@ class ActivationStream:
                 stage += 1
 
     @cached_property
-    def _heldout(self) -> tuple[_Rows, int]:
+    def _heldout(self) -> tuple[StreamRows, int]:
         """The held-out rows, and the number of the document that training starts at."""
         parts, n, document = [], 0, 0
         if self._heldout_rows:
@@ -290,16 +340,19 @@ class ActivationStream:
             held = _joined(parts)
             document = int(held.info[:, 2].max()) + 1
             return held, document
-        return _Rows(torch.zeros(0, self.d_in, dtype=self.dtype), np.zeros((0, 4), dtype=np.int64)), document
+        nothing = np.zeros((0, 5), dtype=np.int64)
+        return StreamRows(torch.zeros(0, self.d_in, dtype=self.dtype), nothing, self._part), document
 
     @property
     def _train_cursor(self) -> dict[str, int]:
         return {"document": self._heldout[1], "token": 0}
 
-    def _train_rows(self, limit: int | None, needed: "_Needed | None" = None) -> Iterator[_Rows]:
+    def _train_rows(
+        self, limit: int | None, needed: "_Needed | None" = None, n_parts: int | None = None
+    ) -> Iterator[StreamRows]:
         """The rows of the training split in the order of the text, at most `limit`."""
         n = 0
-        with closing(self._rows_from(self._train_cursor, needed or _Needed())) as parts:
+        with closing(self._rows_from(self._train_cursor, needed or _Needed(), n_parts)) as parts:
             for part in parts:
                 part = part if limit is None else part[: limit - n]
                 n += len(part)
@@ -312,24 +365,28 @@ class ActivationStream:
                 "give more text or a smaller heldout_rows"
             )
 
-    def _rows_from(self, cursor: dict[str, int], needed: "_Needed") -> Iterator[_Rows]:
-        """The rows of each forward batch from `cursor` on; arbitrary numbers in batches that are not `needed`."""
-        row = 0
+    def _rows_from(self, cursor: dict[str, int], needed: "_Needed", n_parts: int | None = None) -> Iterator[StreamRows]:
+        """The rows of each forward batch from `cursor` on. The model runs over those that are `needed` and, of these,
+        over this process's part of `n_parts` (that of `run_part` if not given)."""
+        row, n_parts = 0, self._n_parts if n_parts is None else n_parts
         with closing(model_batches(self._lm, self._text, self._settings, cursor)) as batches:
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                self.n_passed += 1
                 kept = kept_tokens(batch, self._settings)
                 n = int(kept.sum())
-                if not self._skip_bad and not needed.any(row, row + n):
-                    x = torch.empty(n, self.d_in, dtype=self.dtype, device=self._lm.device)
-                    info = np.zeros((n, 4), dtype=np.int64)
+                wanted = self._skip_bad or needed.any(row, row + n)
+                part = number % n_parts if n_parts > 1 else self._part
+                positions = np.broadcast_to(np.arange(kept.shape[1]), kept.shape)[kept]
+                columns = [np.zeros_like(positions), batch.input_ids[kept], batch.doc_ids[kept], positions]
+                info = np.stack([*columns, np.full(n, part if wanted else -1)], 1).astype(np.int64)
+                if wanted and part == self._part:
+                    source = capture_batch(self._lm, batch, self._settings).activations[self.hook_name]
+                    x, info = self._finite(source.to(self.dtype), source, info)
                 else:
-                    found = capture_batch(self._lm, batch, self._settings)
-                    x = found.activations[self.hook_name].to(self.dtype)
-                    info = np.stack([np.zeros(n), found.token_ids, found.doc_ids, found.positions], 1).astype(np.int64)
-                    x, info = self._finite(x, found.activations[self.hook_name], info)
+                    x = torch.empty(0, self.d_in, dtype=self.dtype, device=self._lm.device)
                 info[:, 0] = np.arange(row, row + len(info))
                 row += len(info)
-                yield _Rows(x, info)
+                yield StreamRows(x, info, self._part)
 
     def _finite(self, x: torch.Tensor, source: torch.Tensor, info: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
         finite = torch.isfinite(row_norms(x)).cpu().numpy()
@@ -337,7 +394,7 @@ class ActivationStream:
             return x, info
         if not self._skip_bad:
             bad = int(np.argmin(finite))
-            token, document, position = (int(value) for value in info[bad, 1:])
+            token, document, position = (int(value) for value in info[bad, 1:4])
             text = show_token(self._lm, token)
             raise nonfinite_error(self.hook_name, source[bad], self._dtype, token, text, position, document)
         index = np.flatnonzero(finite)

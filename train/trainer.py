@@ -9,7 +9,7 @@ Shape letters: N tokens of a batch, L latents, D width, K active latents a token
 import logging
 import math
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,7 @@ from steersman.train.checkpoints import Checkpoints
 from steersman.train.graph import GraphedStep
 from steersman.train.journal import Journal
 from steersman.train.optim import AuxTerm, Updater, make_updater, parameters_of
-from steersman.train.parallel import Axis, launched
+from steersman.train.parallel import Axis, launched, use_local_accelerator
 from steersman.train.plots import plot_run
 from steersman.train.preemption import Preemption
 from steersman.train.recipe import Recipe, TrainConfig, resolve
@@ -38,7 +38,7 @@ from steersman.train.statistics import ActivationStats
 
 log = logging.getLogger(__name__)
 
-_PLACE = ("latent_shards", "timeout_seconds")
+_PLACE = ("latent_shards", "model_ranks", "timeout_seconds")
 """Settings that say only where a run is computed."""
 
 
@@ -247,14 +247,17 @@ def pick_device(name: str) -> torch.device:
         raise SteersmanError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def train_sae(source: ActivationSource, config: TrainConfig, out: str | os.PathLike[str]) -> SAE:
+def train_sae(
+    source: ActivationSource | Callable[[], ActivationSource], config: TrainConfig, out: str | os.PathLike[str]
+) -> SAE:
     """Train an SAE on `source` and save it in the run folder `out`; see `run_folder` for what it holds.
 
     Running it again with the same arguments goes on from the last checkpoint and ends with the same weights, bit for
     bit, as a run that was never interrupted; a finished run is loaded.
 
     Args:
-        source: an `ActivationStore`, or a stream.
+        source: an `ActivationStore`, a stream, or a function that makes one. With `model_ranks` only those ranks call
+            the function, so that only they load the model.
         config: the settings; `TrainConfig(d_sae=..., k=...)` is enough.
         out: the run folder.
 
@@ -266,11 +269,25 @@ def train_sae(source: ActivationSource, config: TrainConfig, out: str | os.PathL
             finite, a full disk.
     """
     out = Path(out)
-    if launched()[1] > 1:
+    rank, n_ranks = launched()
+    if config.model_ranks:
+        from steersman.train.model_ranks import train_from_model_ranks
+
+        with using(config.kernels):
+            return train_from_model_ranks(source if callable(source) else lambda: source, config, out)
+    if n_ranks > 1:
+        use_local_accelerator()
+    source = source() if callable(source) else source
+    if n_ranks > 1:
         from steersman.train.cluster import train_on_ranks
 
         with using(config.kernels):
-            return train_on_ranks(source, config, out)
+            return train_on_ranks(source, config, out, rank, n_ranks)
+    return train_alone(source, config, out)
+
+
+def train_alone(source: ActivationSource, config: TrainConfig, out: Path) -> SAE:
+    """`train_sae` of one process."""
     plan = prepare(source, config)
     folder = RunFolder(out, plan.record)
     if folder.finished:
@@ -331,7 +348,8 @@ def run(
         batches = trainer.batches(source)
         trainer.fit_encoder_scale(next(batches))
         batches.close()
-    with Preemption(control) as preemption, closing(Journal(trainer, folder, control.index == 0)) as journal:
+    preemption = Preemption(control, lambda: getattr(source, "preempted", False))
+    with preemption, closing(Journal(trainer, folder, control.index == 0)) as journal:
         try:
             _steps(trainer, source, checkpoints, journal, preemption)
         except KeyboardInterrupt:

@@ -93,8 +93,13 @@ def _source(config: TrainCommand) -> Any:
         return store if config.hook is None else HookView(store, config.hook)
     if not (config.model and config.text and config.hook):
         raise SteersmanError("nothing to train on: give --store, or --model with --text and --hook")
-    lm = LanguageModel.load(config.model, device=config.device, revision=config.revision)
-    return ActivationStream(lm, config.text, hook=config.hook, buffer_rows=config.buffer_rows)
+    model, text, hook = config.model, config.text, config.hook
+
+    def stream() -> ActivationStream:
+        lm = LanguageModel.load(model, device=config.device, revision=config.revision)
+        return ActivationStream(lm, text, hook=hook, buffer_rows=config.buffer_rows)
+
+    return stream
 
 
 @dataclass(frozen=True, kw_only=True)
