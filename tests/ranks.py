@@ -10,7 +10,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch.distributed", "steersman.train.sharded", "numpy.random"])
+_CONTEXT.set_forkserver_preload(
+    ["torch._dynamo", "matplotlib.figure", "transformers.models.llama.modeling_llama", "steersman.train.model_ranks"]
+)
 
 
 def free_port() -> int:

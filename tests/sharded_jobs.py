@@ -1,6 +1,7 @@
 """What the processes of `test_train_sharded` and `test_train_parallel` do. In a module of its own, so that they can
 import it."""
 
+import math
 import os
 import signal
 import time
@@ -149,26 +150,38 @@ def train_from_stream(
     text: str, options: dict[str, Any], config: TrainConfig, out: str, event: str = "", at: int = -1, victim: int = 0
 ) -> Any:
     """`train_sae` on a stream of a tiny model. The event comes before step `at` of a trainer, or before forward pass
-    `at` of a model rank. With how it ended come the forward passes of this rank and the largest number of them that it
-    was ahead of the batches asked for."""
+    `at` of a model rank. After how it ended comes the number of forward passes of this rank.
+
+    Options that are not those of a stream: `load_seconds` to load the model, `step_seconds` more for a step, `broken`
+    (NaN for one token), and texts for a rank of their own (`text_of_rank`).
+    """
     from tiny_models import with_text
 
     from steersman.lm import LanguageModel
     from steersman.train import ActivationStream, train_sae
     from steersman.train.parallel import launched
 
-    happening, capture, passes = Event(event, at, victim), LanguageModel.capture, [0]
+    rank, options = launched()[0], dict(options)
+    load_seconds, step_seconds = options.pop("load_seconds", 0), options.pop("step_seconds", 0)
+    broken, texts = options.pop("broken", False), options.pop("text_of_rank", {})
+    happening, capture, take_step, passes = Event(event, at, victim), LanguageModel.capture, Trainer.step, [0]
 
-    def counted(self: LanguageModel, *args: Any, **named: Any) -> Any:
+    def counted(self: LanguageModel, input_ids: Tensor, *args: Any, **named: Any) -> Any:
         passes[0] += 1
-        happening.reached(passes[0] if launched()[0] == victim else -2)
-        return capture(self, *args, **named)
+        happening.reached(passes[0] if rank == victim else -2)
+        found = capture(self, input_ids, *args, **named)
+        return {hook: x.masked_fill((input_ids == 17)[..., None] & broken, math.nan) for hook, x in found.items()}
 
-    LanguageModel.capture = counted
-    ended = happening.end_of(
-        lambda: train_sae(lambda: ActivationStream(with_text("llama"), text, **options), config, out)
-    )
-    return *ended, passes[0]
+    def slow_step(self: Trainer, x: Tensor) -> None:
+        time.sleep(step_seconds)
+        take_step(self, x)
+
+    def stream() -> ActivationStream:
+        time.sleep(load_seconds)
+        return ActivationStream(with_text("llama"), texts.get(rank, text), **options)
+
+    LanguageModel.capture, Trainer.step = counted, slow_step
+    return *happening.end_of(lambda: train_sae(stream, config, out)), passes[0]
 
 
 def bytes_sent(config: Any, n_steps: int = 4) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from ranks import answers, run_ranks, start_ranks
-from sharded_jobs import train_from_stream
+from sharded_jobs import mixture, train, train_from_stream
 from stores import word_documents
 from test_train_cluster import assert_same_sae
 
@@ -46,3 +46,94 @@ def test_the_sae_is_that_of_one_process(
     if n - model_ranks == 1:
         assert (tmp_path / "run" / NAME).read_bytes() == (alone / NAME).read_bytes()
     assert_same_sae(alone, tmp_path / "run")
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_killed_rank_ends_the_job_and_the_next_one_ends_with_the_same_bytes(
+    victim: int, text: str, alone: Path, tmp_path: Path
+) -> None:
+    config, out = replace(CONFIG, model_ranks=2), str(tmp_path / "run")
+    at = 33 if victim == 0 else 55
+    found = answers(start_ranks(3, train_from_stream, text, STREAM, config, out, "kill", at, victim))
+    assert found.pop(victim) == (False, "killed")
+    for ok, answer in found:
+        assert ok, answer
+        ended, seconds, message, _ = answer
+        assert ended == "LostRankError"
+        assert "the connection to another rank was lost" in message
+        assert seconds < 10
+    run_ranks(2, train_from_stream, text, STREAM, replace(config, model_ranks=1), out)  # with another number of ranks
+    assert (tmp_path / "run" / NAME).read_bytes() == (alone / NAME).read_bytes()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_hangs_ends_the_job_in_bounded_time(victim: int, text: str, tmp_path: Path) -> None:
+    config = replace(CONFIG, model_ranks=1, timeout_seconds=2.0)
+    at = 7 if victim == 0 else 55
+    started = start_ranks(2, train_from_stream, text, STREAM, config, str(tmp_path / "run"), "hang", at, victim)
+    ok, answer = answers([started[1 - victim]])[0]
+    started[victim][0].kill()
+    assert ok, answer
+    ended, seconds, message, _ = answer
+    assert ended == "LostRankError"
+    assert "did not answer in time" in message
+    assert seconds < 8
+
+
+@pytest.mark.parametrize(("victim", "at"), [(0, 25), (2, 60)])
+def test_a_rank_that_is_asked_to_end_has_all_of_them_save_and_end(
+    victim: int, at: int, text: str, alone: Path, tmp_path: Path
+) -> None:
+    config, out = replace(CONFIG, model_ranks=1), tmp_path / "run"
+    found = run_ranks(3, train_from_stream, text, STREAM, config, str(out), "preempt", at, victim)
+    assert [ended for ended, *_ in found] == ["PreemptedError"] * 3, found
+    newest = max((out / "checkpoints").glob("step_*")).name
+    assert all(f"asked to end at step {int(newest[5:])}, which is saved" in message for _, _, message, _ in found)
+    assert 0 < int(newest[5:]) < 60
+    run_ranks(3, train_from_stream, text, STREAM, config, str(out))
+    assert_same_sae(alone, out)
+
+
+def test_the_model_runs_no_further_ahead_than_half_a_buffer(text: str, tmp_path: Path) -> None:
+    config, slow = replace(CONFIG, model_ranks=1), {**STREAM, "step_seconds": 0.05}
+    found = run_ranks(2, train_from_stream, text, slow, config, str(tmp_path / "run"), "preempt", 20, 0)
+    step = int(max((tmp_path / "run" / "checkpoints").glob("step_*")).name[5:])
+    a_pass = 4 * 15  # rows of a forward pass without the BOS of each context, at most
+    held, stats, first = 300, 512, 512 + 2 * 256
+    needed = held + stats + first + 64 * step
+    rows = found[1][3] * (a_pass - 6)
+    assert needed - first < rows < needed + 512 + 2 * 256 + 8 * a_pass
+    assert found[0][3] == 0  # trainers run no model
+
+
+def test_what_takes_long_but_goes_on_is_waited_for(text: str, alone: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, model_ranks=1, timeout_seconds=2.0)
+    out = tmp_path / "run"
+    assert run_ranks(2, train_from_stream, text, {**STREAM, "load_seconds": 4}, config, str(out))[0][0] == "done"
+    assert (out / NAME).read_bytes() == (alone / NAME).read_bytes()
+
+
+def mistake(n: int, message: str, *args: Any) -> None:
+    """All of n ranks end with this message."""
+    found = answers(start_ranks(n, train_from_stream, *args))
+    assert all(not ok and answer.startswith("SteersmanError") and message in answer for ok, answer in found), found
+
+
+def test_a_mistake_is_told_by_every_rank_and_nobody_waits(text: str, tmp_path: Path) -> None:
+    config, out = replace(CONFIG, model_ranks=1), str(tmp_path / "run")
+    mistake(2, "blocks.9.hook_resid_post", text, {**STREAM, "hook": "blocks.9.hook_resid_post"}, config, out)
+    mistake(2, "is not finite (NaN or infinite) for token 17", text, {**STREAM, "broken": True}, config, out)
+    mistake(2, "on_nonfinite='skip' needs one process", text, {**STREAM, "on_nonfinite": "skip"}, config, out)
+    mistake(2, "model_ranks = 2 leaves none of the 2 ranks", text, STREAM, replace(config, model_ranks=2), out)
+    mistake(3, "d_sae = 63 cannot be split over 2 ranks", text, STREAM, replace(config, d_sae=63), out)
+    Path(f"{text}.other.txt").write_text("w9 w8 w7\n" * 500)
+    other = {**STREAM, "text_of_rank": {2: f"{text}.other.txt"}}
+    mistake(3, "rank 2 has another model, text or settings", text, other, replace(config, model_ranks=2), out)
+
+
+def test_a_store_needs_no_model_ranks(tmp_path: Path) -> None:
+    ActivationStore.from_tensors([mixture(500)], tmp_path / "acts", "blocks.0.hook_resid_post")
+    found = answers(start_ranks(2, train, str(tmp_path / "acts"), replace(CONFIG, model_ranks=1), str(tmp_path / "r")))
+    assert all(not ok and "a store needs no model to run" in answer for ok, answer in found), found
+    with pytest.raises(SteersmanError, match="leaves none of the 1 ranks"):
+        train_sae(ActivationStore.open(tmp_path / "acts"), replace(CONFIG, model_ranks=1), tmp_path / "r")

@@ -162,7 +162,7 @@ class _ModelRank:
                         raise (PreemptedError if kind == "PreemptedError" else SteersmanError)(message)
                     return
                 try:
-                    {"facts": self._tell_facts, "read": self._read, "next": self._next}[what](*rest)
+                    {"facts": self._tell_facts, "read": self._read, "next": self._next, "stop": self._stop}[what](*rest)
                 except LostRankError:
                     raise
                 except SteersmanError as error:
@@ -178,7 +178,6 @@ class _ModelRank:
         self._say(_FACTS, pickle.dumps(facts))
 
     def _read(self, reading: int, world_size: int, options: dict[str, Any]) -> None:
-        self._abandon()
         assert self._stream is not None
         self._reading, self._batches = reading, self._shares(self._stream, world_size, options)
         for _ in range(max(self._stream.buffer_rows // 2 // options["batch_size"], _UNRECEIVED)):
@@ -211,6 +210,10 @@ class _ModelRank:
             parts = [torch.from_numpy(info)] if self._part == 0 else []
             sending += [self._line.send(part, trainer) for part in [*parts, x] if part.numel()]
         self._under_way(sending)
+
+    def _stop(self) -> None:
+        self._abandon()
+        self._say(_END)
 
     def _abandon(self) -> None:
         """Stop computing what was being read."""
@@ -377,9 +380,15 @@ class RemoteStream:
         options = {"split": split, "shuffle": shuffle, "seed": seed, "epoch": epoch, "start": start}
         options |= {"batch_size": batch_size, "drop_last": drop_last}
         self._line.tell("read", self._reading, world_size, options)
-        receiver = ThreadPoolExecutor(1, "steersman-receive", initializer=use_local_accelerator)
-        self._open = in_background(self._receive(), receiver, ahead=2)
+        self._open = self._received()
         return self._open
+
+    def _received(self) -> Generator[ActivationBatch]:
+        receiver = ThreadPoolExecutor(1, "steersman-receive", initializer=use_local_accelerator)
+        try:
+            yield from in_background(self._receive(), receiver, ahead=2)
+        finally:  # other trainers may wait for a batch that the first one no longer asks for
+            self._line.tell("stop")
 
     def _receive(self) -> Iterator[ActivationBatch]:
         line, first = self._line, self._line.model_ranks.start
