@@ -127,11 +127,11 @@ class Event:
 
         step = Trainer.step
 
-        def eventful(trainer: Trainer, x: Tensor) -> None:
-            self.reached(trainer.n_steps_done)
-            step(trainer, x)
+        def eventful(self: Trainer, x: Tensor) -> None:
+            reached(self.n_steps_done)
+            step(self, x)
 
-        Trainer.step = eventful
+        reached, Trainer.step = self.reached, eventful
         try:
             sae = train()
         except (LostRankError, PreemptedError) as error:

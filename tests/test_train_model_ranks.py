@@ -36,13 +36,20 @@ def alone(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("n", "model_ranks", "latent"), [(2, 1, None), (3, 2, None), (3, 1, 1), (3, 1, 2)])
+@pytest.mark.parametrize(
+    ("n", "model_ranks", "latent"),
+    [(2, 1, None), (3, 2, None), (3, 1, 1), (3, 1, 2), (2, 0, None), (2, 0, 1), (4, 0, 2), (4, 2, None)],
+)
 def test_the_sae_is_that_of_one_process(
     n: int, model_ranks: int, latent: int | None, text: str, alone: Path, tmp_path: Path
 ) -> None:
     config = replace(CONFIG, model_ranks=model_ranks, latent_shards=latent)
     found = run_ranks(n, train_from_stream, text, STREAM, config, str(tmp_path / "run"))
     assert [ended for ended, *_ in found] == ["done"] * n
+    passes = [made for *_, made in found]
+    assert passes[: n - model_ranks] == [0] * (n - model_ranks) or not model_ranks
+    statistics = 10  # passes that every rank, or the first of the model ranks, makes alone
+    assert max(passes) - min(passes[n - model_ranks :] or passes) <= 4 + statistics * bool(model_ranks)
     if n - model_ranks == 1:
         assert (tmp_path / "run" / NAME).read_bytes() == (alone / NAME).read_bytes()
     assert_same_sae(alone, tmp_path / "run")
@@ -123,6 +130,13 @@ def test_a_mistake_is_told_by_every_rank_and_nobody_waits(text: str, tmp_path: P
     config, out = replace(CONFIG, model_ranks=1), str(tmp_path / "run")
     mistake(2, "blocks.9.hook_resid_post", text, {**STREAM, "hook": "blocks.9.hook_resid_post"}, config, out)
     mistake(2, "is not finite (NaN or infinite) for token 17", text, {**STREAM, "broken": True}, config, out)
+    mistake(2, "is not finite (NaN or infinite) for token 17", text, {**STREAM, "broken": True}, CONFIG, out)
+    words = Path(text).read_text().replace("w17", "w18").splitlines()
+    Path(f"{text}.late.txt").write_text("\n".join([*words[:200], "w17", *words[200:]]))
+    for settings in (CONFIG, config):  # only one rank meets it, while training
+        late = (f"{text}.late.txt", {**STREAM, "broken": True}, settings, f"{out}-late-{settings.model_ranks}")
+        mistake(3 if settings is config else 2, "is not finite (NaN or infinite) for token 17", *late)
+        assert len((Path(late[3]) / "metrics.jsonl").read_text().splitlines()) > 2
     mistake(2, "on_nonfinite='skip' needs one process", text, {**STREAM, "on_nonfinite": "skip"}, config, out)
     mistake(2, "model_ranks = 2 leaves none of the 2 ranks", text, STREAM, replace(config, model_ranks=2), out)
     mistake(3, "d_sae = 63 cannot be split over 2 ranks", text, STREAM, replace(config, d_sae=63), out)

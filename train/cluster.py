@@ -26,7 +26,9 @@ from steersman.train.plots import plot_run
 from steersman.train.recipe import TrainConfig
 from steersman.train.run_folder import RunFolder
 from steersman.train.sharded import ShardedTrainer
+from steersman.train.shared_stream import SharedStream
 from steersman.train.source import ActivationSource
+from steersman.train.stream import ActivationStream
 from steersman.train.trainer import pick_device, prepare, run
 
 log = logging.getLogger(__name__)
@@ -37,10 +39,14 @@ _ROWS_AT_ONCE = 4096
 def train_on_ranks(source: ActivationSource, config: TrainConfig, out: Path, rank: int, n_ranks: int) -> SAE:
     """See `train_sae`. Called by the first `n_ranks` ranks of the job; each returns the SAE, all but the first on the
     CPU."""
+    if isinstance(source, ActivationStream):
+        source = SharedStream(source, rank, n_ranks)
     plan = prepare(source, config)
     sizes = {"d_sae": config.d_sae, "batch_size": plan.recipe.batch_size}
     mesh = Mesh.over(n_ranks, rank=rank, latent=config.latent_shards, **sizes)
     with Ranks(mesh, config.timeout_seconds) as ranks:
+        if isinstance(source, SharedStream):
+            source.join(ranks)
         ranks.on_first(lambda: _start(out, plan.record))
         folder = RunFolder(out, plan.record)
         if folder.finished:

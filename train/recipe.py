@@ -89,7 +89,7 @@ class TrainConfig:
     share the batch. None: all of them. Does not change the result, so a run may go on with another layout."""
     model_ranks: int = 0
     """With several processes and no store: how many of them, the last ones, run the model and send its activations to
-    the others, which train. 0: all train, and each runs the model itself. Does not change the result."""
+    the others, which train. 0: every rank does both. Does not change the result."""
     timeout_seconds: float = 600.0
     """With several processes: how long one may be silent before the others end with an error."""
     kernels: Implementation = "auto"

@@ -182,9 +182,13 @@ class ActivationStream:
         """Type of the activations given out."""
         return DTYPES[self._dtype][0]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that identify the model's name, the text and all settings."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         content = [self.model_name, self._text.identity(), asdict(self._settings), self._dtype, self._tokens]
         content += [self._buffer_rows, self._heldout_rows, self._skip_bad]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -1,0 +1,127 @@
+"""A stream that the ranks which train on it make together: each runs the model over a part of the text.
+
+Rank r of W runs every W-th forward batch and holds those rows of the shuffling buffer. All ranks know the order of all
+rows, as it follows from tokens alone; of each batch they give one another the rows of their shares in one all-to-all.
+The batches are those of one process, bit for bit. (Where ranks that run the model are not to train, see
+`model_ranks.py`.)
+
+Shape letters: N rows of this rank's share of a batch, D width.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from steersman.errors import SteersmanError
+from steersman.train.batch import ActivationBatch
+from steersman.train.parallel import Axis, Mesh, Ranks, lost_rank
+from steersman.train.statistics import ActivationStats
+from steersman.train.stream import ActivationStream, StreamRows, batch_of, share_of
+
+
+class SharedStream:
+    """`stream`, of which this is rank `rank` of `n_ranks`: an `ActivationSource`.
+
+    `join` comes before `batches`, which all ranks call together, and take as many batches from.
+    """
+
+    def __init__(self, stream: ActivationStream, rank: int, n_ranks: int) -> None:
+        stream.run_part(rank, n_ranks)
+        self._stream, self._ranks = stream, Ranks(Mesh())
+
+    def join(self, ranks: Ranks) -> None:
+        """Use these ranks' groups to exchange rows."""
+        self._ranks = ranks
+
+    @property
+    def hook_name(self) -> str:
+        """The hook point, by its canonical name."""
+        return self._stream.hook_name
+
+    @property
+    def model_name(self) -> str:
+        """The model that runs."""
+        return self._stream.model_name
+
+    @property
+    def d_in(self) -> int:
+        """Width D of the hook point."""
+        return self._stream.d_in
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the stream."""
+        return self._stream.fingerprint
+
+    def stats(self) -> ActivationStats:
+        """Those of the stream, for which every rank runs the model over all of its rows."""
+        return self._stream.stats()
+
+    def n_batches(self, batch_size: int, **reading: Any) -> int | None:
+        """As of the stream."""
+        return self._stream.n_batches(batch_size, **reading)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        split: str = "train",
+        heldout_fraction: float = 0.05,
+        shuffle: bool = True,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+    ) -> Iterator[ActivationBatch]:
+        """The stream's batches. The ranks of `world_size` are groups of neighbouring ranks of the job; those of a group
+        get the same rows."""
+        everyone = self._ranks.everyone
+        whole = self._stream.whole_batches(
+            batch_size, split=split, shuffle=shuffle, seed=seed, epoch=epoch, start=start, drop_last=drop_last
+        )
+        with closing(self._all_well(whole)) as batches:
+            for rows in batches:
+                shares = [
+                    rows[share_of(len(rows), other * world_size // everyone.size, world_size)]
+                    for other in range(everyone.size)
+                ]
+                info = shares[everyone.index].info
+                yield batch_of(_exchange([share.x for share in shares], info[:, 4], everyone), info)
+
+    def _all_well(self, batches: Iterator[StreamRows]) -> Iterator[StreamRows]:
+        """The same batches; a mistake that one rank finds is raised on all of them."""
+        while True:
+            rows, mistake = None, None
+            try:
+                rows = next(batches, None)
+            except SteersmanError as error:
+                mistake = str(error)
+            control = self._ranks.control
+            if control.max_(torch.tensor([mistake is not None], dtype=torch.uint8)).item():
+                found: list[str | None] = [None] * control.size
+                with lost_rank():
+                    dist.all_gather_object(found, mistake, group=control.group)
+                raise SteersmanError(next(filter(None, found)))
+            if rows is None:
+                return
+            yield rows
+
+
+def _exchange(parts: list[Tensor], owners: np.ndarray, everyone: Axis) -> Tensor:
+    """Give every rank its rows of those here, `parts`, and get the rows [N, D] that `owners` [N] have."""
+    here = torch.cat(parts)
+    counts = np.bincount(owners, minlength=everyone.size).tolist()
+    got = torch.empty(len(owners), here.shape[1], dtype=here.dtype, device=here.device)
+    with lost_rank():  # as bytes, since not every backend knows every type
+        dist.all_to_all_single(
+            got.view(torch.uint8), here.view(torch.uint8), counts, list(map(len, parts)), group=everyone.group
+        )
+    place = np.argsort(owners, kind="stable")
+    return torch.empty_like(got).index_copy_(0, torch.from_numpy(place).to(got.device), got)
