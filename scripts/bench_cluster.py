@@ -1,12 +1,16 @@
-"""Time caching by two ranks against one, and training with checkpoints against training without, each pair in turn.
+"""Time what a cluster does against what one process does, and training with checkpoints against training without, each
+in turn.
 
     python scripts/bench_cluster.py --rounds 3
 
 `caching` runs `cache_activations` in one process and in two started by `torchrun`, a thread each; timed is the call
-alone, from text to finished store, as the first rank sees it. `checkpoints` trains the same SAE with a checkpoint
+alone, from text to finished store, as the first rank sees it. `streaming` trains straight from a random Llama in one
+process, in two ranks that both run it and train, and in two of which one runs it and one trains, a thread each; timed
+are the steps after the first quarter, as metrics.jsonl has them. `checkpoints` trains the same SAE with a checkpoint
 every 100 steps and with none, in one process, from a store to the saved folder.
 """
 
+import json
 import os
 import shutil
 import statistics
@@ -20,73 +24,114 @@ from pathlib import Path
 os.environ["STEERSMAN_PROGRESS"] = "0"
 
 import torch
+import transformers
 import tyro
 
 from steersman import ActivationStore, LanguageModel, TrainConfig, cache_activations, train_sae
 from steersman.demo import MODEL_PATH, texts
+from steersman.train import ActivationStream
 from steersman.train.parallel import launched
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    parts: tuple[str, ...] = ("caching", "checkpoints")
-    """What to measure."""
+    parts: tuple[str, ...] = ("caching", "streaming", "checkpoints")
+    """What to measure: caching, streaming, checkpoints."""
     rounds: int = 3
     """Timed rounds, after one that is not."""
     tokens: int = 262_144
-    """Rows cached."""
+    """Rows cached or streamed."""
     shard_rows: int = 32_768
     """Rows of a shard, which is what ranks share out: a real store has tens of shards."""
     d_in: int = 384
-    """Width of the SAE that is trained."""
+    """Width of the SAEs that are trained, and of the streamed model."""
     d_sae: int = 4096
     """Its features."""
     steps: int = 400
     """Its steps, of 4096 rows each."""
-    child: Path | None = None
-    """Used by the script itself: cache into this folder and print the seconds."""
+    stream_features: int = 12288
+    """Features of the SAE that is trained on a stream; with so many, training takes about as long as the model."""
+    child: str = ""
+    """Used by the script itself: which part to run as a rank of a job, and print the seconds of."""
+    out: Path = Path()
+    """Used by the script itself: where to."""
+    model_ranks: int = 0
+    """Used by the script itself."""
 
 
-def cache(args: Args, out: Path) -> None:
+def rank_of_job(args: Args) -> None:
     """What a rank runs."""
     torch.set_num_threads(1)
     lm = LanguageModel.load(str(MODEL_PATH), device="cpu")
-    stories = texts(args.tokens // 60 + 50, seed=0)
+    stories, hook = texts(args.tokens // 55 + 400, seed=0), "blocks.2.hook_resid_post"
     lm.logits(torch.zeros(1, 8, dtype=torch.long))
-    start = time.perf_counter()
-    cache_activations(
-        lm, stories, hook="blocks.2.hook_resid_post", out=str(out), tokens=args.tokens, shard_rows=args.shard_rows
-    )
+    if args.child == "caching":
+        start = time.perf_counter()
+        cache_activations(lm, stories, hook=hook, out=str(args.out), tokens=args.tokens, shard_rows=args.shard_rows)
+        seconds = time.perf_counter() - start
+    else:
+        config = TrainConfig(
+            d_sae=args.stream_features, k=32, batch_size=2048, device="cpu", tokens=args.tokens, log_every=4,
+            statistics_tokens=2048, model_ranks=args.model_ranks,
+        )  # fmt: skip
+        wide = random_model(lm, args.d_in)
+        train_sae(lambda: ActivationStream(wide, stories, hook=hook, buffer_rows=16_384), config, args.out)
+        lines = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
+        timed = [line for line in lines if line["step"] > lines[-1]["step"] / 4]
+        seconds = args.tokens * statistics.mean(1 / line["tokens_per_second"] for line in timed)
     if launched()[0] == 0:
-        print(time.perf_counter() - start)
+        print(seconds)
+
+
+def random_model(lm: LanguageModel, width: int) -> LanguageModel:
+    """A Llama of four layers with the tokenizer of `lm`."""
+    config = transformers.LlamaConfig(
+        vocab_size=lm.config.vocab_size, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=4,
+        num_attention_heads=max(width // 64, 1), max_position_embeddings=2048,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LanguageModel(transformers.LlamaForCausalLM(config).eval(), lm.tokenizer, name=f"random-{width}")
+
+
+def seconds_of_job(args: Args, part: str, ranks: int, model_ranks: int = 0) -> float:
+    """How long a job of so many ranks takes, as its first rank sees it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
+        flags = {
+            "child": part, "out": f"{scratch}/out", "model-ranks": model_ranks, "tokens": args.tokens,
+            "shard-rows": args.shard_rows, "stream-features": args.stream_features, "d-in": args.d_in,
+        }  # fmt: skip
+        command += [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return float(done.stdout.split()[-1])
+
+
+def compare_jobs(args: Args, part: str, jobs: dict[str, tuple[int, int]]) -> None:
+    """Time jobs of (ranks, model ranks) in turn, and each against the first."""
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(args.rounds + 1):
+        for name, (ranks, model_ranks) in jobs.items():
+            seconds = seconds_of_job(args, part, ranks, model_ranks)
+            if number:
+                times[name].append(seconds)
+    first = next(iter(times.values()))
+    print(f"{part}, {args.tokens} rows, a thread a rank:")
+    for name, found in times.items():
+        ratios = [one / many for one, many in zip(first, found)]
+        print(
+            f"  {name}: {args.tokens / statistics.median(found):.0f} tokens/s, "
+            f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
 def caching(args: Args) -> None:
-    times: dict[int, list[float]] = {1: [], 2: []}
-    for number in range(args.rounds + 1):
-        for ranks, found in times.items():
-            folder = Path(tempfile.mkdtemp())
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            command += [
-                __file__,
-                "--tokens",
-                str(args.tokens),
-                "--shard-rows",
-                str(args.shard_rows),
-                "--child",
-                str(folder / "acts"),
-            ]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-            shutil.rmtree(folder)
-            if number:
-                found.append(float(done.stdout.split()[-1]))
-    ratios = [one / two for one, two in zip(times[1], times[2])]
-    one, two = (args.tokens / statistics.median(found) for found in times.values())
-    print(
-        f"caching {args.tokens} rows, a thread a rank: 1 rank {one:.0f} tokens/s, 2 ranks {two:.0f} tokens/s, "
-        f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    )
+    compare_jobs(args, "caching", {"1 rank": (1, 0), "2 ranks": (2, 0)})
+
+
+def streaming(args: Args) -> None:
+    ways = {"1 rank": (1, 0), "2 ranks together": (2, 0), "1 runs the model, 1 trains": (2, 1)}
+    compare_jobs(args, "streaming", ways)
 
 
 def checkpoints(args: Args) -> None:
@@ -116,13 +161,13 @@ def checkpoints(args: Args) -> None:
 def main() -> None:
     """Run the parts asked for and print their figures."""
     args = tyro.cli(Args, description=__doc__)
-    if args.child is not None:
-        cache(args, args.child)
+    if args.child:
+        rank_of_job(args)
         return
-    known = {"caching": caching, "checkpoints": checkpoints}
+    known = {"caching": caching, "streaming": streaming, "checkpoints": checkpoints}
     for part in args.parts:
         if part not in known:
-            raise SystemExit(f"no part {part!r}: use caching or checkpoints")
+            raise SystemExit(f"no part {part!r}: use {', '.join(known)}")
         known[part](args)
 
 

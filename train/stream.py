@@ -311,11 +311,14 @@ class ActivationStream:
         skip = start * batch_size
         with closing(self._train_rows(self._tokens, _needed_rows(size, half, seed, epoch, skip))) as parts:
             buffer: list[StreamRows] = []
-            held, stage, more = 0, 0, True
+            held, stage, passes, more = 0, 0, 0, True
             while more:
-                while held < size and (part := next(parts, None)) is not None:
+                # All processes' parts of the passes are equal, so that nobody waits for another one's pass. What does
+                # not fit in the buffer stands behind it, and changes nothing.
+                while (held < size or passes % self._n_parts) and (part := next(parts, None)) is not None:
                     buffer.append(part)
                     held += len(part)
+                    passes += 1
                 more = held >= size
                 rows = _joined(buffer) if buffer else None
                 if rows is None:
