@@ -3,9 +3,11 @@
 A job of `--ranks` processes caches activations of the bundled model and then trains on them, started by `torchrun`. In
 each round one random rank gets SIGKILL after a random time, which falls into caching, training or the writing of a
 checkpoint; the same command then goes on. When a job has ended, its store and SAE must have the bytes of an
-uninterrupted one, and the next job begins.
+uninterrupted one, and the next job begins. With `--model-ranks` the job trains straight from the model instead, which
+so many of the ranks run.
 
     python scripts/soak_kill.py --kills 50 --ranks 2
+    python scripts/soak_kill.py --kills 50 --ranks 3 --model-ranks 1
 """
 
 import argparse
@@ -28,28 +30,41 @@ def texts() -> list[str]:
     return [" ".join(rng.choices(words, k=rng.randint(5, 60))) for _ in range(1500)]
 
 
-def job(out: str) -> None:
+def job(out: str, model_ranks: int) -> None:
     """What every rank runs."""
     import torch
 
     from steersman import LanguageModel, TrainConfig, cache_activations, train_sae
     from steersman.demo import MODEL_PATH
+    from steersman.train import ActivationStream
 
     torch.set_num_threads(1)
-    lm = LanguageModel.load(str(MODEL_PATH), device="cpu")
-    store = cache_activations(
-        lm, texts(), hook="blocks.1.hook_resid_post", out=f"{out}/acts", tokens=30_000, shard_rows=1500,
-        batch_size=4, timeout_seconds=20.0,
-    )  # fmt: skip
+    hook = "blocks.1.hook_resid_post"
     config = TrainConfig(
-        d_sae=512, k=8, batch_size=256, tokens=60_000, device="cpu", checkpoint_every=10, timeout_seconds=20.0
-    )
+        d_sae=512, k=8, batch_size=256, tokens=60_000, device="cpu", checkpoint_every=10, timeout_seconds=20.0,
+        model_ranks=model_ranks,
+    )  # fmt: skip
+
+    def model() -> LanguageModel:
+        return LanguageModel.load(str(MODEL_PATH), device="cpu")
+
+    def stream() -> ActivationStream:
+        return ActivationStream(model(), texts(), hook=hook, buffer_rows=4096, batch_size=4)
+
+    if model_ranks:
+        train_sae(stream, config, f"{out}/run")
+        return
+    store = cache_activations(
+        model(), texts(), hook=hook, out=f"{out}/acts", tokens=30_000, shard_rows=1500, batch_size=4,
+        timeout_seconds=20.0,
+    )  # fmt: skip
     train_sae(store, config, f"{out}/run")
 
 
-def start(out: Path, ranks: int) -> subprocess.Popen:
+def start(out: Path, ranks: int, model_ranks: int) -> subprocess.Popen:
     environment = {**os.environ, "STEERSMAN_PROGRESS": "0", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [*TORCHRUN, f"--nproc-per-node={ranks}", __file__, "--job", str(out)]
+    command += ["--model-ranks", str(model_ranks)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
@@ -68,24 +83,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--model-ranks", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("soak"))
     parser.add_argument("--job", default="", help="used by the processes that this one starts")
     args = parser.parse_args()
     if args.job:
-        job(args.job)
+        job(args.job, args.model_ranks)
         return
     rng, folder = random.Random(args.seed), args.folder
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
-    assert start(folder / "whole", args.ranks).wait() == 0
+    assert start(folder / "whole", args.ranks, args.model_ranks).wait() == 0
     whole, length = digests(folder / "whole"), time.monotonic() - began
     print(f"an uninterrupted job takes {length:.1f} s")
     kills, finished, longest = 0, 0, 0.0
     phases = {"caching": 0, "training": 0, "a checkpoint": 0}
     while kills < args.kills:
         out = folder / "killed"
-        process = start(out, args.ranks)
+        process = start(out, args.ranks, args.model_ranks)
         time.sleep(rng.uniform(0.3 * length, 0.9 * length))
         if process.poll() is None and (pids := workers(process.pid)):
             os.kill(rng.choice(pids), signal.SIGKILL)
@@ -99,7 +115,7 @@ def main() -> None:
             assert digests(out) == whole, "the result differs from the uninterrupted one"
             finished += 1
             shutil.rmtree(out)
-    while (code := start(folder / "killed", args.ranks).wait()) != 0:
+    while (code := start(folder / "killed", args.ranks, args.model_ranks).wait()) != 0:
         raise SystemExit(f"a job that nobody disturbed ended with {code}")
     assert digests(folder / "killed") == whole, "the result differs from the uninterrupted one"
     print(f"{kills} kills ({phases}), {finished + 1} jobs ended, all with the same bytes; longest end {longest:.1f} s")

@@ -184,13 +184,30 @@ def train_from_stream(
     return *happening.end_of(lambda: train_sae(stream, config, out)), passes[0]
 
 
+def written() -> int:
+    """Bytes that this process has given to write calls of any kind, sockets among them."""
+    with open("/proc/self/io") as counters:
+        return int(next(line for line in counters if line.startswith("wchar")).split()[1])
+
+
+def bytes_sent_by_model(text: str, options: dict[str, Any], config: TrainConfig, out: str) -> list[int]:
+    """As `train_from_stream`; what this rank has written each time that a batch was asked of it."""
+    from steersman.train import model_ranks
+
+    answer, found = model_ranks._ModelRank._next, []
+
+    def counted(self: Any) -> None:
+        found.append(written())
+        answer(self)
+
+    model_ranks._ModelRank._next = counted
+    train_from_stream(text, options, config, out)
+    return found
+
+
 def bytes_sent(config: Any, n_steps: int = 4) -> float:
     """Bytes that this rank hands to its sockets per step of the run that a `PlanConfig` describes."""
     from steersman.train.parallel import launched
-
-    def written() -> int:  # by write calls of any kind, sockets among them
-        with open("/proc/self/io") as counters:
-            return int(next(line for line in counters if line.startswith("wchar")).split()[1])
 
     rank, n = launched()
     mesh = Mesh.over(n, rank=rank, d_sae=config.d_sae, batch_size=config.batch, latent=config.latent_shards)

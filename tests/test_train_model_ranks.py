@@ -4,14 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ranks import answers, run_ranks, start_ranks
-from sharded_jobs import mixture, train, train_from_stream
+from sharded_jobs import bytes_sent_by_model, mixture, train, train_from_stream
 from stores import word_documents
 from test_train_cluster import assert_same_sae
 
 from steersman.errors import SteersmanError
 from steersman.train import ActivationStore, TrainConfig, train_sae
+from steersman.train.plan import PlanConfig, plan_run
 
 CONFIG = TrainConfig(
     d_sae=64, k=4, batch_size=64, tokens=64 * 60, seed=3, device="cpu", checkpoint_every=20, timeout_seconds=20
@@ -111,6 +113,18 @@ def test_the_model_runs_no_further_ahead_than_half_a_buffer(text: str, tmp_path:
     rows = found[1][3] * (a_pass - 6)
     assert needed - first < rows < needed + 512 + 2 * 256 + 8 * a_pass
     assert found[0][3] == 0  # trainers run no model
+
+
+def test_a_model_rank_sends_what_the_plan_says(text: str, tmp_path: Path) -> None:
+    config = replace(CONFIG, model_ranks=2, batch_size=1024, tokens=1024 * 6)
+    stream = {**STREAM, "buffer_rows": 2048, "dtype": "float32"}
+    _, *sent = run_ranks(3, bytes_sent_by_model, text, stream, config, str(tmp_path / "run"))
+    plan = PlanConfig(d_in=16, d_sae=64, k=4, batch=1024, model_ranks=2, store_dtype="float32")
+    # Four whole batches; before them come those that fit the encoder's scale, after them those of the end.
+    steps = np.diff(np.array(sent), axis=1)[:, 5:9]
+    shares = steps.sum(0)  # of one batch the model ranks have unequal parts
+    assert shares == pytest.approx(2 * plan_run(plan).from_model - 40 * 1024, rel=0.05)
+    assert steps[0].sum() == pytest.approx(4 * plan_run(plan).from_model, rel=0.1)
 
 
 def test_what_takes_long_but_goes_on_is_waited_for(text: str, alone: Path, tmp_path: Path) -> None:

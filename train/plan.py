@@ -19,6 +19,9 @@ FP32 = 4
 _ADAM_BYTES = 28
 """Bytes that Adam moves a parameter: gradient, weight and two moments read, weight and two moments written."""
 
+_ROW_INFO = 40
+"""Bytes that the first model rank sends a row to say which it is and who has it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
@@ -36,6 +39,8 @@ class PlanConfig:
     """Processes, one for each accelerator."""
     latent_shards: int | None = None
     """How many ranks share the latents; None: all of them."""
+    model_ranks: int = 0
+    """Processes beside these that run the model and send them its activations."""
     activation: Literal["topk", "batch_topk"] = "topk"
     """The SAE's architecture."""
     store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -57,6 +62,8 @@ class PlanConfig:
         for name in ("d_in", "d_sae", "k", "batch", "ranks", "flops", "memory_bandwidth", "network_bandwidth"):
             if getattr(self, name) <= 0:
                 raise SteersmanError(f"{name} = {getattr(self, name)} must be above 0")
+        if self.model_ranks < 0:
+            raise SteersmanError(f"model_ranks = {self.model_ranks} must be at least 0")
         if self.k > self.d_sae:
             raise SteersmanError(f"k = {self.k} must be at most d_sae = {self.d_sae}")
 
@@ -72,6 +79,8 @@ class RunPlan:
     """Bytes of host memory while a checkpoint is written."""
     network: dict[str, float] = field(default_factory=dict)
     """Bytes sent per step."""
+    from_model: float = 0.0
+    """Bytes sent per step by the first of the ranks that run the model; the others send a little less."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds per step."""
 
@@ -91,9 +100,16 @@ class RunPlan:
         lines += [f"  {'together':<28}{_size(self.memory_bytes):>12}"]
         lines += [f"  {'host, during a checkpoint':<28}{_size(self.checkpoint):>12}", "sent per step and rank:"]
         lines += [f"  {name:<28}{_size(n):>12}" for name, n in self.network.items()]
-        lines += [f"  {'together':<28}{_size(self.network_bytes):>12}", "time per step, nothing overlapped:"]
+        lines += [
+            f"  {'together':<28}{_size(self.network_bytes):>12}",
+            *self._streamed(),
+            "time per step, nothing overlapped:",
+        ]
         lines += [f"  {name:<28}{1e3 * t:>9.3g} ms" for name, t in self.seconds.items()]
         return "\n".join([*lines, f"  {'together':<28}{1e3 * sum(self.seconds.values()):>9.3g} ms"])
+
+    def _streamed(self) -> list[str]:
+        return [f"sent per step by a model rank:{_size(self.from_model):>12}"] if self.from_model else []
 
 
 def _size(n: float) -> str:
@@ -120,6 +136,9 @@ def plan_run(config: PlanConfig) -> RunPlan:
         memory=memory,
         checkpoint=checkpoint,
         network=network,
+        from_model=config.batch * (config.d_in * _item(config) / config.model_ranks + _ROW_INFO)
+        if config.model_ranks
+        else 0,
         seconds=_seconds(config, mesh, sum(network.values())),
     )
 
