@@ -12,7 +12,7 @@ from steersman.demo import MODEL_PATH
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.load import parse_device, parse_dtype
-from steersman.train import cache_activations
+from steersman.train import ActivationStore, cache_activations
 
 STORIES = Path(__file__).resolve().parents[1].parent / "shared" / "models" / "stories260k"
 
@@ -143,7 +143,7 @@ def test_quantized_weights(folder: Path) -> None:
 DEMO_POINT = "blocks.2.hook_resid_post"
 
 
-def split(out: str) -> list[list[float]]:
+def split() -> list[list[float]]:
     """What each rank of a tensor-parallel model sees."""
     import torch.distributed
 
@@ -151,8 +151,6 @@ def split(out: str) -> list[list[float]]:
     weight: Any = lm.blocks[0].get_parameter("mlp.up_proj.weight")
     local = weight.to_local() if hasattr(weight, "to_local") else weight
     assert local.shape[0] * 2 == lm.config.intermediate_size
-    with pytest.raises(SteersmanError, match="run it together"):
-        cache_activations(lm, ["Once upon a time"], hook=DEMO_POINT, out=out)
     states = lm.capture(IDS, hooks=[DEMO_POINT])[DEMO_POINT]
     with lm.edit(DEMO_POINT, lambda h, now: h + 1):
         logits = lm.logits(IDS)
@@ -160,15 +158,64 @@ def split(out: str) -> list[list[float]]:
     return [states.flatten().tolist(), logits.flatten().tolist()]
 
 
-def test_every_rank_of_a_split_model_sees_the_states_of_one_process(tmp_path: Path) -> None:
+def test_every_rank_of_a_split_model_sees_the_states_of_one_process() -> None:
     plain = LanguageModel.load(str(MODEL_PATH), device="cpu")
     states = plain.capture(IDS, hooks=[DEMO_POINT])[DEMO_POINT].flatten()
     with plain.edit(DEMO_POINT, lambda h, now: h + 1):
         logits = plain.logits(IDS).flatten()
-    for ok, answer in answers(start_ranks(2, split, str(tmp_path / "acts"))):
+    for ok, answer in answers(start_ranks(2, split)):
         assert ok, answer
         torch.testing.assert_close(torch.tensor(answer[0]), states, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(torch.tensor(answer[1]), logits, atol=1e-4, rtol=1e-4)
+
+
+CACHING: dict[str, Any] = {
+    "model": str(MODEL_PATH), "device": "cpu", "hook": DEMO_POINT, "tokens": 700, "shard_rows": 150, "batch_size": 2,
+    "context_length": 64, "dtype": "float32", "timeout_seconds": 20.0,
+}  # fmt: skip
+
+
+def cache_split(out: str, options: dict[str, Any], fail_after: int) -> Any:
+    """A rank that caches with a tensor-parallel model; the first one's disk fails after so many batches."""
+    from steersman.demo import texts
+    from steersman.train.parallel import launched
+    from steersman.train.store_writer import StoreWriter
+
+    append, done = StoreWriter.append, []
+
+    def failing(self: StoreWriter, *args: Any, **named: Any) -> None:
+        if len(done) == fail_after and launched()[0] == 0:
+            raise SteersmanError("the disk is full")
+        done.append(append(self, *args, **named))
+
+    StoreWriter.append = failing
+    try:
+        store = cache_activations(texts=texts(40), out=out, tensor_parallel=True, **{**CACHING, **options})
+    except SteersmanError as error:
+        return type(error).__name__, str(error)
+    return store.n_rows, len(done)
+
+
+def test_a_split_model_caches_what_one_process_caches(tmp_path: Path) -> None:
+    from steersman.demo import texts
+
+    one = cache_activations(texts=texts(40), out=str(tmp_path / "one"), **CACHING)
+    out = str(tmp_path / "acts")
+    cut = [answer for ok, answer in answers(start_ranks(2, cache_split, out, {}, 3)) if ok]
+    assert cut[0] == ("SteersmanError", "the disk is full")
+    assert cut[1][0] == "LostRankError"
+    other = [answer for ok, answer in answers(start_ranks(2, cache_split, out, {"shard_rows": 99}, -1)) if ok]
+    assert [name for name, _ in other] == ["SteersmanError"] * 2
+    assert all("shard_rows" in message for _, message in other)
+    (rows, written), (same, _) = [answer for _, answer in answers(start_ranks(2, cache_split, out, {}, -1))]
+    assert rows == same == one.n_rows == 700
+    assert 0 < written < 6  # it went on from the shards that were there
+    store = ActivationStore.open(out)
+    x, expected = (s.activations(torch.arange(700)) for s in (store, one))
+    torch.testing.assert_close(x, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(store.tokens(0, 700).token_ids, one.tokens(0, 700).token_ids)
+    again = [answer for _, answer in answers(start_ranks(2, cache_split, out, {}, -1))]
+    assert again == [(700, 0), (700, 0)]
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,15 @@ import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import torch.distributed as dist
 
 from steersman.errors import SteersmanError
 from steersman.lm.load import Quantization
@@ -25,7 +27,7 @@ from steersman.train.capture import (
 )
 from steersman.train.from_tensors import check_choices
 from steersman.train.manifest import Manifest
-from steersman.train.parallel import launched, use_local_accelerator
+from steersman.train.parallel import launched, lost_rank, process_group, use_local_accelerator
 from steersman.train.parallel_cache import PARTS, SharedStore, cache_on_ranks
 from steersman.train.shards import DTYPES
 from steersman.train.store import ActivationStore
@@ -89,6 +91,9 @@ class CacheConfig:
     """Spread a model that one device does not hold over devices and the host's memory: auto, balanced, sequential."""
     quantization: Quantization | None = None
     """Keep the model's weights in 8bit or 4bit. Part of the store's identity: it changes the activations."""
+    tensor_parallel: bool = False
+    """With several processes (torchrun): split every layer of the model over them, instead of giving each a part of the
+    text."""
     timeout_seconds: float = 600.0
     """With several processes (torchrun): how long none of them may be at work before the others stop waiting."""
     trust_remote_code: bool = False
@@ -113,7 +118,7 @@ def cache_activations(
     Shards are written while the model runs on. When interrupted, the same call goes on after the last finished shard
     and leaves the same bytes as an uninterrupted one (on the same device and number of threads). Memory does not grow
     with the number of tokens. Started by `torchrun`, each process writes a part of the shards, and the store is the
-    same; see `parallel_cache.py`.
+    same; see `parallel_cache.py`. The processes of a tensor-parallel model run it together, and the first one writes.
 
     Args:
         lm: a loaded model; loaded as `config` says if not given.
@@ -127,6 +132,11 @@ def cache_activations(
             are not finite (naming document and token), a disk that fills up.
     """
     config = _config(config, overrides)
+    with process_group(config.timeout_seconds) if config.tensor_parallel and launched()[1] > 1 else nullcontext():
+        return _cache(lm, texts, config)
+
+
+def _cache(lm: "LanguageModel | None", texts: Any, config: CacheConfig) -> ActivationStore:
     rank, n_ranks = launched()
     if n_ranks > 1:
         use_local_accelerator()
@@ -143,11 +153,7 @@ def cache_activations(
             trust_remote_code=config.trust_remote_code,
             device_map=config.device_map,
             quantization=config.quantization,
-        )
-    if lm.tensor_parallel:
-        raise SteersmanError(
-            "the processes of a tensor_parallel model run it together, and those that cache share the text out: load "
-            "it with device_map or quantization, or use LanguageModel.capture"
+            tensor_parallel=config.tensor_parallel,
         )
     if texts is None and config.text is None:
         raise SteersmanError("no text given: pass texts, or set text to a file, folder or dataset id")
@@ -168,7 +174,9 @@ def cache_activations(
         exclude_tokens=config.exclude_tokens,
     )
     out = Path(config.out)
-    if n_ranks > 1 or (out / PARTS).exists():
+    if lm.tensor_parallel:
+        _cache_together(lm, text, config, settings, rank)
+    elif n_ranks > 1 or (out / PARTS).exists():
         if config.on_nonfinite == "skip":
             raise SteersmanError(
                 "on_nonfinite='skip' needs one process: with several, rows are numbered before they run"
@@ -178,9 +186,21 @@ def cache_activations(
         if rank == 0 and not store.manifest.complete:
             _check_disk(lm, text, config, settings, store)
         cache_on_ranks(store, lm, text, settings, n_ranks=n_ranks, timeout_seconds=config.timeout_seconds)
-        return ActivationStore.open(out, verify=False)
+    else:
+        _write(lm, text, config, settings)
+    return ActivationStore.open(out, verify=False)
+
+
+def _write(
+    lm: "LanguageModel",
+    text: TextSource,
+    config: CacheConfig,
+    settings: CaptureSettings,
+    begun: Callable[[StoreWriter], None] = lambda writer: None,
+) -> None:
+    """Write the store, or what is missing of it. `begun` is called before the model runs, if it has to."""
     writer = StoreWriter.begin(
-        out,
+        Path(config.out),
         _manifest(lm, text, config, settings),
         shard_rows=config.shard_rows,
         max_rows=config.tokens,
@@ -189,13 +209,69 @@ def cache_activations(
     if not writer.manifest.complete:
         try:
             _check_disk(lm, text, config, settings, writer)
+            begun(writer)
             _fill(writer, lm, text, config, settings)
             writer.finish()
         except BaseException:
             writer.abandon()
             writer.remove_if_empty()
             raise
-    return ActivationStore.open(out, verify=False)
+
+
+def _cache_together(
+    lm: "LanguageModel", text: TextSource, config: CacheConfig, settings: CaptureSettings, rank: int
+) -> None:
+    """All ranks of a tensor-parallel model run it over the same batches; the first one writes what comes out."""
+    if config.on_nonfinite == "skip":
+        raise SteersmanError("on_nonfinite='skip' needs one process: with several, rows are numbered before they run")
+    told: list[Any] = []
+    """Where to start, (cursor, number of the row there); None when there is nothing to do; or what the mistake is."""
+
+    def tell(what: Any) -> None:
+        told.append(what)
+        with lost_rank():
+            dist.broadcast_object_list(told, src=0)
+
+    def begun(writer: StoreWriter) -> None:
+        cursor = writer.manifest.shards[-1].cursor if writer.manifest.shards else None
+        tell((cursor, writer.n_rows - cursor["rows"] if cursor else 0))
+
+    if rank == 0:
+        try:
+            with lost_rank():
+                _write(lm, text, config, settings, begun)
+        except SteersmanError as error:
+            if not told:
+                tell(str(error))
+            raise
+        if not told:
+            tell(None)
+    else:
+        tell(None)
+        if isinstance(told[0], str):
+            raise SteersmanError(told[0])
+        if told[0] is not None:
+            with lost_rank():
+                _run_along(lm, text, settings, *told[0], config.tokens)
+    if told[0] is not None:
+        with lost_rank():
+            dist.barrier()
+
+
+def _run_along(
+    lm: "LanguageModel",
+    text: TextSource,
+    settings: CaptureSettings,
+    cursor: Mapping[str, int] | None,
+    row: int,
+    max_rows: int | None,
+) -> None:
+    """The passes that `_fill` makes, without writing. `row` is the number of the first row at `cursor`."""
+    with closing(captured_rows(lm, text, settings, cursor)) as batches:
+        for rows in batches:
+            row += len(rows.token_ids)
+            if max_rows is not None and row >= max_rows:
+                return
 
 
 def _config(config: CacheConfig | None, overrides: Mapping[str, Any]) -> CacheConfig:

@@ -217,7 +217,7 @@ def lost_rank() -> Iterator[None]:
     """Turn what a collective raises when another rank is gone or silent into one clear error."""
     try:
         yield
-    except SteersmanError:
+    except (SteersmanError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
         rank, world_size = launched()
@@ -225,7 +225,7 @@ def lost_rank() -> Iterator[None]:
         what = "another rank did not answer in time" if timed_out else "the connection to another rank was lost"
         raise LostRankError(
             f"rank {rank} of {world_size}: {what} (it was killed, hangs or met an error of its own); this rank ends "
-            "too. Run the same command again to go on from the last checkpoint"
+            "too. Run the same command again to go on from what is saved"
         ) from error
 
 
