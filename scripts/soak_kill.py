@@ -98,7 +98,8 @@ def main() -> None:
     whole, length = digests(folder / "whole"), time.monotonic() - began
     print(f"an uninterrupted job takes {length:.1f} s")
     kills, finished, longest = 0, 0, 0.0
-    phases = {"caching": 0, "training": 0, "a checkpoint": 0}
+    first = "loading" if args.model_ranks else "caching"
+    phases = {first: 0, "training": 0, "a checkpoint": 0}
     while kills < args.kills:
         out = folder / "killed"
         process = start(out, args.ranks, args.model_ranks)
@@ -107,7 +108,7 @@ def main() -> None:
             os.kill(rng.choice(pids), signal.SIGKILL)
             since = time.monotonic()
             writing = any((out / "run" / "checkpoints").glob(".writing*")) if (out / "run").exists() else False
-            phase = "a checkpoint" if writing else "training" if (out / "run").exists() else "caching"
+            phase = "a checkpoint" if writing else "training" if (out / "run").exists() else first
             if process.wait(timeout=90) != 0:  # else the rank had just ended by itself
                 kills, longest = kills + 1, max(longest, time.monotonic() - since)
                 phases[phase] += 1

@@ -159,6 +159,7 @@ def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
         "update, exchange": matrix,
         # Batches read ahead and exchanged; the scaled batch, its centred copy, the reconstruction and the residual.
         "batch": N * D * (2 * _item(c) + 4 * FP32),
+        "encoder in bf16": L * D * 2,
         "pre-activations": min(BLOCK_BYTES, N * L * FP32),
         "code and its order": N * P * (FP32 + 4 + 3 * 8 + 2 * FP32),
         "selection over ranks": selection,
