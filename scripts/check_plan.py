@@ -1,9 +1,9 @@
 """Compare the memory that `steersman plan` announces with the peak of a process that trains.
 
 Each case runs in processes of its own (`torchrun`), on random activations. Printed for each rank: the peak of resident
-memory over what the process held before, the plan's figure, and their ratio. glibc keeps freed blocks of less than 32 MiB
-and cannot always use them again, which adds up to a quarter where the matrices are that small; the plan counts what is
-asked for, so blocks are given back here (--as-is leaves glibc as it is).
+memory over what the process held before, the plan's figure, and their ratio. glibc keeps freed
+blocks of less than 32 MiB and cannot always use them again, which adds up to a quarter where the matrices are that
+small; the plan counts what is asked for, so blocks are given back here (--as-is leaves glibc as it is).
 
     python scripts/check_plan.py --d-in 512 --d-sae 32768
 """

@@ -10,6 +10,7 @@ from steersman.errors import SteersmanError
 from steersman.train.plan import PlanConfig, plan_run
 
 SHAPE: dict[str, Any] = {"d_in": 96, "d_sae": 512, "k": 8, "batch": 512, "store_dtype": "float32"}
+LARGE = {**SHAPE, "d_in": 1024, "d_sae": 1 << 16}  # the update is what needs most
 
 
 @pytest.mark.parametrize(
@@ -39,12 +40,19 @@ def test_what_does_not_grow_with_latents_is_what_latent_sharding_moves() -> None
 
 
 def test_memory_falls_with_the_ranks_that_share_it() -> None:
-    one, four = (plan_run(PlanConfig(**{**SHAPE, "d_sae": 1 << 16, "ranks": n})).memory for n in (1, 4))
+    one, four = (plan_run(PlanConfig(**{**LARGE, "ranks": n})).memory for n in (1, 4))
     for item in ("weights", "gradients", "optimiser state"):
         assert four[item] == pytest.approx(one[item] / 4, rel=1e-3)
-    replicas = plan_run(PlanConfig(**{**SHAPE, "d_sae": 1 << 16, "ranks": 4, "latent_shards": 1})).memory
+    replicas = plan_run(PlanConfig(**{**LARGE, "ranks": 4, "latent_shards": 1})).memory
     assert replicas["weights"] == one["weights"]
     assert replicas["optimiser state"] == pytest.approx(one["optimiser state"] / 4, rel=1e-3)
+
+
+def test_memory_is_that_of_the_moment_that_needs_most() -> None:
+    few_rows, many_rows = (plan_run(PlanConfig(**{**LARGE, "batch": n})).memory for n in (512, 1 << 20))
+    assert "update, exchange" in few_rows
+    assert "update, exchange" not in many_rows
+    assert many_rows["batch"] == (1 << 20) * 1024 * (2 * 4 + 4 * 4)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ FP32 = 4
 _ADAM_BYTES = 28
 """Bytes that Adam moves a parameter: gradient, weight and two moments read, weight and two moments written."""
 
+_LIBRARIES = 16 << 20
+"""What matrix libraries and their threads keep beside the tensors, as measured on the CPU."""
 _ROW_INFO = 40
 """Bytes that the first model rank sends a row to say which it is and who has it."""
 
@@ -150,21 +152,30 @@ def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
     owned = held / mesh.data
     P = min(c.k, L)
     selection = mesh.latent * N * P * (2 * FP32 + 8 + FP32 + 1) if mesh.latent > 1 else 0
-    items = {
+    held_throughout = {
         "weights": held,
-        "gradients": held + (owned if mesh.data > 1 else 0),
         "optimiser state": 2 * owned,
         "moving average": owned if c.ema else 0,
-        # One matrix at a time is projected (one process) or received from the replicas.
-        "update, exchange": matrix,
-        # Batches read ahead and exchanged; the scaled batch, its centred copy, the reconstruction and the residual.
-        "batch": N * D * (2 * _item(c) + 4 * FP32),
-        "encoder in bf16": L * D * 2,
-        "pre-activations": min(BLOCK_BYTES, N * L * FP32),
-        "code and its order": N * P * (FP32 + 4 + 3 * 8 + 2 * FP32),
-        "selection over ranks": selection,
         "counters": L * 2 * FP32,
+        "libraries": _LIBRARIES,
     }
+    code = {"code and its order": N * P * (FP32 + 4 + 3 * 8 + 2 * FP32), "selection over ranks": selection}
+    gradients = held + (owned if mesh.data > 1 else 0)
+    read_ahead = 2 * N * D * _item(c)
+    moments = [
+        # The encoder: the scaled batch and its centred copy.
+        {
+            "batch": read_ahead + 2 * N * D * FP32,
+            "encoder in bf16": L * D * 2,
+            "pre-activations": min(BLOCK_BYTES, N * L * FP32),
+            **code,
+        },
+        # The gradients: the reconstruction and the residual come to the batch.
+        {"gradients": held, "batch": read_ahead + 4 * N * D * FP32, **code},
+        # The update: one matrix at a time is projected (one process) or received from the replicas.
+        {"gradients": gradients, "update, exchange": matrix, "batch": read_ahead + N * D * FP32, **code},
+    ]
+    items = held_throughout | max(moments, key=lambda moment: sum(moment.values()))
     return {name: n for name, n in items.items() if n}
 
 
