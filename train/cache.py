@@ -30,6 +30,7 @@ from steersman.train.manifest import Manifest
 from steersman.train.parallel import launched, lost_rank, process_group, use_local_accelerator
 from steersman.train.parallel_cache import PARTS, SharedStore, cache_on_ranks
 from steersman.train.shards import DTYPES
+from steersman.train.statistics import SKIP_NEEDS_ONE_PROCESS
 from steersman.train.store import ActivationStore
 from steersman.train.store_writer import ROW_BYTES, StoreWriter
 from steersman.train.text import TextSource, TxtDocuments, open_text
@@ -174,13 +175,12 @@ def _cache(lm: "LanguageModel | None", texts: Any, config: CacheConfig) -> Activ
         exclude_tokens=config.exclude_tokens,
     )
     out = Path(config.out)
+    shared = n_ranks > 1 or (out / PARTS).exists()
+    if shared and config.on_nonfinite == "skip":
+        raise SteersmanError(SKIP_NEEDS_ONE_PROCESS)
     if lm.tensor_parallel:
         _cache_together(lm, text, config, settings, rank)
-    elif n_ranks > 1 or (out / PARTS).exists():
-        if config.on_nonfinite == "skip":
-            raise SteersmanError(
-                "on_nonfinite='skip' needs one process: with several, rows are numbered before they run"
-            )
+    elif shared:
         limits = {"shard_rows": config.shard_rows, "max_rows": config.tokens}
         store = SharedStore(out, _manifest(lm, text, config, settings), rank=rank, **limits)
         if rank == 0 and not store.manifest.complete:
@@ -222,8 +222,6 @@ def _cache_together(
     lm: "LanguageModel", text: TextSource, config: CacheConfig, settings: CaptureSettings, rank: int
 ) -> None:
     """All ranks of a tensor-parallel model run it over the same batches; the first one writes what comes out."""
-    if config.on_nonfinite == "skip":
-        raise SteersmanError("on_nonfinite='skip' needs one process: with several, rows are numbered before they run")
     told: list[Any] = []
     """Where to start, (cursor, number of the row there); None when there is nothing to do; or what the mistake is."""
 

@@ -40,13 +40,13 @@ def train_on_ranks(source: ActivationSource, config: TrainConfig, out: Path, ran
     """See `train_sae`. Called by the first `n_ranks` ranks of the job; each returns the SAE, all but the first on the
     CPU."""
     if isinstance(source, ActivationStream):
-        source = SharedStream(source, rank, n_ranks)
+        source.run_part(rank, n_ranks)
     plan = prepare(source, config)
     sizes = {"d_sae": config.d_sae, "batch_size": plan.recipe.batch_size}
     mesh = Mesh.over(n_ranks, rank=rank, latent=config.latent_shards, **sizes)
     with Ranks(mesh, config.timeout_seconds) as ranks:
-        if isinstance(source, SharedStream):
-            source.join(ranks)
+        if isinstance(source, ActivationStream):
+            source = SharedStream(source, ranks)
         ranks.on_first(lambda: _start(out, plan.record))
         folder = RunFolder(out, plan.record)
         if folder.finished:

@@ -17,14 +17,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,7 +38,7 @@ from steersman.train.preemption import Preemption
 from steersman.train.recipe import TrainConfig
 from steersman.train.source import ActivationSource
 from steersman.train.statistics import ActivationStats
-from steersman.train.stream import ActivationStream, batch_of, share_of
+from steersman.train.stream import ActivationStream, StreamRows, batch_of
 from steersman.train.trainer import pick_device, train_alone
 
 _FACTS, _BUSY, _FAILED, _END = -1, -2, -3, -4
@@ -144,8 +143,8 @@ class _ModelRank:
         self._part = line.rank - line.model_ranks.start
         self._stream: ActivationStream | None = None
         self._reading = 0
-        self._batches: Generator[list[tuple[np.ndarray, Tensor]]] | None = None
-        self._ahead: deque[Future[list[tuple[np.ndarray, Tensor]] | None]] = deque()
+        self._batches: Generator[list[StreamRows]] | None = None
+        self._ahead: deque[Future[list[StreamRows] | None]] = deque()
         self._sent: deque[list[Callable[[], Any]]] = deque()
         self._preempted = False
 
@@ -185,15 +184,11 @@ class _ModelRank:
 
     def _shares(
         self, stream: ActivationStream, world_size: int, options: dict[str, Any]
-    ) -> Generator[list[tuple[np.ndarray, Tensor]]]:
-        """Of each batch, what every trainer is to know and what it is to get from here: [N, 5] and [here, D]."""
-        n = len(self._line.trainers)
+    ) -> Generator[list[StreamRows]]:
+        """Of each batch, what every trainer is to know and to get from here."""
         for rows in stream.whole_batches(**options):
-            shares: dict[int, tuple[np.ndarray, Tensor]] = {}
-            for rank in range(world_size):
-                share = rows[share_of(len(rows), rank, world_size)]
-                shares[rank] = share.info, share.x.cpu()
-            yield [shares[trainer * world_size // n] for trainer in range(n)]
+            on_host = replace(rows, x=rows.x.cpu())
+            yield on_host.shares(len(self._line.trainers), world_size)
 
     def _next(self) -> None:
         stream, batches = self._stream, self._batches
@@ -205,10 +200,10 @@ class _ModelRank:
             self._say(_END)
             return
         sending = []
-        for trainer, (info, x) in zip(self._line.trainers, shares):
-            sending.append(self._line.send(self._head(len(info), len(x)), trainer))
-            parts = [torch.from_numpy(info)] if self._part == 0 else []
-            sending += [self._line.send(part, trainer) for part in [*parts, x] if part.numel()]
+        for trainer, share in zip(self._line.trainers, shares):
+            sending.append(self._line.send(self._head(len(share), len(share.x)), trainer))
+            parts = [torch.from_numpy(share.info)] if self._part == 0 else []
+            sending += [self._line.send(part, trainer) for part in [*parts, share.x] if part.numel()]
         self._under_way(sending)
 
     def _stop(self) -> None:
@@ -362,24 +357,16 @@ class RemoteStream:
         self,
         batch_size: int,
         *,
-        split: str = "train",
-        heldout_fraction: float = 0.05,
-        shuffle: bool = True,
-        seed: int = 0,
-        epoch: int = 0,
-        start: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        drop_last: bool = True,
+        **reading: Any,
     ) -> Iterator[ActivationBatch]:
-        """The stream's batches, on the CPU. All trainers call this together, and `rank` follows from which trainer
-        this is: the ranks of `world_size` are groups of neighbouring trainers. Ends what was read before."""
+        """The stream's batches, on the CPU. All trainers call this together; which rows are this one's follows from
+        `world_size`; see `StreamRows.shares`. Ends what was read before."""
         assert rank == self._line.rank * world_size // len(self._line.trainers)
         self._close()
         self._reading += 1
-        options = {"split": split, "shuffle": shuffle, "seed": seed, "epoch": epoch, "start": start}
-        options |= {"batch_size": batch_size, "drop_last": drop_last}
-        self._line.tell("read", self._reading, world_size, options)
+        self._line.tell("read", self._reading, world_size, {"batch_size": batch_size, **reading})
         self._open = self._received()
         return self._open
 

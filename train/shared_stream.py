@@ -19,24 +19,19 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.train.batch import ActivationBatch
-from steersman.train.parallel import Axis, Mesh, Ranks, lost_rank
+from steersman.train.parallel import Axis, Ranks, lost_rank
 from steersman.train.statistics import ActivationStats
-from steersman.train.stream import ActivationStream, StreamRows, batch_of, share_of
+from steersman.train.stream import ActivationStream, StreamRows, batch_of
 
 
 class SharedStream:
-    """`stream`, of which this is rank `rank` of `n_ranks`: an `ActivationSource`.
+    """`stream`, which runs this rank's part (see `run_part`), with those of the other `ranks`: an `ActivationSource`.
 
-    `join` comes before `batches`, which all ranks call together, and take as many batches from.
+    All ranks call `batches` together, and take as many batches from it.
     """
 
-    def __init__(self, stream: ActivationStream, rank: int, n_ranks: int) -> None:
-        stream.run_part(rank, n_ranks)
-        self._stream, self._ranks = stream, Ranks(Mesh())
-
-    def join(self, ranks: Ranks) -> None:
-        """Use these ranks' groups to exchange rows."""
-        self._ranks = ranks
+    def __init__(self, stream: ActivationStream, ranks: Ranks) -> None:
+        self._stream, self._ranks = stream, ranks
 
     @property
     def hook_name(self) -> str:
@@ -70,28 +65,15 @@ class SharedStream:
         self,
         batch_size: int,
         *,
-        split: str = "train",
-        heldout_fraction: float = 0.05,
-        shuffle: bool = True,
-        seed: int = 0,
-        epoch: int = 0,
-        start: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        drop_last: bool = True,
+        **reading: Any,
     ) -> Iterator[ActivationBatch]:
-        """The stream's batches. The ranks of `world_size` are groups of neighbouring ranks of the job; those of a group
-        get the same rows."""
+        """The stream's batches. Which rows are this rank's follows from `world_size`; see `StreamRows.shares`."""
         everyone = self._ranks.everyone
-        whole = self._stream.whole_batches(
-            batch_size, split=split, shuffle=shuffle, seed=seed, epoch=epoch, start=start, drop_last=drop_last
-        )
-        with closing(self._all_well(whole)) as batches:
+        with closing(self._all_well(self._stream.whole_batches(batch_size, **reading))) as batches:
             for rows in batches:
-                shares = [
-                    rows[share_of(len(rows), other * world_size // everyone.size, world_size)]
-                    for other in range(everyone.size)
-                ]
+                shares = rows.shares(everyone.size, world_size)
                 info = shares[everyone.index].info
                 yield batch_of(_exchange([share.x for share in shares], info[:, 4], everyone), info)
 

@@ -51,6 +51,10 @@ def nonfinite_error(
     )
 
 
+SKIP_NEEDS_ONE_PROCESS = "on_nonfinite='skip' needs one process: with several, rows are numbered before they run"
+"""What to say where several processes would leave out rows that are not finite."""
+
+
 class StatsSums:
     """Sums over rows from which `ActivationStats` follow; those of two sets of rows add up to those of both.
 

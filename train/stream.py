@@ -23,7 +23,7 @@ from steersman.train.capture import (
 )
 from steersman.train.from_tensors import check_choices
 from steersman.train.shards import DTYPES
-from steersman.train.statistics import ActivationStats, StatsSums, nonfinite_error, row_norms
+from steersman.train.statistics import SKIP_NEEDS_ONE_PROCESS, ActivationStats, StatsSums, nonfinite_error, row_norms
 from steersman.train.text import TxtDocuments, open_text
 
 if TYPE_CHECKING:
@@ -62,6 +62,17 @@ class StreamRows:
         place = (np.cumsum(here) - 1)[index[here[index]]]
         return StreamRows(self.x[torch.from_numpy(place).to(self.x.device)], self.info[index], self.part)
 
+    def share(self, rank: int, world_size: int) -> "StreamRows":
+        """What of a batch belongs to one of several ranks."""
+        n = len(self)
+        return self[rank * n // world_size : (rank + 1) * n // world_size]
+
+    def shares(self, n_ranks: int, world_size: int) -> "list[StreamRows]":
+        """What each of `n_ranks` ranks gets of a batch: the ranks of `world_size` are groups of neighbouring ranks, and
+        those of a group get the same."""
+        distinct = [self.share(rank, world_size) for rank in range(world_size)]
+        return [distinct[rank * world_size // n_ranks] for rank in range(n_ranks)]
+
 
 def batch_of(x: torch.Tensor, info: np.ndarray) -> ActivationBatch:
     """Rows x [n, D], all of which are here, as a batch; `info` [n, 5] is that of `StreamRows`."""
@@ -77,11 +88,6 @@ def batch_of(x: torch.Tensor, info: np.ndarray) -> ActivationBatch:
 def _joined(parts: Sequence[StreamRows]) -> StreamRows:
     info = np.concatenate([rows.info for rows in parts])
     return StreamRows(torch.cat([rows.x for rows in parts]), info, parts[0].part)
-
-
-def share_of(n: int, rank: int, world_size: int) -> slice:
-    """Which of the n rows of a batch belong to one of several ranks."""
-    return slice(rank * n // world_size, (rank + 1) * n // world_size)
 
 
 class ActivationStream:
@@ -147,9 +153,7 @@ class ActivationStream:
         gives both. Called before anything is read.
         """
         if self._skip_bad:
-            raise SteersmanError(
-                "on_nonfinite='skip' needs one process: with several, rows are numbered before they run"
-            )
+            raise SteersmanError(SKIP_NEEDS_ONE_PROCESS)
         self._part, self._n_parts = part, n_parts
 
     @property
@@ -255,11 +259,20 @@ class ActivationStream:
         whole = self.whole_batches(
             batch_size, split=split, shuffle=shuffle, seed=seed, epoch=epoch, start=start, drop_last=drop_last
         )
-        shares = (rows[share_of(len(rows), rank, world_size)] for rows in whole)
+        shares = (rows.share(rank, world_size) for rows in whole)
         return (batch_of(rows.x, rows.info) for rows in shares)
 
     def whole_batches(
-        self, batch_size: int, *, split: str, shuffle: bool, seed: int, epoch: int, start: int, drop_last: bool
+        self,
+        batch_size: int,
+        *,
+        split: str = "train",
+        heldout_fraction: float = 0.05,
+        shuffle: bool = True,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        drop_last: bool = True,
     ) -> Iterator[StreamRows]:
         """The batches of `batches` as they are for all ranks together, with what `run_part` leaves to this process."""
         if batch_size < 1 or start < 0:

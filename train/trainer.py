@@ -275,15 +275,13 @@ def train_sae(
 
         with using(config.kernels):
             return train_from_model_ranks(source if callable(source) else lambda: source, config, out)
-    if n_ranks > 1:
-        use_local_accelerator()
-    source = source() if callable(source) else source
-    if n_ranks > 1:
-        from steersman.train.cluster import train_on_ranks
+    if n_ranks == 1:
+        return train_alone(source() if callable(source) else source, config, out)
+    from steersman.train.cluster import train_on_ranks
 
-        with using(config.kernels):
-            return train_on_ranks(source, config, out, rank, n_ranks)
-    return train_alone(source, config, out)
+    use_local_accelerator()
+    with using(config.kernels):
+        return train_on_ranks(source() if callable(source) else source, config, out, rank, n_ranks)
 
 
 def train_alone(source: ActivationSource, config: TrainConfig, out: Path) -> SAE:
