@@ -18,7 +18,7 @@ from torch import Tensor
 
 from steersman.lm import LanguageModel
 from steersman.lm.hooks import KINDS
-from steersman.lm.rollout import RowBuffers, Sampler
+from steersman.lm.sampler import RowBuffers, Sampler
 from steersman.lm.tokens import TokenBatch
 from steersman.sae import SAE
 from steersman.steer.effect_config import EffectsConfig

@@ -7,7 +7,7 @@ import torch
 from tiny_models import D, count_hooks, with_text
 
 from steersman.errors import SteersmanError
-from steersman.lm.rollout import Sampler, Sampling, largest
+from steersman.lm.sampler import Sampler, Sampling, largest
 from steersman.steer import Steerer
 
 HOOK = "blocks.1.hook_resid_post"
