@@ -13,8 +13,9 @@ import torch
 import tyro
 
 from steersman.errors import SteersmanError
-from steersman.kernels import cost, operands, tiles, triton_encode
+from steersman.kernels import operands, tiles, triton_encode
 from steersman.kernels.tiles import Tile
+from steersman.kernels.tools import cost
 
 
 @dataclass(frozen=True, kw_only=True)

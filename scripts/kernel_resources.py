@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 
 import tyro
 
-from steersman.kernels.compiled import CAPABILITIES, Resources, compile_job, shipped
+from steersman.kernels.tools.compiled import CAPABILITIES, Resources, compile_job, shipped
 
 
 @dataclass(frozen=True, kw_only=True)

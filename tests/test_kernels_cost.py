@@ -6,7 +6,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from steersman.kernels import cost, tiles
+from steersman.kernels import tiles
+from steersman.kernels.tools import cost
 
 SHAPES = [(8192, 131072, 1024, 32), (4096, 65536, 2304, 64), (8192, 131072, 4096, 64), (8192, 1 << 20, 4096, 64)]
 TILE = tiles.WAVE[90, torch.bfloat16][0]
