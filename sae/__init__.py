@@ -1,15 +1,15 @@
 """Sparse autoencoders: the module and its architectures, checkpoints, metrics and feature summaries."""
 
+from steersman.sae.architectures.batch_topk import BatchTopKSAE
+from steersman.sae.architectures.gated import GatedSAE
+from steersman.sae.architectures.groupmax import GroupMaxSAE
+from steersman.sae.architectures.jumprelu import JumpReLUSAE
+from steersman.sae.architectures.matryoshka import MatryoshkaSAE
+from steersman.sae.architectures.relu import ReLUSAE
+from steersman.sae.architectures.topk import TopKSAE, auxk_gradients, auxk_loss
 from steersman.sae.base import SAE, SparseCode, TrainingCode
-from steersman.sae.batch_topk import BatchTopKSAE
 from steersman.sae.config import SAEConfig
-from steersman.sae.gated import GatedSAE
-from steersman.sae.groupmax import GroupMaxSAE
-from steersman.sae.jumprelu import JumpReLUSAE
-from steersman.sae.matryoshka import MatryoshkaSAE
-from steersman.sae.relu import ReLUSAE
 from steersman.sae.stats import FeatureStats
-from steersman.sae.topk import TopKSAE, auxk_gradients, auxk_loss
 
 __all__ = [
     "SAE",

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from steersman.kernels import choose
+from steersman.sae.architectures.elementwise import ElementwiseSAE, chosen
 from steersman.sae.config import SAEConfig
-from steersman.sae.elementwise import ElementwiseSAE, chosen
 
 
 class JumpReLUSAE(ElementwiseSAE):

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.kernels import choose, with_gradient
+from steersman.sae.architectures.elementwise import ElementwiseSAE, chosen
 from steersman.sae.base import TrainingCode
 from steersman.sae.config import SAEConfig
-from steersman.sae.elementwise import ElementwiseSAE, chosen
 
 
 class BatchTopKSAE(ElementwiseSAE):

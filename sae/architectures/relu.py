@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from steersman.kernels import choose
-from steersman.sae.elementwise import ElementwiseSAE, chosen
+from steersman.sae.architectures.elementwise import ElementwiseSAE, chosen
 
 
 class ReLUSAE(ElementwiseSAE):

@@ -5,8 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from steersman.sae.architectures.elementwise import ElementwiseSAE, chosen
 from steersman.sae.config import SAEConfig
-from steersman.sae.elementwise import ElementwiseSAE, chosen
 
 
 class GatedSAE(ElementwiseSAE):

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from steersman.errors import SteersmanError
+from steersman.sae.architectures.batch_topk import BatchTopKSAE
 from steersman.sae.base import SAE, TrainingCode
-from steersman.sae.batch_topk import BatchTopKSAE
 
 
 class MatryoshkaSAE(BatchTopKSAE):
