@@ -29,7 +29,7 @@ import tyro
 from steersman import SAE, LanguageModel, SAEConfig, Steerer, collect_effects
 from steersman.demo import MODEL_PATH, texts
 from steersman.steer import EffectsConfig
-from steersman.steer.effect_fit import ridge_fit
+from steersman.steer.effects.fit import ridge_fit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,20 +11,20 @@ from steersman.steer.decompose import (
     measure_retention,
     plot_decompositions,
 )
+from steersman.steer.edit_report import EditReport, FeatureOutcome
 from steersman.steer.edits import MODES, UNITS
-from steersman.steer.effect_config import EffectsConfig
-from steersman.steer.effect_map import EffectMap
-from steersman.steer.effect_verify import Verification, verify_effect
-from steersman.steer.effects import collect_effects
-from steersman.steer.effects_folder import Effects
+from steersman.steer.effects.collect import collect_effects
+from steersman.steer.effects.config import EffectsConfig
+from steersman.steer.effects.fgaa import fgaa_targets
+from steersman.steer.effects.folder import Effects
+from steersman.steer.effects.map import EffectMap
+from steersman.steer.effects.verify import Verification, verify_effect
 from steersman.steer.evaluation import EvaluationConfig, SteeringEvaluation, evaluate_steering
-from steersman.steer.fgaa import fgaa_targets
 from steersman.steer.methods import METHODS, ContrastConfig, contrast
-from steersman.steer.report import EditReport, FeatureOutcome
 from steersman.steer.scope import Scope
 from steersman.steer.steerer import Steerer, Steering
 from steersman.steer.trace import Trace
-from steersman.steer.vector import SteeringVector
+from steersman.steer.vectors.vector import SteeringVector
 
 __all__ = [
     "METHODS",

@@ -25,7 +25,7 @@ from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel, TokenBatch
 from steersman.steer.measures import token_kl, token_nll
 from steersman.steer.steerer import Steerer
-from steersman.steer.vector import SteeringVector
+from steersman.steer.vectors.vector import SteeringVector
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from steersman.errors import SteersmanError
 from steersman.kernels import Implementation
 from steersman.lm import Generation, LanguageModel
 from steersman.sae import SAE
+from steersman.steer.edit_report import EditReport
 from steersman.steer.measures import distinct, generated_tokens, repetition_rate, token_kl, token_nll
-from steersman.steer.report import EditReport
 from steersman.steer.steerer import Steerer
 
 DEFAULT_PROMPTS = ("Once upon a time",)  # not the field's default: a flag that may be repeated adds to its default

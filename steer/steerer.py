@@ -14,11 +14,11 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel, Pass
 from steersman.sae import SAE
+from steersman.steer.edit_report import EditReport, Meter
 from steersman.steer.edits import Edit, FeatureEdit, PositionEdit, VectorEdit
-from steersman.steer.report import EditReport, Meter
 from steersman.steer.scope import Scope
 from steersman.steer.trace import Trace
-from steersman.steer.vector import SteeringVector
+from steersman.steer.vectors.vector import SteeringVector
 
 
 class Steering:

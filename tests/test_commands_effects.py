@@ -9,8 +9,8 @@ from tiny_models import word_tokenizer
 from steersman.cli import main
 from steersman.commands.effects import parse_targets
 from steersman.errors import SteersmanError
-from steersman.steer.effect_map import EffectMap
-from steersman.steer.vector import SteeringVector
+from steersman.steer.effects.map import EffectMap
+from steersman.steer.vectors.vector import SteeringVector
 
 
 @pytest.fixture(scope="module")

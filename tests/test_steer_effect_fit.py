@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.steer.effect_fit import adam_fit, ridge_fit, score
+from steersman.steer.effects.fit import adam_fit, ridge_fit, score
 
 
 def planted(n: int, D: int, L: int, noise: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE, SAEConfig
-from steersman.steer.effect_map import EffectMap
-from steersman.steer.effects_folder import Effects
-from steersman.steer.vector import SteeringVector
+from steersman.steer.effects.folder import Effects
+from steersman.steer.effects.map import EffectMap
+from steersman.steer.vectors.vector import SteeringVector
 
 D, L, N = 12, 30, 400
 HOOK = "blocks.1.hook_resid_post"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
-from steersman.steer.effect_rollouts import BASE, RolloutMeter, Sums, is_downstream, uniforms
+from steersman.steer.effects.rollouts import BASE, RolloutMeter, Sums, is_downstream, uniforms
 from steersman.steer.steerer import Steerer
 
 

@@ -6,9 +6,9 @@ from tiny_models import D, with_text
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.steer.effect_config import EffectsConfig
-from steersman.steer.effect_scales import HeldOut, ScaleRule, search_scales
-from steersman.steer.effect_vectors import unit_rows
+from steersman.steer.effects.config import EffectsConfig
+from steersman.steer.effects.scales import HeldOut, ScaleRule, search_scales
+from steersman.steer.effects.vectors import unit_rows
 from steersman.steer.steerer import Steerer
 
 HOOK = "blocks.1.hook_resid_post"

@@ -9,9 +9,9 @@ from effect_toys import HOOK, TEXTS, quick, toy
 from tiny_models import D, toy_sae
 
 from steersman.errors import SteersmanError
-from steersman.steer.effect_map import EffectMap
-from steersman.steer.effects import collect_effects
-from steersman.steer.vector import SteeringVector
+from steersman.steer.effects.collect import collect_effects
+from steersman.steer.effects.map import EffectMap
+from steersman.steer.vectors.vector import SteeringVector
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from stores import digests
 from tiny_models import D, toy_sae
 
 from steersman.errors import SteersmanError
-from steersman.steer import effects as module
-from steersman.steer.effect_config import EffectsConfig
-from steersman.steer.effect_vectors import make_vectors
-from steersman.steer.effects import collect_effects
-from steersman.steer.effects_folder import Effects
-from steersman.steer.vector import SteeringVector
+from steersman.steer.effects import collect as module
+from steersman.steer.effects.collect import collect_effects
+from steersman.steer.effects.config import EffectsConfig
+from steersman.steer.effects.folder import Effects
+from steersman.steer.effects.vectors import make_vectors
+from steersman.steer.vectors.vector import SteeringVector
 
 
 def test_memory_and_folder_hold_the_same(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ WORKER = """
 import sys
 sys.path.insert(0, {tests!r})
 from effect_toys import quick, toy
-from steersman.steer.effects import collect_effects
+from steersman.steer.effects.collect import collect_effects
 lm, sae = toy()
 print(len(collect_effects(lm, sae, config=quick(out={out!r}))))
 """

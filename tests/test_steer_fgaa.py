@@ -6,7 +6,7 @@ from effect_toys import HOOK, toy
 
 from steersman.errors import SteersmanError
 from steersman.sae import FeatureStats
-from steersman.steer.fgaa import fgaa_targets
+from steersman.steer.effects.fgaa import fgaa_targets
 
 POSITIVE, NEGATIVE = ["w5 w6 w7", "w8", "w9 w10"], ["w30 w31", "w32 w33 w34 w35"]
 

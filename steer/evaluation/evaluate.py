@@ -23,7 +23,7 @@ from steersman.steer.evaluation.rollouts import Arm, Judge, Targets, roll_out, u
 from steersman.steer.methods import contrast
 from steersman.steer.methods.examples import as_examples
 from steersman.steer.steerer import Steerer
-from steersman.steer.vector import SteeringVector
+from steersman.steer.vectors.vector import SteeringVector
 
 
 def evaluate_steering(

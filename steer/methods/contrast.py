@@ -21,7 +21,7 @@ from steersman.steer.methods.mean_centred import MeanCentred
 from steersman.steer.methods.optimised import Optimised
 from steersman.steer.methods.pca import PCA
 from steersman.steer.methods.probe import Probe
-from steersman.steer.vector import SteeringVector
+from steersman.steer.vectors.vector import SteeringVector
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ import torch
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
-from steersman.steer.effect_config import EffectsConfig
-from steersman.steer.effect_map import WEAK, EffectMap
-from steersman.steer.effect_map_file import NAME
-from steersman.steer.effects import collect_effects
-from steersman.steer.fgaa import fgaa_targets
-from steersman.steer.vector import SteeringVector
+from steersman.steer.effects.collect import collect_effects
+from steersman.steer.effects.config import EffectsConfig
+from steersman.steer.effects.fgaa import fgaa_targets
+from steersman.steer.effects.map import WEAK, EffectMap
+from steersman.steer.effects.map_file import NAME
+from steersman.steer.vectors.vector import SteeringVector
 from steersman.train.text import open_text
 from steersman.train.trainer import pick_device
 

@@ -29,7 +29,7 @@ from steersman.steer import (
     decompose,
     measure_retention,
 )
-from steersman.steer.effect_map import WEAK
+from steersman.steer.effects.map import WEAK
 from steersman.steer.measures import generated_tokens, token_nll
 
 log = logging.getLogger(__name__)

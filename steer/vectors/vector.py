@@ -294,7 +294,7 @@ class SteeringVector:
 
     @staticmethod
     def _format(path: Path) -> tuple[Callable[..., None], Callable[[Path], "SteeringVector"]]:
-        from steersman.steer import vector_file
+        from steersman.steer.vectors import file as vector_file
 
         return vector_file.writer_and_reader(path)
 

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.steer.compare import token_kl
-from steersman.steer.effect_config import EffectsConfig
+from steersman.steer.effects.config import EffectsConfig
 from steersman.steer.steerer import Steerer
 
 _LOGITS = 1 << 25

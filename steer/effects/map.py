@@ -25,10 +25,10 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE
-from steersman.steer.effect_fit import LinearFit, adam_fit, check_enough, ridge_fit, score
-from steersman.steer.effect_vectors import unit_rows
-from steersman.steer.effects_folder import Baseline, Effects, sae_identity
-from steersman.steer.vector import SteeringVector
+from steersman.steer.effects.fit import LinearFit, adam_fit, check_enough, ridge_fit, score
+from steersman.steer.effects.folder import Baseline, Effects, sae_identity
+from steersman.steer.effects.vectors import unit_rows
+from steersman.steer.vectors.vector import SteeringVector
 
 WEAK = 2.0
 """Signal below which a column of M is taken for noise; see `LinearFit.signal`."""
@@ -337,7 +337,7 @@ class EffectMap:
 
     def verify(self, lm: Any, sae: SAE, vector: Any, targets: Any = None, **options: Any) -> Any:
         """Steer with a vector, measure what it does and compare with what the map predicts: see `verify_effect`."""
-        from steersman.steer.effect_verify import verify_effect
+        from steersman.steer.effects.verify import verify_effect
 
         return verify_effect(self, lm, sae, vector, targets, **options)
 
@@ -367,7 +367,7 @@ class EffectMap:
 
     def save(self, path: str | Path) -> None:
         """Write it as one safetensors file with a JSON header, atomically."""
-        from steersman.steer.effect_map_file import write
+        from steersman.steer.effects.map_file import write
 
         write(self, Path(path))
 
@@ -375,7 +375,7 @@ class EffectMap:
     def load(cls, path: str | Path) -> "EffectMap":
         """Read a file that `save` wrote, or the map in a folder of `steersman effects`. Raises SteersmanError, naming
         the file, when it is not one."""
-        from steersman.steer.effect_map_file import read
+        from steersman.steer.effects.map_file import read
 
         return read(Path(path))
 

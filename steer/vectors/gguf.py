@@ -16,7 +16,7 @@ import torch
 
 from steersman.errors import SteersmanError
 from steersman.sae.checkpoint import write_atomically
-from steersman.steer.vector import SteeringVector
+from steersman.steer.vectors.vector import SteeringVector
 
 ARCHITECTURE, PROVENANCE = "controlvector", "steersman.provenance"
 

@@ -21,7 +21,7 @@ from steersman.lm.hooks import KINDS
 from steersman.lm.sampler import RowBuffers, Sampler
 from steersman.lm.tokens import TokenBatch
 from steersman.sae import SAE
-from steersman.steer.effect_config import EffectsConfig
+from steersman.steer.effects.config import EffectsConfig
 from steersman.steer.steerer import Steerer
 
 _CODES = 1 << 26

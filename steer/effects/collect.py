@@ -21,11 +21,8 @@ from steersman.errors import SteersmanError, near_names
 from steersman.lm import LanguageModel
 from steersman.progress import progress
 from steersman.sae import SAE
-from steersman.steer.effect_config import EffectsConfig
-from steersman.steer.effect_rollouts import RolloutMeter
-from steersman.steer.effect_scales import ScaleRule
-from steersman.steer.effect_vectors import given_vectors, make_vectors
-from steersman.steer.effects_folder import (
+from steersman.steer.effects.config import EffectsConfig
+from steersman.steer.effects.folder import (
     BASELINE,
     MANIFEST,
     Baseline,
@@ -39,6 +36,9 @@ from steersman.steer.effects_folder import (
     write_baseline,
     write_tensors,
 )
+from steersman.steer.effects.rollouts import RolloutMeter
+from steersman.steer.effects.scales import ScaleRule
+from steersman.steer.effects.vectors import given_vectors, make_vectors
 
 log = logging.getLogger(__name__)
 

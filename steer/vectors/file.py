@@ -16,7 +16,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.sae.checkpoint import write_atomically
-from steersman.steer.vector import SteeringVector
+from steersman.steer.vectors.vector import SteeringVector
 
 FORMAT, VERSION = "steersman.vector", 1
 
@@ -24,7 +24,7 @@ FORMAT, VERSION = "steersman.vector", 1
 def writer_and_reader(path: Path) -> tuple[Callable[[SteeringVector, Path], None], Callable[[Path], SteeringVector]]:
     """How a vector is written to and read from `path`, by its ending."""
     if path.suffix.lower() == ".gguf":
-        from steersman.steer.vector_gguf import read_gguf, write_gguf
+        from steersman.steer.vectors.gguf import read_gguf, write_gguf
 
         return _prepared(write_gguf), _found(read_gguf)
     return _prepared(write), _found(read)

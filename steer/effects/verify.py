@@ -16,11 +16,11 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
-from steersman.steer.effect_config import EffectsConfig
-from steersman.steer.effect_map import EffectMap
-from steersman.steer.effect_rollouts import RolloutMeter
-from steersman.steer.effect_scales import ScaleRule
-from steersman.steer.effects import check_sae_fits
+from steersman.steer.effects.collect import check_sae_fits
+from steersman.steer.effects.config import EffectsConfig
+from steersman.steer.effects.map import EffectMap
+from steersman.steer.effects.rollouts import RolloutMeter
+from steersman.steer.effects.scales import ScaleRule
 
 
 class FeatureEffect(NamedTuple):

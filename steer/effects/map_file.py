@@ -15,8 +15,8 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.sae.checkpoint import write_atomically
-from steersman.steer.effect_map import EffectMap
-from steersman.steer.effects_folder import Baseline
+from steersman.steer.effects.folder import Baseline
+from steersman.steer.effects.map import EffectMap
 
 FORMAT, VERSION = "steersman.effect_map", 1
 NAME = "map.safetensors"

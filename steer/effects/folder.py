@@ -29,7 +29,7 @@ from steersman.sae import SAE
 from steersman.sae.checkpoint import write_atomically, write_json
 
 if TYPE_CHECKING:
-    from steersman.steer.effect_map import EffectMap
+    from steersman.steer.effects.map import EffectMap
 
 FORMAT, VERSION = "steersman.effects", 1
 MANIFEST, BASELINE = "manifest.json", "baseline.safetensors"
@@ -246,7 +246,7 @@ class Effects:
 
     def fit(self, **options: Any) -> "EffectMap":
         """The effect map of these effects: see `EffectMap.fit`."""
-        from steersman.steer.effect_map import EffectMap
+        from steersman.steer.effects.map import EffectMap
 
         return EffectMap.fit(self, **options)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
-from steersman.steer.effect_config import EffectsConfig
+from steersman.steer.effects.config import EffectsConfig
 
 
 def unit_rows(x: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Steering vectors and their files."""
