@@ -34,7 +34,7 @@ from steersman import TrainConfig
 from steersman.kernels import choose, precision, using
 from steersman.sae import SAEConfig
 from steersman.train import ActivationStats, Trainer, resolve
-from steersman.train.optim import FusedUpdater
+from steersman.train.run.optim import FusedUpdater
 
 Shape = tuple[int, int, int, int]
 

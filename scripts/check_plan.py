@@ -24,10 +24,10 @@ def rank_main(d_in: int, d_sae: int, k: int, batch: int, latent: int) -> None:
 
     from steersman.sae import SAEConfig
     from steersman.train import TrainConfig, Trainer, resolve
+    from steersman.train.mesh.sharded import ShardedTrainer
     from steersman.train.parallel import Mesh, Ranks, launched
-    from steersman.train.plan import PlanConfig, plan_run
-    from steersman.train.sharded import ShardedTrainer
-    from steersman.train.statistics import StatsSums, row_norms
+    from steersman.train.reports.plan import PlanConfig, plan_run
+    from steersman.train.store.statistics import StatsSums, row_norms
 
     rank, n = launched()
     config = TrainConfig(d_sae=d_sae, k=k, batch_size=batch, tokens=batch * 100, device="cpu", aux_coefficient=0.0)

@@ -11,7 +11,12 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch._dynamo", "matplotlib.figure", "transformers.models.llama.modeling_llama", "steersman.train.model_ranks"]
+    [
+        "torch._dynamo",
+        "matplotlib.figure",
+        "transformers.models.llama.modeling_llama",
+        "steersman.train.mesh.model_ranks",
+    ]
 )
 
 

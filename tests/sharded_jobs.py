@@ -15,10 +15,10 @@ from torch import Tensor
 from steersman.kernels import choose
 from steersman.sae import SAE, SAEConfig
 from steersman.train import TrainConfig, Trainer, resolve
+from steersman.train.mesh.selection import keep_batch_topk, keep_topk
+from steersman.train.mesh.sharded import ShardedTrainer
 from steersman.train.parallel import Mesh, Ranks
-from steersman.train.selection import keep_batch_topk, keep_topk
-from steersman.train.sharded import ShardedTrainer
-from steersman.train.statistics import StatsSums, row_norms
+from steersman.train.store.statistics import StatsSums, row_norms
 
 
 def mixture(n: int, d_in: int = 16, atoms: int = 40, seed: int = 0) -> Tensor:
@@ -192,7 +192,7 @@ def written() -> int:
 
 def bytes_sent_by_model(text: str, options: dict[str, Any], config: TrainConfig, out: str) -> list[int]:
     """As `train_from_stream`; what this rank has written each time that a batch was asked of it."""
-    from steersman.train import model_ranks
+    from steersman.train.mesh import model_ranks
 
     answer, found = model_ranks._ModelRank._next, []
 

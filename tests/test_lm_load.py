@@ -179,7 +179,7 @@ def cache_split(out: str, options: dict[str, Any], fail_after: int) -> Any:
     """A rank that caches with a tensor-parallel model; the first one's disk fails after so many batches."""
     from steersman.demo import texts
     from steersman.train.parallel import launched
-    from steersman.train.store_writer import StoreWriter
+    from steersman.train.store.writer import StoreWriter
 
     append, done = StoreWriter.append, []
 

@@ -74,7 +74,7 @@ def test_a_wheel_has_one_package_and_works_from_another_folder(tmp_path: Path) -
         archive.extractall(tmp_path / "site")
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == {"steersman"}
-    for expected in ("kernels/reference.py", "sae/base.py", "train/store.py", "steer/steerer.py", "lm/model.py"):
+    for expected in ("kernels/reference.py", "sae/base.py", "train/store/store.py", "steer/steerer.py", "lm/model.py"):
         assert f"steersman/{expected}" in names
     assert "steersman/demo/steersman-demo/model.safetensors" in names
     assert "steersman/py.typed" in names

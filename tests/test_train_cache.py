@@ -20,8 +20,8 @@ from tiny_models import with_text
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.train import ActivationStore, CacheConfig, cache_activations
-from steersman.train.capture import capture_settings, captured_rows
-from steersman.train.shards import ShardWriter
+from steersman.train.capture.capture import capture_settings, captured_rows
+from steersman.train.store.shards import ShardWriter
 from steersman.train.text import open_text
 
 DOCUMENTS = word_documents(60)
@@ -403,7 +403,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_up_leaves_whole_shards_and_can_be_gone_on_with(
     lm: LanguageModel, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import steersman.train.cache as cache
+    import steersman.train.capture.cache as cache
 
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(200_000))

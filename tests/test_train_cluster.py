@@ -14,7 +14,7 @@ from steersman.errors import SteersmanError
 from steersman.sae import SAE
 from steersman.sae.metrics import measure_reconstruction
 from steersman.train import ActivationStore, TrainConfig, train_sae
-from steersman.train.checkpoints import checkpoint_to_sae
+from steersman.train.run.checkpoints import checkpoint_to_sae
 
 CONFIG = TrainConfig(
     d_sae=64, k=4, batch_size=128, tokens=128 * 60, seed=3, device="cpu", checkpoint_every=20, timeout_seconds=20

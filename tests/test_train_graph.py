@@ -11,7 +11,7 @@ import torch
 from test_train_optim import CONFIG, rows, trainer_of
 
 from steersman.errors import SteersmanError
-from steersman.train.graph import WARM_UP, GraphedStep
+from steersman.train.run.graph import WARM_UP, GraphedStep
 
 
 @pytest.mark.parametrize(

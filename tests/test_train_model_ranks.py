@@ -13,7 +13,7 @@ from test_train_cluster import assert_same_sae
 
 from steersman.errors import SteersmanError
 from steersman.train import ActivationStore, TrainConfig, train_sae
-from steersman.train.plan import PlanConfig, plan_run
+from steersman.train.reports.plan import PlanConfig, plan_run
 
 CONFIG = TrainConfig(
     d_sae=64, k=4, batch_size=64, tokens=64 * 60, seed=3, device="cpu", checkpoint_every=20, timeout_seconds=20

@@ -14,7 +14,7 @@ from steersman.errors import SteersmanError
 from steersman.kernels import dispatch
 from steersman.sae import SAEConfig
 from steersman.train import ActivationStats, ActivationStore, TrainConfig, Trainer, resolve, train_sae
-from steersman.train.optim import AutogradUpdater, FusedUpdater, RuleUpdater, check_many, make_updater
+from steersman.train.run.optim import AutogradUpdater, FusedUpdater, RuleUpdater, check_many, make_updater
 
 D = 16
 CONFIG = TrainConfig(d_sae=64, k=3, batch_size=128, seed=3, device="cpu", tokens=12_800, dead_after=128 * 4)

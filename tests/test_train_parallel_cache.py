@@ -14,7 +14,7 @@ from stores import HOOK, digests, word_documents
 
 from steersman.errors import LostRankError, SteersmanError
 from steersman.train import ActivationStore, cache_activations
-from steersman.train.parallel_cache import SharedStore
+from steersman.train.capture.parallel_cache import SharedStore
 
 DOCUMENTS = word_documents(90, seed=3)
 OPTIONS: dict[str, Any] = {"hook": (HOOK, "blocks.0.hook_mlp_out"), "context_length": 16, "batch_size": 4}
@@ -96,7 +96,7 @@ def test_a_killed_rank_is_started_again_alone(alone: Path, tmp_path: Path, monke
 
 
 def test_ranks_go_on_with_what_one_process_left(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from steersman.train.store_writer import StoreWriter
+    from steersman.train.store.writer import StoreWriter
 
     end, ended = StoreWriter._end_shard, []
 

@@ -7,7 +7,7 @@ from ranks import run_ranks
 from sharded_jobs import bytes_sent
 
 from steersman.errors import SteersmanError
-from steersman.train.plan import PlanConfig, plan_run
+from steersman.train.reports.plan import PlanConfig, plan_run
 
 SHAPE: dict[str, Any] = {"d_in": 96, "d_sae": 512, "k": 8, "batch": 512, "store_dtype": "float32"}
 LARGE = {**SHAPE, "d_in": 1024, "d_sae": 1 << 16}  # the update is what needs most

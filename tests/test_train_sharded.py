@@ -12,8 +12,8 @@ from torch import Tensor
 from steersman.kernels import reference
 from steersman.sae import SAE, SAEConfig
 from steersman.train import TrainConfig
+from steersman.train.mesh.sharded import initial_rows
 from steersman.train.parallel import Mesh
-from steersman.train.sharded import initial_rows
 
 CONFIG = TrainConfig(d_sae=64, k=4, batch_size=128, tokens=128 * 400, seed=3, device="cpu")
 CONFIGS = {

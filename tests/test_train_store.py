@@ -19,10 +19,10 @@ from stores import HOOK, digests, random_rows, store_of
 
 from steersman.errors import SteersmanError
 from steersman.train import ActivationStore
-from steersman.train.manifest import Manifest
-from steersman.train.order import RowOrder
-from steersman.train.shards import DATA_OFFSET
-from steersman.train.store_writer import StoreWriter
+from steersman.train.store.manifest import Manifest
+from steersman.train.store.order import RowOrder
+from steersman.train.store.shards import DATA_OFFSET
+from steersman.train.store.writer import StoreWriter
 
 N, D = 1000, 12
 X = random_rows(N, D)
@@ -444,8 +444,8 @@ def test_a_store_of_another_configuration_names_the_fields(tmp_path: Path) -> No
 def test_two_writers_of_one_store_are_refused(tmp_path: Path) -> None:
     writer = writer_of(tmp_path / "acts")
     code = (
-        "from pathlib import Path; from steersman.train.manifest import Manifest\n"
-        "from steersman.train.store_writer import StoreWriter\n"
+        "from pathlib import Path; from steersman.train.store.manifest import Manifest\n"
+        "from steersman.train.store.writer import StoreWriter\n"
         "m = Manifest(model_name='m', dtype='float32', hooks={'a': 2, 'b': 3}, config={})\n"
         f"StoreWriter.begin(Path({str(tmp_path / 'acts')!r}), m, shard_rows=10)"
     )

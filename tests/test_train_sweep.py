@@ -12,7 +12,7 @@ from sharded_jobs import mixture
 
 from steersman.errors import SteersmanError
 from steersman.train import ActivationStore, TrainConfig, Trainer, train_sae
-from steersman.train.sweep import train_many
+from steersman.train.run.sweep import train_many
 
 CONFIG = TrainConfig(d_sae=40, k=3, batch_size=128, tokens=128 * 25, seed=3, device="cpu", checkpoint_every=10)
 RUNS = {
@@ -78,7 +78,7 @@ def test_a_sweep_reads_once_and_gives_what_separate_runs_give(
         train_many(store, RUNS, tmp_path)
     monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr(ActivationStore, "batches", counted)
-    monkeypatch.setattr("steersman.train.sweep.finish_run", lambda *_: None)
+    monkeypatch.setattr("steersman.train.run.sweep.finish_run", lambda *_: None)
     train_many(store, RUNS, tmp_path / "once")
     assert len(reads) == 40 + 25 + len(RUNS)  # one reading of each order, and a first batch of each run
     monkeypatch.undo()

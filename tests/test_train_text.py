@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steersman.errors import SteersmanError
-from steersman.train.contexts import ContextBatch, context_batches
+from steersman.train.capture.contexts import ContextBatch, context_batches
 from steersman.train.text import open_text
 
 TEXTS = ["One fish.", "Zwei Fische — äöü.", "", "Trois\tpoissons.", "4 {fish}"]

@@ -15,7 +15,7 @@ from steersman.errors import SteersmanError
 from steersman.sae import SAE, SAEConfig
 from steersman.sae.metrics import measure_reconstruction
 from steersman.train import ActivationStore, TrainConfig, Trainer, resolve, train_sae
-from steersman.train.optim import AutogradUpdater
+from steersman.train.run.optim import AutogradUpdater
 
 
 def mixture(n: int, d_in: int = 16, atoms: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ def test_a_power_cut_at_any_moment_loses_at_most_a_checkpoint(
     store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every fifth change to the disk: while checkpoints are written and deleted, and while the SAE is saved."""
-    monkeypatch.setattr("steersman.train.trainer.plot_run", lambda *_: None)  # the slowest part by far
+    monkeypatch.setattr("steersman.train.run.trainer.plot_run", lambda *_: None)  # the slowest part by far
     config = replace(CONFIG, tokens=64 * 20, batch_size=64, checkpoint_every=4, statistics_tokens=640)
     train_sae(store, config, tmp_path / "whole")
     whole = (tmp_path / "whole" / "sae_weights.safetensors").read_bytes()

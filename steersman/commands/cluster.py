@@ -1,6 +1,6 @@
 """`steersman plan`."""
 
-from steersman.train.plan import PlanConfig, plan_run
+from steersman.train.reports.plan import PlanConfig, plan_run
 
 __all__ = ["PlanConfig"]
 

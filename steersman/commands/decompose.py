@@ -12,9 +12,9 @@ from steersman.steer import DecomposeConfig, EffectMap, SteeringVector, decompos
 from steersman.steer.decompose import Decomposition, plot_decompositions
 from steersman.steer.methods.examples import read_texts
 from steersman.train import ActivationStore
-from steersman.train.feature_report import check_same_origin
-from steersman.train.trainer import pick_device
-from steersman.train.view import HookView
+from steersman.train.reports.features import check_same_origin
+from steersman.train.run.trainer import pick_device
+from steersman.train.store.view import HookView
 
 RETENTION_TEXTS = 64
 

@@ -18,8 +18,8 @@ from steersman.steer.effects.fgaa import fgaa_targets
 from steersman.steer.effects.map import WEAK, EffectMap
 from steersman.steer.effects.map_file import NAME
 from steersman.steer.vectors.vector import SteeringVector
+from steersman.train.run.trainer import pick_device
 from steersman.train.text import open_text
-from steersman.train.trainer import pick_device
 
 __all__ = ["EffectsCommand", "TargetCommand"]
 

@@ -15,18 +15,18 @@ from steersman.sae import SAE
 from steersman.sae.checkpoint import save_statistics
 from steersman.steer import SteerConfig, steer_and_compare
 from steersman.train import ActivationStore, ActivationStream, CacheConfig, TrainConfig, cache_activations, train_sae
-from steersman.train.evaluate import evaluate_sae
-from steersman.train.feature_report import (
+from steersman.train.parallel import launched
+from steersman.train.reports.evaluate import evaluate_sae
+from steersman.train.reports.features import (
     check_same_origin,
     describe_features,
     features_to_json,
     features_to_text,
     summarize_store,
 )
-from steersman.train.parallel import launched
+from steersman.train.run.trainer import pick_device
+from steersman.train.store.view import HookView
 from steersman.train.text import TextSource, open_text
-from steersman.train.trainer import pick_device
-from steersman.train.view import HookView
 
 __all__ = ["CacheConfig", "EvalCommand", "FeaturesCommand", "SteerConfig", "TrainCommand"]
 

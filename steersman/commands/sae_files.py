@@ -7,7 +7,7 @@ from tyro.conf import Positional
 
 from steersman.sae.formats.convert import convert
 from steersman.sae.formats.inspection import inspect
-from steersman.train.checkpoints import checkpoint_to_sae, is_unfinished_run
+from steersman.train.run.checkpoints import checkpoint_to_sae, is_unfinished_run
 
 __all__ = ["ConvertCommand", "InspectCommand"]
 

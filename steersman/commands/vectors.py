@@ -22,7 +22,7 @@ from steersman.steer import (
 from steersman.steer.calibrate import calibrate, refuse_unmet
 from steersman.steer.methods import Examples, as_examples, read_examples, read_texts
 from steersman.steer.methods.diagnostics import warnings
-from steersman.train.trainer import pick_device
+from steersman.train.run.trainer import pick_device
 
 
 def _part(config: Any, kind: type[Any]) -> Any:

@@ -30,10 +30,10 @@ from steersman.sae import SAE
 from steersman.steer import Steerer
 from steersman.steer.measures import token_nll
 from steersman.train import ActivationStore, TrainConfig, cache_activations, train_sae
-from steersman.train.evaluate import Evaluation, evaluate_sae
-from steersman.train.feature_report import Feature, describe_features, features_to_json, summarize_store
+from steersman.train.reports.evaluate import Evaluation, evaluate_sae
+from steersman.train.reports.features import Feature, describe_features, features_to_json, summarize_store
+from steersman.train.run.trainer import pick_device
 from steersman.train.text import open_text
-from steersman.train.trainer import pick_device
 
 log = logging.getLogger(__name__)
 

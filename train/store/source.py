@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from steersman.train.batch import ActivationBatch
-from steersman.train.recipe import Recipe, TrainConfig
-from steersman.train.statistics import ActivationStats
+from steersman.train.run.recipe import Recipe, TrainConfig
+from steersman.train.store.batch import ActivationBatch
+from steersman.train.store.statistics import ActivationStats
 
 
 class ActivationSource(Protocol):

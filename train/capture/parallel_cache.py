@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from steersman.errors import LostRankError, SteersmanError
 from steersman.progress import progress
-from steersman.train.capture import (
+from steersman.train.capture.capture import (
     CapturedRows,
     CaptureSettings,
     capture_batch,
@@ -32,9 +32,9 @@ from steersman.train.capture import (
     model_batches,
     show_token,
 )
-from steersman.train.manifest import MANIFEST, Manifest, ShardRecord
-from steersman.train.shards import FileRecord, disk_errors, fsync_folder, replace_file
-from steersman.train.store_writer import StoreWriter, check_same_store
+from steersman.train.store.manifest import MANIFEST, Manifest, ShardRecord
+from steersman.train.store.shards import FileRecord, disk_errors, fsync_folder, replace_file
+from steersman.train.store.writer import StoreWriter, check_same_store
 from steersman.train.text import TextSource
 
 if TYPE_CHECKING:

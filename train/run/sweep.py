@@ -16,16 +16,16 @@ from torch import Tensor
 
 from steersman.errors import PreemptedError, SteersmanError
 from steersman.sae import SAE
-from steersman.train.checkpoints import Checkpoints
-from steersman.train.journal import Journal
 from steersman.train.parallel import Axis, launched, use_local_accelerator
-from steersman.train.preemption import Preemption
-from steersman.train.recipe import TrainConfig
-from steersman.train.run_folder import RunFolder
-from steersman.train.source import ActivationSource, training_batches
-from steersman.train.store import ActivationStore
-from steersman.train.trainer import Trainer, finish_run, prepare
-from steersman.train.view import HookView
+from steersman.train.run.checkpoints import Checkpoints
+from steersman.train.run.metrics_log import Journal
+from steersman.train.run.preemption import Preemption
+from steersman.train.run.recipe import TrainConfig
+from steersman.train.run.run_folder import RunFolder
+from steersman.train.run.trainer import Trainer, finish_run, prepare
+from steersman.train.store.source import ActivationSource, training_batches
+from steersman.train.store.store import ActivationStore
+from steersman.train.store.view import HookView
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.train.optim import FusedUpdater
+from steersman.train.run.optim import FusedUpdater
 
 if TYPE_CHECKING:
-    from steersman.train.trainer import Trainer
+    from steersman.train.run.trainer import Trainer
 
 WARM_UP = 3
 """Steps before the capture."""

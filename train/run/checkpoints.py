@@ -28,7 +28,7 @@ from steersman.errors import SteersmanError
 from steersman.sae import SAE, SAEConfig
 from steersman.sae.checkpoint import CONFIG, write_atomically, write_json
 from steersman.train.parallel import Axis
-from steersman.train.shards import fsync_folder
+from steersman.train.store.shards import fsync_folder
 
 STATE = "state.json"
 

@@ -10,9 +10,9 @@ from itertools import islice
 
 import numpy as np
 
-from steersman.train.batch import ActivationBatch
-from steersman.train.mapping import MappedShards
-from steersman.train.order import RowOrder
+from steersman.train.store.batch import ActivationBatch
+from steersman.train.store.mapping import MappedShards
+from steersman.train.store.order import RowOrder
 
 _KEPT_ARRAYS = 6
 """Arrays that a pool looks after: those being read into, ready, and in the hands of the caller."""

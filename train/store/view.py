@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from steersman.train.batch import ActivationBatch
-from steersman.train.statistics import ActivationStats
-from steersman.train.store import ActivationStore
+from steersman.train.store.batch import ActivationBatch
+from steersman.train.store.statistics import ActivationStats
+from steersman.train.store.store import ActivationStore
 
 
 class HookView:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from steersman.errors import SteersmanError
-from steersman.train.shards import DATA_OFFSET
+from steersman.train.store.shards import DATA_OFFSET
 
 _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value

@@ -19,7 +19,7 @@ def lm() -> LanguageModel:
 
 @pytest.mark.parametrize("chunk", [2, 256])
 def test_report_is_what_encoding_again_shows(lm: LanguageModel, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "CHUNK", chunk)
+    monkeypatch.setattr(edit_report, "CHUNK", chunk)
     sae, batch, asked = toy_sae(), lm.encode(TEXTS), [{3: 6.0, 8: 4.0}, {8: 2.0}]
     got = Steerer(lm).measure(sae, asked, TEXTS, mode="clamp")
     chosen = batch.attention_mask.bool() & (batch.input_ids != lm.bos_token_id)

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from steersman.errors import SteersmanError
-from steersman.train.batch import ActivationBatch, RowInfo
-from steersman.train.capture import (
+from steersman.train.capture.capture import (
     capture_batch,
     capture_settings,
     expected_tokens,
@@ -21,9 +20,16 @@ from steersman.train.capture import (
     model_batches,
     show_token,
 )
-from steersman.train.from_tensors import check_choices
-from steersman.train.shards import DTYPES
-from steersman.train.statistics import SKIP_NEEDS_ONE_PROCESS, ActivationStats, StatsSums, nonfinite_error, row_norms
+from steersman.train.store.batch import ActivationBatch, RowInfo
+from steersman.train.store.from_tensors import check_choices
+from steersman.train.store.shards import DTYPES
+from steersman.train.store.statistics import (
+    SKIP_NEEDS_ONE_PROCESS,
+    ActivationStats,
+    StatsSums,
+    nonfinite_error,
+    row_norms,
+)
 from steersman.train.text import TxtDocuments, open_text
 
 if TYPE_CHECKING:

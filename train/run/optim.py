@@ -16,7 +16,7 @@ from steersman.errors import SteersmanError
 from steersman.kernels import Fused, Rule, choose, ops
 from steersman.kernels.update import Sizes, update_matrix, update_vector
 from steersman.sae import SAE, TrainingCode, auxk_gradients, auxk_loss
-from steersman.train.recipe import TrainConfig
+from steersman.train.run.recipe import TrainConfig
 
 
 class AuxTerm(NamedTuple):

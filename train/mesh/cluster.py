@@ -19,17 +19,17 @@ from steersman.kernels import choose
 from steersman.progress import progress
 from steersman.sae import SAE, SAEConfig, SparseCode
 from steersman.sae.metrics import FeatureSums, ReconstructionSums
-from steersman.train.batch import ActivationBatch
-from steersman.train.checkpoints import Checkpoints
+from steersman.train.capture.stream import ActivationStream
+from steersman.train.mesh.sharded import ShardedTrainer
+from steersman.train.mesh.shared_stream import SharedStream
 from steersman.train.parallel import Axis, Mesh, Ranks
-from steersman.train.plots import plot_run
-from steersman.train.recipe import TrainConfig
-from steersman.train.run_folder import RunFolder
-from steersman.train.sharded import ShardedTrainer
-from steersman.train.shared_stream import SharedStream
-from steersman.train.source import ActivationSource
-from steersman.train.stream import ActivationStream
-from steersman.train.trainer import pick_device, prepare, run
+from steersman.train.reports.plots import plot_run
+from steersman.train.run.checkpoints import Checkpoints
+from steersman.train.run.recipe import TrainConfig
+from steersman.train.run.run_folder import RunFolder
+from steersman.train.run.trainer import pick_device, prepare, run
+from steersman.train.store.batch import ActivationBatch
+from steersman.train.store.source import ActivationSource
 
 log = logging.getLogger(__name__)
 

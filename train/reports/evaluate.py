@@ -19,8 +19,8 @@ from steersman.lm import LanguageModel
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.sae.metrics import Reconstruction, measure_reconstruction
-from steersman.train.feature_report import check_same_origin
-from steersman.train.store import ActivationStore
+from steersman.train.reports.features import check_same_origin
+from steersman.train.store.store import ActivationStore
 
 
 @dataclass(frozen=True, kw_only=True)

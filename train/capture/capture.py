@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from steersman.errors import SteersmanError
-from steersman.train.contexts import ContextBatch, context_batches
+from steersman.train.capture.contexts import ContextBatch, context_batches
 from steersman.train.text import TextSource
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from steersman.kernels import choose, sparse_decode, with_gradient
 from steersman.sae import SAE, BatchTopKSAE, TrainingCode
-from steersman.train.optim import AutogradUpdater, AuxTerm, Learned, check_many, parameters_of
+from steersman.train.mesh.selection import keep_batch_topk, keep_topk
 from steersman.train.parallel import Axis, Ranks
-from steersman.train.recipe import TrainConfig
-from steersman.train.selection import keep_batch_topk, keep_topk
+from steersman.train.run.optim import AutogradUpdater, AuxTerm, Learned, check_many, parameters_of
+from steersman.train.run.recipe import TrainConfig
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 
 from steersman.errors import SteersmanError, near_names
-from steersman.train.batch import ActivationBatch, RowInfo
-from steersman.train.manifest import ROWS, STATISTICS, Manifest
-from steersman.train.mapping import MappedShards
-from steersman.train.order import WINDOW_BYTES, RowOrder
-from steersman.train.reading import BufferPool, ReadingPlan, read_ahead
-from steersman.train.rows import RowTable
-from steersman.train.shards import DATA_OFFSET, DTYPES, check_shard_header, check_size, checksum, load_arrays
-from steersman.train.statistics import ActivationStats, StatsSums
-from steersman.train.store_writer import merged_sums
+from steersman.train.store.batch import ActivationBatch, RowInfo
+from steersman.train.store.manifest import ROWS, STATISTICS, Manifest
+from steersman.train.store.mapping import MappedShards
+from steersman.train.store.order import WINDOW_BYTES, RowOrder
+from steersman.train.store.reading import BufferPool, ReadingPlan, read_ahead
+from steersman.train.store.rows import RowTable
+from steersman.train.store.shards import DATA_OFFSET, DTYPES, check_shard_header, check_size, checksum, load_arrays
+from steersman.train.store.statistics import ActivationStats, StatsSums
+from steersman.train.store.writer import merged_sums
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +107,8 @@ class ActivationStore:
         on_nonfinite: Literal["error", "skip"] = "error",
         shard_rows: int = 131072,
     ) -> "ActivationStore":
-        """Write a store from activations made elsewhere. See `steersman.train.from_tensors.write_tensors`."""
-        from steersman.train.from_tensors import write_tensors
+        """Write a store from activations made elsewhere. See `steersman.train.store.from_tensors.write_tensors`."""
+        from steersman.train.store.from_tensors import write_tensors
 
         return write_tensors(
             batches,

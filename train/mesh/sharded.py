@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from steersman.sae import SAE, SAEConfig
-from steersman.train.checkpoints import latent_axis
-from steersman.train.optim import AuxTerm
+from steersman.train.mesh.selection import keep_topk
+from steersman.train.mesh.sharded_update import ShardedUpdater
 from steersman.train.parallel import Ranks
-from steersman.train.recipe import Recipe, TrainConfig
-from steersman.train.selection import keep_topk
-from steersman.train.sharded_update import ShardedUpdater
-from steersman.train.source import ActivationSource, training_batches
-from steersman.train.statistics import ActivationStats
-from steersman.train.trainer import Trainer, longest_silent
+from steersman.train.run.checkpoints import latent_axis
+from steersman.train.run.optim import AuxTerm
+from steersman.train.run.recipe import Recipe, TrainConfig
+from steersman.train.run.trainer import Trainer, longest_silent
+from steersman.train.store.source import ActivationSource, training_batches
+from steersman.train.store.statistics import ActivationStats
 
 _DRAWN_ROWS = 4096
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from steersman.errors import SteersmanError
 from steersman.lm.load import Quantization
 from steersman.progress import progress
-from steersman.train.capture import (
+from steersman.train.capture.capture import (
     CaptureSettings,
     beside_model,
     capture_settings,
@@ -25,14 +25,14 @@ from steersman.train.capture import (
     expected_tokens,
     show_token,
 )
-from steersman.train.from_tensors import check_choices
-from steersman.train.manifest import Manifest
+from steersman.train.capture.parallel_cache import PARTS, SharedStore, cache_on_ranks
 from steersman.train.parallel import launched, lost_rank, process_group, use_local_accelerator
-from steersman.train.parallel_cache import PARTS, SharedStore, cache_on_ranks
-from steersman.train.shards import DTYPES
-from steersman.train.statistics import SKIP_NEEDS_ONE_PROCESS
-from steersman.train.store import ActivationStore
-from steersman.train.store_writer import ROW_BYTES, StoreWriter
+from steersman.train.store.from_tensors import check_choices
+from steersman.train.store.manifest import Manifest
+from steersman.train.store.shards import DTYPES
+from steersman.train.store.statistics import SKIP_NEEDS_ONE_PROCESS
+from steersman.train.store.store import ActivationStore
+from steersman.train.store.writer import ROW_BYTES, StoreWriter
 from steersman.train.text import TextSource, TxtDocuments, open_text
 
 if TYPE_CHECKING:

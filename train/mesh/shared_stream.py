@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.train.batch import ActivationBatch
+from steersman.train.capture.stream import ActivationStream, StreamRows, batch_of
 from steersman.train.parallel import Axis, Ranks, lost_rank
-from steersman.train.statistics import ActivationStats
-from steersman.train.stream import ActivationStream, StreamRows, batch_of
+from steersman.train.store.batch import ActivationBatch
+from steersman.train.store.statistics import ActivationStats
 
 
 class SharedStream:

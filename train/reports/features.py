@@ -16,7 +16,7 @@ from steersman.lm.lens import logit_lens
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.sae.features import FeatureSummary, Rows, summarize_features
-from steersman.train.store import ActivationStore
+from steersman.train.store.store import ActivationStore
 
 BATCH_ROWS = 8192
 

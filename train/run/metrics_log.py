@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from steersman.errors import SteersmanError
 from steersman.progress import progress
-from steersman.train.run_folder import RunFolder
+from steersman.train.run.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from steersman.train.trainer import Trainer
+    from steersman.train.run.trainer import Trainer
 
 
 class Journal:

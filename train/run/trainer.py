@@ -24,17 +24,17 @@ from steersman.kernels import using
 from steersman.progress import progress
 from steersman.sae import SAE, BatchTopKSAE, SAEConfig
 from steersman.sae.metrics import collect_feature_stats, measure_reconstruction
-from steersman.train.checkpoints import Checkpoints
-from steersman.train.graph import GraphedStep
-from steersman.train.journal import Journal
-from steersman.train.optim import AuxTerm, Updater, make_updater, parameters_of
 from steersman.train.parallel import Axis, launched, use_local_accelerator
-from steersman.train.plots import plot_run
-from steersman.train.preemption import Preemption
-from steersman.train.recipe import Recipe, TrainConfig, resolve
-from steersman.train.run_folder import RunFolder
-from steersman.train.source import ActivationSource, training_batches
-from steersman.train.statistics import ActivationStats
+from steersman.train.reports.plots import plot_run
+from steersman.train.run.checkpoints import Checkpoints
+from steersman.train.run.graph import GraphedStep
+from steersman.train.run.metrics_log import Journal
+from steersman.train.run.optim import AuxTerm, Updater, make_updater, parameters_of
+from steersman.train.run.preemption import Preemption
+from steersman.train.run.recipe import Recipe, TrainConfig, resolve
+from steersman.train.run.run_folder import RunFolder
+from steersman.train.store.source import ActivationSource, training_batches
+from steersman.train.store.statistics import ActivationStats
 
 log = logging.getLogger(__name__)
 
@@ -271,13 +271,13 @@ def train_sae(
     out = Path(out)
     rank, n_ranks = launched()
     if config.model_ranks:
-        from steersman.train.model_ranks import train_from_model_ranks
+        from steersman.train.mesh.model_ranks import train_from_model_ranks
 
         with using(config.kernels):
             return train_from_model_ranks(source if callable(source) else lambda: source, config, out)
     if n_ranks == 1:
         return train_alone(source() if callable(source) else source, config, out)
-    from steersman.train.cluster import train_on_ranks
+    from steersman.train.mesh.cluster import train_on_ranks
 
     use_local_accelerator()
     with using(config.kernels):

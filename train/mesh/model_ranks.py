@@ -30,16 +30,16 @@ from torch import Tensor
 
 from steersman.errors import LostRankError, PreemptedError, SteersmanError
 from steersman.sae import SAE
-from steersman.train.batch import ActivationBatch
-from steersman.train.capture import in_background
-from steersman.train.cluster import train_on_ranks
+from steersman.train.capture.capture import in_background
+from steersman.train.capture.stream import ActivationStream, StreamRows, batch_of
+from steersman.train.mesh.cluster import train_on_ranks
 from steersman.train.parallel import Axis, launched, lost_rank, process_group, use_local_accelerator
-from steersman.train.preemption import Preemption
-from steersman.train.recipe import TrainConfig
-from steersman.train.source import ActivationSource
-from steersman.train.statistics import ActivationStats
-from steersman.train.stream import ActivationStream, StreamRows, batch_of
-from steersman.train.trainer import pick_device, train_alone
+from steersman.train.run.preemption import Preemption
+from steersman.train.run.recipe import TrainConfig
+from steersman.train.run.trainer import pick_device, train_alone
+from steersman.train.store.batch import ActivationBatch
+from steersman.train.store.source import ActivationSource
+from steersman.train.store.statistics import ActivationStats
 
 _FACTS, _BUSY, _FAILED, _END = -1, -2, -3, -4
 """What the head of a message says in place of a number of rows."""

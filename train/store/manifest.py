@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from steersman.errors import SteersmanError
-from steersman.train.shards import DTYPES, FileRecord, replace_file
+from steersman.train.store.shards import DTYPES, FileRecord, replace_file
 
 FORMAT, VERSION = "steersman-activations", 1
 MANIFEST = "manifest.json"

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from steersman.errors import SteersmanError
-from steersman.train.manifest import Manifest
-from steersman.train.shards import DTYPES, disk_errors, fsync_folder
-from steersman.train.store import ActivationStore
-from steersman.train.store_writer import StoreWriter
+from steersman.train.store.manifest import Manifest
+from steersman.train.store.shards import DTYPES, disk_errors, fsync_folder
+from steersman.train.store.store import ActivationStore
+from steersman.train.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
 

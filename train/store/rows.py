@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from steersman.errors import SteersmanError
-from steersman.train.batch import RowInfo
-from steersman.train.shards import read_header
+from steersman.train.store.batch import RowInfo
+from steersman.train.store.shards import read_header
 
 _OPEN_SHARDS = 64
 """Row files kept mapped at once: 16 bytes a row of each, so a few hundred megabytes at most."""
