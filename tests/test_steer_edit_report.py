@@ -6,7 +6,7 @@ from tiny_models import toy_sae, with_text
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.steer import Steerer
+from steersman.steer import Steerer, edit_report
 
 HOOK = "blocks.1.hook_resid_post"
 TEXTS = ["w5 w6 w7 w8", "w9 w10"]
