@@ -14,7 +14,7 @@ if INTERPRETED:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The interpreter of Triton before 3.9 turns arrays of one element into numbers, which NumPy 2.5 refuses."""
-    from helpers import triton_before
+    from support.helpers import triton_before
 
     try:
         int(np.ones(1))

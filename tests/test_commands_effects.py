@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from effect_toys import TEXTS, quick, toy
-from tiny_models import word_tokenizer
+from support.effect_toys import TEXTS, quick, toy
+from support.tiny_models import word_tokenizer
 
 from steersman.cli import main
 from steersman.commands.effects import parse_targets

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import triton_before
+from support.helpers import triton_before
 
 pytest.importorskip("triton")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compiled import compile_all
-from helpers import triton_before
+from support.compiled import compile_all
+from support.helpers import triton_before
 
 from steersman.kernels.triton_backward import CHUNK, PAIRS, width_block
 from steersman.kernels.triton_update import tile

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from support.updates import problem, state_of
 from torch import Tensor
-from updates import problem, state_of
 
 from steersman.kernels import Rule, ops, sparse_decode, topk_encode
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from updates import problem, train
+from support.updates import problem, train
 
 from steersman.kernels import Fused, Rule, triton_backward, triton_update, update
 from steersman.kernels.update import RuleName, StateDtype

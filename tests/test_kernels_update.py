@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from support.updates import Signum, aux_of, problem, state_of, train, train_by_autograd
 from torch import Tensor
-from updates import Signum, aux_of, problem, state_of, train, train_by_autograd
 
 from steersman.kernels import Fused, Rule, reference, update
 

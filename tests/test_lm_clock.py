@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import V, build, count_hooks, with_text
+from support.tiny_models import V, build, count_hooks, with_text
 from torch import Tensor
 
 from steersman.errors import SteersmanError

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, GEMMA, LAYERS, D, V, build, count_hooks
+from support.tiny_models import FAMILIES, GEMMA, LAYERS, D, V, build, count_hooks
 from torch import nn
 
 from steersman.errors import SteersmanError

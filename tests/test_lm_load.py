@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import answers, start_ranks
-from tiny_models import D, build, with_text, word_tokenizer
+from support.ranks import answers, start_ranks
+from support.tiny_models import D, build, with_text, word_tokenizer
 
 from steersman.demo import MODEL_PATH
 from steersman.errors import SteersmanError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import D, V, build, count_hooks, with_text, word_tokenizer
+from support.tiny_models import D, V, build, count_hooks, with_text, word_tokenizer
 from torch import Tensor, nn
 
 from steersman.errors import SteersmanError

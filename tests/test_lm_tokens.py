@@ -1,7 +1,7 @@
 """Text to ids: one BOS where the family has one, padding without new embeddings."""
 
 import pytest
-from tiny_models import word_tokenizer
+from support.tiny_models import word_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from steersman.errors import SteersmanError

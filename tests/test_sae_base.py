@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import make_sae
+from support.helpers import make_sae
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE, BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, SAEConfig, TopKSAE

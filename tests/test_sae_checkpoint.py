@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_sae
 from safetensors.torch import load_file, save_file
+from support.helpers import make_sae
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE, FeatureStats

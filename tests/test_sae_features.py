@@ -1,7 +1,7 @@
 """Feature summaries against brute force over the dense code."""
 
 import torch
-from helpers import make_sae
+from support.helpers import make_sae
 
 from steersman.sae.features import Rows, summarize_features
 

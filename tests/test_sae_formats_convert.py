@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_sae
+from support.helpers import make_sae
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from helpers import make_sae
+from support.helpers import make_sae
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE

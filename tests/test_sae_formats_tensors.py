@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import make_sae
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from support.helpers import make_sae
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE

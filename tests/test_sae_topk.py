@@ -1,7 +1,7 @@
 """The AuxK loss against its definition, and where its gradient goes."""
 
 import torch
-from helpers import make_sae
+from support.helpers import make_sae
 
 from steersman.sae import auxk_loss
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_sae
-from planted import ALWAYS_ON, planted
-from tiny_models import toy_sae, with_text
+from support.helpers import make_sae
+from support.planted import ALWAYS_ON, planted
+from support.tiny_models import toy_sae, with_text
 
 from steersman import SAE, SAEConfig, SteersmanError
 from steersman.sae import FeatureStats

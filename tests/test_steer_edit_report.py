@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import toy_sae, with_text
+from support.tiny_models import toy_sae, with_text
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_sae
-from tiny_models import D, toy_sae, with_text
+from support.helpers import make_sae
+from support.tiny_models import D, toy_sae, with_text
 from torch import Tensor
 
 from steersman.errors import SteersmanError

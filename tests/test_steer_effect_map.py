@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import toy_sae
+from support.tiny_models import toy_sae
 from torch import Tensor
 
 from steersman.errors import SteersmanError

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from effect_toys import HOOK, quick, toy
-from tiny_models import D, V
+from support.effect_toys import HOOK, quick, toy
+from support.tiny_models import D, V
 from torch import Tensor
 
 from steersman.lm import LanguageModel

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import D, with_text
+from support.tiny_models import D, with_text
 from torch import Tensor
 
 from steersman.errors import SteersmanError

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from effect_toys import HOOK, TEXTS, quick, toy
-from tiny_models import D, toy_sae
+from support.effect_toys import HOOK, TEXTS, quick, toy
+from support.tiny_models import D, toy_sae
 
 from steersman.errors import SteersmanError
 from steersman.steer.effects.collect import collect_effects

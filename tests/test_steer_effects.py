@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from effect_toys import HOOK, TEXTS, quick, toy
-from stores import digests
-from tiny_models import D, toy_sae
+from support.effect_toys import HOOK, TEXTS, quick, toy
+from support.stores import digests
+from support.tiny_models import D, toy_sae
 
 from steersman.errors import SteersmanError
 from steersman.steer.effects import collect as module
@@ -103,7 +103,7 @@ def test_other_settings_in_the_same_folder_are_an_error(tmp_path: Path) -> None:
 WORKER = """
 import sys
 sys.path.insert(0, {tests!r})
-from effect_toys import quick, toy
+from support.effect_toys import quick, toy
 from steersman.steer.effects.collect import collect_effects
 lm, sae = toy()
 print(len(collect_effects(lm, sae, config=quick(out={out!r}))))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import D, count_hooks, toy_sae, with_text
+from support.tiny_models import D, count_hooks, toy_sae, with_text
 
 from steersman import LanguageModel, Steerer, SteeringVector, evaluate_steering
 from steersman.errors import SteersmanError

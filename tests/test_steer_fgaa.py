@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from effect_toys import HOOK, toy
+from support.effect_toys import HOOK, toy
 
 from steersman.errors import SteersmanError
 from steersman.sae import FeatureStats

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import D, V, count_hooks, with_text
+from support.tiny_models import D, V, count_hooks, with_text
 from torch import Tensor
 
 from steersman import SteeringVector

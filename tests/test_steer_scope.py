@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import D, with_text
+from support.tiny_models import D, with_text
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel

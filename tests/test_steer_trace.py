@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import D, with_text
+from support.tiny_models import D, with_text
 
 from steersman.lm import LanguageModel
 from steersman.steer import Steerer, trace

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import D, toy_sae, with_text
+from support.tiny_models import D, toy_sae, with_text
 
 from steersman import SteeringVector
 from steersman.errors import SteersmanError

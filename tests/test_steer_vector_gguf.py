@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import D, with_text
+from support.tiny_models import D, with_text
 
 from steersman import Steerer, SteeringVector
 from steersman.errors import SteersmanError

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from power_cut import PowerCut, power_cut_after
-from stores import HOOK, digests, word_documents
-from tiny_models import with_text
+from support.power_cut import PowerCut, power_cut_after
+from support.stores import HOOK, digests, word_documents
+from support.tiny_models import with_text
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
@@ -104,7 +104,7 @@ def test_the_number_of_tokens_is_exact(lm: LanguageModel, tmp_path: Path, caplog
 
 
 def test_an_encoder_is_cached_too(tmp_path: Path) -> None:
-    from tiny_models import build, word_tokenizer
+    from support.tiny_models import build, word_tokenizer
 
     lm = LanguageModel(build("bert").model, word_tokenizer(cls_token="<s>", pad_token="<pad>"), name="bert")
     store = cached(lm, tmp_path / "acts", packing=False)
@@ -119,8 +119,8 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from stores import word_documents
-from tiny_models import with_text
+from support.stores import word_documents
+from support.tiny_models import with_text
 from steersman.train import cache_activations
 
 lm, texts = with_text("llama"), word_documents(600, seed=3)

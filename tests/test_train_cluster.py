@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import answers, run_ranks, start_ranks
-from sharded_jobs import mixture, train
+from support.ranks import answers, run_ranks, start_ranks
+from support.sharded_jobs import mixture, train
 
 from steersman.cli import main
 from steersman.errors import SteersmanError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from stopping import stopped_before
+from support.stopping import stopped_before
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

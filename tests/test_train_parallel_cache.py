@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from power_cut import PowerCut, power_cut_after
-from ranks import answers, run_ranks, start_ranks
-from stores import HOOK, digests, word_documents
+from support.power_cut import PowerCut, power_cut_after
+from support.ranks import answers, run_ranks, start_ranks
+from support.stores import HOOK, digests, word_documents
 
 from steersman.errors import LostRankError, SteersmanError
 from steersman.train import ActivationStore, cache_activations
@@ -23,7 +23,7 @@ OPTIONS |= {"shard_rows": 300, "timeout_seconds": 30.0}
 
 def cache(out: str, options: dict[str, Any], killed_rank: int = -1, after_shards: int = 0) -> str:
     """What each rank does; `killed_rank` kills itself when it starts a shard after so many finished ones."""
-    from tiny_models import with_text
+    from support.tiny_models import with_text
 
     begin, begun = SharedStore.begin_shard, []
 

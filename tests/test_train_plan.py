@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from ranks import run_ranks
-from sharded_jobs import bytes_sent
+from support.ranks import run_ranks
+from support.sharded_jobs import bytes_sent
 
 from steersman.errors import SteersmanError
 from steersman.train.reports.plan import PlanConfig, plan_run

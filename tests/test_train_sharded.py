@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from sharded_jobs import mixture, select, train_on_every_mesh, trained
+from support.ranks import run_ranks
+from support.sharded_jobs import mixture, select, train_on_every_mesh, trained
 from torch import Tensor
 
 from steersman.kernels import reference

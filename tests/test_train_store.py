@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import HOOK, digests, random_rows, store_of
+from support.stores import HOOK, digests, random_rows, store_of
 
 from steersman.errors import SteersmanError
 from steersman.train import ActivationStore

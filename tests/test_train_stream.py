@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from stores import HOOK, word_documents
-from tiny_models import with_text
+from support.stores import HOOK, word_documents
+from support.tiny_models import with_text
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file
-from sharded_jobs import mixture
+from support.ranks import run_ranks
+from support.sharded_jobs import mixture
 
 from steersman.errors import SteersmanError
 from steersman.train import ActivationStore, TrainConfig, Trainer, train_sae

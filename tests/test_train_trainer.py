@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from power_cut import PowerCut, power_cut_after
-from stopping import stopped_before
+from support.power_cut import PowerCut, power_cut_after
+from support.stopping import stopped_before
 from torch import Tensor
 
 from steersman.errors import SteersmanError

@@ -10,7 +10,7 @@ from dictionary_learning.dictionary import AutoEncoder, AutoEncoderNew, GatedAut
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
-from helpers import make_sae
+from support.helpers import make_sae
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE

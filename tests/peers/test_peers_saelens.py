@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import sae_lens
 import torch
-from helpers import make_sae
 from sae_lens.registry import get_sae_class, get_sae_training_class
 from safetensors.torch import save_file
+from support.helpers import make_sae
 
 from steersman.sae import SAE
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import sparsify
 import torch
-from helpers import make_sae
+from support.helpers import make_sae
 
 from steersman.sae import SAE
 from steersman.sae.formats.convert import convert

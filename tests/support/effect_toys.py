@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from tiny_models import D, toy_sae, with_text
 
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
 from steersman.steer.effects.config import EffectsConfig
+from support.tiny_models import D, toy_sae, with_text
 
 HOOK = "blocks.1.hook_resid_post"
 TEXTS = ["w5 w6 w7 w8 w9", "w10 w11 w12", "w12 w13 w14 w15"]

@@ -155,11 +155,10 @@ def train_from_stream(
     Options that are not those of a stream: `load_seconds` to load the model, `step_seconds` more for a step, `broken`
     (NaN for one token), and texts for a rank of their own (`text_of_rank`).
     """
-    from tiny_models import with_text
-
     from steersman.lm import LanguageModel
     from steersman.train import ActivationStream, train_sae
     from steersman.train.parallel import launched
+    from support.tiny_models import with_text
 
     rank, options = launched()[0], dict(options)
     load_seconds, step_seconds = options.pop("load_seconds", 0), options.pop("step_seconds", 0)

@@ -1,0 +1,1 @@
+"""What several tests share: toys, planted data, ranks, kills. Not collected."""
