@@ -13,7 +13,7 @@ from support.helpers import triton_before
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "kernel_resources.py"
+SCRIPT = Path(__file__).parent.parent / "scripts" / "dev" / "kernel_resources.py"
 UNITS = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 # What a program may have: the largest shared memory of A100, H100 and B200.
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}

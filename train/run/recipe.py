@@ -1,6 +1,6 @@
 """Training settings and the recipe that fills in those left open.
 
-The defaults come from sweeps on real and planted data (`scripts/bench_recipe.py` repeats them). Three rules matter:
+The defaults come from sweeps on real and planted data (`scripts/bench/recipe.py` repeats them). Three rules matter:
 
 - Many steps beat large batches on short runs, so the batch grows with the number of tokens.
 - An Adam step moves every weight by about the learning rate, and the weights of a unit row are about 1/sqrt(d_in), so

@@ -1,6 +1,6 @@
 """Time shuffled reading of a store against a plain sequential read of its files, in turn; measure reading's memory.
 
-    python scripts/bench_store.py --widths 64 384 2304 --megabytes 1000
+    python scripts/bench/store.py --widths 64 384 2304 --megabytes 1000
 
 A round reads the same store in three ways: its activation files from start to end into one buffer of a batch's size,
 used over and over (the fastest there is: nothing is kept); the same into new memory for every batch, as a reader must

@@ -5,7 +5,7 @@ memory over what the process held before, the plan's figure, and their ratio. gl
 blocks of less than 32 MiB and cannot always use them again, which adds up to a quarter where the matrices are that
 small; the plan counts what is asked for, so blocks are given back here (--as-is leaves glibc as it is).
 
-    python scripts/check_plan.py --d-in 512 --d-sae 32768
+    python scripts/dev/check_plan.py --d-in 512 --d-sae 32768
 """
 
 import argparse

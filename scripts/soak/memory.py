@@ -1,6 +1,6 @@
 """Cache and train in one process, over and over, and watch its memory: it must not grow.
 
-    python scripts/soak_memory.py --minutes 30
+    python scripts/soak/memory.py --minutes 30
 
 A round caches activations of the bundled model into a new store and trains an SAE on it. Resident memory is sampled ten
 times a second. Growth is the median of the samples of the last fifth of the time against that of the second fifth; the

@@ -2,8 +2,8 @@
 
 The vectors are sums of some decoder rows with noise, so that both what is found early and what is found late matter.
 
-    python scripts/bench_decompose.py --vectors 100 --features 32 --d-in 2304 --d-sae 16384
-    python scripts/bench_decompose.py --d-sae 131072 --check 4
+    python scripts/bench/decompose.py --vectors 100 --features 32 --d-in 2304 --d-sae 16384
+    python scripts/bench/decompose.py --d-sae 131072 --check 4
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Time caching against the bare forward pass to the same layer, in turn, and measure its memory on a 10x larger store.
 
-    python scripts/bench_caching.py --models demo,2 384x6,4 --rounds 5
+    python scripts/bench/caching.py --models demo,2 384x6,4 --rounds 5
 
 A round runs the model over the same text twice, in turn: once for nothing but the hidden states at the hook point,
 from token ids that are ready in memory, and once as `cache_activations` does it, from text to the finished store, with

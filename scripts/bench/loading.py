@@ -1,6 +1,6 @@
 """Memory and time of loading a large SAE: how much more than the SAE itself is held.
 
-    python scripts/bench_loading.py [--features 262144] [--width 1024]
+    python scripts/bench/loading.py [--features 262144] [--width 1024]
 
 Writes an SAE in three layouts to a temporary folder, loads each in a process of its own, and prints the size of the SAE
 and the largest resident size of the process, less what it had before loading. Linux only.

@@ -1,7 +1,7 @@
 """Time what a cluster does against what one process does, and training with checkpoints against training without, each
 in turn.
 
-    python scripts/bench_cluster.py --rounds 3
+    python scripts/bench/cluster.py --rounds 3
 
 `caching` runs `cache_activations` in one process and in two started by `torchrun`, a thread each; timed is the call
 alone, from text to finished store, as the first rank sees it. `streaming` trains straight from a random Llama in one

@@ -1,7 +1,7 @@
 """Time the measuring of effects, all vectors together against one at a time, and the closed-form fit of an effect map.
 
-    python scripts/bench_effects.py --parts collect single fit
-    torchrun --nproc-per-node 2 scripts/bench_effects.py --parts collect --folder effects
+    python scripts/bench/effects.py --parts collect single fit
+    torchrun --nproc-per-node 2 scripts/bench/effects.py --parts collect --folder effects
 
 `collect` is `collect_effects` as it is used: a scale for each vector by the loss on held-out stories, then rollouts.
 `single` measures a few vectors with and without that machinery, in turn: `together` is `collect_effects` with scales

@@ -3,8 +3,8 @@
 Shows what to copy: load a model and an SAE, steer by a feature in a batch of strengths, see what that did to the
 feature and the others, and make it a vector that costs a known amount.
 
-    python scripts/steer_by_feature.py --sae runs/demo --feature 12
-    python scripts/steer_by_feature.py --model google/gemma-2-2b --sae runs/gemma --feature 1234 --prompt "I think"
+    python scripts/examples/steer_by_feature.py --sae runs/demo --feature 12
+    python scripts/examples/steer_by_feature.py --model google/gemma-2-2b --sae runs/gemma --feature 1234 --prompt "I think"
 """
 
 import argparse

@@ -7,7 +7,7 @@ prompts are continued and the concept's words counted. The feature is chosen amo
 when read and those whose decoder rows promote its words most, on other stories, at the same KL, for its direction and
 for SAE-TS apart; diffmean and CAA have no such choice.
 
-    python scripts/bench_steering.py --work bench-steering --out results.json
+    python scripts/bench/steering.py --work bench-steering --out results.json
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Run it in an environment with the `peers` extra: `pip install steersman[peers]`.
 
-    python scripts/bench_training.py --d-sae 4096 16384 --steps 20
+    python scripts/bench/training.py --d-sae 4096 16384 --steps 20
 
 Both steps read the same batches and do what their trainers do for a batch already in memory: forward, backward,
 projection of the decoder's gradient, an Adam step, decoder normalisation, dead-feature counters. Peak memory is what

@@ -1,6 +1,6 @@
 """Train the bundled demo model: its tokenizer, then a Llama-style model of about a million parameters, on our stories.
 
-    python scripts/train_demo_model.py --out steersman/demo/steersman-demo
+    python scripts/dev/train_demo_model.py --out steersman/demo/steersman-demo
 
 Everything follows from the seed: the stories come from the grammar in `steersman.demo`, so there is nothing to
 download. Takes about 20 minutes on two CPU cores. Prints the loss on fresh stories beside the grammar's entropy, which

@@ -1,6 +1,6 @@
 """Measure the encoder's tiles on this GPU and put the fastest of each shape into a table.
 
-    python scripts/autotune_kernels.py --shapes 8192,131072,1024,32 4096,65536,2304,64
+    python scripts/dev/autotune_kernels.py --shapes 8192,131072,1024,32 4096,65536,2304,64
 
 Needs an NVIDIA GPU. Without --out the package's own table is extended, which later runs on such a GPU read.
 """

@@ -3,7 +3,7 @@
 Runs every variant in turn, round after round, so that a busy machine slows all of them alike, and prints each variant's
 median rate and its ratio to the unsteered run of the same round.
 
-    python scripts/bench_generation.py --model path/to/model --batch 8 --new-tokens 100
+    python scripts/bench/generation.py --model path/to/model --batch 8 --new-tokens 100
 """
 
 import argparse

@@ -5,7 +5,7 @@ at most 16 features should hold, positive, the feature that tells the first conc
 and negative, that of the second; and steering with the reconstruction should raise the first concept's words, and lower
 the second's, as the vector does. The features are named by AUROC on stories that the vector never saw.
 
-    python scripts/decompose_concepts.py --pairs 12
+    python scripts/examples/decompose_concepts.py --pairs 12
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Print what the compiler makes of each shipped kernel: registers, shared memory, stack, matrix instructions.
 
-    python scripts/kernel_resources.py --full
+    python scripts/dev/kernel_resources.py --full
 
 Needs no GPU. `stack` above 0 means that registers were spilled.
 """

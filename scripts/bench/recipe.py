@@ -1,7 +1,7 @@
 """Quality at equal tokens: FVU over learning rates for our default and its neighbours, beside the public libraries.
 
-    python scripts/bench_recipe.py --data planted --rows 3000000
-    python scripts/bench_recipe.py --data store --store acts --d-sae 1024 --k 16
+    python scripts/bench/recipe.py --data planted --rows 3000000
+    python scripts/bench/recipe.py --data store --store acts --d-sae 1024 --k 16
 
 Data is a store (`steersman cache`) or made here: `planted` is 512 random unit vectors in 64 dimensions, 8 active with
 strengths 0.5 to 1.5; `mixture` is 1024 vectors in 128 dimensions with frequencies falling as a power of their rank, 10

@@ -6,8 +6,8 @@ checkpoint; the same command then goes on. When a job has ended, its store and S
 uninterrupted one, and the next job begins. With `--model-ranks` the job trains straight from the model instead, which
 so many of the ranks run.
 
-    python scripts/soak_kill.py --kills 50 --ranks 2
-    python scripts/soak_kill.py --kills 50 --ranks 3 --model-ranks 1
+    python scripts/soak/kill.py --kills 50 --ranks 2
+    python scripts/soak/kill.py --kills 50 --ranks 3 --model-ranks 1
 """
 
 import argparse

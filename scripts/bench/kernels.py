@@ -1,6 +1,6 @@
 """Time the kernels against the bare matrix product, and whole training steps against other libraries.
 
-    python scripts/bench_kernels.py
+    python scripts/bench/kernels.py
 
 For each shape and each of encode, decode, backward, update and the whole step: the median time, the time of the bare
 matrix product of the encoder in the same run, their ratio, memory beyond the inputs, and the share of rows that took
