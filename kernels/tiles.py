@@ -1,7 +1,7 @@
 """Which tiles the Triton encoders run with: a table by shape and GPU, and the rule where the table has no entry.
 
-`tiles.json` beside this file holds measured choices (written by `scripts/dev/autotune_kernels.py`); the rule is what the
-cost model in `cost` says of shapes never measured.
+`tiles.json` beside this file holds measured choices (written by `scripts/dev/autotune_kernels.py`); the rule is what
+the cost model in `tools/cost.py` says of shapes never measured.
 """
 
 import functools

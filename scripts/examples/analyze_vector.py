@@ -1,6 +1,7 @@
-"""Take a steering vector apart: which features of an SAE it is made of, and whether they do what it does.
+r"""Take a steering vector apart: which features of an SAE it is made of, and whether they do what it does.
 
-    python scripts/examples/analyze_vector.py --vector calm.safetensors --sae runs/demo --model path/to/model --text held_out.txt
+    python scripts/examples/analyze_vector.py --vector calm.safetensors --sae runs/demo --model path/to/model \
+        --text held_out.txt
 
 loads the vector, decomposes it by matching pursuit (and by the encoder, to see what that would have said), names the
 features, and checks that steering with the reconstruction keeps the effect.

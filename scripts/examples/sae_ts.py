@@ -1,7 +1,7 @@
 """SAE-Targeted Steering from start to end: measure effects, fit the map, make a vector for a feature, check it.
 
     python scripts/examples/sae_ts.py --sae runs/demo --out effects --feature 12
-    torchrun --nproc-per-node 2 scripts/examples/sae_ts.py --sae runs/demo --out effects --feature 12     # shards shared out
+    torchrun --nproc-per-node 2 scripts/examples/sae_ts.py --sae runs/demo --out effects --feature 12  # shared out
 
 Without --model the bundled one is used and held-out text comes from its grammar. The first run measures (it goes on
 where it stopped when interrupted), later ones take the measured effects from the folder. The vector is then compared

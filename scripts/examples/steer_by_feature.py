@@ -1,10 +1,11 @@
-"""Steer a model by one feature of an SAE, from the feature's id to text and to what the steering cost.
+r"""Steer a model by one feature of an SAE, from the feature's id to text and to what the steering cost.
 
 Shows what to copy: load a model and an SAE, steer by a feature in a batch of strengths, see what that did to the
 feature and the others, and make it a vector that costs a known amount.
 
     python scripts/examples/steer_by_feature.py --sae runs/demo --feature 12
-    python scripts/examples/steer_by_feature.py --model google/gemma-2-2b --sae runs/gemma --feature 1234 --prompt "I think"
+    python scripts/examples/steer_by_feature.py --model google/gemma-2-2b --sae runs/gemma --feature 1234 \
+        --prompt "I think"
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """What a training run needs of a machine: bytes of memory per rank, bytes sent per step, and the time of a step.
 
 The memory and network tables are those of this code, item by item; tests compare the network table with what the
-sockets carry, and `scripts/dev/check_plan.py` compares the memory table with the peak of a process. The time is a sum of
-work divided by rates, with nothing overlapped: an estimate that is too high rather than too low.
+sockets carry, and `scripts/dev/check_plan.py` compares the memory table with the peak of a process. The time is a
+sum of work divided by rates, with nothing overlapped: an estimate that is too high rather than too low.
 
 Shape letters: N tokens of a replica's batch, L latents of a rank, D width, K active latents a token, n latent ranks, d
 replicas.
