@@ -89,7 +89,8 @@ def test_selection_over_shards_is_that_of_one_process(n: int, latent: int) -> No
         eye, zero = torch.eye(24), torch.zeros(24)
         values, indices = reference.topk_encode(Z, eye, zero, k)
         expected = torch.zeros_like(Z).scatter_(1, indices.long(), values)
-        dense, smallest = reference.batch_topk_encode(Z, eye, zero, k)
+        values, indices, smallest = reference.batch_topk_encode(Z, eye, zero, k)
+        dense = torch.zeros_like(Z).scatter_(1, indices.long(), values)
         for which, wanted in ((0, expected), (1, dense)):
             code = torch.zeros_like(Z)
             for rank, answer in enumerate(found):
