@@ -5,15 +5,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
 from steersman.steer import DecomposeConfig, EffectMap, SteeringVector, decompose, load_labels, measure_retention
 from steersman.steer.decompose import Decomposition, plot_decompositions
-from steersman.steer.methods.examples import read_texts
+from steersman.text import read_texts
 from steersman.train import ActivationStore
 from steersman.train.reports.features import check_same_origin
-from steersman.train.run.trainer import pick_device
 from steersman.train.store.view import HookView
 
 RETENTION_TEXTS = 64

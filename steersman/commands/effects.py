@@ -7,8 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-import torch
-
+from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
@@ -18,8 +17,7 @@ from steersman.steer.effects.fgaa import fgaa_targets
 from steersman.steer.effects.map import WEAK, EffectMap
 from steersman.steer.effects.map_file import NAME
 from steersman.steer.vectors.vector import SteeringVector
-from steersman.train.run.trainer import pick_device
-from steersman.train.text import open_text
+from steersman.text import open_text
 
 __all__ = ["EffectsCommand", "TargetCommand"]
 
@@ -54,7 +52,7 @@ class EffectsCommand(EffectsConfig):
 
 def run_effects(config: EffectsCommand) -> None:
     """`steersman effects`."""
-    device = _device(config.device)
+    device = pick_device(config.device)
     sae = SAE.load(config.sae, device)
     rows_of = None if config.rows_of is None else SAE.load(config.rows_of, device)
     lm = LanguageModel.load(config.model, device=device, dtype=config.dtype)
@@ -72,11 +70,6 @@ def run_effects(config: EffectsCommand) -> None:
     fitted.save(Path(config.out) / NAME)
     print(fitted.to_text())
     print(f"{config.out}: effects and {NAME}")
-
-
-def _device(name: str) -> torch.device:
-    local = os.environ.get("LOCAL_RANK")
-    return pick_device(f"cuda:{local}" if name == "auto" and local and torch.cuda.is_available() else name)
 
 
 def _texts(source: str | None, config: EffectsConfig) -> list[str]:

@@ -8,14 +8,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.kernels import Implementation, using
 from steersman.lm import LanguageModel
+from steersman.parallel import rank_and_world_size
 from steersman.sae import SAE
 from steersman.sae.checkpoint import save_statistics
 from steersman.steer import SteerConfig, steer_and_compare
+from steersman.text import TextSource, open_text
 from steersman.train import ActivationStore, ActivationStream, CacheConfig, TrainConfig, cache_activations, train_sae
-from steersman.train.parallel import launched
 from steersman.train.reports.evaluate import evaluate_sae
 from steersman.train.reports.features import (
     check_same_origin,
@@ -24,9 +26,7 @@ from steersman.train.reports.features import (
     features_to_text,
     summarize_store,
 )
-from steersman.train.run.trainer import pick_device
 from steersman.train.store.view import HookView
-from steersman.train.text import TextSource, open_text
 
 __all__ = ["CacheConfig", "EvalCommand", "FeaturesCommand", "SteerConfig", "TrainCommand"]
 
@@ -45,7 +45,7 @@ def _on_kernels(run: Callable[[Any], None]) -> Callable[[Any], None]:
 def run_cache(config: CacheConfig) -> None:
     """`steersman cache`."""
     store = cache_activations(config=config)
-    if launched()[0]:
+    if rank_and_world_size()[0]:
         return  # one of several ranks speaks
     print(f"{store.path}: {store.n_rows:,} rows of {', '.join(store.hook_names)} from {store.model_name}")
     for hook in store.hook_names:
@@ -78,7 +78,7 @@ def run_train(config: TrainCommand) -> None:
     """`steersman train`."""
     settings = TrainConfig(**{field.name: getattr(config, field.name) for field in fields(TrainConfig)})
     sae = train_sae(_source(config), settings, config.out)
-    if launched()[0]:
+    if rank_and_world_size()[0]:
         return  # one of several ranks speaks
     heldout = sae.cfg.metadata["heldout"]
     measured = f"FVU {heldout['fvu']:.4f}, L0 {heldout['l0']:.1f}, dead {100 * heldout['dead_share']:.2f} %"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
@@ -20,9 +21,9 @@ from steersman.steer import (
     evaluate_steering,
 )
 from steersman.steer.calibrate import calibrate, refuse_unmet
-from steersman.steer.methods import Examples, as_examples, read_examples, read_texts
+from steersman.steer.methods import Examples, as_examples, read_examples
 from steersman.steer.methods.diagnostics import warnings
-from steersman.train.run.trainer import pick_device
+from steersman.text import read_texts
 
 
 def _part(config: Any, kind: type[Any]) -> Any:
