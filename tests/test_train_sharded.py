@@ -10,10 +10,10 @@ from support.sharded_jobs import mixture, select, train_on_every_mesh, trained
 from torch import Tensor
 
 from steersman.kernels import reference
+from steersman.parallel import Mesh
 from steersman.sae import SAE, SAEConfig
 from steersman.train import TrainConfig
 from steersman.train.mesh.sharded import initial_rows
-from steersman.train.parallel import Mesh
 
 CONFIG = TrainConfig(d_sae=64, k=4, batch_size=128, tokens=128 * 400, seed=3, device="cpu")
 CONFIGS = {
