@@ -13,6 +13,7 @@ from steersman.lm.clock import Pass, PassClock
 from steersman.lm.generate import Generation, real_generated, sampling_settings, seeded
 from steersman.lm.hooks import HookMap
 from steersman.lm.load import Quantization, load_pretrained
+from steersman.lm.origin import same_model
 from steersman.lm.tokens import TextEncoder, TokenBatch
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after")
@@ -20,11 +21,6 @@ FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_nor
 
 class _PassDone(Exception):
     """Ends a pass after the last hook point that was asked for; never leaves `LanguageModel.capture`."""
-
-
-def _plain_name(name: str) -> str:
-    plain = name.rstrip("/").rpartition("/")[2].lower()
-    return {"gpt2-small": "gpt2"}.get(plain, plain)
 
 
 class LanguageModel:
@@ -156,12 +152,8 @@ class LanguageModel:
         )
 
     def matches(self, model_name: str) -> bool:
-        """Whether `model_name`, as an SAE or a store recorded it, means this model; an empty name matches any.
-
-        Folders and organisations are left out of the comparison, so that `google/gemma-2-2b`, `gemma-2-2b` and
-        `models/gemma-2-2b` are one, as is TransformerLens's `gpt2-small` and the hub's `gpt2`.
-        """
-        return not model_name or _plain_name(model_name) == _plain_name(self.name)
+        """Whether `model_name`, as an SAE or a store recorded it, means this model: see `same_model`."""
+        return same_model(model_name, self.name)
 
     # Hook points
 
