@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import pairwise
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_the_kinds_of_each_layout(layout: tuple[str, LanguageModel]) -> None:
     points = [lm.hook_point(hook) for hook in lm.hook_names()]
     assert [(p.layer, p.kind) for p in points] == [*((i, k) for i in range(LAYERS) for k in kinds), (LAYERS, "logits")]
     assert points == sorted(points)
-    assert all(a < b and not b <= a for a, b in zip(points, points[1:]))
+    assert all(a < b and not b <= a for a, b in pairwise(points))
     for kind in missing(name):
         with pytest.raises(SteersmanError, match=f"block 1 of this model has no {kind}; it has hook_resid_pre, "):
             lm.resolve_hook(f"blocks.1.{kind}")
@@ -258,8 +259,7 @@ def test_what_takes_no_mask_says_so() -> None:
     lm.tensor_parallel = True
     for hook in ("attn.hook_z", "mlp.hook_post", "hook_attn_mask"):
         with pytest.raises(SteersmanError, match="split over the ranks of a tensor-parallel model"):
-            with lm.edit(f"blocks.1.{hook}", lambda h, fwd: h):
-                pass
+            lm.edit(f"blocks.1.{hook}", lambda h, fwd: h).__enter__()
     lm.capture(IDS, hooks=["blocks.1.hook_mlp_out"])
 
 

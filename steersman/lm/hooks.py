@@ -6,15 +6,15 @@ In the order of the pass, for block i (B rows, S tokens, D width, H heads of wid
 |---|---|---|
 | `blocks.i.hook_resid_pre` | the residual stream that the block reads | B S D |
 | `blocks.i.hook_attn_in` | what the attention reads: after the norm, where one stands before it | B S D |
-| `blocks.i.hook_attn_mask` | what the attention adds to its scores: 0 where a query may look, the dtype's least elsewhere | B H S K |
+| `blocks.i.hook_attn_mask` | what the attention adds to its scores: 0 where a query may look, else very low | B H S K |
 | `blocks.i.attn.hook_z` | the heads' outputs side by side, before the output projection mixes them | B S (H d) |
 | `blocks.i.hook_attn_out` | what the attention adds to the stream | B S D |
 | `blocks.i.hook_resid_mid` | the stream between attention and MLP | B S D |
 | `blocks.i.hook_mlp_in` | what the MLP reads: after the norm, where one stands before it | B S D |
-| `blocks.i.mlp.hook_post` | the neurons: what the MLP's last projection reads (of a gated MLP, after the gate) | B S M |
+| `blocks.i.mlp.hook_post` | the neurons: what the MLP's last projection reads (after the gate) | B S M |
 | `blocks.i.hook_mlp_out` | what the MLP adds to the stream | B S D |
 | `blocks.i.hook_resid_post` | the block's output | B S D |
-| `logits` | the model's output, after any soft-capping; of the last tokens only where the pass computes no others | B S V |
+| `logits` | the model's output, after any soft-capping; of those tokens that the pass computes it for | B S V |
 
 Names are TransformerLens's where it has one for the same tensor. Its `hook_attn_in` and `hook_mlp_in` stand before the
 norm, ours behind it: what is there before is `hook_resid_pre` and `hook_resid_mid`. Its `ln1.hook_normalized` is no
@@ -180,7 +180,7 @@ def _logits_hook(fn: Reader) -> Callable[..., Any]:
     def hook(module: nn.Module, _args: Any, output: Any) -> Any:
         if not isinstance(getattr(output, "logits", None), Tensor):
             raise SteersmanError(
-                f"{type(module).__name__} returned {type(output).__name__} without logits: call it with return_dict=True"
+                f"{type(module).__name__} returned a {type(output).__name__} without logits: call it with return_dict"
             )
         new = fn(output.logits)
         if new is None:
@@ -195,7 +195,7 @@ def _logits_hook(fn: Reader) -> Callable[..., Any]:
 def _mask_hook(fn: Reader, n_heads: int, past: Callable[[], int]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "attention_mask" not in kwargs:
-            raise SteersmanError(f"{type(module).__name__} is given no attention_mask by name: its mask cannot be edited")
+            raise SteersmanError(f"{type(module).__name__} is given no attention_mask by name: it cannot be edited")
         x = args[0] if args else kwargs["hidden_states"]
         causal = bool(getattr(module, "is_causal", True))
         new = fn(additive_mask(kwargs["attention_mask"], x, n_heads, past=past(), causal=causal))

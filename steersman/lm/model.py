@@ -306,12 +306,12 @@ class LanguageModel:
 
     @contextmanager
     def edit(self, hook: str, fn: Callable[[Tensor, ForwardPass], Tensor]) -> Iterator[None]:
-        """While the context is open, `fn(h, fwd)` replaces what is at `hook` in every pass: a hidden state [B, S, D], an
-        attention mask [B, H, S, K], or logits [B, n, V] (n < S where the pass computes those of the last tokens only).
+        """While the context is open, `fn(h, fwd)` replaces what is at `hook` in every pass: a hidden state [B, S, D],
+        an attention mask [B, H, S, K], or logits [B, n, V] (n < S where the pass computes the last tokens' only).
 
         `fwd` (a `ForwardPass`) says which tokens and absolute positions the pass holds; at the logits, those that have
         logits. `fn` returns a new tensor of h's shape, or h itself to change nothing; it must not write into h. Edits
-        nest, apply in the order they were entered, and are gone when the context closes, whether or not by an exception.
+        nest, apply in the order they were entered, and are gone when the context closes, by an exception too.
 
         Raises SteersmanError for an unknown hook point, and for one that the model as it is loaded does not have:
         attention masks where the implementation takes none, heads and neurons that tensor parallelism splits.
@@ -354,8 +354,8 @@ class LanguageModel:
         prompt_length: PromptLength | None = None,
         grad: bool = False,
     ) -> Tensor:
-        """Logits [B, S, V] of one pass without a cache; `prompt_length` as for `prompt_length()`. `grad` keeps the graph
-        for whoever optimises what edits hold, unless gradients are off outside too."""
+        """Logits [B, S, V] of one pass without a cache; `prompt_length` as for `prompt_length()`. `grad` keeps the
+        graph, for whoever optimises what an edit adds, unless gradients are off outside too."""
         inputs = self._inputs(input_ids, attention_mask)
         with nullcontext() if grad else torch.no_grad(), self._clock.declare(prompt_length):
             output = self.model(**inputs)
