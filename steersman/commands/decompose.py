@@ -11,10 +11,9 @@ from steersman.sae import SAE
 from steersman.steer import DecomposeConfig, EffectMap, SteeringVector, decompose, load_labels, measure_retention
 from steersman.steer.decompose import Decomposition, plot_decompositions
 from steersman.steer.methods.examples import read_texts
-from steersman.train import ActivationStore
+from steersman.train import ActivationStore, HookView
 from steersman.train.reports.features import check_same_origin
 from steersman.train.run.trainer import pick_device
-from steersman.train.store.view import HookView
 
 RETENTION_TEXTS = 64
 

@@ -14,7 +14,15 @@ from steersman.lm import LanguageModel
 from steersman.sae import SAE
 from steersman.sae.checkpoint import save_statistics
 from steersman.steer import SteerConfig, steer_and_compare
-from steersman.train import ActivationStore, ActivationStream, CacheConfig, TrainConfig, cache_activations, train_sae
+from steersman.train import (
+    ActivationStore,
+    ActivationStream,
+    CacheConfig,
+    HookView,
+    TrainConfig,
+    cache_activations,
+    train_sae,
+)
 from steersman.train.parallel import launched
 from steersman.train.reports.evaluate import evaluate_sae
 from steersman.train.reports.features import (
@@ -25,7 +33,6 @@ from steersman.train.reports.features import (
     summarize_store,
 )
 from steersman.train.run.trainer import pick_device
-from steersman.train.store.view import HookView
 from steersman.train.text import TextSource, open_text
 
 __all__ = ["CacheConfig", "EvalCommand", "FeaturesCommand", "SteerConfig", "TrainCommand"]
