@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from steersman.kernels import dispatch, update
-from steersman.kernels.update import AuxRows, Fused, Rule
+from steersman.kernels.update import AuxRows, UpdateRule, UpdateState
 
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -240,13 +240,13 @@ def _backward_update(
     eps: float,
     state_dtype: str,
 ) -> None:
-    how = Rule(name=rule, beta1=beta1, beta2=beta2, eps=eps, state_dtype=state_dtype)  # pyright: ignore[reportArgumentType]
-    fused = Fused.gather(how, weights, rows, moments, n_steps)
+    how = UpdateRule(name=rule, beta1=beta1, beta2=beta2, eps=eps, state_dtype=state_dtype)  # pyright: ignore[reportArgumentType]
+    state = UpdateState.unflatten(how, weights, rows, moments, n_steps)
     implementation = dispatch.choose(residual.device)
     run = getattr(implementation, "backward_update", update.backward_update)
     extra = AuxRows(*aux) if aux else None
     run(
-        fused, how, lr, bias_lr, residual, scale, centred, values, indices, extra, centred_by_b_dec=centred_by_b_dec
+        state, how, lr, bias_lr, residual, scale, centred, values, indices, extra, centred_by_b_dec=centred_by_b_dec
     )  # fmt: skip
 
 
@@ -256,8 +256,8 @@ def _(*args: Any, **kwargs: Any) -> None:
 
 
 def backward_update(
-    fused: Fused,
-    rule: Rule,
+    state: UpdateState,
+    rule: UpdateRule,
     lr: Tensor,
     bias_lr: Tensor,
     residual: Tensor,
@@ -269,9 +269,9 @@ def backward_update(
     *,
     centred_by_b_dec: bool,
 ) -> None:
-    """See `update.backward_update`: on the device's implementation, as an operator that changes `fused` in place."""
-    weights, rows, moments = fused.scatter()
+    """See `update.backward_update`: on the device's implementation, as an operator that changes `state` in place."""
+    weights, rows, moments = state.flatten()
     _backward_update(
-        weights, rows, moments, fused.n_steps, lr, bias_lr, residual, scale, centred, values, indices, list(aux or ()),
+        weights, rows, moments, state.n_steps, lr, bias_lr, residual, scale, centred, values, indices, list(aux or ()),
         centred_by_b_dec, rule.name, rule.beta1, rule.beta2, rule.eps, rule.state_dtype,
     )  # fmt: skip

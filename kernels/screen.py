@@ -33,7 +33,7 @@ def has_fast_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and any(ask is not None and ask() for ask in supported)
 
 
-def worthwhile(x: Tensor, W_enc: Tensor, k: int) -> bool:
+def pays_off(x: Tensor, W_enc: Tensor, k: int) -> bool:
     """Whether screening is the faster way for x [N, D] and W_enc [L, D] on the CPU: enough rows to pay for rounding
     the weights, enough latents for the product to be most of the work."""
     N, L = len(x), len(W_enc)
@@ -47,7 +47,7 @@ def n_candidates(k: int) -> int:
     return k + max(16, 3 * k // 4)
 
 
-def screened_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def prefiltered_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The K largest of `x W_enc^T + b_enc` for each row that allows it.
 
     Args:

@@ -29,8 +29,8 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor |
     """
     x = x.float() if b_dec is None else x.float() - b_dec.float()
     W_enc, b_enc = W_enc.float(), b_enc.float()
-    if x.device.type == "cpu" and screen.worthwhile(x, W_enc, k):
-        values, indices, unproven = screen.screened_topk(x, W_enc, b_enc, k)
+    if x.device.type == "cpu" and screen.pays_off(x, W_enc, k):
+        values, indices, unproven = screen.prefiltered_topk(x, W_enc, b_enc, k)
         if bool(unproven.any()):
             values[unproven], rest = _plain_topk(x[unproven], W_enc, b_enc, k)
             indices[unproven] = rest.long()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.kernels import torch_ops, triton_backward, triton_decode, triton_encode, triton_threshold, triton_update
-from steersman.kernels.update import Fused
+from steersman.kernels.update import UpdateState
 
 LatentOrder = triton_backward.LatentOrder
 
@@ -51,8 +51,8 @@ decode_residual = on_device(triton_decode.decode_residual)
 value_gradient = on_device(triton_backward.value_gradient)
 
 
-def backward_update(fused: Fused, *args: Any, **kwargs: Any) -> None:
+def backward_update(state: UpdateState, *args: Any, **kwargs: Any) -> None:
     """See `update.backward_update`."""
-    device = fused.W_enc.device
+    device = state.W_enc.device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        triton_update.backward_update(fused, *args, **kwargs)
+        triton_update.backward_update(state, *args, **kwargs)

@@ -5,7 +5,7 @@ import torch
 from support.updates import problem, state_of
 from torch import Tensor
 
-from steersman.kernels import Rule, ops, sparse_decode, topk_encode
+from steersman.kernels import UpdateRule, ops, sparse_decode, topk_encode
 
 N, L, D, K = 10, 20, 6, 3
 
@@ -48,13 +48,15 @@ def test_operators_keep_their_promises(name: str) -> None:
     torch.library.opcheck(getattr(ops, name), operands(name))
 
 
-@pytest.mark.parametrize("rule", [Rule(), Rule(name="signum_touched", state_dtype="int8")], ids=["adam", "signum"])
+@pytest.mark.parametrize(
+    "rule", [UpdateRule(), UpdateRule(name="signum_touched", state_dtype="int8")], ids=["adam", "signum"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_update_names_everything_it_changes(rule: Rule, dtype: torch.dtype) -> None:
+def test_the_update_names_everything_it_changes(rule: UpdateRule, dtype: torch.dtype) -> None:
     p = problem(1, N=N, L=L, D=D, k=K)
     state = state_of(p, rule, dtype)
     values, indices = ops.topk_encode(p.x[0], state.W_enc, state.b_enc, state.b_dec, K)
-    weights, rows, moments = state.scatter()
+    weights, rows, moments = state.flatten()
     rate = torch.ones(1) * 0.1
     torch.library.opcheck(
         ops._backward_update,

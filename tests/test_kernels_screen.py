@@ -16,7 +16,7 @@ def problem(seed: int, n: int = 300, d: int = 64, n_latents: int = 2048) -> tupl
 
 def check(x: Tensor, W: Tensor, b: Tensor, k: int) -> Tensor:
     """Compare the proven rows with float64; returns which rows are not proven."""
-    values, indices, unproven = screen.screened_topk(x, W, b, k)
+    values, indices, unproven = screen.prefiltered_topk(x, W, b, k)
     Z = x.double() @ W.double().T + b.double()
     expected = Z.topk(k, dim=1)
     for row in range(len(x)):
@@ -38,7 +38,7 @@ def test_most_rows_are_proven_and_those_are_exact(k: int, seed: int) -> None:
 def test_columns_that_no_group_holds_are_candidates() -> None:
     x, W, b = problem(0, n_latents=2053)
     b[2050] = 20.0
-    values, indices, unproven = screen.screened_topk(x, W, b, 8)
+    values, indices, unproven = screen.prefiltered_topk(x, W, b, 8)
     assert (indices[~unproven, 0] == 2050).all()
     assert check(x, W, b, 8).float().mean() < 0.5
     assert torch.isfinite(values).all()
@@ -92,10 +92,10 @@ def test_the_encoder_with_screening_equals_the_reference(monkeypatch: pytest.Mon
     x[3] = 0.0  # every latent ties but for its bias
     x[4:60] = x[4]
     b_dec = torch.randn(64, generator=torch.Generator().manual_seed(9))
-    monkeypatch.setattr(screen, "worthwhile", lambda *_: True)
+    monkeypatch.setattr(screen, "pays_off", lambda *_: True)
     used = []
-    original = screen.screened_topk
-    monkeypatch.setattr(screen, "screened_topk", lambda *args: used.append(1) or original(*args))
+    original = screen.prefiltered_topk
+    monkeypatch.setattr(screen, "prefiltered_topk", lambda *args: used.append(1) or original(*args))
     values, indices = torch_ops.topk_encode(x, W, b, 24, b_dec)
     assert used
     expected_values, expected_indices = reference.topk_encode(x, W, b, 24, b_dec)
@@ -107,10 +107,10 @@ def test_the_encoder_with_screening_equals_the_reference(monkeypatch: pytest.Mon
 def test_it_is_used_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screen, "has_fast_bf16", lambda: True)
     x, W, _ = problem(0)
-    assert screen.worthwhile(x, W, 16)
-    assert not screen.worthwhile(x[:8], W, 16)
-    assert not screen.worthwhile(x, W[:512], 16)
-    assert not screen.worthwhile(x, W, 200)
-    assert not screen.worthwhile(x, torch.empty(1 << 25, 64, device="meta"), 64)  # 2^16 groups and more
+    assert screen.pays_off(x, W, 16)
+    assert not screen.pays_off(x[:8], W, 16)
+    assert not screen.pays_off(x, W[:512], 16)
+    assert not screen.pays_off(x, W, 200)
+    assert not screen.pays_off(x, torch.empty(1 << 25, 64, device="meta"), 64)  # 2^16 groups and more
     monkeypatch.setattr(screen, "has_fast_bf16", lambda: False)
-    assert not screen.worthwhile(x, W, 16)
+    assert not screen.pays_off(x, W, 16)

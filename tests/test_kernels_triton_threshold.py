@@ -20,7 +20,7 @@ def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Once over the waves, with small buffers, and once over the path of a few tokens."""
     few = 64 if request.param == "few" else 0
     for module in (triton_encode, triton_threshold):
-        monkeypatch.setattr(module, "FEW", few)
+        monkeypatch.setattr(module, "SMALL_BATCH", few)
         monkeypatch.setattr(module, "plan", functools.partial(PLAN, smallest=128, largest=256))
     monkeypatch.setattr(triton_threshold, "THRESHOLD_SLOTS", 128)
     with operands.precision("fp32"):

@@ -8,9 +8,16 @@ from typing import Any
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
-from steersman.steer import DecomposeConfig, EffectMap, SteeringVector, decompose, load_labels, measure_retention
+from steersman.steer import (
+    DecomposeConfig,
+    EffectMap,
+    SteeringVector,
+    decompose,
+    load_labels,
+    measure_retention,
+)
 from steersman.steer.decompose import Decomposition, plot_decompositions
-from steersman.steer.methods.examples import read_texts
+from steersman.steer.methods import read_texts
 from steersman.train import ActivationStore, HookView
 from steersman.train.reports.features import check_same_origin
 from steersman.train.run.trainer import pick_device
@@ -55,7 +62,7 @@ class DecomposeCommand(DecomposeConfig):
     """Where to run: auto, cpu, cuda, ..."""
 
 
-def run_decompose(config: DecomposeCommand) -> None:
+def run(config: DecomposeCommand) -> None:
     """`steersman decompose`."""
     if not config.vector:
         raise SteersmanError("no vector to take apart: give --vector FILE")

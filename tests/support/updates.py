@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from steersman.kernels import AuxRows, Fused, Rule, reference
+from steersman.kernels import AuxRows, UpdateRule, UpdateState, reference
 
 
 class Problem(NamedTuple):
@@ -32,8 +32,8 @@ def problem(steps: int, N: int = 24, L: int = 20, D: int = 6, k: int = 3, seed: 
     return Problem(W_dec.clone(), W_dec, b_enc, b_dec, code @ atoms + 0.2, k)
 
 
-def state_of(p: Problem, rule: Rule, operands: torch.dtype = torch.float32) -> Fused:
-    return Fused.of(p.W_enc.clone(), p.W_dec.clone(), p.b_enc.clone(), p.b_dec.clone(), rule, operands)
+def state_of(p: Problem, rule: UpdateRule, operands: torch.dtype = torch.float32) -> UpdateState:
+    return UpdateState.of(p.W_enc.clone(), p.W_dec.clone(), p.b_enc.clone(), p.b_dec.clone(), rule, operands)
 
 
 def aux_of(L: int, D: int, step: int) -> AuxRows:
@@ -45,8 +45,8 @@ def aux_of(L: int, D: int, step: int) -> AuxRows:
 
 
 def train(
-    implementation: Any, p: Problem, rule: Rule, lr: float, operands: torch.dtype = torch.float32
-) -> tuple[Fused, list[float]]:
+    implementation: Any, p: Problem, rule: UpdateRule, lr: float, operands: torch.dtype = torch.float32
+) -> tuple[UpdateState, list[float]]:
     """All steps of the problem with an implementation's `backward_update`: the state after, and each step's loss."""
     state, losses = state_of(p, rule, operands), []
     rate = torch.tensor([lr])

@@ -47,6 +47,7 @@ class ActivationStore:
     Open one with `ActivationStore.open`; make one with `cache_activations` or `ActivationStore.from_tensors`.
 
     >>> import tempfile
+    >>> from steersman.train import ActivationStore
     >>> rows = torch.arange(12.0).reshape(6, 2)
     >>> out = tempfile.mkdtemp() + "/acts"
     >>> store = ActivationStore.from_tensors([rows[:4], rows[4:]], out, "blocks.0.hook_resid_post", dtype="float32")
