@@ -34,12 +34,14 @@ def on_device(function: F) -> F:
 
 
 @on_device
-def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None, *, signed: bool = False
+) -> tuple[Tensor, Tensor]:
     """See `reference.topk_encode`."""
     if not 1 <= k <= len(W_enc):
         raise SteersmanError(f"topk_encode: k = {k} must lie between 1 and the {len(W_enc)} latents of W_enc")
-    if k > triton_encode.LARGEST_K:
-        return torch_ops.topk_encode(x, W_enc, b_enc, k, b_dec)
+    if k > triton_encode.LARGEST_K or signed:
+        return torch_ops.topk_encode(x, W_enc, b_enc, k, b_dec, signed=signed)
     return triton_encode.topk_encode(x, W_enc, b_enc, k, b_dec)
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from steersman.kernels import rounding
+from steersman.kernels import reference, rounding
 from steersman.kernels.triton_backward import LatentOrder, sum_chunks, sum_rows, vector_matrix, width_block
 from steersman.kernels.update import AuxRows, Moments, StepSizes, UpdateRule, UpdateState, update_vector
 
@@ -229,11 +229,12 @@ def backward_update(
     aux: AuxRows | None,
     *,
     centred_by_b_dec: bool,
+    signed: bool = False,
 ) -> None:
     """See `update.backward_update`."""
     L, D = state.W_enc.shape
     residual, centred = residual.contiguous(), centred.contiguous()
-    order = LatentOrder(indices, L, values > 0)
+    order = LatentOrder(indices, L, reference.active(values, signed))
     z, dz = order.sorted(values), order.dots(residual, state.dec_rows, scale)
     db_enc, along = order.scatter_sorted(dz, z)
     db_dec = residual.sum(dim=0, dtype=torch.float32) * scale

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from steersman.kernels import rounding, torch_ops
+from steersman.kernels import reference, rounding, torch_ops
 
 RuleName = Literal["adam", "adam_touched", "signum", "signum_touched"]
 StateDtype = Literal["float32", "bfloat16", "int8"]
@@ -284,6 +284,7 @@ def backward_update(
     aux: AuxRows | None,
     *,
     centred_by_b_dec: bool,
+    signed: bool = False,
 ) -> None:
     """Take the gradients of one step's loss and move all weights by them, in place.
 
@@ -294,13 +295,14 @@ def backward_update(
         residual: [N, D] fp32 or bf16; the gradient of the reconstruction is `scale * residual`.
         scale: a number.
         centred: [N, D] fp32 or bf16, what the encoder multiplied: x - b_dec, or x.
-        values: [N, K] fp32. Pairs whose value is not positive have no gradient (ReLU).
+        values: [N, K] fp32. Pairs that are not active (see `reference.active`) have no gradient.
         indices: [N, K] integers, each below L.
         aux: further gradients of some latents.
         centred_by_b_dec: whether b_dec was subtracted from x, so that it has a gradient through the encoder.
+        signed: whether the code may be negative (AbsTopK).
     """
     L = len(state.W_enc)
-    active = values > 0
+    active = reference.active(values, signed)
     zero = torch.zeros_like(values)
     values = torch.where(active, values, zero)
     dz = torch.where(active, torch_ops.value_gradient(residual, state.dec_rows, indices), zero) * scale

@@ -23,10 +23,13 @@ def weights(state: UpdateState) -> list[Tensor]:
     ],
     ids=["adam", "adam, other betas", "signum"],
 )
-def test_a_hundred_steps_equal_autograd_and_a_dense_optimiser(rule: UpdateRule, optimizer, lr: float) -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_hundred_steps_equal_autograd_and_a_dense_optimiser(
+    rule: UpdateRule, optimizer, lr: float, signed: bool
+) -> None:
     p = problem(100)
-    state, losses = train(update, p, rule, lr)
-    want, want_losses = train_by_autograd(p, optimizer, lr)
+    state, losses = train(update, p, rule, lr, signed=signed)
+    want, want_losses = train_by_autograd(p, optimizer, lr, signed=signed)
     torch.testing.assert_close(losses, want_losses, rtol=2e-5, atol=0)
     for name, a, b in zip(("W_enc", "W_dec", "b_enc", "b_dec"), weights(state), want):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")

@@ -1,11 +1,14 @@
 """`steersman decompose`."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steersman.config import part_of
+from steersman.device import pick_device
 from steersman.errors import SteersmanError
+from steersman.files import write_text
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
 from steersman.steer import (
@@ -17,10 +20,9 @@ from steersman.steer import (
     measure_retention,
 )
 from steersman.steer.decompose import Decomposition, plot_decompositions
-from steersman.steer.methods import read_texts
+from steersman.text import read_texts
 from steersman.train import ActivationStore, HookView
 from steersman.train.reports.features import check_same_origin
-from steersman.train.run.trainer import pick_device
 
 RETENTION_TEXTS = 64
 
@@ -74,8 +76,8 @@ def run(config: DecomposeCommand) -> None:
     vectors = [SteeringVector.load(path) for path in config.vector]
     sae = SAE.load(config.sae, device)
     lm = None if config.model is None else LanguageModel.load(config.model, device=device)
-    texts = None if config.text is None else read_texts(config.text)[:RETENTION_TEXTS]
-    settings = DecomposeConfig(**{field.name: getattr(config, field.name) for field in fields(DecomposeConfig)})
+    texts = None if config.text is None else read_texts(config.text, RETENTION_TEXTS)
+    settings = part_of(DecomposeConfig, config)
     found: list[Decomposition] = decompose(
         vectors,
         sae,
@@ -104,10 +106,7 @@ def run(config: DecomposeCommand) -> None:
         plot_decompositions(names, config.plot)
         print(f"curves drawn to {config.plot}")
     if config.out is not None:
-        try:
-            Path(config.out).write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise SteersmanError(f"{config.out} could not be written: {error.strerror}") from error
+        write_text(config.out, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
         print(f"written to {config.out}")
 
 

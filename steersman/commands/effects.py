@@ -1,13 +1,14 @@
 """`steersman effects`."""
 
-import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from steersman.commands.options import pick_local_device, read_texts_of
+from steersman.config import part_of
+from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.parallel import rank_and_world_size
 from steersman.sae import SAE
 from steersman.steer import (
     SteeringVector,
@@ -15,6 +16,7 @@ from steersman.steer import (
 from steersman.steer.effects.collect import collect_effects
 from steersman.steer.effects.config import EffectsConfig
 from steersman.steer.effects.map_file import NAME
+from steersman.text import read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +49,14 @@ class EffectsCommand(EffectsConfig):
 
 def run(config: EffectsCommand) -> None:
     """`steersman effects`."""
-    device = pick_local_device(config.device)
+    device = pick_device(config.device)
     sae = SAE.load(config.sae, device)
     rows_of = None if config.rows_of is None else SAE.load(config.rows_of, device)
     lm = LanguageModel.load(config.model, device=device, dtype=config.dtype)
-    settings = EffectsConfig(**{f.name: getattr(config, f.name) for f in fields(EffectsConfig)})
+    settings = part_of(EffectsConfig, config)
     given = [SteeringVector.load(path) for path in config.vector_files] or None
     effects = collect_effects(lm, sae, _texts(config.text, settings), settings, vectors=given, rows_of=rows_of)
-    if int(os.environ.get("RANK", "0")):
+    if rank_and_world_size()[0]:
         return
     print(effects.to_text())
     if config.fit == "none":
@@ -72,4 +74,4 @@ def _texts(source: str | None, config: EffectsConfig) -> list[str]:
         return []
     if source is None:
         raise SteersmanError(f"scale_rule {config.scale_rule!r} needs --text: held-out text; or use norm or fixed")
-    return read_texts_of(source, 4 * config.heldout_texts)
+    return read_texts(source, 4 * config.heldout_texts)

@@ -1,21 +1,20 @@
 """`steersman eval`."""
 
-import json
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Literal
 
 from steersman.commands.options import check_model, on_kernels
+from steersman.device import pick_device
 from steersman.errors import SteersmanError
+from steersman.files import write_json
 from steersman.kernels import Implementation
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
+from steersman.text import TextSource, open_text
 from steersman.train import ActivationStore
 from steersman.train.reports.evaluate import evaluate_sae
 from steersman.train.reports.features import check_same_origin
-from steersman.train.run.trainer import pick_device
-from steersman.train.text import TextSource, open_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ def run(config: EvalCommand) -> None:
     result = evaluate_sae(sae, store, lm, texts, split=config.split, heldout_fraction=config.heldout_fraction)
     print(result.to_text())
     if config.out is not None:
-        _write(Path(config.out), json.dumps(result.to_json(), indent=2) + "\n")
+        write_json(config.out, result.to_json())
 
 
 def _first_document(store: ActivationStore, text: TextSource, config: EvalCommand) -> int:
@@ -71,10 +70,3 @@ def _first_document(store: ActivationStore, text: TextSource, config: EvalComman
         return 0
     start, stop = store.split_rows("heldout", config.heldout_fraction)
     return int(store.tokens(start, min(start + 1, stop)).doc_ids[0]) if stop > start else 0
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise SteersmanError(f"{path} could not be written: {error.strerror}") from error

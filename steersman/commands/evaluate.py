@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
-from steersman.commands.options import examples_of, load_model, part_of
+from steersman.commands.options import examples_of, load_model
+from steersman.config import part_of
+from steersman.device import pick_device
 from steersman.sae import SAE
 from steersman.steer import EvaluationConfig, SteeringVector, evaluate_steering
-from steersman.steer.methods import Examples, read_texts
-from steersman.train.run.trainer import pick_device
+from steersman.steer.methods import Examples
+from steersman.text import read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ def run(config: EvaluateCommand) -> None:
         prompt_prefix=config.prompt_prefix,
         sae=sae,
         features=config.feature,
-        config=part_of(config, EvaluationConfig),
+        config=part_of(EvaluationConfig, config),
     )
     found.save(config.out)
     print(found.to_text())

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from steersman.commands.options import check_model, on_kernels
+from steersman.device import pick_device
 from steersman.kernels import Implementation
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
@@ -17,7 +18,6 @@ from steersman.train.reports.features import (
     features_to_text,
     summarize_store,
 )
-from steersman.train.run.trainer import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
 """`steersman steer`."""
 
 from steersman.commands.options import on_kernels
+from steersman.device import pick_device
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
 from steersman.steer import SteerConfig, steer_and_compare
-from steersman.train.run.trainer import pick_device
 
 
 @on_kernels

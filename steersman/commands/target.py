@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from steersman.commands.options import pick_local_device, read_texts_of
+from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
@@ -12,6 +12,7 @@ from steersman.steer import (
 )
 from steersman.steer.effects.fgaa import fgaa_targets
 from steersman.steer.effects.map import WEAK
+from steersman.text import read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def run(config: TargetCommand) -> None:
         )
     targets = parse_targets(config.feature) if config.feature else {}
     effect_map = EffectMap.load(config.effects)
-    device = pick_local_device(config.device)
+    device = pick_device(config.device)
     sae = None if config.sae is None else SAE.load(config.sae, device)
     if sae is not None:
         effect_map.check_sae(sae)
@@ -88,7 +89,7 @@ def run(config: TargetCommand) -> None:
     if from_texts:
         assert lm is not None
         assert sae is not None
-        texts = [read_texts_of(str(source), 4096) for source in (config.positive, config.negative)]
+        texts = [read_texts(str(source), 4096) for source in (config.positive, config.negative)]
         keep = {name: getattr(config, name) for name in ("max_density", "n_positive", "n_negative")}
         targets = fgaa_targets(lm, sae, texts[0], texts[1], **keep)
         print("targets: " + ", ".join(f"{j} ({w:+.3f})" for j, w in targets.items()))
@@ -107,7 +108,7 @@ def run(config: TargetCommand) -> None:
     print(f"{config.out}: {vector.method}, unit norm; the map's vectors had a median scale of {scale:.4g}")
     if config.verify:
         assert sae is not None
-        texts = read_texts_of(config.text, 4096) if config.text is not None else []
+        texts = read_texts(config.text, 4096) if config.text is not None else []
         options = {"scale": config.scale, "rollouts": config.rollouts, "seed": config.seed}
         print(effect_map.verify(lm, sae, vector, targets, texts=texts, **options).to_text())
 

@@ -1,12 +1,13 @@
 """`steersman train`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.parallel import rank_and_world_size
 from steersman.train import ActivationStore, ActivationStream, HookView, TrainConfig, train_sae
-from steersman.train.parallel import launched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +33,9 @@ class TrainCommand(TrainConfig):
 
 def run(config: TrainCommand) -> None:
     """`steersman train`."""
-    settings = TrainConfig(**{field.name: getattr(config, field.name) for field in fields(TrainConfig)})
+    settings = part_of(TrainConfig, config)
     sae = train_sae(_source(config), settings, config.out)
-    if launched()[0]:
+    if rank_and_world_size()[0]:
         return  # one of several ranks speaks
     heldout = sae.cfg.metadata["heldout"]
     measured = f"FVU {heldout['fvu']:.4f}, L0 {heldout['l0']:.1f}, dead {100 * heldout['dead_share']:.2f} %"

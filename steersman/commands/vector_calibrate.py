@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from steersman.commands.options import load_model, part_of
+from steersman.commands.options import load_model
+from steersman.config import part_of
 from steersman.steer import CalibrateConfig, SteeringVector
 from steersman.steer.calibrate import calibrate, refuse_unmet
-from steersman.steer.methods import read_texts
+from steersman.text import read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +32,8 @@ class VectorCalibrateCommand(CalibrateConfig):
 def run(config: VectorCalibrateCommand) -> None:
     """`steersman vector calibrate`."""
     v = SteeringVector.load(config.vector)
-    texts = None if config.text is None else read_texts(config.text)[: config.texts]
-    found = calibrate(v, load_model(config), texts=texts, config=part_of(config, CalibrateConfig))
+    texts = None if config.text is None else read_texts(config.text, config.texts)
+    found = calibrate(v, load_model(config), texts=texts, config=part_of(CalibrateConfig, config))
     refuse_unmet(found).save(config.out)
     for scale, value in found.search.evaluations:
         print(f"  scale {scale:.4g}: {found.budget} {value:.4g}")

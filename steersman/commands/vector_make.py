@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from steersman.commands.options import examples_of, load_model, part_of
+from steersman.commands.options import examples_of, load_model
 from steersman.commands.vector_show import describe
+from steersman.config import part_of
+from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.sae import SAE
 from steersman.steer import ContrastConfig, SteeringVector, contrast
-from steersman.train.run.trainer import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ def run(config: VectorMakeCommand) -> None:
         if config.model is None or not config.hook:
             raise SteersmanError("examples need --model and --hook: where to read them")
         lm = load_model(config)
-        v = contrast(lm, examples.positive, examples.negative, hook=config.hook, config=part_of(config, ContrastConfig))
+        v = contrast(lm, examples.positive, examples.negative, hook=config.hook, config=part_of(ContrastConfig, config))
     v.save(config.out)
     print(describe(v))
     print(f"written to {config.out}")
