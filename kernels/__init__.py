@@ -9,16 +9,16 @@ bits.
 from steersman.kernels.autograd import Order, sparse_decode, topk_encode, with_gradient
 from steersman.kernels.dispatch import Implementation, choose, using
 from steersman.kernels.operands import precision
-from steersman.kernels.update import AuxRows, Fused, Rule, RuleName, StateDtype
+from steersman.kernels.update import AuxRows, RuleName, StateDtype, UpdateRule, UpdateState
 
 __all__ = [
     "AuxRows",
-    "Fused",
     "Implementation",
     "Order",
-    "Rule",
     "RuleName",
     "StateDtype",
+    "UpdateRule",
+    "UpdateState",
     "choose",
     "precision",
     "sparse_decode",

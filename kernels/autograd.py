@@ -39,10 +39,17 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, values: Tensor, order: Order
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor | None,
+        values: Tensor,
+        order: Order,
+        signed: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, W_enc, b_dec, values)
-        ctx.order = order
+        ctx.order, ctx.signed = order, signed
         return values.view_as(values)
 
     @staticmethod
@@ -50,9 +57,10 @@ class _Encode(torch.autograd.Function):
         x, W_enc, b_dec, values = ctx.saved_tensors
         decode = dispatch.choose(values.device).sparse_decode
         order: Order = ctx.order
-        needs = ctx.needs_input_grad
-        grads = ops.encode_gradients(grad_outputs[0], x, W_enc, b_dec, values, order.indices, order.get, decode, needs)
-        return *grads, None, None
+        grads = ops.encode_gradients(
+            grad_outputs[0], x, W_enc, b_dec, values, order.indices, order.get, decode, ctx.needs_input_grad, ctx.signed
+        )
+        return *grads, None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -70,23 +78,33 @@ class _Decode(torch.autograd.Function):
 
 
 def with_gradient(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, values: Tensor, indices: Tensor
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+    *,
+    signed: bool = False,
 ) -> tuple[Tensor, Order]:
     """Give a selected code its gradients with respect to x [N, D], W_enc [L, D], b_enc [L] and b_dec [D].
 
-    values, indices [N, K] come from any of the encoders. Returns the values and the order to decode with.
+    values, indices [N, K] come from any of the encoders. Entries that are not active (see `reference.active`) have no
+    gradient. Returns the values and the order to decode with.
     """
     order = Order(indices, len(W_enc))
     if torch.compiler.is_compiling():
         if torch.is_grad_enabled():
-            order.tensors = ops.sort_by_latent(indices, len(W_enc))
-            values = ops.code_values(x, W_enc, b_enc, b_dec, values, indices, order.tensors)
+            order.tensors = ops._op_sort_by_latent(indices, len(W_enc))
+            values = ops._op_code_values(x, W_enc, b_enc, b_dec, values, indices, order.tensors, signed)
         return values, order
-    differentiable: Any = _Encode.apply(x, W_enc, b_enc, b_dec, values, order)
+    differentiable: Any = _Encode.apply(x, W_enc, b_enc, b_dec, values, order, signed)
     return differentiable, order
 
 
-def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None) -> tuple[Tensor, Order]:
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None, *, signed: bool = False
+) -> tuple[Tensor, Order]:
     """Differentiable `reference.topk_encode`: values [N, K], and the order whose `.indices` [N, K] they belong to.
 
     >>> values, order = topk_encode(torch.randn(5, 4), torch.randn(7, 4), torch.zeros(7), k=2)
@@ -95,15 +113,15 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor |
     """
     with torch.no_grad():
         if torch.compiler.is_compiling() or x.device.type != "cpu":
-            values, indices = ops.topk_encode(x, W_enc, b_enc, b_dec, k)
+            values, indices = ops._op_topk_encode(x, W_enc, b_enc, k, b_dec, signed=signed)
         else:  # the same without the operator's own cost, which small steps on a CPU would feel
-            values, indices = dispatch.choose(x.device).topk_encode(x, W_enc, b_enc, k, b_dec)
-    return with_gradient(x, W_enc, b_enc, b_dec, values, indices)
+            values, indices = dispatch.choose(x.device).topk_encode(x, W_enc, b_enc, k, b_dec, signed=signed)
+    return with_gradient(x, W_enc, b_enc, b_dec, values, indices, signed=signed)
 
 
 def sparse_decode(values: Tensor, order: Order, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """Differentiable `reference.sparse_decode` -> [N, D] fp32."""
     if torch.compiler.is_compiling():
-        return ops.sparse_decode(values, order.indices, W_dec, b_dec, order.tensors)
+        return ops._op_sparse_decode(values, order.indices, W_dec, b_dec, order.tensors)
     decoded: Any = _Decode.apply(values, W_dec, b_dec, order)
     return decoded

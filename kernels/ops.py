@@ -1,4 +1,4 @@
-"""The kernels as PyTorch operators (`torch.ops.steersman.*`), so that `torch.compile` and meta tensors know them.
+"""The kernels as PyTorch operators (`_op_*`, in PyTorch `torch.ops.steersman.*`), which `torch.compile` knows.
 
 Each has a fake that says what shapes come out, and encode and decode have their autograd rules; the rules' formulas
 stand here once, for these operators and for `autograd`. Which implementation runs is decided by the device, as
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from steersman.kernels import dispatch, update
-from steersman.kernels.update import AuxRows, Fused, Rule
+from steersman.kernels.reference import active
+from steersman.kernels.update import AuxRows, UpdateRule, UpdateState
 
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -29,12 +30,13 @@ def encode_gradients(
     order: Callable[[], Any],
     decode: Decode,
     needs: Sequence[bool],
+    signed: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, W_enc, b_enc and b_dec from that of the values; `needs` says which are wanted.
 
     `order` gives the sorted pairs when they are needed, `decode` sums rows of W_enc token by token.
     """
-    dz = torch.where(values > 0, grad_values, torch.zeros_like(grad_values))  # ReLU after the selection
+    dz = torch.where(active(values, signed), grad_values, torch.zeros_like(grad_values))
     dx = dW_enc = db_enc = db_dec = None
     if needs[0]:
         dx = decode(dz, indices, W_enc).to(x.dtype)
@@ -59,23 +61,27 @@ def decode_gradients(
 
 
 @torch.library.custom_op("steersman::topk_encode", mutates_args=())
-def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """See `reference.topk_encode`. The selection has no gradient; `code_values` gives the values theirs."""
-    return dispatch.choose(x.device).topk_encode(x, W_enc, b_enc, k, b_dec)
+def _op_topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None, *, signed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """See `reference.topk_encode`. The selection has no gradient; `_op_code_values` gives the values theirs."""
+    return dispatch.choose(x.device).topk_encode(x, W_enc, b_enc, k, b_dec, signed=signed)
 
 
-@topk_encode.register_fake
-def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+@_op_topk_encode.register_fake
+def _(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Any = None, *, signed: bool = False
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), k, dtype=torch.float32), x.new_empty(len(x), k, dtype=torch.int32)
 
 
 @torch.library.custom_op("steersman::sort_by_latent", mutates_args=())
-def sort_by_latent(indices: Tensor, n_latents: int) -> list[Tensor]:
+def _op_sort_by_latent(indices: Tensor, n_latents: int) -> list[Tensor]:
     """The tensors of the implementation's `LatentOrder` of indices [N, K]."""
     return dispatch.choose(indices.device).LatentOrder(indices, n_latents).tensors
 
 
-@sort_by_latent.register_fake
+@_op_sort_by_latent.register_fake
 def _(indices: Tensor, n_latents: int) -> list[Tensor]:
     return dispatch.choose(indices.device).LatentOrder.shapes(indices, n_latents)
 
@@ -85,36 +91,36 @@ def _order(indices: Tensor, n_latents: int, tensors: Sequence[Tensor]) -> Any:
 
 
 @torch.library.custom_op("steersman::scatter_rows", mutates_args=())
-def scatter_rows(
+def _op_scatter_rows(
     weights: Tensor, rows: Tensor, indices: Tensor, n_latents: int, order: Sequence[Tensor]
 ) -> Tensor:  # fmt: skip
-    """See `reference.scatter_rows`; `order` is what `sort_by_latent` gave."""
+    """See `reference.scatter_rows`; `order` is what `_op_sort_by_latent` gave."""
     return _order(indices, n_latents, order).scatter_rows(weights, rows)
 
 
-@scatter_rows.register_fake
+@_op_scatter_rows.register_fake
 def _(weights: Tensor, rows: Tensor, indices: Tensor, n_latents: int, order: Sequence[Tensor]) -> Tensor:
     return weights.new_empty(n_latents, rows.shape[1], dtype=torch.float32)
 
 
 @torch.library.custom_op("steersman::scatter", mutates_args=())
-def scatter(weights: Tensor, indices: Tensor, n_latents: int, order: Sequence[Tensor]) -> Tensor:
+def _op_scatter(weights: Tensor, indices: Tensor, n_latents: int, order: Sequence[Tensor]) -> Tensor:
     """The sum of weights [N, K] over the pairs of each latent -> [L]."""
     return _order(indices, n_latents, order).scatter(weights)
 
 
-@scatter.register_fake
+@_op_scatter.register_fake
 def _(weights: Tensor, indices: Tensor, n_latents: int, order: Sequence[Tensor]) -> Tensor:
     return weights.new_empty(n_latents, dtype=torch.float32)
 
 
 @torch.library.custom_op("steersman::value_gradient", mutates_args=())
-def value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor, order: Sequence[Tensor]) -> Tensor:
+def _op_value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor, order: Sequence[Tensor]) -> Tensor:
     """See `reference.value_gradient`."""
     return _order(indices, len(W_dec), order).value_gradient(g, W_dec)
 
 
-@value_gradient.register_fake
+@_op_value_gradient.register_fake
 def _(g: Tensor, W_dec: Tensor, indices: Tensor, order: Sequence[Tensor]) -> Tensor:
     return g.new_empty(indices.shape, dtype=torch.float32)
 
@@ -126,17 +132,17 @@ class _Operators:
         self.indices, self.n_latents, self.tensors = indices, n_latents, list(tensors)
 
     def scatter_rows(self, weights: Tensor, rows: Tensor) -> Tensor:
-        return scatter_rows(weights, rows, self.indices, self.n_latents, self.tensors)
+        return _op_scatter_rows(weights, rows, self.indices, self.n_latents, self.tensors)
 
     def scatter(self, weights: Tensor) -> Tensor:
-        return scatter(weights, self.indices, self.n_latents, self.tensors)
+        return _op_scatter(weights, self.indices, self.n_latents, self.tensors)
 
     def value_gradient(self, g: Tensor, W_dec: Tensor) -> Tensor:
-        return value_gradient(g, W_dec, self.indices, self.tensors)
+        return _op_value_gradient(g, W_dec, self.indices, self.tensors)
 
 
 @torch.library.custom_op("steersman::code_values", mutates_args=())
-def code_values(
+def _op_code_values(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
@@ -144,20 +150,19 @@ def code_values(
     values: Tensor,
     indices: Tensor,
     order: Sequence[Tensor],
+    signed: bool,
 ) -> Tensor:
     """A copy of the values [N, K] of a selected code, with gradients to x, W_enc, b_enc and b_dec."""
     return values.clone()
 
 
-@code_values.register_fake
-def _(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, values: Tensor, indices: Tensor, order: Any
-) -> Tensor:
+@_op_code_values.register_fake
+def _(x: Any, W_enc: Any, b_enc: Any, b_dec: Any, values: Tensor, indices: Any, order: Any, signed: bool) -> Tensor:
     return torch.empty_like(values)
 
 
 def _keep_code(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, W_enc, _, b_dec, values, indices, order = inputs
+    x, W_enc, _, b_dec, values, indices, order, ctx.signed = inputs
     ctx.save_for_backward(x, W_enc, b_dec, values, indices, *order)
 
 
@@ -166,25 +171,25 @@ def _code_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     sorted_pairs = _Operators(indices, len(W_enc), order)
 
     def decode(dz: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-        return sparse_decode(dz, indices, W, None, [])
+        return _op_sparse_decode(dz, indices, W, None, [])
 
     needs = ctx.needs_input_grad
-    grads = encode_gradients(grad, x, W_enc, b_dec, values, indices, lambda: sorted_pairs, decode, needs)
-    return *grads, None, None, [None] * len(order)
+    grads = encode_gradients(grad, x, W_enc, b_dec, values, indices, lambda: sorted_pairs, decode, needs, ctx.signed)
+    return *grads, None, None, [None] * len(order), None
 
 
-code_values.register_autograd(_code_backward, setup_context=_keep_code)
+_op_code_values.register_autograd(_code_backward, setup_context=_keep_code)
 
 
 @torch.library.custom_op("steersman::sparse_decode", mutates_args=())
-def sparse_decode(
+def _op_sparse_decode(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, order: Sequence[Tensor]
 ) -> Tensor:
     """See `reference.sparse_decode`; `order` may be empty where no gradient is taken."""
     return dispatch.choose(values.device).sparse_decode(values, indices, W_dec, b_dec)
 
 
-@sparse_decode.register_fake
+@_op_sparse_decode.register_fake
 def _(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, order: Any) -> Tensor:
     return values.new_empty(len(values), W_dec.shape[1], dtype=torch.float32)
 
@@ -196,31 +201,38 @@ def _keep_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _decode_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     values, indices, W_dec, *order = ctx.saved_tensors
-    sorted_pairs = _Operators(indices, len(W_dec), order or sort_by_latent(indices, len(W_dec)))
+    sorted_pairs = _Operators(indices, len(W_dec), order or _op_sort_by_latent(indices, len(W_dec)))
     needs = ctx.needs_input_grad
     wanted = (needs[0], needs[2], needs[3])
     d_values, dW_dec, db_dec = decode_gradients(g, values, W_dec, lambda: sorted_pairs, wanted)
     return d_values, None, dW_dec, db_dec, [None] * len(order)
 
 
-sparse_decode.register_autograd(_decode_backward, setup_context=_keep_decode)
+_op_sparse_decode.register_autograd(_decode_backward, setup_context=_keep_decode)
 
 
 @torch.library.custom_op("steersman::decode_residual", mutates_args=())
-def decode_residual(
+def _op_decode_residual(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`x - x_hat` [N, D] fp32 and each token's squared error [N]; without gradients."""
+    """See `reference.decode_residual`."""
     return dispatch.choose(values.device).decode_residual(values, indices, W_dec, b_dec, x)
 
 
-@decode_residual.register_fake
+@_op_decode_residual.register_fake
 def _(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.float32), x.new_empty(len(x), dtype=torch.float32)
 
 
+def decode_residual(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `reference.decode_residual`; without gradients."""
+    return _op_decode_residual(values, indices, W_dec, b_dec, x)
+
+
 @torch.library.custom_op("steersman::backward_update", mutates_args=("weights", "rows", "moments", "n_steps"))
-def _backward_update(
+def _op_backward_update(
     weights: Sequence[Tensor],
     rows: Sequence[Tensor],
     moments: Sequence[Tensor],
@@ -234,30 +246,31 @@ def _backward_update(
     indices: Tensor,
     aux: Sequence[Tensor],
     centred_by_b_dec: bool,
+    signed: bool,
     rule: str,
     beta1: float,
     beta2: float,
     eps: float,
     state_dtype: str,
 ) -> None:
-    how = Rule(name=rule, beta1=beta1, beta2=beta2, eps=eps, state_dtype=state_dtype)  # pyright: ignore[reportArgumentType]
-    fused = Fused.gather(how, weights, rows, moments, n_steps)
-    implementation = dispatch.choose(residual.device)
-    run = getattr(implementation, "backward_update", update.backward_update)
+    how = UpdateRule(name=rule, beta1=beta1, beta2=beta2, eps=eps, state_dtype=state_dtype)  # pyright: ignore[reportArgumentType]
+    state = UpdateState.unflatten(how, weights, rows, moments, n_steps)
+    run = getattr(dispatch.choose(residual.device), "backward_update", update.backward_update)
     extra = AuxRows(*aux) if aux else None
     run(
-        fused, how, lr, bias_lr, residual, scale, centred, values, indices, extra, centred_by_b_dec=centred_by_b_dec
+        state, how, lr, bias_lr, residual, scale, centred, values, indices, extra, centred_by_b_dec=centred_by_b_dec,
+        signed=signed,
     )  # fmt: skip
 
 
-@_backward_update.register_fake
+@_op_backward_update.register_fake
 def _(*args: Any, **kwargs: Any) -> None:
     return None
 
 
 def backward_update(
-    fused: Fused,
-    rule: Rule,
+    state: UpdateState,
+    rule: UpdateRule,
     lr: Tensor,
     bias_lr: Tensor,
     residual: Tensor,
@@ -268,10 +281,11 @@ def backward_update(
     aux: AuxRows | None,
     *,
     centred_by_b_dec: bool,
+    signed: bool = False,
 ) -> None:
-    """See `update.backward_update`: on the device's implementation, as an operator that changes `fused` in place."""
-    weights, rows, moments = fused.scatter()
-    _backward_update(
-        weights, rows, moments, fused.n_steps, lr, bias_lr, residual, scale, centred, values, indices, list(aux or ()),
-        centred_by_b_dec, rule.name, rule.beta1, rule.beta2, rule.eps, rule.state_dtype,
+    """See `update.backward_update`: on the device's implementation, as an operator that changes `state` in place."""
+    weights, rows, moments = state.flatten()
+    _op_backward_update(
+        weights, rows, moments, state.n_steps, lr, bias_lr, residual, scale, centred, values, indices, list(aux or ()),
+        centred_by_b_dec, signed, rule.name, rule.beta1, rule.beta2, rule.eps, rule.state_dtype,
     )  # fmt: skip

@@ -21,36 +21,54 @@ def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | Non
     return centred @ W_enc.float().T + b_enc.float()
 
 
-def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The K largest pre-activations of each token, largest first, then ReLU (arXiv 2406.04093, eq. 2).
+def active(values: Tensor, signed: bool = False) -> Tensor:
+    """Which entries of a code count: the positive ones, or of a signed code those that are not 0. bool, as `values`."""
+    return values != 0 if signed else values > 0
 
-    Equal values go to the lower latent first. Selection comes before the ReLU, so a row with fewer than K positive
-    pre-activations still returns K indices, and the values of the others are 0. A NaN counts as larger than any number.
+
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None, *, signed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The K largest pre-activations of each token, largest first, then ReLU (TopK: arXiv 2406.04093, eq. 2); `signed`
+    takes the K of largest magnitude, with their sign and no ReLU (AbsTopK: arXiv 2510.00404).
+
+    Equal values (magnitudes) go to the lower latent first. Selection comes before the ReLU, so a row with fewer than K
+    positive pre-activations still returns K indices, and the values of the others are 0. A NaN counts as larger than
+    any number.
 
     Returns values [N, K] fp32 and indices [N, K] int32.
     """
     Z = pre_activations(x, W_enc, b_enc, b_dec)
-    values, indices = torch.sort(Z, dim=1, descending=True, stable=True)
-    return values[:, :k].relu(), indices[:, :k].int()
+    indices = torch.sort(Z.abs() if signed else Z, dim=1, descending=True, stable=True).indices[:, :k]
+    values = Z.gather(1, indices)
+    return values if signed else values.relu(), indices.int()
 
 
 def batch_topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The N*K largest positive pre-activations of the whole batch (arXiv 2412.06410, sec. 3), as a dense code.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The N*K largest positive pre-activations of the whole batch (arXiv 2412.06410, sec. 3).
 
-    Equal values go to the earlier token, then to the lower latent. Returns the code [N, L] (0 where not selected) and
-    the smallest selected value (a scalar; inf when nothing is positive), which training averages into the threshold
-    that inference uses.
+    Equal values go to the earlier token, then to the lower latent.
+
+    Returns values [N, width] fp32, largest first and 0 where nothing is selected, and indices [N, width] int32, width
+    the fullest row's count and at least 1; and the smallest selected value (a scalar; inf when nothing is positive),
+    which training averages into the threshold that inference uses.
     """
     Z = pre_activations(x, W_enc, b_enc, b_dec).relu()
     flat = Z.flatten()
     values, order = torch.sort(flat, descending=True, stable=True)
     values, order = values[: k * len(Z)], order[: k * len(Z)]
     code = torch.zeros_like(flat).scatter_(0, order, values).view_as(Z)
-    positive = code > 0
-    smallest = torch.where(positive, code, code.new_tensor(float("inf"))).min()
-    return code, smallest
+    min_selected = torch.where(code > 0, code, code.new_tensor(float("inf"))).min()
+    return *_largest_first(code), min_selected
+
+
+def _largest_first(code: Tensor) -> tuple[Tensor, Tensor]:
+    """A dense code [N, L] that is never negative as values and int32 indices [N, width], width at least 1."""
+    width = max(1, int((code != 0).sum(dim=1).max()))
+    values, indices = torch.sort(code, dim=1, descending=True, stable=True)
+    return values[:, :width], indices[:, :width].int()
 
 
 def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None) -> Tensor:
@@ -62,12 +80,28 @@ def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor,
     return torch.where(threshold.float() >= Z, torch.zeros_like(Z), Z).relu()
 
 
+def threshold_select(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The code of `threshold_encode` as values and int32 indices [N, width], largest first, width the fullest row's
+    count and at least 1. Entries that are not active have the value 0."""
+    return _largest_first(threshold_encode(x, W_enc, b_enc, threshold, b_dec))
+
+
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """`sum_k values[n, k] W_dec[indices[n, k]] + b_dec`: values, indices [N, K], W_dec [L, D], b_dec [D] -> [N, D]."""
     code = torch.zeros(len(values), len(W_dec), dtype=torch.float32, device=values.device)
     code.scatter_add_(1, indices.long(), values.float())
     X_hat = code @ W_dec.float()
     return X_hat if b_dec is None else X_hat + b_dec.float()
+
+
+def decode_residual(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`x - x_hat` [N, D] fp32, with x_hat as `sparse_decode` makes it, and each token's squared error [N]."""
+    residual = x.float() - sparse_decode(values, indices, W_dec, b_dec)
+    return residual, residual.square().sum(dim=1)
 
 
 def value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ pre-activation differs from Z~ by at most
     |x - x~| max_l |w_l| + |x~| max_l |w_l - w~_l| + max_l |b_l - b~_l| + rounding of the result,
 
 by Cauchy and Schwarz, with the norms of the rounding errors measured and not assumed. Rows whose K-th value is not
-above t by more than that, and rows with ties or NaN, are left to the caller's plain path.
+above t by more than that, and rows with ties or NaN, are left to the caller's plain path. For a signed code the same
+holds of magnitudes: |z| differs from |Z~| by no more than z from Z~.
 
 Shape letters: N tokens, L latents, D width, K active latents a token, M candidates of a token, C rows of a block.
 """
@@ -33,7 +34,7 @@ def has_fast_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and any(ask is not None and ask() for ask in supported)
 
 
-def worthwhile(x: Tensor, W_enc: Tensor, k: int) -> bool:
+def pays_off(x: Tensor, W_enc: Tensor, k: int) -> bool:
     """Whether screening is the faster way for x [N, D] and W_enc [L, D] on the CPU: enough rows to pay for rounding
     the weights, enough latents for the product to be most of the work."""
     N, L = len(x), len(W_enc)
@@ -47,15 +48,17 @@ def n_candidates(k: int) -> int:
     return k + max(16, 3 * k // 4)
 
 
-def screened_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The K largest of `x W_enc^T + b_enc` for each row that allows it.
+def prefiltered_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, signed: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The K largest of `x W_enc^T + b_enc` for each row that allows it; with `signed`, the K of largest magnitude.
 
     Args:
         x: [N, D] fp32, already centred. W_enc: [L, D] fp32. b_enc: [L] fp32.
 
     Returns:
-        values [N, K] fp32 before the ReLU and indices [N, K] int64, largest first, and `open` [N] bool: the rows that
-        are not proven and must be computed in another way.
+        values [N, K] fp32 before the ReLU and indices [N, K] int64, largest first, and `unproven` [N] bool: the rows
+        that are not proven and must be computed in another way.
     """
     N, L, M = len(x), len(W_enc), n_candidates(k)
     x16, W16, b16 = x.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16()
@@ -67,13 +70,18 @@ def screened_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tens
         stop = min(start + rows, N)
         block = Z[: stop - start]
         torch.addmm(b16, x16[start:stop], W16.T, out=block)
+        if signed:
+            block.abs_()
         proposed[start:stop], smallest[start:stop] = _propose(block, M)
     exact = _row_products(x, W_enc, proposed).add_(b_enc[proposed])
-    values, chosen = exact.topk(k + 1, dim=1)
+    values, chosen = (exact.abs() if signed else exact).topk(k + 1, dim=1)
     bound = smallest + _largest_error(x, x16, W_enc, W16, b_enc, b16, smallest)
     distinct = (values[:, :-1] > values[:, 1:]).all(dim=1)  # false for NaN
     proven = distinct & (values[:, k - 1] > bound)
-    return values[:, :k], proposed.gather(1, chosen[:, :k]), ~proven
+    values, chosen = values[:, :k], chosen[:, :k]
+    if signed:
+        values = values.copysign(exact.gather(1, chosen))
+    return values, proposed.gather(1, chosen), ~proven
 
 
 def _propose(Z: Tensor, M: int) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ WAVE: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
 PLAIN = {(100, torch.bfloat16): 1}
 """The entry of `WAVE` for modes other than FILTER, where the rule's choice would need more registers than there are."""
 
-FEW: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
+SMALL_BATCH: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
     (80, torch.bfloat16): (
         Tile(BM=64, BN=16, BK=128, warps=4, stages=4, tma=False),
         Tile(BM=64, BN=64, BK=64, warps=4, stages=4, tma=False),
@@ -69,9 +69,13 @@ FEW: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
         Tile(BM=64, BN=64, BK=32, warps=4, stages=4, tma=False),
     ),
 }
-"""The tiles of `few_kernel`: the first for up to 16 tokens, the second for up to 64. BM counts latents, BN tokens."""
-FEW |= {(100, torch.bfloat16): FEW[90, torch.bfloat16], (90, torch.float32): FEW[80, torch.float32]}
-FEW |= {(100, torch.float32): FEW[80, torch.float32]}
+"""The tiles of `small_batch_kernel`: the first for up to 16 tokens, the second for up to 64. BM counts latents, BN
+tokens."""
+SMALL_BATCH |= {
+    (100, torch.bfloat16): SMALL_BATCH[90, torch.bfloat16],
+    (90, torch.float32): SMALL_BATCH[80, torch.float32],
+}
+SMALL_BATCH |= {(100, torch.float32): SMALL_BATCH[80, torch.float32]}
 
 RESCUE: dict[torch.dtype, Tile] = {
     torch.bfloat16: Tile(BM=16, BN=64, BK=64, warps=4, stages=3, tma=False),
@@ -165,11 +169,11 @@ def find_plain(dtype: torch.dtype, device: torch.device) -> Tile:
     return WAVE[cc, _known(dtype)][PLAIN.get((cc, _known(dtype)), 0)]
 
 
-def find_few(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tile:
-    """The tile of `few_kernel` for a shape on a device."""
+def find_small_batch(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tile:
+    """The tile of `small_batch_kernel` for a shape on a device."""
     if device.type != "cuda":
         return INTERPRETED
-    return FEW[capability(device), _known(dtype)][0 if shape[0] <= 16 else 1]
+    return SMALL_BATCH[capability(device), _known(dtype)][0 if shape[0] <= 16 else 1]
 
 
 def find_rescue(dtype: torch.dtype, device: torch.device) -> Tile:

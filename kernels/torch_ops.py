@@ -22,24 +22,27 @@ BLOCK_BYTES = 16 << 20
 CODE_BYTES = 256 << 20
 
 
-def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None, *, signed: bool = False
+) -> tuple[Tensor, Tensor]:
     """See `reference.topk_encode`. Works on blocks of rows, so that memory is N*K and one block.
 
     On a CPU with bf16 arithmetic, bf16 products choose the candidates (see `screen`) and fp32 decides.
     """
     x = x.float() if b_dec is None else x.float() - b_dec.float()
     W_enc, b_enc = W_enc.float(), b_enc.float()
-    if x.device.type == "cpu" and screen.worthwhile(x, W_enc, k):
-        values, indices, unproven = screen.screened_topk(x, W_enc, b_enc, k)
+    if x.device.type == "cpu" and screen.pays_off(x, W_enc, k):
+        values, indices, unproven = screen.prefiltered_topk(x, W_enc, b_enc, k, signed=signed)
         if bool(unproven.any()):
-            values[unproven], rest = _plain_topk(x[unproven], W_enc, b_enc, k)
+            values[unproven], rest = _plain_topk(x[unproven], W_enc, b_enc, k, signed)
             indices[unproven] = rest.long()
-        return values.relu_(), indices.int()
-    values, indices = _plain_topk(x, W_enc, b_enc, k)
-    return values.relu_(), indices
+        indices = indices.int()
+    else:
+        values, indices = _plain_topk(x, W_enc, b_enc, k, signed)
+    return values if signed else values.relu_(), indices
 
 
-def _plain_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _plain_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
     """The K largest pre-activations, before the ReLU, and their indices [N, K] int32, all in fp32."""
     N, L = len(x), len(W_enc)
     values = torch.empty(N, k, device=x.device)
@@ -51,7 +54,9 @@ def _plain_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
         stop = min(start + rows, N)
         Z_block = Z[: stop - start]
         torch.addmm(b_enc, x[start:stop], W_enc.T, out=Z_block)
-        values[start:stop], indices[start:stop] = select(Z_block, k)
+        values[start:stop], indices[start:stop] = select(Z_block.abs() if signed else Z_block, k)
+        if signed:
+            values[start:stop].copysign_(Z_block.gather(1, indices[start:stop].long()))
     return values, indices
 
 
@@ -114,7 +119,7 @@ def _select_branch_free(Z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def batch_topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.batch_topk_encode`; returns values and indices [N, width], and the smallest selected value.
+    """See `reference.batch_topk_encode`.
 
     Each row proposes its `width` largest values. The N*K largest of all proposals are the N*K largest of all
     pre-activations unless some row had its every proposal taken, in which case the rows propose twice as many.
@@ -132,14 +137,14 @@ def batch_topk_encode(
             break
         width = min(L, 2 * width)
     values = torch.where(selected, proposals, torch.zeros_like(proposals))
-    smallest = torch.where(selected, proposals, proposals.new_tensor(float("inf"))).min()
+    min_selected = torch.where(selected, proposals, proposals.new_tensor(float("inf"))).min()
     # Rows are sorted, so everything past the longest row is zero and need not be decoded.
     used = max(1, int(selected.sum(dim=1).max()))
-    return values[:, :used].contiguous(), indices[:, :used].contiguous(), smallest
+    return values[:, :used].contiguous(), indices[:, :used].contiguous(), min_selected
 
 
 def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None) -> Tensor:
-    """See `reference.threshold_encode`: the dense code [N, L]."""
+    """See `reference.threshold_encode`."""
     x = x.float() if b_dec is None else x.float() - b_dec.float()
     Z = torch.addmm(b_enc.float(), x, W_enc.float().T)
     return torch.where(threshold.float() >= Z, torch.zeros_like(Z), Z).relu_()
@@ -148,10 +153,7 @@ def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor,
 def threshold_select(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The code of `threshold_encode` as values and int32 indices [N, K], largest first, K the fullest row's count.
-
-    Entries that are not active have the value 0. Reads one number from the device.
-    """
+    """See `reference.threshold_select`. Reads one number from the device."""
     return largest_of_code(lambda part: threshold_encode(x[part], W_enc, b_enc, threshold, b_dec), len(x), len(W_enc))
 
 
@@ -186,7 +188,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
 def decode_residual(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`x - x_hat` [N, D] fp32, with x_hat as `sparse_decode` makes it, and each token's squared error [N]."""
+    """See `reference.decode_residual`."""
     residual = x.float() - sparse_decode(values, indices, W_dec, b_dec)
     return residual, residual.square().sum(dim=1)
 

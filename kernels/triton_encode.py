@@ -11,8 +11,8 @@ belong to lower latents, so a value that does not exceed it is behind K others, 
 NaN, one hot tile) are listed on the device and recomputed by `rescue_kernel`, a fixed grid that walks the list and
 returns at once when it is empty. Its streaming selection is exact for any values. Nothing is asked of the host.
 
-A few tokens (N <= FEW) are bound by reading W_enc, not by arithmetic: one kernel reads it once and writes the N x L
-pre-activations, which stay in the L2 cache, and `triton_select.reduce` picks.
+A small batch (N <= SMALL_BATCH) is bound by reading W_enc, not by arithmetic: one kernel reads it once and writes the
+N x L pre-activations, which stay in the L2 cache, and `triton_select.reduce` picks.
 
 The result is `topk` of the fp32 accumulators, ties to the lower latent, ReLU after the selection.
 Shape letters: N tokens, L latents, D width, K active latents a token, C slots, R rows of a program.
@@ -33,7 +33,7 @@ from steersman.kernels import tiles, triton_select
 from steersman.kernels.operands import Operands, prepare
 from steersman.kernels.triton_select import EMPTY, kth_largest, make_key
 
-FEW = 64
+SMALL_BATCH = 64
 """Tokens up to which W_enc's bytes, not the arithmetic, bound the encoder."""
 LARGEST_K = 512
 """Active latents a token up to which the kernels select; above it, PyTorch does."""
@@ -155,7 +155,7 @@ def wave_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "L", "D"])
-def few_kernel(
+def small_batch_kernel(
     x, w, bias_ptr, out_ptr, N, L, D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -334,8 +334,8 @@ def topk_encode_counted(
     if N == 0:
         return values, indices, n_failed
     ops = prepare(x, W_enc, b_enc, b_dec)
-    if N <= FEW:
-        keys = triton_select.reduce(few_pre_activations(ops), k, chunk_of(k))
+    if N <= SMALL_BATCH:
+        keys = triton_select.reduce(small_batch_pre_activations(ops), k, chunk_of(k))
     else:
         candidates = collect(ops, k, n_failed, tiles.find(ops.shape(k), ops.dtype, x.device))
         rescue(ops, candidates, k)
@@ -349,14 +349,14 @@ def chunk_of(k: int) -> int:
     return max(2048, triton.next_power_of_2(4 * k))
 
 
-def few_pre_activations(ops: Operands) -> Tensor:
+def small_batch_pre_activations(ops: Operands) -> Tensor:
     """The pre-activations [N, L] fp32 of a few tokens, by one reading of W."""
     N, D = ops.x.shape
     L = len(ops.W)
-    tile = tiles.find_few(ops.shape(1), ops.dtype, ops.x.device)
+    tile = tiles.find_small_batch(ops.shape(1), ops.dtype, ops.x.device)
     out = torch.empty(N, L, device=ops.x.device)
     x, w = _sources(ops, (tile.BN, tile.BK), (tile.BM, tile.BK), tile.tma)
-    few_kernel[(triton.cdiv(L, tile.BM), triton.cdiv(N, tile.BN))](
+    small_batch_kernel[(triton.cdiv(L, tile.BM), triton.cdiv(N, tile.BN))](
         x, w, ops.bias, out, N, L, D, BM=tile.BM, BN=tile.BN, BK=tile.BK, TMA=tile.tma, PRECISION=ops.precision,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.kernels import torch_ops, triton_backward, triton_decode, triton_encode, triton_threshold, triton_update
-from steersman.kernels.update import Fused
+from steersman.kernels.update import UpdateState
 
 LatentOrder = triton_backward.LatentOrder
 
@@ -34,12 +34,14 @@ def on_device(function: F) -> F:
 
 
 @on_device
-def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None, *, signed: bool = False
+) -> tuple[Tensor, Tensor]:
     """See `reference.topk_encode`."""
     if not 1 <= k <= len(W_enc):
         raise SteersmanError(f"topk_encode: k = {k} must lie between 1 and the {len(W_enc)} latents of W_enc")
-    if k > triton_encode.LARGEST_K:
-        return torch_ops.topk_encode(x, W_enc, b_enc, k, b_dec)
+    if k > triton_encode.LARGEST_K or signed:
+        return torch_ops.topk_encode(x, W_enc, b_enc, k, b_dec, signed=signed)
     return triton_encode.topk_encode(x, W_enc, b_enc, k, b_dec)
 
 
@@ -51,8 +53,8 @@ decode_residual = on_device(triton_decode.decode_residual)
 value_gradient = on_device(triton_backward.value_gradient)
 
 
-def backward_update(fused: Fused, *args: Any, **kwargs: Any) -> None:
+def backward_update(state: UpdateState, *args: Any, **kwargs: Any) -> None:
     """See `update.backward_update`."""
-    device = fused.W_enc.device
+    device = state.W_enc.device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        triton_update.backward_update(fused, *args, **kwargs)
+        triton_update.backward_update(state, *args, **kwargs)

@@ -17,14 +17,14 @@ from torch import Tensor
 from steersman.kernels import tiles, torch_ops, triton_select
 from steersman.kernels.operands import Operands, prepare
 from steersman.kernels.triton_encode import (
-    FEW,
     LARGEST_K,
+    SMALL_BATCH,
     Candidates,
     chunk_of,
-    few_pre_activations,
     launch_wave,
     plan,
     rescue,
+    small_batch_pre_activations,
 )  # fmt: skip
 from steersman.kernels.triton_select import EMPTY
 
@@ -107,8 +107,8 @@ def propose(ops: Operands, k: int, width: int) -> tuple[Tensor, Tensor]:
     device = ops.x.device
     values = torch.empty(N, width, device=device)
     indices = torch.empty(N, width, dtype=torch.int32, device=device)
-    if N <= FEW:
-        keys = triton_select.reduce(few_pre_activations(ops), width, chunk_of(width))
+    if N <= SMALL_BATCH:
+        keys = triton_select.reduce(small_batch_pre_activations(ops), width, chunk_of(width))
         triton_select.finish(keys, width, values, indices)
         return values, indices
     schedule = plan(L, width)
@@ -144,8 +144,8 @@ def _per_latent(threshold: Tensor, L: int) -> Tensor:
 
 def _dense(ops: Operands, threshold: Tensor) -> Tensor:
     N, L = len(ops.x), len(ops.W)
-    if N <= FEW:
-        Z = few_pre_activations(ops) if N else torch.empty(0, L, device=ops.x.device)
+    if N <= SMALL_BATCH:
+        Z = small_batch_pre_activations(ops) if N else torch.empty(0, L, device=ops.x.device)
         return Z.masked_fill_(threshold.clamp(min=0) >= Z, 0.0)
     code = torch.empty(N, L, device=ops.x.device)
     count = torch.empty(0, dtype=torch.int32, device=ops.x.device)
@@ -163,7 +163,7 @@ def threshold_select(
     ops = prepare(x, W_enc, b_enc, b_dec)
     threshold = _per_latent(threshold, len(W_enc))
     N, C = len(x), THRESHOLD_SLOTS
-    if N > FEW:
+    if N > SMALL_BATCH:
         buffer = torch.full((N, C), EMPTY.value, dtype=torch.int64, device=x.device)
         count = torch.zeros(N, dtype=torch.int32, device=x.device)
         tile = tiles.find_plain(ops.dtype, x.device)

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from steersman.kernels import rounding
+from steersman.kernels import reference, rounding
 from steersman.kernels.triton_backward import LatentOrder, sum_chunks, sum_rows, vector_matrix, width_block
-from steersman.kernels.update import AuxRows, Fused, Moments, Rule, Sizes, update_vector
+from steersman.kernels.update import AuxRows, Moments, StepSizes, UpdateRule, UpdateState, update_vector
 
 BLOCK: tl.constexpr = tl.constexpr(rounding.BLOCK)
 
@@ -101,11 +101,11 @@ def store_moment(
 
 
 @triton.jit
-def moved(
+def apply_rule(
     w, grad, M, V, M_EXP, V_EXP, latent, d, cols, mask, row_random, D, size, inverse_root, beta1, beta2, eps,
     ADAM: tl.constexpr, STATE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """See `update.moved`, for one tile of one row: the weights after it; the moments are written."""
+    """See `update.apply_rule`, for one tile of one row: the weights after it; the moments are written."""
     places = latent * D + cols
     row_blocks = tl.cdiv(D, BLOCK)
     blocks = latent * row_blocks + cols // BLOCK
@@ -171,7 +171,7 @@ def update_rows(
                 grad -= projection * tl.load(DEC_ROWS + places, mask=mask, other=0.0).to(tl.float32)
             else:
                 grad -= projection * w
-            w = moved(
+            w = apply_rule(
                 w, grad, M_DEC, V_DEC, M_DEC_EXP, V_DEC_EXP, latent, d, cols, mask, dec_random, D, size, inverse_root,
                 beta1, beta2, eps, ADAM, STATE, BLOCK_D,
             )  # fmt: skip
@@ -184,7 +184,7 @@ def update_rows(
             if AUX:
                 grad += tl.load(aux_enc + aux_places, mask=extra, other=0.0)
             w = tl.load(W_ENC + places, mask=mask, other=0.0)
-            w = moved(
+            w = apply_rule(
                 w, grad, M_ENC, V_ENC, M_ENC_EXP, V_ENC_EXP, latent, d, cols, mask, enc_random, D, size, inverse_root,
                 beta1, beta2, eps, ADAM, STATE, BLOCK_D,
             )  # fmt: skip
@@ -217,8 +217,8 @@ def _pointers(moments: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def backward_update(
-    fused: Fused,
-    rule: Rule,
+    state: UpdateState,
+    rule: UpdateRule,
     lr: Tensor,
     bias_lr: Tensor,
     residual: Tensor,
@@ -229,40 +229,41 @@ def backward_update(
     aux: AuxRows | None,
     *,
     centred_by_b_dec: bool,
+    signed: bool = False,
 ) -> None:
     """See `update.backward_update`."""
-    L, D = fused.W_enc.shape
+    L, D = state.W_enc.shape
     residual, centred = residual.contiguous(), centred.contiguous()
-    order = LatentOrder(indices, L, values > 0)
-    z, dz = order.sorted(values), order.dots(residual, fused.dec_rows, scale)
+    order = LatentOrder(indices, L, reference.active(values, signed))
+    z, dz = order.sorted(values), order.dots(residual, state.dec_rows, scale)
     db_enc, along = order.scatter_sorted(dz, z)
     db_dec = residual.sum(dim=0, dtype=torch.float32) * scale
     if centred_by_b_dec:
-        db_dec = db_dec - vector_matrix(db_enc, fused.enc_rows)
+        db_dec = db_dec - vector_matrix(db_enc, state.enc_rows)
     slots, aux_enc, aux_dec = order.starts, centred, centred  # never read without AuxK
     touched = order.starts.diff() > 0
     if aux is not None:
         slots, aux_enc, aux_dec = _slots(aux, L), aux.dW_enc.contiguous(), aux.dW_dec.contiguous()
         has, row = slots[:L] >= 0, slots[:L].clamp_min(0)
-        own = (aux_dec * fused.dec_rows[aux.latents.clamp_max(L - 1)].float()).sum(dim=1)
+        own = (aux_dec * state.dec_rows[aux.latents.clamp_max(L - 1)].float()).sum(dim=1)
         along = along + torch.where(has, own[row], torch.zeros_like(along))
         db_enc = db_enc + torch.where(has, aux.db_enc[row], torch.zeros_like(db_enc))
         touched = touched | has
 
-    fused.n_steps.add_(1)
-    sizes = Sizes.of(rule, fused.n_steps, lr, bias_lr)
+    state.n_steps.add_(1)
+    sizes = StepSizes.of(rule, state.n_steps, lr, bias_lr)
     g_chunks, x_chunks = order.chunk_table(z, residual), order.chunk_table(dz, centred)
     update_rows[(L,)](
         residual, centred, order.tokens, z, dz, order.starts, order.hot_starts, g_chunks, x_chunks, along,
-        slots, aux_enc, aux_dec, fused.W_enc, fused.W_dec, fused.enc_rows, fused.dec_rows,
-        *_pointers(fused.moments["W_enc"]), *_pointers(fused.moments["W_dec"]),
-        fused.n_steps, sizes.weights, sizes.inverse_root, scale, rule.beta1, rule.beta2, rule.eps, D,
+        slots, aux_enc, aux_dec, state.W_enc, state.W_dec, state.enc_rows, state.dec_rows,
+        *_pointers(state.moments["W_enc"]), *_pointers(state.moments["W_dec"]),
+        state.n_steps, sizes.weights, sizes.inverse_root, scale, rule.beta1, rule.beta2, rule.eps, D,
         HOT=len(g_chunks) > 0, AUX=aux is not None, ADAM=rule.adam, TOUCHED_ONLY=rule.touched_only,
-        STATE=rule.state_dtype, COPY=fused.enc_rows is not fused.W_enc, **tile(D),
+        STATE=rule.state_dtype, COPY=state.enc_rows is not state.W_enc, **tile(D),
     )  # fmt: skip
     moving = touched if rule.touched_only else None
-    update_vector(fused.b_enc, db_enc, fused.moments["b_enc"], moving, rule, sizes.biases, sizes.inverse_root)
-    update_vector(fused.b_dec, db_dec, fused.moments["b_dec"], None, rule, sizes.biases, sizes.inverse_root)
+    update_vector(state.b_enc, db_enc, state.moments["b_enc"], moving, rule, sizes.biases, sizes.inverse_root)
+    update_vector(state.b_dec, db_dec, state.moments["b_dec"], None, rule, sizes.biases, sizes.inverse_root)
 
 
 def tile(D: int) -> dict[str, int]:

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from steersman.kernels import rounding, torch_ops
+from steersman.kernels import reference, rounding, torch_ops
 
 RuleName = Literal["adam", "adam_touched", "signum", "signum_touched"]
 StateDtype = Literal["float32", "bfloat16", "int8"]
@@ -33,7 +33,7 @@ ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class UpdateRule:
     """How a gradient moves the weights."""
 
     name: RuleName = "adam"
@@ -65,7 +65,7 @@ class Moments(NamedTuple):
     v_exponents: Tensor | None
 
 
-def new_moments(like: Tensor, rule: Rule) -> Moments:
+def new_moments(like: Tensor, rule: UpdateRule) -> Moments:
     """Moments of zero for a matrix or vector."""
     dtype = rule.state_dtype if like.dim() == 2 else "float32"
     kinds = {"float32": (torch.float32,) * 2, "bfloat16": (torch.bfloat16,) * 2, "int8": (torch.int8, torch.uint8)}
@@ -91,7 +91,7 @@ class AuxRows(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fused:
+class UpdateState:
     """What the fused update reads and writes: weights, the rows that products read, moments and the step counter."""
 
     W_enc: Tensor
@@ -112,11 +112,13 @@ class Fused:
     """[1] int32: steps done."""
 
     @staticmethod
-    def of(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, rule: Rule, operands: torch.dtype) -> "Fused":
+    def of(
+        W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, rule: UpdateRule, operands: torch.dtype
+    ) -> "UpdateState":
         """A state before the first step; it holds the given weights, not copies of them."""
         own = operands == torch.float32
         parameters = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
-        return Fused(
+        return UpdateState(
             **parameters,
             enc_rows=W_enc if own else W_enc.to(operands),
             dec_rows=W_dec if own else W_dec.to(operands),
@@ -124,17 +126,17 @@ class Fused:
             n_steps=torch.zeros(1, dtype=torch.int32, device=W_enc.device),
         )
 
-    def scatter(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def flatten(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The tensors that a step changes, as plain lists, each once: weights, rows for products, moments."""
         rows = [] if self.enc_rows is self.W_enc else [self.enc_rows, self.dec_rows]
         moments = [t for each in self.moments.values() for t in each if t is not None]
         return [self.W_enc, self.W_dec, self.b_enc, self.b_dec], rows, moments
 
     @staticmethod
-    def gather(
-        rule: Rule, weights: Sequence[Tensor], rows: Sequence[Tensor], moments: Sequence[Tensor], n_steps: Tensor
-    ) -> "Fused":
-        """The object that `scatter` took apart."""
+    def unflatten(
+        rule: UpdateRule, weights: Sequence[Tensor], rows: Sequence[Tensor], moments: Sequence[Tensor], n_steps: Tensor
+    ) -> "UpdateState":
+        """The object that `flatten` took apart."""
         left, named = iter(moments), {}
         for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
             blocks = rule.state_dtype == "int8" and name.startswith("W")
@@ -142,7 +144,7 @@ class Fused:
             named[name] = Moments(*(next(left) if there else None for there in has))  # pyright: ignore[reportArgumentType]
         W_enc, W_dec, b_enc, b_dec = weights
         enc_rows, dec_rows = rows or (W_enc, W_dec)
-        return Fused(
+        return UpdateState(
             W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, b_dec=b_dec, enc_rows=enc_rows, dec_rows=dec_rows, moments=named,
             n_steps=n_steps,
         )  # fmt: skip
@@ -161,7 +163,7 @@ class Fused:
         return tensors
 
 
-class Sizes(NamedTuple):
+class StepSizes(NamedTuple):
     """The step's learning rates with Adam's corrections for zero initial moments, on the device: scalars [1]."""
 
     weights: Tensor
@@ -170,18 +172,18 @@ class Sizes(NamedTuple):
     """`1 / sqrt(1 - b2^t)`."""
 
     @staticmethod
-    def of(rule: Rule, n_steps: Tensor, lr: Tensor, bias_lr: Tensor) -> "Sizes":
+    def of(rule: UpdateRule, n_steps: Tensor, lr: Tensor, bias_lr: Tensor) -> "StepSizes":
         """n_steps [1] counts this step; lr and bias_lr are [1] on the device."""
         if not rule.adam:
-            return Sizes(lr, bias_lr, torch.ones_like(lr))
+            return StepSizes(lr, bias_lr, torch.ones_like(lr))
         t = n_steps.double()
         first = (1 / (1 - rule.beta1**t)).float()
         second = (1 - rule.beta2**t).rsqrt().float()
-        return Sizes(lr * first, bias_lr * first, second)
+        return StepSizes(lr * first, bias_lr * first, second)
 
 
-def moved(
-    w: Tensor, grad: Tensor, m: Tensor, v: Tensor | None, rule: Rule, size: Tensor, inverse_root: Tensor
+def apply_rule(
+    w: Tensor, grad: Tensor, m: Tensor, v: Tensor | None, rule: UpdateRule, size: Tensor, inverse_root: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One step of the rule on fp32 tensors of one shape: the weights and moments after it."""
     m = rule.beta1 * m + (1 - rule.beta1) * grad
@@ -197,8 +199,8 @@ def update_matrix(
     grad: Tensor,
     moments: Moments,
     touched: Tensor,
-    rule: Rule,
-    sizes: Sizes,
+    rule: UpdateRule,
+    sizes: StepSizes,
     seed: Tensor,
     *,
     unit: bool,
@@ -213,7 +215,7 @@ def update_matrix(
         old, m, v = W[part], _read(moments.m, moments.m_exponents, part), None
         if moments.v is not None:
             v = _read(moments.v, moments.v_exponents, part)
-        new, m, v = moved(old, grad[part], m, v, rule, sizes.weights, sizes.inverse_root)
+        new, m, v = apply_rule(old, grad[part], m, v, rule, sizes.weights, sizes.inverse_root)
         if unit:
             new = new / new.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         keep = touched[part, None] if rule.touched_only else None
@@ -254,18 +256,24 @@ def _write(
 
 
 def update_vector(
-    b: Tensor, grad: Tensor, moments: Moments, touched: Tensor | None, rule: Rule, size: Tensor, inverse_root: Tensor
+    b: Tensor,
+    grad: Tensor,
+    moments: Moments,
+    touched: Tensor | None,
+    rule: UpdateRule,
+    size: Tensor,
+    inverse_root: Tensor,
 ) -> None:
     """Move a bias; touched (of its shape) says which entries move, all where it is None."""
-    new, m, v = moved(b, grad, moments.m, moments.v, rule, size, inverse_root)
+    new, m, v = apply_rule(b, grad, moments.m, moments.v, rule, size, inverse_root)
     for old, fresh in ((b, new), (moments.m, m), (moments.v, v)):
         if old is not None and fresh is not None:
             old.copy_(fresh if touched is None else torch.where(touched, fresh, old))
 
 
 def backward_update(
-    fused: Fused,
-    rule: Rule,
+    state: UpdateState,
+    rule: UpdateRule,
     lr: Tensor,
     bias_lr: Tensor,
     residual: Tensor,
@@ -276,58 +284,60 @@ def backward_update(
     aux: AuxRows | None,
     *,
     centred_by_b_dec: bool,
+    signed: bool = False,
 ) -> None:
     """Take the gradients of one step's loss and move all weights by them, in place.
 
     Args:
-        fused: weights, moments, step counter.
+        state: weights, moments, step counter.
         rule: the update rule.
         lr, bias_lr: [1] fp32 on the device, the learning rates of the matrices and of the biases.
         residual: [N, D] fp32 or bf16; the gradient of the reconstruction is `scale * residual`.
         scale: a number.
         centred: [N, D] fp32 or bf16, what the encoder multiplied: x - b_dec, or x.
-        values: [N, K] fp32. Pairs whose value is not positive have no gradient (ReLU).
+        values: [N, K] fp32. Pairs that are not active (see `reference.active`) have no gradient.
         indices: [N, K] integers, each below L.
         aux: further gradients of some latents.
         centred_by_b_dec: whether b_dec was subtracted from x, so that it has a gradient through the encoder.
+        signed: whether the code may be negative (AbsTopK).
     """
-    L = len(fused.W_enc)
-    active = values > 0
+    L = len(state.W_enc)
+    active = reference.active(values, signed)
     zero = torch.zeros_like(values)
     values = torch.where(active, values, zero)
-    dz = torch.where(active, torch_ops.value_gradient(residual, fused.dec_rows, indices), zero) * scale
+    dz = torch.where(active, torch_ops.value_gradient(residual, state.dec_rows, indices), zero) * scale
     order = torch_ops.LatentOrder(indices, L)
     db_enc = order.scatter(dz)
     along = order.scatter(values * dz)  # <dW_dec[l], W_dec[l]>: no second pass over the rows
     touched = order.scatter(active.float()) > 0
     db_dec = residual.float().sum(dim=0) * scale
     if centred_by_b_dec:
-        db_dec = db_dec - db_enc @ fused.enc_rows.float()
+        db_dec = db_dec - db_enc @ state.enc_rows.float()
 
-    fused.n_steps.add_(1)
-    sizes = Sizes.of(rule, fused.n_steps, lr, bias_lr)
+    state.n_steps.add_(1)
+    sizes = StepSizes.of(rule, state.n_steps, lr, bias_lr)
     grad = order.scatter_rows(values * scale, residual)
     if aux is not None:
-        along = _with_rows(along, aux.latents, (aux.dW_dec * _rows_at(fused.dec_rows, aux.latents)).sum(dim=1))
+        along = _with_rows(along, aux.latents, (aux.dW_dec * _rows_at(state.dec_rows, aux.latents)).sum(dim=1))
         grad = _with_rows(grad, aux.latents, aux.dW_dec)
         db_enc = _with_rows(db_enc, aux.latents, aux.db_enc)
         touched = _with_rows(touched.float(), aux.latents, torch.ones_like(aux.db_enc)) > 0
-    grad -= along[:, None] * fused.dec_rows
-    decoder_seed = 2 * fused.n_steps + 1
+    grad -= along[:, None] * state.dec_rows
+    decoder_seed = 2 * state.n_steps + 1
     # The encoder's gradient reads nothing that changes here, so that one dense gradient is held at a time.
     update_matrix(
-        fused.W_dec, fused.dec_rows, grad, fused.moments["W_dec"], touched, rule, sizes, decoder_seed, unit=True
+        state.W_dec, state.dec_rows, grad, state.moments["W_dec"], touched, rule, sizes, decoder_seed, unit=True
     )
     grad = order.scatter_rows(dz, centred)
     if aux is not None:
         grad = _with_rows(grad, aux.latents, aux.dW_enc)
-    encoder_seed = 2 * fused.n_steps
+    encoder_seed = 2 * state.n_steps
     update_matrix(
-        fused.W_enc, fused.enc_rows, grad, fused.moments["W_enc"], touched, rule, sizes, encoder_seed, unit=False
+        state.W_enc, state.enc_rows, grad, state.moments["W_enc"], touched, rule, sizes, encoder_seed, unit=False
     )
     moving = touched if rule.touched_only else None
-    update_vector(fused.b_enc, db_enc, fused.moments["b_enc"], moving, rule, sizes.biases, sizes.inverse_root)
-    update_vector(fused.b_dec, db_dec, fused.moments["b_dec"], None, rule, sizes.biases, sizes.inverse_root)
+    update_vector(state.b_enc, db_enc, state.moments["b_enc"], moving, rule, sizes.biases, sizes.inverse_root)
+    update_vector(state.b_dec, db_dec, state.moments["b_dec"], None, rule, sizes.biases, sizes.inverse_root)
 
 
 def _rows_at(rows: Tensor, latents: Tensor) -> Tensor:

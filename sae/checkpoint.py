@@ -5,52 +5,16 @@ A BatchTopK SAE is saved as a JumpReLU one whose thresholds are all its own, as 
 Every file is written under a temporary name, synced and renamed. `steersman.sae.formats.saelens` reads them.
 """
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from steersman.errors import SteersmanError
+from steersman.files import make_folder, write_json, write_whole
 from steersman.sae.base import SAE, FeatureStats
 from steersman.sae.config import SAEConfig
 
 CONFIG, WEIGHTS, STATS = "cfg.json", "sae_weights.safetensors", "feature_stats.safetensors"
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(temporary path)`, sync the file and rename it to `path`: never half a file under the final name."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that only their owner can read
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SteersmanError(f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
-
-
-def make_folder(path: Path) -> None:
-    """Make the folder `path` unless it is there."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SteersmanError(f"{path} cannot be made: {error.strerror}") from error
 
 
 def save(sae: SAE, path: Path) -> None:
@@ -61,7 +25,7 @@ def save(sae: SAE, path: Path) -> None:
     threshold = getattr(sae, "threshold", None)
     if threshold is not None:
         tensors["threshold"] = threshold.float().expand(cfg.d_sae).contiguous()
-    write_atomically(path / WEIGHTS, lambda temporary: save_file(tensors, temporary))
+    write_whole(path / WEIGHTS, lambda temporary: save_file(tensors, temporary))
     if sae.feature_stats is None:
         (path / STATS).unlink(missing_ok=True)
     else:
@@ -73,7 +37,7 @@ def save_statistics(stats: FeatureStats, path: Path) -> None:
     """Write the feature statistics into the SAE folder `path`."""
     arrays = {name: getattr(stats, name).contiguous() for name in ("max_act", "density", "mean_act")}
     header = {"n_tokens": str(stats.n_tokens), "median_norm": repr(stats.median_norm)}
-    write_atomically(path / STATS, lambda temporary: save_file(arrays, temporary, metadata=header))
+    write_whole(path / STATS, lambda temporary: save_file(arrays, temporary, metadata=header))
 
 
 def saelens_architecture(cfg: SAEConfig) -> str:

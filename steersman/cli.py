@@ -2,7 +2,7 @@
 
 A field `batch_size` of a dataclass is the flag `--batch-size` and the YAML key `batch_size` (`--config settings.yaml`;
 flags win over the file). A mistake is one line on standard error and exit code 2; work that was cut short by something
-else, and that the same command goes on with, is one line and exit code 75, on which a scheduler can queue it again.
+else, and that the same command resumes, is one line and exit code 75, on which a scheduler can queue it again.
 """
 
 import contextlib
@@ -12,42 +12,58 @@ import logging
 import os
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from steersman.allocator import keep_freed_memory
 from steersman.errors import LostRankError, SteersmanError, UnfinishedError, near_names
+from steersman.yaml_settings import default_of, read_yaml
 
 MISTAKE, INTERRUPTED, UNFINISHED = 2, 130, 75
 
-COMMANDS: dict[str, tuple[str, str, str]] = {
-    "quickstart": ("steersman.demo.quickstart", "QuickstartConfig", "see everything at once on the bundled model"),
-    "cache": ("steersman.commands.pipeline", "CacheConfig", "run a model over text and store its activations"),
-    "train": ("steersman.commands.pipeline", "TrainCommand", "train an SAE on a store, or straight from a model"),
-    "eval": ("steersman.commands.pipeline", "EvalCommand", "measure an SAE: reconstruction, effect on the model"),
-    "features": ("steersman.commands.pipeline", "FeaturesCommand", "see what each feature fires on and writes"),
-    "plan": ("steersman.commands.cluster", "PlanConfig", "memory, network and time that a training run needs"),
-    "steer": ("steersman.commands.pipeline", "SteerConfig", "generate text with features turned up or down"),
-    "inspect": ("steersman.commands.sae_files", "InspectCommand", "see what an SAE's files hold, in any format"),
-    "convert": ("steersman.commands.sae_files", "ConvertCommand", "write an SAE in another library's format"),
-    "vector make": ("steersman.commands.vectors", "VectorMakeCommand", "a steering vector from examples or a feature"),
-    "vector show": ("steersman.commands.vectors", "VectorShowCommand", "what is known of vectors, and their cosines"),
-    "vector calibrate": ("steersman.commands.vectors", "VectorCalibrateCommand", "scale a vector to what it may cost"),
-    "vector convert": ("steersman.commands.vectors", "VectorConvertCommand", "between safetensors and GGUF"),
-    "evaluate": ("steersman.commands.vectors", "EvaluateCommand", "measure a vector against its baselines"),
-    "effects": ("steersman.commands.effects", "EffectsCommand", "measure what steering vectors do to features"),
-    "target": ("steersman.commands.effects", "TargetCommand", "make the vector that raises chosen features (SAE-TS)"),
-    "decompose": ("steersman.commands.decompose", "DecomposeCommand", "take vectors apart into signed features"),
+
+class Command(NamedTuple):
+    """One subcommand: its function, found when it is called, and a line of help.
+
+    The function takes one argument, annotated with the dataclass of the command's flags.
+    """
+
+    function: str
+    """`module:function`."""
+    help: str
+
+    def load(self) -> Callable[[Any], None]:
+        module, name = self.function.split(":")
+        return getattr(import_module(module), name)
+
+
+COMMANDS: dict[str, Command] = {
+    "quickstart": Command("steersman.demo.quickstart:run_quickstart", "see everything at once on the bundled model"),
+    "cache": Command("steersman.commands.cache:run", "run a model over text and store its activations"),
+    "train": Command("steersman.commands.train:run", "train an SAE on a store, or straight from a model"),
+    "eval": Command("steersman.commands.eval:run", "measure an SAE: reconstruction, effect on the model"),
+    "features": Command("steersman.commands.features:run", "see what each feature fires on and writes"),
+    "plan": Command("steersman.commands.plan:run", "memory, network and time that a training run needs"),
+    "steer": Command("steersman.commands.steer:run", "generate text with features turned up or down"),
+    "inspect": Command("steersman.commands.inspect:run", "see what an SAE's files hold, in any format"),
+    "convert": Command("steersman.commands.convert:run", "write an SAE in another library's format"),
+    "vector make": Command("steersman.commands.vector_make:run", "a steering vector from examples or a feature"),
+    "vector show": Command("steersman.commands.vector_show:run", "what is known of vectors, and their cosines"),
+    "vector calibrate": Command("steersman.commands.vector_calibrate:run", "scale a vector to what it may cost"),
+    "vector convert": Command("steersman.commands.vector_convert:run", "between safetensors and GGUF"),
+    "evaluate": Command("steersman.commands.evaluate:run", "measure a vector against its baselines"),
+    "effects": Command("steersman.commands.effects:run", "measure what steering vectors do to features"),
+    "target": Command("steersman.commands.target:run", "make the vector that raises chosen features (SAE-TS)"),
+    "decompose": Command("steersman.commands.decompose:run", "take vectors apart into signed features"),
 }
-"""Subcommand, of one word or two: the module, the dataclass of its flags and a line of help. The module's
-`run_<subcommand>` (`run_vector_make`) runs it."""
+"""Subcommands, of one word or two."""
 
 
 def usage(group: str = "") -> str:
     """The help of the command as a whole, or of a group such as `vector`."""
-    shown = {name: what for name, (_, _, what) in COMMANDS.items() if not group or name.startswith(f"{group} ")}
+    shown = {name: command.help for name, command in COMMANDS.items() if not group or name.startswith(f"{group} ")}
     width = max(map(len, shown))
     lines = [f"  {name:<{width}}  {what}" for name, what in shown.items()]
     head = "usage: steersman COMMAND [--config FILE.yaml] [FLAGS]\n\ncommands:\n"
@@ -92,10 +108,10 @@ def run(argv: list[str]) -> None:
         return
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("steersman").setLevel(logging.INFO)
-    module = import_module(COMMANDS[name][0])
-    config = parse(getattr(module, COMMANDS[name][1]), rest, f"steersman {name}")
+    function = COMMANDS[name].load()
+    config = parse(config_type(function), rest, f"steersman {name}")
     quiet_transformers()
-    getattr(module, f"run_{name.replace(' ', '_')}")(config)
+    function(config)
 
 
 def _command(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -126,12 +142,18 @@ def parse(config_type: type[Any], args: list[str], program: str) -> Any:
     """
     import tyro
 
-    args = _with_file(config_type, args)
+    args, path = _without_file(args)
+    options: dict[str, Any] = {} if path is None else {"default": _defaults(config_type, path, args)}
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             config, unknown = tyro.cli(
-                config_type, args=args, prog=program, return_unknown_args=True, config=(tyro.conf.UseAppendAction,)
+                config_type,
+                args=args,
+                prog=program,
+                return_unknown_args=True,
+                config=(tyro.conf.UseAppendAction,),
+                **options,
             )
     except SystemExit as stop:
         if stop.code == MISTAKE:
@@ -151,48 +173,39 @@ def _one_line(complaint: str) -> str:
     return " ".join(body[: ends[0]] if ends else body) or "these flags cannot be read"
 
 
-def _with_file(config_type: type[Any], args: list[str]) -> list[str]:
-    """Put the settings of the `--config` file in front of the flags, those that flags repeat left out."""
+def config_type(function: Callable[[Any], None]) -> type[Any]:
+    """The dataclass of a command's flags: the annotation of its function's one argument."""
+    hints = typing.get_type_hints(function)
+    hints.pop("return", None)
+    (config,) = hints.values()
+    return config
+
+
+def _without_file(args: list[str]) -> tuple[list[str], Path | None]:
+    """The flags without `--config FILE`, and the file."""
     for i, arg in enumerate(args):
-        if arg == "--config" and i + 1 < len(args):
-            path, rest = args[i + 1], args[:i] + args[i + 2 :]
-            break
         if arg.startswith("--config="):
-            path, rest = arg.removeprefix("--config="), args[:i] + args[i + 1 :]
-            break
+            return args[:i] + args[i + 1 :], Path(arg.removeprefix("--config="))
         if arg == "--config":
-            raise SteersmanError("--config needs the name of a YAML file")
-    else:
-        return args
-    given = {arg.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for arg in rest}
-    return _flags(config_type, Path(path), given) + rest
+            if i + 1 == len(args):
+                raise SteersmanError("--config needs the name of a YAML file")
+            return args[:i] + args[i + 2 :], Path(args[i + 1])
+    return args, None
 
 
-def _flags(config_type: type[Any], path: Path, given: set[str]) -> list[str]:
-    import yaml
+def _defaults(config_type: type[Any], path: Path, args: list[str]) -> Any:
+    """What the YAML file at `path` holds, as the defaults of the flags: an instance whose rules are not checked yet.
 
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise SteersmanError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SteersmanError(f"{path} is not YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise SteersmanError(f"{path} must hold a mapping of settings, such as `d_sae: 4096`")
-    hints = typing.get_type_hints(config_type)
-    names = [field.name for field in dataclasses.fields(config_type)]
-    flags: list[str] = []
-    for key, value in settings.items():
-        if key not in names:
-            raise SteersmanError(f"{path}: unknown key {key!r}; near it: {near_names(str(key), names, 3)}")
-        if key in given:
-            continue
-        flag = f"--{key.replace('_', '-')}"
-        if isinstance(value, bool):
-            flags.append(flag if value else f"--no-{flag.removeprefix('--')}")
-        elif isinstance(value, list | tuple):
-            repeated = "..." in str(hints[key])
-            flags += [part for item in value for part in (flag, str(item))] if repeated else [flag, *map(str, value)]
-        else:
-            flags += [flag, str(value)]
-    return flags
+    A flag that may be repeated adds to its default, so the file's value of one that is given is left out.
+    """
+    import tyro
+
+    settings = read_yaml(path, config_type)
+    given = {arg.split("=")[0].removeprefix("--").replace("-", "_") for arg in args}
+    defaults = object.__new__(config_type)  # not through __init__, whose checks need the flags as well
+    for field in dataclasses.fields(config_type):
+        value = default_of(field, tyro.MISSING)
+        if field.name in settings and not (field.name in given and isinstance(settings[field.name], tuple)):
+            value = settings[field.name]
+        object.__setattr__(defaults, field.name, value)
+    return defaults

@@ -1,33 +1,30 @@
-"""Old public names: each works for one release, and warns."""
+"""Old public names, which work for one release more."""
 
+import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
-from importlib import import_module
 from typing import Any, TypeVar
 
 C = TypeVar("C", bound=type[Any])
 
 
-def warn(old: str, new: str, stacklevel: int = 3) -> None:
-    """Say that `old` is now `new`, at the caller's line."""
-    warnings.warn(f"{old} is now {new}; the old name goes in the next release", DeprecationWarning, stacklevel)
+def moved(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a module whose `names` are elsewhere now: old name -> "module:new name".
 
-
-def renamed_names(module: str, table: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's `__getattr__` for names that moved: old name -> full new name.
-
-    Example: `__getattr__ = renamed_names(__name__, {"Old": "steersman.sae.New"})`.
+    >>> __getattr__ = moved("steersman.steer.methods", {"read_texts": "steersman.text:read_texts"})
+    >>> __getattr__("read_texts").__module__
+    'steersman.text'
     """
 
-    def __getattr__(name: str) -> Any:
-        if name not in table:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        home, _, new = table[name].rpartition(".")
-        warn(f"{module}.{name}", table[name])
-        return getattr(import_module(home), new)
+    def getattr_(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module, _, new = names[name].partition(":")
+        warnings.warn(f"{package}.{name} is {module}.{new} now", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(module), new)
 
-    return __getattr__
+    return getattr_
 
 
 def renamed_fields(**table: str) -> Callable[[C], C]:
@@ -42,7 +39,7 @@ def renamed_fields(**table: str) -> Callable[[C], C]:
         @wraps(make)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             for old in table.keys() & kwargs.keys():
-                warn(f"{cls.__name__}({old}=...)", table[old])
+                _warn(f"{cls.__name__}({old}=...)", table[old])
                 kwargs[table[old]] = kwargs.pop(old)
             make(self, *args, **kwargs)
 
@@ -56,7 +53,11 @@ def renamed_fields(**table: str) -> Callable[[C], C]:
 
 def _reader(owner: str, old: str, new: str) -> Callable[[Any], Any]:
     def read(self: Any) -> Any:
-        warn(f"{owner}.{old}", new)
+        _warn(f"{owner}.{old}", new)
         return getattr(self, new)
 
     return read
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(f"{old} is {new} now", DeprecationWarning, stacklevel=3)

@@ -7,7 +7,7 @@ from support.effect_toys import TEXTS, quick, toy
 from support.tiny_models import word_tokenizer
 
 from steersman.cli import main
-from steersman.commands.effects import parse_targets
+from steersman.commands.target import parse_targets
 from steersman.errors import SteersmanError
 from steersman.steer.effects.map import EffectMap
 from steersman.steer.vectors.vector import SteeringVector

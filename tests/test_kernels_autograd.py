@@ -9,23 +9,27 @@ from steersman.kernels import choose, sparse_decode, topk_encode, with_gradient
 from steersman.kernels.reference import pre_activations
 
 
-def dense_loss(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, indices: Tensor) -> Tensor:
+def dense_loss(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, indices: Tensor, signed: bool
+) -> Tensor:
     Z = pre_activations(x, W_enc, b_enc, b_dec)
+    Z = Z if signed else Z.relu()
     chosen = torch.zeros_like(Z).scatter(1, indices.long(), 1.0)
     upstream = torch.linspace(-1, 2, x.shape[1])  # an upstream gradient that is not 1
-    return (((Z.relu() * chosen) @ W_dec + b_dec) * upstream).square().sum()
+    return (((Z * chosen) @ W_dec + b_dec) * upstream).square().sum()
 
 
 @pytest.mark.parametrize(("N", "L", "D", "k"), [(1, 5, 3, 2), (64, 200, 17, 8), (9, 40, 6, 40)])
-def test_gradients_equal_dense_autograd(N: int, L: int, D: int, k: int) -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_gradients_equal_dense_autograd(N: int, L: int, D: int, k: int, signed: bool) -> None:
     g = torch.Generator().manual_seed(0)
     tensors = [torch.randn(s, generator=g).requires_grad_() for s in ((N, D), (L, D), (L,), (L, D), (D,))]
     x, W_enc, b_enc, W_dec, b_dec = tensors
-    values, order = topk_encode(x, W_enc, b_enc, k, b_dec)
+    values, order = topk_encode(x, W_enc, b_enc, k, b_dec, signed=signed)
     upstream = torch.linspace(-1, 2, D)
     loss = (sparse_decode(values, order, W_dec, b_dec) * upstream).square().sum()
     got = torch.autograd.grad(loss, tensors)
-    want = torch.autograd.grad(dense_loss(x, W_enc, b_enc, W_dec, b_dec, order.indices), tensors)
+    want = torch.autograd.grad(dense_loss(x, W_enc, b_enc, W_dec, b_dec, order.indices, signed), tensors)
     for name, a, b in zip(("x", "W_enc", "b_enc", "W_dec", "b_dec"), got, want):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()), msg=f"gradient of {name}")
 
@@ -47,6 +51,15 @@ def test_a_selected_value_cut_by_relu_has_no_gradient() -> None:
     (grad,) = torch.autograd.grad(values.sum(), W_enc)
     assert values.tolist() == [[0.0]]
     assert not grad.any()
+
+
+def test_a_negative_value_of_a_signed_code_has_its_gradient() -> None:
+    x = -torch.ones(1, 2)
+    W_enc = torch.eye(2).requires_grad_()
+    values, _ = topk_encode(x, W_enc, torch.zeros(2), 1, signed=True)
+    (grad,) = torch.autograd.grad(values.sum(), W_enc)
+    assert values.tolist() == [[-1.0]]
+    assert grad.tolist() == [[-1.0, -1.0], [0.0, 0.0]]
 
 
 def test_halves_of_a_batch_add_up_to_the_gradient_of_the_whole() -> None:

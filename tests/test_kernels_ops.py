@@ -5,7 +5,7 @@ import torch
 from support.updates import problem, state_of
 from torch import Tensor
 
-from steersman.kernels import Rule, ops, sparse_decode, topk_encode
+from steersman.kernels import UpdateRule, ops, sparse_decode, topk_encode
 
 N, L, D, K = 10, 20, 6, 3
 
@@ -18,12 +18,12 @@ def tensors(grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def operands(name: str) -> tuple:
     x, W, b_enc, b_dec = tensors(False)
-    values, indices = ops.topk_encode(x, W, b_enc, b_dec, K)
-    order = ops.sort_by_latent(indices, L)
+    values, indices = ops._op_topk_encode(x, W, b_enc, K, b_dec)
+    order = ops._op_sort_by_latent(indices, L)
     if name == "code_values":
-        return (*tensors(True), values, indices, order)
+        return (*tensors(True), values, indices, order, True)
     return {
-        "topk_encode": (x, W, b_enc, b_dec, K),
+        "topk_encode": (x, W, b_enc, K, b_dec),
         "sort_by_latent": (indices, L),
         "scatter_rows": (values, x, indices, L, order),
         "scatter": (values, indices, L, order),
@@ -45,21 +45,23 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_operators_keep_their_promises(name: str) -> None:
-    torch.library.opcheck(getattr(ops, name), operands(name))
+    torch.library.opcheck(getattr(ops, f"_op_{name}"), operands(name))
 
 
-@pytest.mark.parametrize("rule", [Rule(), Rule(name="signum_touched", state_dtype="int8")], ids=["adam", "signum"])
+@pytest.mark.parametrize(
+    "rule", [UpdateRule(), UpdateRule(name="signum_touched", state_dtype="int8")], ids=["adam", "signum"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_update_names_everything_it_changes(rule: Rule, dtype: torch.dtype) -> None:
+def test_the_update_names_everything_it_changes(rule: UpdateRule, dtype: torch.dtype) -> None:
     p = problem(1, N=N, L=L, D=D, k=K)
     state = state_of(p, rule, dtype)
-    values, indices = ops.topk_encode(p.x[0], state.W_enc, state.b_enc, state.b_dec, K)
-    weights, rows, moments = state.scatter()
+    values, indices = ops._op_topk_encode(p.x[0], state.W_enc, state.b_enc, K, state.b_dec)
+    weights, rows, moments = state.flatten()
     rate = torch.ones(1) * 0.1
     torch.library.opcheck(
-        ops._backward_update,
+        ops._op_backward_update,
         (
-            weights, rows, moments, state.n_steps, rate, rate, p.x[0], 0.3, p.x[0], values, indices, [], True,
+            weights, rows, moments, state.n_steps, rate, rate, p.x[0], 0.3, p.x[0], values, indices, [], True, False,
             rule.name, rule.beta1, rule.beta2, rule.eps, rule.state_dtype,
         ),
     )  # fmt: skip
@@ -83,6 +85,6 @@ def test_a_compiled_step_has_the_gradients_of_the_eager_one() -> None:
 
 def test_meta_tensors_have_the_shapes_of_real_ones() -> None:
     x, W, b_enc, b_dec = (t.to("meta") for t in tensors(False))
-    values, indices = ops.topk_encode(x, W, b_enc, b_dec, K)
+    values, indices = ops._op_topk_encode(x, W, b_enc, K, b_dec)
     assert values.shape == indices.shape == (N, K)
-    assert ops.sparse_decode(values, indices, W, b_dec, []).shape == (N, D)
+    assert ops._op_sparse_decode(values, indices, W, b_dec, []).shape == (N, D)

@@ -32,10 +32,14 @@ def assert_same_code(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) ->
     ("N", "L", "D", "k"),
     [(1, 1, 1, 1), (1, 513, 7, 5), (37, 1000, 33, 16), (65, 4099, 24, 32), (8, 16, 4, 16), (300, 777, 12, 1)],
 )
-def test_topk_encode_equals_the_reference(N: int, L: int, D: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_topk_encode_equals_the_reference(
+    N: int, L: int, D: int, k: int, signed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch_ops, "BLOCK_BYTES", 4 * L * 13)  # several blocks, the last one not full
     x, W, b_enc, b_dec = weights(N, L, D)
-    assert_same_code(torch_ops.topk_encode(x, W, b_enc, k, b_dec), reference.topk_encode(x, W, b_enc, k, b_dec))
+    got = torch_ops.topk_encode(x, W, b_enc, k, b_dec, signed=signed)
+    assert_same_code(got, reference.topk_encode(x, W, b_enc, k, b_dec, signed=signed))
 
 
 def adversarial(name: str, L: int) -> Tensor:
@@ -70,6 +74,33 @@ def test_selection_is_exact_on_adversarial_rows(name: str, L: int, select) -> No
     assert_same_code(select(Z, k), (values[:, :k], indices[:, :k].int()))
 
 
+@pytest.mark.parametrize("select", ["_select_checked", "_select_branch_free"])
+@pytest.mark.parametrize(
+    "name", ["all equal", "all negative", "few positive", "ties across the boundary", "one hot group", "infinite"]
+)
+def test_a_signed_code_is_exact_on_adversarial_rows(name: str, select: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole numbers times a unit vector, so that products are exact; signs alternate."""
+    monkeypatch.setattr(torch_ops, "_select_checked", getattr(torch_ops, select))
+    Z = adversarial(name, 1000)[0] * torch.tensor([1.0, -1.0]).repeat(500)
+    x, W, b = torch.ones(3, 1), Z.nan_to_num(posinf=9.0)[:, None], torch.zeros(1000)
+    b[:9] = torch.where(Z[:9].isinf(), Z[:9], b[:9])
+    values, indices = torch_ops.topk_encode(x, W, b, 16, signed=True)
+    expected = torch.sort((W[:, 0] + b).abs(), descending=True, stable=True).indices[:16]
+    assert indices.tolist() == [expected.tolist()] * 3
+    assert torch.equal(values, (W[:, 0] + b)[expected].expand(3, -1))
+    want = reference.topk_encode(x, W, b, 16, signed=True)
+    assert torch.equal(values, want[0])
+    assert torch.equal(indices, want[1])
+
+
+def test_a_signed_code_says_nan() -> None:
+    x, W = torch.randn(4, 8), torch.randn(512, 8)
+    x[1, 3] = torch.nan
+    for implementation in (reference, torch_ops):
+        values, _ = implementation.topk_encode(x, W, torch.zeros(512), 8, signed=True)
+        assert values.isnan().any(dim=1).tolist() == [False, True, False, False]
+
+
 @pytest.mark.parametrize("select", [torch_ops._select_checked, torch_ops._select_branch_free])
 def test_a_row_with_nan_says_nan_and_leaves_other_rows_alone(select) -> None:
     Z = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
@@ -102,8 +133,9 @@ def test_batch_topk_equals_the_reference(N: int, L: int, k: int, concentrated: b
     if concentrated:  # one token takes far more than its share, so the proposals must be widened
         x[0] *= 50
     values, indices, smallest = torch_ops.batch_topk_encode(x, W, b_enc, k, b_dec)
-    code, want_smallest = reference.batch_topk_encode(x, W, b_enc, k, b_dec)
-    dense = torch.zeros(N, L).scatter_add_(1, indices.long(), values)
+    *want, want_smallest = reference.batch_topk_encode(x, W, b_enc, k, b_dec)
+    assert values.shape == want[0].shape
+    dense, code = (torch.zeros(N, L).scatter_add_(1, i.long(), v) for v, i in ((values, indices), want))
     torch.testing.assert_close(dense, code, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(smallest, want_smallest, rtol=1e-5, atol=1e-5)
 

@@ -22,7 +22,7 @@ PLAN = triton_encode.plan
 @pytest.fixture(autouse=True)
 def _small_waves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Buffers of 128 slots, so that a few hundred latents make several waves; no path of its own for a few tokens."""
-    monkeypatch.setattr(triton_encode, "FEW", 0)
+    monkeypatch.setattr(triton_encode, "SMALL_BATCH", 0)
     monkeypatch.setattr(triton_encode, "plan", functools.partial(PLAN, smallest=128, largest=128))
     with operands.precision("fp32"):
         yield
@@ -60,7 +60,7 @@ def test_equals_the_reference(N: int, L: int, D: int, k: int) -> None:
 @pytest.mark.parametrize("few", [1, 16])
 @pytest.mark.parametrize("L", [40, 2100])
 def test_few_tokens(few: int, L: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_encode, "FEW", 64)
+    monkeypatch.setattr(triton_encode, "SMALL_BATCH", 64)
     x, W, b, b_dec = integers(few, 9, seed=1), integers(L, 9, seed=2), integers(L, seed=3), integers(9, seed=4)
     assert check(x, W, b, 9, b_dec) == 0
     x[0, 3] = torch.nan

@@ -4,14 +4,14 @@ import pytest
 import torch
 from support.updates import problem, train
 
-from steersman.kernels import Fused, Rule, triton_backward, triton_update, update
+from steersman.kernels import UpdateRule, UpdateState, triton_backward, triton_update, update
 from steersman.kernels.update import RuleName, StateDtype
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's part: shapes for the CPU")
 
 
-def everything(state: Fused) -> dict[str, torch.Tensor]:
-    weights, rows, _ = state.scatter()
+def everything(state: UpdateState) -> dict[str, torch.Tensor]:
+    weights, rows, _ = state.flatten()
     named = dict(zip(("W_enc", "W_dec", "b_enc", "b_dec", "enc_rows", "dec_rows"), weights + rows))
     return named | state.state()
 
@@ -33,7 +33,7 @@ def test_steps_equal_the_definition(
 ) -> None:
     """Every tensor after three steps, one with AuxK; chunks so small that some latents are hot."""
     monkeypatch.setattr(triton_backward, "CHUNK", 8)
-    p, rule = problem(3, N=30, L=L, D=D), Rule(name=name, state_dtype=state_dtype)
+    p, rule = problem(3, N=30, L=L, D=D), UpdateRule(name=name, state_dtype=state_dtype)
     got, losses = train(triton_update, p, rule, 3e-3, operands)
     want, want_losses = train(update, p, rule, 3e-3, operands)
     assert losses == pytest.approx(want_losses, rel=1e-5)
@@ -47,7 +47,7 @@ def test_steps_equal_the_definition(
 
 def test_two_runs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backward, "CHUNK", 8)
-    p, rule = problem(2, L=8), Rule(state_dtype="int8")
+    p, rule = problem(2, L=8), UpdateRule(state_dtype="int8")
     first, second = (train(triton_update, p, rule, 0.01, torch.bfloat16)[0] for _ in range(2))
     for key, value in everything(first).items():
         assert torch.equal(value, everything(second)[key]), key
@@ -57,8 +57,8 @@ def test_two_runs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_converges_like_the_reference(operands: torch.dtype, steps: int) -> None:
     """The loss of every step, and the weights after all of them, from one seed."""
     p = problem(steps, N=8, L=3, D=4, k=2)
-    got, losses = train(triton_update, p, Rule(), 1e-2, operands)
-    want, want_losses = train(update, p, Rule(), 1e-2, operands)
+    got, losses = train(triton_update, p, UpdateRule(), 1e-2, operands)
+    want, want_losses = train(update, p, UpdateRule(), 1e-2, operands)
     tolerance = 1e-4 if operands == torch.float32 else 2e-2
     torch.testing.assert_close(losses, want_losses, rtol=tolerance, atol=0)
     for a, b in ((got.W_enc, want.W_enc), (got.W_dec, want.W_dec), (got.b_enc, want.b_enc), (got.b_dec, want.b_dec)):
@@ -82,7 +82,7 @@ def test_a_new_number_of_tokens_compiles_nothing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(InterpretedFunction, "run", recording)
     for N in (16, 37):
         launches.append([])
-        train(triton_update, problem(1, N=N, L=3), Rule(), 0.01)
+        train(triton_update, problem(1, N=N, L=3), UpdateRule(), 0.01)
     first, second = launches
     assert [name for name, _ in first] == [name for name, _ in second]
     for (name, a), (_, b) in zip(first, second):

@@ -7,26 +7,29 @@ import torch
 from support.updates import Signum, aux_of, problem, state_of, train, train_by_autograd
 from torch import Tensor
 
-from steersman.kernels import Fused, Rule, reference, update
+from steersman.kernels import UpdateRule, UpdateState, reference, update
 
 
-def weights(state: Fused) -> list[Tensor]:
+def weights(state: UpdateState) -> list[Tensor]:
     return [state.W_enc, state.W_dec, state.b_enc, state.b_dec]
 
 
 @pytest.mark.parametrize(
     ("rule", "optimizer", "lr"),
     [
-        (Rule(name="adam"), partial(torch.optim.Adam, betas=(0.9, 0.95)), 3e-3),
-        (Rule(name="adam", beta1=0.8, beta2=0.999), partial(torch.optim.Adam, betas=(0.8, 0.999)), 3e-3),
-        (Rule(name="signum"), Signum, 1e-3),
+        (UpdateRule(name="adam"), partial(torch.optim.Adam, betas=(0.9, 0.95)), 3e-3),
+        (UpdateRule(name="adam", beta1=0.8, beta2=0.999), partial(torch.optim.Adam, betas=(0.8, 0.999)), 3e-3),
+        (UpdateRule(name="signum"), Signum, 1e-3),
     ],
     ids=["adam", "adam, other betas", "signum"],
 )
-def test_a_hundred_steps_equal_autograd_and_a_dense_optimiser(rule: Rule, optimizer, lr: float) -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_hundred_steps_equal_autograd_and_a_dense_optimiser(
+    rule: UpdateRule, optimizer, lr: float, signed: bool
+) -> None:
     p = problem(100)
-    state, losses = train(update, p, rule, lr)
-    want, want_losses = train_by_autograd(p, optimizer, lr)
+    state, losses = train(update, p, rule, lr, signed=signed)
+    want, want_losses = train_by_autograd(p, optimizer, lr, signed=signed)
     torch.testing.assert_close(losses, want_losses, rtol=2e-5, atol=0)
     for name, a, b in zip(("W_enc", "W_dec", "b_enc", "b_dec"), weights(state), want):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -38,7 +41,7 @@ def test_touched_rows_move_as_in_sparse_adam_and_the_others_stay() -> None:
     """`torch.optim.SparseAdam` defines Adam on the rows that have a gradient."""
     L, D = 12, 5
     g = torch.Generator().manual_seed(0)
-    W, rule, lr = torch.randn(L, D, generator=g), Rule(name="adam_touched", eps=1e-12), torch.tensor([0.01])
+    W, rule, lr = torch.randn(L, D, generator=g), UpdateRule(name="adam_touched", eps=1e-12), torch.tensor([0.01])
     mine, theirs = W.clone(), W.clone().requires_grad_()
     sparse = torch.optim.SparseAdam([theirs], lr=0.01, betas=(0.9, 0.95), eps=1e-12)
     moments = update.new_moments(mine, rule)
@@ -49,7 +52,7 @@ def test_touched_rows_move_as_in_sparse_adam_and_the_others_stay() -> None:
         theirs.grad = torch.sparse_coo_tensor(rows[None], grad[rows], (L, D))
         sparse.step()
         t = torch.tensor([step], dtype=torch.int32)
-        sizes = update.Sizes.of(rule, t, lr, lr)
+        sizes = update.StepSizes.of(rule, t, lr, lr)
         before, m_before = mine.clone(), moments.m.clone()
         update.update_matrix(mine, mine, grad, moments, touched, rule, sizes, t, unit=False)
         assert torch.equal(mine[~touched], before[~touched])
@@ -61,7 +64,7 @@ def test_touched_rows_move_as_in_sparse_adam_and_the_others_stay() -> None:
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
 def test_a_touched_rule_leaves_everything_of_silent_latents(name, state_dtype) -> None:
     p = problem(1, L=30)
-    rule = Rule(name=name, state_dtype=state_dtype)
+    rule = UpdateRule(name=name, state_dtype=state_dtype)
     state = state_of(p, rule)
     for moments in state.moments.values():
         moments.m.fill_(1)
@@ -86,7 +89,7 @@ def test_a_touched_rule_leaves_everything_of_silent_latents(name, state_dtype) -
 
 def test_the_gradient_beside_the_code_reaches_both_matrices() -> None:
     p = problem(1)
-    rule = Rule(name="signum")
+    rule = UpdateRule(name="signum")
     moved = []
     for aux in (None, aux_of(20, 6, 1)):
         state = state_of(p, rule)
@@ -106,7 +109,7 @@ def test_the_gradient_beside_the_code_reaches_both_matrices() -> None:
 
 def test_a_decoder_row_moves_across_itself_and_stays_a_unit_vector() -> None:
     p = problem(5)
-    state, _ = train(update, p, Rule(), 0.05)
+    state, _ = train(update, p, UpdateRule(), 0.05)
     torch.testing.assert_close(state.W_dec.norm(dim=1), torch.ones(20))
     assert not torch.equal(state.W_dec, p.W_dec)
 
@@ -115,8 +118,8 @@ def test_a_decoder_row_moves_across_itself_and_stays_a_unit_vector() -> None:
 def test_fewer_bits_of_state_train_as_well(state_dtype, bytes_a_weight: int) -> None:
     """After 300 steps the loss is within 3 % of that of fp32 state."""
     p = problem(300, N=64, D=16, L=40)
-    _, want = train(update, p, Rule(), 3e-3)
-    state, losses = train(update, p, Rule(state_dtype=state_dtype), 3e-3)
+    _, want = train(update, p, UpdateRule(), 3e-3)
+    state, losses = train(update, p, UpdateRule(state_dtype=state_dtype), 3e-3)
     last = sum(losses[-30:]) / 30
     assert last == pytest.approx(sum(want[-30:]) / 30, rel=0.03)
     assert last < 0.4 * losses[0]
@@ -126,28 +129,28 @@ def test_fewer_bits_of_state_train_as_well(state_dtype, bytes_a_weight: int) -> 
 
 def test_second_moments_do_not_freeze_in_few_bits() -> None:
     """With b2 = 0.999 an update is far below one step of the format; plain rounding would never move."""
-    rule = Rule(beta2=0.999, state_dtype="int8")
+    rule = UpdateRule(beta2=0.999, state_dtype="int8")
     W = torch.zeros(200, 128)
     moments = update.new_moments(W, rule)
     touched, lr = torch.ones(200, dtype=torch.bool), torch.zeros(1)
     for step in range(1, 401):
         t = torch.tensor([step], dtype=torch.int32)
         update.update_matrix(
-            W, W, torch.ones_like(W), moments, touched, rule, update.Sizes.of(rule, t, lr, lr), t, unit=False
+            W, W, torch.ones_like(W), moments, touched, rule, update.StepSizes.of(rule, t, lr, lr), t, unit=False
         )
     v = update._read(moments.v, moments.v_exponents, slice(0, 200))  # pyright: ignore[reportArgumentType]
     assert float(v.mean()) == pytest.approx(1 - 0.999**400, rel=0.01)
 
 
 def test_two_runs_give_the_same_bits() -> None:
-    p, rule = problem(10), Rule(state_dtype="int8")
+    p, rule = problem(10), UpdateRule(state_dtype="int8")
     first, second = (train(update, p, rule, 0.01, torch.bfloat16)[0] for _ in range(2))
     for a, b in zip([*weights(first), *first.state().values()], [*weights(second), *second.state().values()]):
         assert torch.equal(a, b)
 
 
 def test_copies_for_products_are_the_rounded_weights() -> None:
-    state, _ = train(update, problem(4), Rule(), 0.01, torch.bfloat16)
+    state, _ = train(update, problem(4), UpdateRule(), 0.01, torch.bfloat16)
     assert torch.equal(state.enc_rows, state.W_enc.bfloat16())
     assert torch.equal(state.dec_rows, state.W_dec.bfloat16())
     state.W_enc.add_(1)
@@ -157,7 +160,7 @@ def test_copies_for_products_are_the_rounded_weights() -> None:
 
 def test_halves_of_a_batch_sum_to_the_gradient_of_the_whole() -> None:
     """Read off Signum's first moment, which after one step from zero is (1 - b1) times the gradient."""
-    p, rule = problem(1, N=40), Rule(name="signum")
+    p, rule = problem(1, N=40), UpdateRule(name="signum")
     x, rate = p.x[0], torch.zeros(1)
     values, indices = reference.topk_encode(x, p.W_enc, p.b_enc, p.k, p.b_dec)
     residual = x - reference.sparse_decode(values, indices, p.W_dec, p.b_dec)

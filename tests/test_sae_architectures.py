@@ -79,7 +79,8 @@ def test_the_step_has_the_bits_that_it_always_had(name: str, with_aux: bool) -> 
 
 
 def test_the_threshold_follows_the_smallest_value_that_was_selected() -> None:
-    sae = BatchTopKSAE(SAEConfig(d_in=8, d_sae=64, k=5, architecture="batch_topk"), torch.Generator().manual_seed(0))
+    sae = SAE(SAEConfig(d_in=8, d_sae=64, k=5, architecture="batch_topk"), torch.Generator().manual_seed(0))
+    assert isinstance(sae, BatchTopKSAE)
     first = sae.training_step(seeded(50, 8), seeded(50, 8), TrainingState())
     sae.after_step(first, TrainingState())
     assert first.code.min_selected is not None
@@ -151,10 +152,10 @@ def test_what_cannot_be_trained_says_what_can() -> None:
 
 
 def test_the_old_name_of_the_architecture_still_works() -> None:
-    with pytest.warns(DeprecationWarning, match=r"SAEConfig\(activation=...\) is now architecture"):
+    with pytest.warns(DeprecationWarning, match=r"SAEConfig\(activation=...\) is architecture now"):
         cfg = SAEConfig(d_in=8, d_sae=32, activation="relu")  # pyright: ignore[reportCallIssue]
     assert cfg.architecture == "relu"
-    with pytest.warns(DeprecationWarning, match="SAEConfig.activation is now architecture"):
+    with pytest.warns(DeprecationWarning, match="SAEConfig.activation is architecture now"):
         assert cfg.activation == "relu"  # pyright: ignore[reportAttributeAccessIssue]
     assert SAEConfig.from_record(cfg.record()) == cfg
     assert cfg.record()["activation"] == "relu"

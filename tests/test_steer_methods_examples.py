@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from steersman.errors import SteersmanError
-from steersman.steer.methods import Example, as_examples, read_examples, read_texts
+from steersman.steer.methods import Example, as_examples, read_examples
 
 
 def write(path: Path, *records: object) -> Path:
@@ -55,17 +55,6 @@ def test_wrong_lines(tmp_path: Path, record: object, message: str) -> None:
         read_examples(path)
 
 
-def test_texts(tmp_path: Path) -> None:
-    assert read_texts(write(tmp_path / "t.txt", "one", "", "two")) == ["one", "two"]
-    assert read_texts(write(tmp_path / "t.jsonl", {"text": "one"}, {"text": "two"})) == ["one", "two"]
-    with pytest.raises(SteersmanError, match="line 1 has no text in 'text'"):
-        read_texts(write(tmp_path / "t.jsonl", {"content": "one"}))
-    with pytest.raises(SteersmanError, match="holds no text"):
-        read_texts(write(tmp_path / "empty.txt", ""))
-    with pytest.raises(SteersmanError, match="cannot be read: No such file"):
-        read_texts(tmp_path / "none.txt")
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SteersmanError, match="cannot be read: No such file"):
         read_examples(tmp_path / "none.jsonl")
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(SteersmanError, match="not UTF-8"):
-        read_texts(tmp_path / "bytes.txt")

@@ -19,10 +19,10 @@ from support.tiny_models import with_text
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.text import open_text
 from steersman.train import ActivationStore, CacheConfig, cache_activations
 from steersman.train.capture.capture import capture_settings, captured_rows
 from steersman.train.store.shards import ShardWriter
-from steersman.train.text import open_text
 
 DOCUMENTS = word_documents(60)
 OPTIONS: dict[str, Any] = {"hook": HOOK, "context_length": 16, "batch_size": 4, "tokens": None, "shard_rows": 300}

@@ -10,10 +10,10 @@ from support.sharded_jobs import mixture, select, train_on_every_mesh, trained
 from torch import Tensor
 
 from steersman.kernels import reference
+from steersman.parallel import Mesh
 from steersman.sae import SAE, SAEConfig
 from steersman.train import TrainConfig
 from steersman.train.mesh.sharded import initial_rows
-from steersman.train.parallel import Mesh
 
 CONFIG = TrainConfig(d_sae=64, k=4, batch_size=128, tokens=128 * 400, seed=3, device="cpu")
 CONFIGS = {
@@ -89,7 +89,8 @@ def test_selection_over_shards_is_that_of_one_process(n: int, latent: int) -> No
         eye, zero = torch.eye(24), torch.zeros(24)
         values, indices = reference.topk_encode(Z, eye, zero, k)
         expected = torch.zeros_like(Z).scatter_(1, indices.long(), values)
-        dense, smallest = reference.batch_topk_encode(Z, eye, zero, k)
+        values, indices, smallest = reference.batch_topk_encode(Z, eye, zero, k)
+        dense = torch.zeros_like(Z).scatter_(1, indices.long(), values)
         for which, wanted in ((0, expected), (1, dense)):
             code = torch.zeros_like(Z)
             for rank, answer in enumerate(found):

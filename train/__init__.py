@@ -1,5 +1,6 @@
 """Text to tokens to activations to a store to a trained SAE, on one process or many."""
 
+from steersman.text import TextSource, open_text
 from steersman.train.capture.cache import CacheConfig, cache_activations
 from steersman.train.capture.stream import ActivationStream
 from steersman.train.run.recipe import Recipe, TrainConfig, resolve
@@ -8,7 +9,6 @@ from steersman.train.store.batch import ActivationBatch, RowInfo
 from steersman.train.store.source import ActivationSource
 from steersman.train.store.statistics import ActivationStats
 from steersman.train.store.store import ActivationStore
-from steersman.train.text import TextSource, open_text
 
 __all__ = [
     "ActivationBatch",

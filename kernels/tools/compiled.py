@@ -120,13 +120,13 @@ def wave_job(tile: Tile, capability: int, dtype: torch.dtype, mode: int, C: int 
     )
 
 
-def few_job(tile: Tile, capability: int, dtype: torch.dtype) -> Job:
-    """`triton_encode.few_kernel`."""
+def small_batch_job(tile: Tile, capability: int, dtype: torch.dtype) -> Job:
+    """`triton_encode.small_batch_kernel`."""
     x, w = (_operand(dtype, rows, tile) for rows in (tile.BN, tile.BM))
     return Job(
-        name=f"encode few {_NAMES[dtype]}",
+        name=f"encode small batch {_NAMES[dtype]}",
         capability=capability,
-        kernel=triton_encode.few_kernel,
+        kernel=triton_encode.small_batch_kernel,
         types={"x": x, "w": w, "bias_ptr": "*fp32", "out_ptr": "*fp32"} | dict.fromkeys(("N", "L", "D"), "i32"),
         constants=_constants(tile),
         warps=tile.warps,
@@ -193,8 +193,8 @@ def shipped(capability: int, full: bool = False) -> Iterator[Job]:
             plain = i == tiles.PLAIN.get((capability, dtype), 0)
             for mode in (0, 1, 2, 3) if plain else (1,):
                 yield wave_job(tile, capability, dtype, mode)
-        for tile in tiles.FEW[capability, dtype]:
-            yield few_job(tile, capability, dtype)
+        for tile in tiles.SMALL_BATCH[capability, dtype]:
+            yield small_batch_job(tile, capability, dtype)
         yield rescue_job(capability, dtype)
     yield from decode_jobs(capability)
     if full:

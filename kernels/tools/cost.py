@@ -91,10 +91,10 @@ def passes(shape: tiles.Shape, tile: tiles.Tile, growth: float = 4.0) -> float:
 
 def encode(shape: tiles.Shape, tile: tiles.Tile, gpu: Gpu, growth: float = 4.0, item: int = 2) -> Cost:
     """`triton_encode.topk_encode`: the product, the epilogue on the multiprocessors' four schedulers, the selection."""
-    from steersman.kernels.triton_encode import FEW, plan
+    from steersman.kernels.triton_encode import SMALL_BATCH, plan
 
     N, L, D, K = shape
-    if N <= FEW:  # W once; the pre-activations written and read, mostly in the cache
+    if N <= SMALL_BATCH:  # W once; the pre-activations written and read, mostly in the cache
         return Cost(flops=2.0 * max(N, 16) * L * D, bytes=item * L * D + 8.0 * N * L, extra_ms=4 * LAUNCH_MS)
     schedule = plan(L, K, growth)
     # A warp's instruction serves 32 elements, and a multiprocessor issues four a clock.
@@ -140,7 +140,7 @@ def step(shape: tiles.Shape, tile: tiles.Tile, gpu: Gpu, state: int = 4) -> Cost
 
 def buffer_bytes(shape: tiles.Shape) -> int:
     """Memory that encode takes beside its operands and result."""
-    from steersman.kernels.triton_encode import FEW, plan
+    from steersman.kernels.triton_encode import SMALL_BATCH, plan
 
     N, L, _, K = shape
-    return 4 * N * L if N <= FEW else 8 * N * plan(L, K).slots + 12 * N
+    return 4 * N * L if N <= SMALL_BATCH else 8 * N * plan(L, K).slots + 12 * N

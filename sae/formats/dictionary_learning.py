@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
+from steersman.files import make_folder, write_json, write_whole
 from steersman.sae.base import SAE
-from steersman.sae.checkpoint import make_folder, write_atomically, write_json
 from steersman.sae.config import SAEConfig
 from steersman.sae.formats.base import Format, Parts, first_of, integer, matrix, text
 from steersman.sae.formats.names import to_hook_name, to_model_name
@@ -100,7 +100,7 @@ class DictionaryLearning(Format):
         make_folder(path)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors_of(kind, sae).items()}
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-        write_atomically(path / "ae.pt", lambda temporary: torch.save(tensors, temporary))
+        write_whole(path / "ae.pt", lambda temporary: torch.save(tensors, temporary))
         cfg = sae.cfg
         trainer: dict[str, Any] = {
             "dict_class": kind,

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from steersman.errors import SteersmanError
+from steersman.files import make_folder, write_json, write_whole
 from steersman.sae.base import SAE
-from steersman.sae.checkpoint import make_folder, write_atomically, write_json
 from steersman.sae.config import SAEConfig
 from steersman.sae.formats.base import Format, Parts, integer, matrix, text
 from steersman.sae.formats.names import hook_in_path, to_model_name
@@ -93,7 +93,7 @@ class Sparsify(Format):
             tensors["W_skip"] = sae.W_skip.detach()
         make_folder(path)
         tensors = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(path / WEIGHTS, lambda temporary: save_file(tensors, temporary))
+        write_whole(path / WEIGHTS, lambda temporary: save_file(tensors, temporary))
         fields: dict[str, Any] = {
             "activation": cfg.architecture,
             "expansion_factor": max(1, cfg.d_sae // cfg.d_in),

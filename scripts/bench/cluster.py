@@ -29,8 +29,8 @@ import tyro
 
 from steersman import ActivationStore, LanguageModel, TrainConfig, cache_activations, train_sae
 from steersman.demo import MODEL_PATH, texts
+from steersman.parallel import rank_and_world_size
 from steersman.train import ActivationStream
-from steersman.train.parallel import launched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def rank_of_job(args: Args) -> None:
         lines = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
         timed = [line for line in lines if line["step"] > lines[-1]["step"] / 4]
         seconds = args.tokens * statistics.mean(1 / line["tokens_per_second"] for line in timed)
-    if launched()[0] == 0:
+    if rank_and_world_size()[0] == 0:
         print(seconds)
 
 

@@ -22,14 +22,14 @@ CASES = [(1, 1), (2, 2), (2, 1)]
 def rank_main(d_in: int, d_sae: int, k: int, batch: int, latent: int) -> None:
     import torch
 
+    from steersman.parallel import Mesh, Ranks, rank_and_world_size
     from steersman.sae import SAEConfig
     from steersman.train import TrainConfig, Trainer, resolve
     from steersman.train.mesh.sharded import ShardedTrainer
-    from steersman.train.parallel import Mesh, Ranks, launched
     from steersman.train.reports.plan import PlanConfig, plan_run
     from steersman.train.store.statistics import StatsSums, row_norms
 
-    rank, n = launched()
+    rank, n = rank_and_world_size()
     config = TrainConfig(d_sae=d_sae, k=k, batch_size=batch, tokens=batch * 100, device="cpu", aux_coefficient=0.0)
     mesh = Mesh.over(n, rank=rank, d_sae=d_sae, batch_size=batch, latent=latent)
     with Ranks(mesh, 300) as ranks:

@@ -18,7 +18,7 @@ import tyro
 from steersman import SAE, LanguageModel, Steerer, SteeringVector, collect_effects
 from steersman.demo import MODEL_PATH, texts
 from steersman.steer import EffectsConfig
-from steersman.train.text import open_text
+from steersman.text import open_text
 
 
 @dataclass(frozen=True, kw_only=True)

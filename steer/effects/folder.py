@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steersman.errors import SteersmanError
+from steersman.files import write_json, write_whole
 from steersman.sae import SAE
-from steersman.sae.checkpoint import write_atomically, write_json
 
 if TYPE_CHECKING:
     from steersman.steer.effects.map import EffectMap
@@ -274,7 +274,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], manifest: EffectsManif
     header = {FORMAT: manifest.fingerprint}  # a single entry: safetensors writes several in no fixed order
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     try:
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=header))
     except SafetensorError as error:  # safetensors wraps what the system said
         raise SteersmanError(f"{path} could not be written: {error}; run the same command again to go on") from error
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.sae.checkpoint import write_atomically
+from steersman.files import write_whole
 from steersman.steer.effects.folder import Baseline
 from steersman.steer.effects.map import EffectMap
 
@@ -39,7 +39,7 @@ def write(m: EffectMap, path: Path) -> None:
     header = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=header))
     except OSError as error:
         raise SteersmanError(f"{path.parent} cannot be made: {error.strerror}") from error
     except SafetensorError as error:  # safetensors wraps what the system said

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from steersman.errors import SteersmanError
-from steersman.sae.checkpoint import write_atomically
+from steersman.files import write_whole
 from steersman.steer.evaluation.bootstrap import Estimate, bootstrap
 from steersman.steer.evaluation.config import EvaluationConfig
 from steersman.steer.evaluation.forced import slopes
@@ -184,8 +184,8 @@ class SteeringEvaluation:
         except OSError as error:
             raise SteersmanError(f"{folder} cannot be made: {error.strerror}") from error
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        write_atomically(folder / "evaluation.json", lambda temporary: temporary.write_text(text))
-        write_atomically(folder / "evaluation.txt", lambda temporary: temporary.write_text(self.to_text() + "\n"))
+        write_whole(folder / "evaluation.json", lambda temporary: temporary.write_text(text))
+        write_whole(folder / "evaluation.txt", lambda temporary: temporary.write_text(self.to_text() + "\n"))
         self.plot(folder / "curves.png")
 
     def plot(self, path: str | Path) -> None:
@@ -214,7 +214,7 @@ class SteeringEvaluation:
             axes.set(title=name, xlabel="scale")
             if i == 0:
                 axes.legend(fontsize=7)
-        write_atomically(Path(path), lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+        write_whole(Path(path), lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:

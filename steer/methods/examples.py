@@ -116,24 +116,3 @@ def _records(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
             if not isinstance(record, dict):
                 raise SteersmanError(f"{path}: line {number} is {type(record).__name__}, not an object with fields")
             yield number, record
-
-
-def read_texts(path: str | Path, column: str = "text") -> list[str]:
-    """Texts from a file: the `column` of each line of a .jsonl file, or each line that is not blank of any other."""
-    path = Path(path)
-    if path.suffix == ".jsonl":
-        texts = []
-        for number, record in _records(path):
-            if not isinstance(record.get(column), str):
-                raise SteersmanError(f"{path}: line {number} has no text in {column!r}; it has {sorted(record)}")
-            texts.append(record[column])
-    else:
-        try:
-            texts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except OSError as error:
-            raise SteersmanError(f"{path} cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise SteersmanError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if not texts:
-        raise SteersmanError(f"{path} holds no text")
-    return texts

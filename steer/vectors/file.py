@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.sae.checkpoint import write_atomically
+from steersman.files import write_whole
 from steersman.steer.vectors.vector import SteeringVector
 
 FORMAT, VERSION = "steersman.vector", 1
@@ -51,7 +51,7 @@ def _found(read: Callable[[Path], SteeringVector]) -> Callable[[Path], SteeringV
 def write(v: SteeringVector, path: Path) -> None:
     """Write the vector to `path`, atomically."""
     header = {"format": FORMAT, "version": str(VERSION), "provenance": json.dumps(v.provenance())}
-    write_atomically(path, lambda temporary: _save(v.directions, temporary, header))
+    write_whole(path, lambda temporary: _save(v.directions, temporary, header))
 
 
 def _save(directions: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from steersman.errors import SteersmanError
-from steersman.sae.checkpoint import write_atomically
+from steersman.files import write_whole
 from steersman.steer.vectors.vector import SteeringVector
 
 ARCHITECTURE, PROVENANCE = "controlvector", "steersman.provenance"
@@ -57,7 +57,7 @@ def write_gguf(v: SteeringVector, path: Path) -> None:
         writer.write_tensors_to_file()
         writer.close()
 
-    write_atomically(path, save)
+    write_whole(path, save)
 
 
 def read_gguf(path: Path) -> SteeringVector:

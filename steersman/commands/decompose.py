@@ -1,19 +1,28 @@
 """`steersman decompose`."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steersman.config import part_of
+from steersman.device import pick_device
 from steersman.errors import SteersmanError
+from steersman.files import write_text
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
-from steersman.steer import DecomposeConfig, EffectMap, SteeringVector, decompose, load_labels, measure_retention
+from steersman.steer import (
+    DecomposeConfig,
+    EffectMap,
+    SteeringVector,
+    decompose,
+    load_labels,
+    measure_retention,
+)
 from steersman.steer.decompose import Decomposition, plot_decompositions
-from steersman.steer.methods.examples import read_texts
+from steersman.text import read_texts
 from steersman.train import ActivationStore
 from steersman.train.reports.features import check_same_origin
-from steersman.train.run.trainer import pick_device
 from steersman.train.store.view import HookView
 
 RETENTION_TEXTS = 64
@@ -56,7 +65,7 @@ class DecomposeCommand(DecomposeConfig):
     """Where to run: auto, cpu, cuda, ..."""
 
 
-def run_decompose(config: DecomposeCommand) -> None:
+def run(config: DecomposeCommand) -> None:
     """`steersman decompose`."""
     if not config.vector:
         raise SteersmanError("no vector to take apart: give --vector FILE")
@@ -68,8 +77,8 @@ def run_decompose(config: DecomposeCommand) -> None:
     vectors = [SteeringVector.load(path) for path in config.vector]
     sae = SAE.load(config.sae, device)
     lm = None if config.model is None else LanguageModel.load(config.model, device=device)
-    texts = None if config.text is None else read_texts(config.text)[:RETENTION_TEXTS]
-    settings = DecomposeConfig(**{field.name: getattr(config, field.name) for field in fields(DecomposeConfig)})
+    texts = None if config.text is None else read_texts(config.text, RETENTION_TEXTS)
+    settings = part_of(DecomposeConfig, config)
     found: list[Decomposition] = decompose(
         vectors,
         sae,
@@ -98,10 +107,7 @@ def run_decompose(config: DecomposeCommand) -> None:
         plot_decompositions(names, config.plot)
         print(f"curves drawn to {config.plot}")
     if config.out is not None:
-        try:
-            Path(config.out).write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise SteersmanError(f"{config.out} could not be written: {error.strerror}") from error
+        write_text(config.out, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
         print(f"written to {config.out}")
 
 

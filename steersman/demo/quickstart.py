@@ -23,17 +23,17 @@ from steersman.demo.grammar import stories, texts
 from steersman.demo.report import write_report
 from steersman.demo.targets import Target, word_rate
 from steersman.demo.vectors import Contrast, Targeted, take_apart, target_feature
+from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.steer import Steerer
 from steersman.steer.measures import token_nll
+from steersman.text import open_text
 from steersman.train import ActivationStore, TrainConfig, cache_activations, train_sae
 from steersman.train.reports.evaluate import Evaluation, evaluate_sae
 from steersman.train.reports.features import Feature, describe_features, features_to_json, summarize_store
-from steersman.train.run.trainer import pick_device
-from steersman.train.text import open_text
 
 log = logging.getLogger(__name__)
 

@@ -41,17 +41,6 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
     return DTYPES[name]
 
 
-def parse_device(device: str | torch.device) -> torch.device:
-    """`auto` takes the accelerator if there is one, else the CPU."""
-    if device != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise SteersmanError(f"unknown device {device!r}: use auto, cpu, cuda, cuda:0, ...") from error
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if accelerator is None else accelerator
-
-
 def local_folder(source: str) -> Path | None:
     """The folder `source` names, or None for a hub id. Raises SteersmanError for a path that holds no model."""
     folder = Path(source).expanduser()

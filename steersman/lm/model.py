@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.lm.clock import Pass, PassClock
 from steersman.lm.generate import Generation, real_generated, sampling_settings, seeded
 from steersman.lm.hooks import HookMap
-from steersman.lm.load import Quantization, load_pretrained, parse_device
+from steersman.lm.load import Quantization, load_pretrained
 from steersman.lm.tokens import TextEncoder, TokenBatch
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after")
@@ -86,7 +87,7 @@ class LanguageModel:
         Raises SteersmanError when the folder is missing or holds no model, when the hub has no such id, for a package
         that is not installed, and for tensor_parallel in a single process or with one of the others.
         """
-        where = parse_device(device)
+        where = pick_device(device)
         model, tokenizer, found = load_pretrained(
             str(source),
             dtype=dtype,

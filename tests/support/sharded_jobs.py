@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from steersman.kernels import choose
+from steersman.parallel import Mesh, Ranks
 from steersman.sae import SAE, SAEConfig
 from steersman.train import TrainConfig, Trainer, resolve
 from steersman.train.mesh.selection import keep_batch_topk, keep_topk
 from steersman.train.mesh.sharded import ShardedTrainer
-from steersman.train.parallel import Mesh, Ranks
 from steersman.train.store.statistics import StatsSums, row_norms
 
 
@@ -69,9 +69,9 @@ def trained(config: TrainConfig, rows: Tensor, n_steps: int, ranks: Ranks | None
 def train_on_every_mesh(configs: dict[str, TrainConfig], rows: Tensor, n_steps: int, latent: int) -> dict[str, Any]:
     """{name: what `trained` gives} on the mesh of all ranks with `latent` of them sharing the latents."""
     first = next(iter(configs.values()))
-    from steersman.train.parallel import launched
+    from steersman.parallel import rank_and_world_size
 
-    rank, n = launched()
+    rank, n = rank_and_world_size()
     mesh = Mesh.over(n, rank=rank, d_sae=first.d_sae, batch_size=first.batch_size or n, latent=latent)
     with Ranks(mesh, 60) as ranks:
         return {name: trained(replace(config), rows, n_steps, ranks) for name, config in configs.items()}
@@ -79,9 +79,9 @@ def train_on_every_mesh(configs: dict[str, TrainConfig], rows: Tensor, n_steps: 
 
 def select(cases: list[tuple[Tensor, int, int]]) -> list[Any]:
     """For each (pre-activations [N, L], k, latent ranks): this rank's kept code [N, P] by both rules, with indices."""
-    from steersman.train.parallel import launched
+    from steersman.parallel import rank_and_world_size
 
-    rank, n = launched()
+    rank, n = rank_and_world_size()
     found = []
     with Ranks(Mesh(data=1, latent=n, rank=rank), 60) as ranks:
         data_ranks = Ranks.__new__(Ranks)
@@ -89,8 +89,8 @@ def select(cases: list[tuple[Tensor, int, int]]) -> list[Any]:
             mesh = Mesh(data=n // latent, latent=latent, rank=rank)
             data_ranks.mesh, data_ranks.timeout = mesh, ranks.timeout
             every = list(range(n))
-            on_latent = data_ranks._axis([every[d * latent : (d + 1) * latent] for d in range(mesh.data)])
-            on_data = data_ranks._axis([every[i::latent] for i in range(latent)])
+            on_latent = data_ranks._group([every[d * latent : (d + 1) * latent] for d in range(mesh.data)])
+            on_data = data_ranks._group([every[i::latent] for i in range(latent)])
             rows = Z.chunk(mesh.data)[mesh.data_index]
             low, high = mesh.local_latents(Z.shape[1])
             eye = torch.eye(Z.shape[1])[low:high]  # pre-activations of x = Z under these rows are Z's own columns
@@ -113,11 +113,11 @@ class Event:
         self.since = time.monotonic()
 
     def reached(self, number: int) -> None:
-        from steersman.train.parallel import launched
+        from steersman.parallel import rank_and_world_size
 
         if number == self.at:
             self.since = time.monotonic()
-            if launched()[0] == self.victim:
+            if rank_and_world_size()[0] == self.victim:
                 signals = {"preempt": signal.SIGTERM, "kill": signal.SIGKILL, "hang": signal.SIGSTOP}
                 os.kill(os.getpid(), signals[self.what])
 
@@ -156,11 +156,11 @@ def train_from_stream(
     (NaN for one token), and texts for a rank of their own (`text_of_rank`).
     """
     from steersman.lm import LanguageModel
+    from steersman.parallel import rank_and_world_size
     from steersman.train import ActivationStream, train_sae
-    from steersman.train.parallel import launched
     from support.tiny_models import with_text
 
-    rank, options = launched()[0], dict(options)
+    rank, options = rank_and_world_size()[0], dict(options)
     load_seconds, step_seconds = options.pop("load_seconds", 0), options.pop("step_seconds", 0)
     broken, texts = options.pop("broken", False), options.pop("text_of_rank", {})
     happening, capture, take_step, passes = Event(event, at, victim), LanguageModel.capture, Trainer.step, [0]
@@ -206,9 +206,9 @@ def bytes_sent_by_model(text: str, options: dict[str, Any], config: TrainConfig,
 
 def bytes_sent(config: Any, n_steps: int = 4) -> float:
     """Bytes that this rank hands to its sockets per step of the run that a `PlanConfig` describes."""
-    from steersman.train.parallel import launched
+    from steersman.parallel import rank_and_world_size
 
-    rank, n = launched()
+    rank, n = rank_and_world_size()
     mesh = Mesh.over(n, rank=rank, d_sae=config.d_sae, batch_size=config.batch, latent=config.latent_shards)
     settings = TrainConfig(
         d_sae=config.d_sae, k=config.k, activation=config.activation, batch_size=config.batch, device="cpu",
@@ -226,10 +226,10 @@ def bytes_sent(config: Any, n_steps: int = 4) -> float:
                 trainer.silent_steps.zero_()
                 trainer.silent_steps[: config.dead // mesh.latent] = trainer.recipe.dead_after_steps
                 trainer._dead = None
-            trainer.step(ranks.latent.gather(mine).flatten(0, 1))
+            trainer.step(ranks.latent.all_gather(mine).flatten(0, 1))
 
         step()
-        ranks.everyone.barrier()
+        ranks.world.barrier()
         before = written()
         for _ in range(n_steps):
             step()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from steersman.kernels import AuxRows, Fused, Rule, reference
+from steersman.kernels import AuxRows, UpdateRule, UpdateState, reference
 
 
 class Problem(NamedTuple):
@@ -32,8 +32,8 @@ def problem(steps: int, N: int = 24, L: int = 20, D: int = 6, k: int = 3, seed: 
     return Problem(W_dec.clone(), W_dec, b_enc, b_dec, code @ atoms + 0.2, k)
 
 
-def state_of(p: Problem, rule: Rule, operands: torch.dtype = torch.float32) -> Fused:
-    return Fused.of(p.W_enc.clone(), p.W_dec.clone(), p.b_enc.clone(), p.b_dec.clone(), rule, operands)
+def state_of(p: Problem, rule: UpdateRule, operands: torch.dtype = torch.float32) -> UpdateState:
+    return UpdateState.of(p.W_enc.clone(), p.W_dec.clone(), p.b_enc.clone(), p.b_dec.clone(), rule, operands)
 
 
 def aux_of(L: int, D: int, step: int) -> AuxRows:
@@ -45,24 +45,32 @@ def aux_of(L: int, D: int, step: int) -> AuxRows:
 
 
 def train(
-    implementation: Any, p: Problem, rule: Rule, lr: float, operands: torch.dtype = torch.float32
-) -> tuple[Fused, list[float]]:
+    implementation: Any,
+    p: Problem,
+    rule: UpdateRule,
+    lr: float,
+    operands: torch.dtype = torch.float32,
+    *,
+    signed: bool = False,
+) -> tuple[UpdateState, list[float]]:
     """All steps of the problem with an implementation's `backward_update`: the state after, and each step's loss."""
     state, losses = state_of(p, rule, operands), []
     rate = torch.tensor([lr])
     for step, x in enumerate(p.x):
-        values, indices = reference.topk_encode(x, state.enc_rows, state.b_enc, p.k, state.b_dec)
+        values, indices = reference.topk_encode(x, state.enc_rows, state.b_enc, p.k, state.b_dec, signed=signed)
         residual = x - reference.sparse_decode(values, indices, state.dec_rows, state.b_dec)
         losses.append(float(residual.square().mean()))
         aux = aux_of(len(p.W_enc), x.shape[1], step) if step % 3 == 1 else None
         implementation.backward_update(
             state, rule, rate, rate * 2, residual.to(operands), -2 / x.numel(), (x - state.b_dec).to(operands), values,
-            indices, aux, centred_by_b_dec=True,
+            indices, aux, centred_by_b_dec=True, signed=signed,
         )  # fmt: skip
     return state, losses
 
 
-def train_by_autograd(p: Problem, optimizer: Any, lr: float) -> tuple[list[Tensor], list[float]]:
+def train_by_autograd(
+    p: Problem, optimizer: Any, lr: float, *, signed: bool = False
+) -> tuple[list[Tensor], list[float]]:
     """The same with dense autograd through the reference; optimizer makes one from parameter groups."""
     tensors = [t.clone().requires_grad_() for t in (p.W_enc, p.W_dec, p.b_enc, p.b_dec)]
     W_enc, W_dec, b_enc, b_dec = tensors
@@ -70,9 +78,9 @@ def train_by_autograd(p: Problem, optimizer: Any, lr: float) -> tuple[list[Tenso
     losses = []
     for step, x in enumerate(p.x):
         Z = reference.pre_activations(x, W_enc, b_enc, b_dec)
-        _, indices = reference.topk_encode(x, W_enc.detach(), b_enc.detach(), p.k, b_dec.detach())
+        _, indices = reference.topk_encode(x, W_enc.detach(), b_enc.detach(), p.k, b_dec.detach(), signed=signed)
         chosen = torch.zeros_like(Z).scatter(1, indices.long(), 1.0)
-        loss = ((Z.relu() * chosen) @ W_dec + b_dec - x).square().mean()
+        loss = (((Z if signed else Z.relu()) * chosen) @ W_dec + b_dec - x).square().mean()
         stepper.zero_grad()
         loss.backward()
         losses.append(float(loss.detach()))

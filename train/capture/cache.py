@@ -16,7 +16,9 @@ import torch.distributed as dist
 
 from steersman.errors import SteersmanError
 from steersman.lm.load import Quantization
+from steersman.parallel import comm_errors, process_group, rank_and_world_size, use_local_accelerator
 from steersman.progress import progress
+from steersman.text import TextSource, TxtDocuments, open_text
 from steersman.train.capture.capture import (
     CaptureSettings,
     beside_model,
@@ -26,14 +28,12 @@ from steersman.train.capture.capture import (
     show_token,
 )
 from steersman.train.capture.parallel_cache import PARTS, SharedStore, cache_on_ranks
-from steersman.train.parallel import launched, lost_rank, process_group, use_local_accelerator
 from steersman.train.store.from_tensors import check_choices
 from steersman.train.store.manifest import Manifest
 from steersman.train.store.shards import DTYPES
 from steersman.train.store.statistics import SKIP_NEEDS_ONE_PROCESS
 from steersman.train.store.store import ActivationStore
 from steersman.train.store.writer import ROW_BYTES, StoreWriter
-from steersman.train.text import TextSource, TxtDocuments, open_text
 
 if TYPE_CHECKING:
     from steersman.lm import LanguageModel
@@ -133,12 +133,16 @@ def cache_activations(
             are not finite (naming document and token), a disk that fills up.
     """
     config = _config(config, overrides)
-    with process_group(config.timeout_seconds) if config.tensor_parallel and launched()[1] > 1 else nullcontext():
+    with (
+        process_group(config.timeout_seconds)
+        if config.tensor_parallel and rank_and_world_size()[1] > 1
+        else nullcontext()
+    ):
         return _cache(lm, texts, config)
 
 
 def _cache(lm: "LanguageModel | None", texts: Any, config: CacheConfig) -> ActivationStore:
-    rank, n_ranks = launched()
+    rank, n_ranks = rank_and_world_size()
     if n_ranks > 1:
         use_local_accelerator()
     if lm is None:
@@ -227,7 +231,7 @@ def _cache_together(
 
     def tell(what: Any) -> None:
         told.append(what)
-        with lost_rank():
+        with comm_errors():
             dist.broadcast_object_list(told, src=0)
 
     def begun(writer: StoreWriter) -> None:
@@ -236,7 +240,7 @@ def _cache_together(
 
     if rank == 0:
         try:
-            with lost_rank():
+            with comm_errors():
                 _write(lm, text, config, settings, begun)
         except SteersmanError as error:
             if not told:
@@ -249,10 +253,10 @@ def _cache_together(
         if isinstance(told[0], str):
             raise SteersmanError(told[0])
         if told[0] is not None:
-            with lost_rank():
+            with comm_errors():
                 _run_along(lm, text, settings, *told[0], config.tokens)
     if told[0] is not None:
-        with lost_rank():
+        with comm_errors():
             dist.barrier()
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from steersman.errors import SteersmanError
+from steersman.text import TextSource
 from steersman.train.capture.contexts import ContextBatch, context_batches
-from steersman.train.text import TextSource
 
 if TYPE_CHECKING:
     from steersman.lm import LanguageModel

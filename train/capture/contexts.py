@@ -14,7 +14,7 @@ from itertools import islice
 import numpy as np
 
 from steersman.errors import SteersmanError
-from steersman.train.text import TextSource
+from steersman.text import TextSource
 
 log = logging.getLogger(__name__)
 

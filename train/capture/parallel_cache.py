@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steersman.errors import LostRankError, SteersmanError
+from steersman.files import fsync_folder, replace_whole
 from steersman.progress import progress
+from steersman.text import TextSource
 from steersman.train.capture.capture import (
     CapturedRows,
     CaptureSettings,
@@ -33,9 +35,8 @@ from steersman.train.capture.capture import (
     show_token,
 )
 from steersman.train.store.manifest import MANIFEST, Manifest, ShardRecord
-from steersman.train.store.shards import FileRecord, disk_errors, fsync_folder, replace_file
+from steersman.train.store.shards import FileRecord, disk_errors
 from steersman.train.store.writer import StoreWriter, check_same_store
-from steersman.train.text import TextSource
 
 if TYPE_CHECKING:
     from steersman.lm import LanguageModel
@@ -138,7 +139,9 @@ class SharedStore:
                     os.replace(here, self.folder / name / f"{number:05d}.safetensors")
                 fsync_folder(self.folder / name)
             content = asdict(replace(record, name=f"{number:05d}")) | {"store": self._identity()}
-            replace_file(self.parts / f"{number:05d}.json", json.dumps(content).encode())
+            replace_whole(
+                self.parts / f"{number:05d}.json", lambda temporary: temporary.write_bytes(json.dumps(content).encode())
+            )
             writer.abandon()
             shutil.rmtree(writer.folder, ignore_errors=True)
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from steersman.errors import SteersmanError
+from steersman.text import TxtDocuments, open_text
 from steersman.train.capture.capture import (
     capture_batch,
     capture_settings,
@@ -30,7 +31,6 @@ from steersman.train.store.statistics import (
     nonfinite_error,
     row_norms,
 )
-from steersman.train.text import TxtDocuments, open_text
 
 if TYPE_CHECKING:
     from steersman.lm import LanguageModel

@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steersman.device import pick_device
 from steersman.kernels import choose
+from steersman.parallel import Mesh, RankGroup, Ranks
 from steersman.progress import progress
 from steersman.sae import SAE, SAEConfig, SparseCode
 from steersman.sae.metrics import FeatureSums, ReconstructionSums
 from steersman.train.capture.stream import ActivationStream
 from steersman.train.mesh.sharded import ShardedTrainer
 from steersman.train.mesh.shared_stream import SharedStream
-from steersman.train.parallel import Axis, Mesh, Ranks
 from steersman.train.reports.plots import plot_run
 from steersman.train.run.checkpoints import Checkpoints
 from steersman.train.run.recipe import TrainConfig
 from steersman.train.run.run_folder import RunFolder
-from steersman.train.run.trainer import pick_device, prepare, run
+from steersman.train.run.trainer import prepare, run
 from steersman.train.store.batch import ActivationBatch
 from steersman.train.store.source import ActivationSource
 
@@ -47,7 +48,7 @@ def train_on_ranks(source: ActivationSource, config: TrainConfig, out: Path, ran
     with Ranks(mesh, config.timeout_seconds) as ranks:
         if isinstance(source, ActivationStream):
             source = SharedStream(source, ranks)
-        ranks.on_first(lambda: _start(out, plan.record))
+        ranks.on_rank_zero(lambda: _start(out, plan.record))
         folder = RunFolder(out, plan.record)
         if folder.finished:
             log.info("%s is finished; loading it", out)
@@ -70,7 +71,7 @@ class WholeSAE:
     All ranks of the axis call its methods together, with the same rows; `local` holds latents from `start` on.
     """
 
-    def __init__(self, local: SAE, cfg: SAEConfig, start: int, axis: Axis) -> None:
+    def __init__(self, local: SAE, cfg: SAEConfig, start: int, axis: RankGroup) -> None:
         self.local, self.cfg, self._start, self._axis = local, cfg, start, axis
 
     @torch.no_grad()
@@ -78,11 +79,11 @@ class WholeSAE:
         """The active features of x [N, D], as `SAE.encode_sparse` of the whole gives them."""
         values, indices = self.local._select(x)
         if not SAE.architectures[self.cfg.architecture].exact_k:  # each rank has as many columns as its fullest row
-            width = int(self._axis.max_(torch.tensor([values.shape[1]], device=x.device)))
+            width = int(self._axis.all_reduce_max_(torch.tensor([values.shape[1]], device=x.device)))
             wider = (0, width - values.shape[1])
             values, indices = torch.nn.functional.pad(values, wider), torch.nn.functional.pad(indices, wider)
-        everyone = self._axis.gather(values).transpose(0, 1).flatten(1)
-        ids = self._axis.gather(indices + self._start).transpose(0, 1).flatten(1)
+        everyone = self._axis.all_gather(values).transpose(0, 1).flatten(1)
+        ids = self._axis.all_gather(indices + self._start).transpose(0, 1).flatten(1)
         values, order = torch.sort(everyone, dim=1, descending=True, stable=True)
         if SAE.architectures[self.cfg.architecture].exact_k:
             values, order = values[:, : self.cfg.k], order[:, : self.cfg.k]
@@ -96,7 +97,7 @@ class WholeSAE:
         values = torch.where(here, values, torch.zeros_like(values))
         local = torch.where(here, local, torch.zeros_like(local))
         part = choose(values.device).sparse_decode(values, local, self.local.W_dec)
-        return self._axis.sum_(part) + self.local.b_dec
+        return self._axis.all_reduce_sum_(part) + self.local.b_dec
 
     def collect(self, first: bool) -> SAE | None:
         """The whole SAE on the CPU of the `first` rank; None on the others."""
@@ -112,7 +113,7 @@ class WholeSAE:
             part = slice(low, min(low + _ROWS_AT_ONCE, n))
             for name in ("W_enc", "W_dec", "b_enc"):
                 rows = getattr(local, name).detach()
-                found = self._axis.gather(rows.T[part] if name == "W_enc" else rows[part])
+                found = self._axis.all_gather(rows.T[part] if name == "W_enc" else rows[part])
                 if whole is not None:
                     of_whole = getattr(whole, name).detach()
                     of_whole = of_whole.T if name == "W_enc" else of_whole
@@ -133,24 +134,24 @@ def _finish(trainer: ShardedTrainer, source: ActivationSource, folder: RunFolder
         code = sae.encode_sparse(x)
         heldout.add(x, sae.decode_sparse(code.values, code.indices), code)
     for sums in (heldout.counts, heldout.sum, heldout.scalars):
-        ranks.data.sum_(sums)
+        ranks.data.all_reduce_sum_(sums)
     heldout.n_tokens = _total(heldout.n_tokens, trainer)
 
     n_batches = max(1, config.statistics_tokens // rows)
     features = FeatureSums(trainer.cfg.d_sae, trainer.device)
-    options = {} if ranks.first else {"disable": True}
+    options = {} if ranks.is_rank_zero else {"disable": True}
     bar = progress(
         source.batches(rows, split="train", **reading), desc="feature statistics", total=n_batches, **options
     )
     for x, _ in zip(_on(trainer.device, bar), range(n_batches)):
         features.add(sae.encode_sparse(x))
     bar.close()
-    ranks.data.max_(features.largest)
-    ranks.data.sum_(features.total)
-    ranks.data.sum_(features.counts)
+    ranks.data.all_reduce_max_(features.largest)
+    ranks.data.all_reduce_sum_(features.total)
+    ranks.data.all_reduce_sum_(features.counts)
     features.n_tokens = _total(features.n_tokens, trainer)
 
-    whole = sae.collect(ranks.first)
+    whole = sae.collect(ranks.is_rank_zero)
 
     def save() -> None:
         if whole is not None:
@@ -161,7 +162,7 @@ def _finish(trainer: ShardedTrainer, source: ActivationSource, folder: RunFolder
             plot_run(folder.metrics(), whole.feature_stats, folder.path)
             whole.save(folder.path)
 
-    ranks.on_first(save)
+    ranks.on_rank_zero(save)
 
 
 def _on(device: torch.device, batches: Iterable[ActivationBatch]) -> Iterator[Tensor]:
@@ -170,4 +171,4 @@ def _on(device: torch.device, batches: Iterable[ActivationBatch]) -> Iterator[Te
 
 
 def _total(n: int, trainer: ShardedTrainer) -> int:
-    return int(trainer.ranks.data.sum_(torch.tensor([n], dtype=torch.int64, device=trainer.device)))
+    return int(trainer.ranks.data.all_reduce_sum_(torch.tensor([n], dtype=torch.int64, device=trainer.device)))

@@ -28,15 +28,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from steersman.device import pick_device
 from steersman.errors import LostRankError, PreemptedError, SteersmanError
+from steersman.parallel import RankGroup, comm_errors, process_group, rank_and_world_size, use_local_accelerator
 from steersman.sae import SAE
 from steersman.train.capture.capture import in_background
 from steersman.train.capture.stream import ActivationStream, StreamRows, batch_of
 from steersman.train.mesh.cluster import train_on_ranks
-from steersman.train.parallel import Axis, launched, lost_rank, process_group, use_local_accelerator
 from steersman.train.run.preemption import Preemption
 from steersman.train.run.recipe import TrainConfig
-from steersman.train.run.trainer import pick_device, train_alone
+from steersman.train.run.trainer import train_alone
 from steersman.train.store.batch import ActivationBatch
 from steersman.train.store.source import ActivationSource
 from steersman.train.store.statistics import ActivationStats
@@ -49,7 +50,7 @@ _UNRECEIVED = 2
 
 def train_from_model_ranks(make_stream: Callable[[], ActivationSource], config: TrainConfig, out: Path) -> SAE:
     """See `train_sae`. Called by all ranks of the job; `make_stream` by the model ranks alone."""
-    rank, n_ranks = launched()
+    rank, n_ranks = rank_and_world_size()
     n_trainers = n_ranks - config.model_ranks
     if n_trainers < 1:
         raise SteersmanError(
@@ -57,7 +58,7 @@ def train_from_model_ranks(make_stream: Callable[[], ActivationSource], config: 
             "with torchrun, or use fewer"
         )
     with process_group(config.timeout_seconds):
-        with lost_rank():
+        with comm_errors():
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_seconds))
         line = _Line(group, n_trainers, config.model_ranks)
         if rank >= n_trainers:
@@ -69,7 +70,7 @@ def train_from_model_ranks(make_stream: Callable[[], ActivationSource], config: 
                     train_alone(source, config, out)
                 else:
                     train_on_ranks(source, config, out, rank, n_trainers)
-        Axis(n_ranks, rank, group).barrier()
+        RankGroup(n_ranks, rank, group).barrier()
     return SAE.load(out, pick_device(config.device) if rank == 0 else "cpu")
 
 
@@ -97,25 +98,25 @@ class _Line:
     def tell(self, *request: Any) -> None:
         """From the first trainer to all model ranks; the other trainers say nothing."""
         if self.rank == 0:
-            with lost_rank():
+            with comm_errors():
                 for model_rank in self.model_ranks:
                     dist.send_object_list([request], dst=model_rank, group=self.group)
 
     def hear(self) -> tuple[Any, ...]:
         """What the first trainer tells."""
         found: list[Any] = [None]
-        with lost_rank():
+        with comm_errors():
             dist.recv_object_list(found, src=0, group=self.group)
         return found[0]
 
     def send(self, x: Tensor, to: int) -> Callable[[], Any]:
         """Begin to send a tensor; the returned function waits until it is taken."""
         x = x.contiguous()
-        with lost_rank():
+        with comm_errors():
             work: Any = dist.isend(x.view(torch.uint8), dst=to, group=self.group)
 
         def finish() -> Tensor:
-            with lost_rank():
+            with comm_errors():
                 work.wait()
             return x  # held until here
 
@@ -125,7 +126,7 @@ class _Line:
         """The next tensor from a rank."""
         x = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
         if x.numel():
-            with lost_rank():
+            with comm_errors():
                 dist.recv(x.view(torch.uint8), src=source, group=self.group)
         return x
 
@@ -150,7 +151,7 @@ class _ModelRank:
 
     def serve(self) -> None:
         """Answer until the trainers have ended; their error is raised here too."""
-        with Preemption(Axis()) as preemption, ExitStack() as stack:
+        with Preemption(RankGroup()) as preemption, ExitStack() as stack:
             stack.callback(self._abandon)
             while True:
                 what, *rest = self._line.hear()

@@ -13,13 +13,13 @@ Shape letters: N tokens, L latents, K active latents a token, P proposals of a r
 import torch
 from torch import Tensor
 
-from steersman.train.parallel import Axis
+from steersman.parallel import RankGroup
 
 _HALF = 1 << 16
 
 
 @torch.no_grad()
-def keep_topk(values: Tensor, k: int, axis: Axis) -> Tensor:
+def keep_topk(values: Tensor, k: int, axis: RankGroup) -> Tensor:
     """Which of this rank's proposals are among the k largest of each row over all ranks, [N, P] bool.
 
     values [N, P] fp32: each row's P = min(k, own latents) largest, largest first, equal ones by latent. A NaN counts as
@@ -28,14 +28,14 @@ def keep_topk(values: Tensor, k: int, axis: Axis) -> Tensor:
     if axis.size == 1:
         return torch.ones_like(values, dtype=torch.bool)
     P = values.shape[1]
-    everyone = axis.gather(values).transpose(0, 1).reshape(len(values), -1)
+    everyone = axis.all_gather(values).transpose(0, 1).reshape(len(values), -1)
     order = torch.sort(everyone, dim=1, descending=True, stable=True).indices[:, :k]
     kept = torch.zeros_like(everyone, dtype=torch.bool).scatter_(1, order, True)
     return kept[:, axis.index * P : (axis.index + 1) * P]
 
 
 @torch.no_grad()
-def keep_batch_topk(values: Tensor, budget: int, latent: Axis, data: Axis) -> tuple[Tensor, Tensor]:
+def keep_batch_topk(values: Tensor, budget: int, latent: RankGroup, data: RankGroup) -> tuple[Tensor, Tensor]:
     """Which of this rank's proposals are among the `budget` largest positive ones of the whole batch.
 
     values [N, P] fp32: the rank's largest, 0 where there is none, each row ordered by value and then by latent. Equal
@@ -52,22 +52,22 @@ def keep_batch_topk(values: Tensor, budget: int, latent: Axis, data: Axis) -> tu
     # What is left of the budget goes to the values equal to tau, token by token, then latent by latent.
     left = budget - above - above_low
     counts = tied.sum(dim=1, dtype=torch.int32)
-    of_ranks = latent.gather(counts)  # [R, N]
-    of_replicas = data.gather(of_ranks.sum(dim=0, dtype=torch.int32).sum()[None])
+    of_ranks = latent.all_gather(counts)  # [R, N]
+    of_replicas = data.all_gather(of_ranks.sum(dim=0, dtype=torch.int32).sum()[None])
     before = of_replicas[: data.index].sum()
     token_total = of_ranks.sum(dim=0)
     before = before + token_total.cumsum(0) - token_total + of_ranks[: latent.index].sum(dim=0)
     place = before[:, None] + tied.cumsum(dim=1)  # from 1
     kept |= tied & (place <= left)
     smallest = torch.where(kept, values, values.new_tensor(float("inf"))).min()
-    return kept, data.min_(latent.min_(smallest.reshape(1)))[0]
+    return kept, data.all_reduce_min_(latent.all_reduce_min_(smallest.reshape(1)))[0]
 
 
-def _counts(numbers: Tensor, counted: Tensor, latent: Axis, data: Axis) -> Tensor:
+def _counts(numbers: Tensor, counted: Tensor, latent: RankGroup, data: RankGroup) -> Tensor:
     """How often each 16-bit number occurs among the `counted` ones, over all ranks, [65536] int64."""
     counts = torch.zeros(_HALF, dtype=torch.int32, device=numbers.device)
     counts.scatter_add_(0, numbers.flatten().long(), counted.flatten().int())
-    return data.sum_(latent.sum_(counts)).long()
+    return data.all_reduce_sum_(latent.all_reduce_sum_(counts)).long()
 
 
 def _cut(counts: Tensor, budget: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from steersman.parallel import Ranks
 from steersman.sae import SAE, AuxTerm, SAEConfig
 from steersman.train.mesh.selection import keep_topk
 from steersman.train.mesh.sharded_update import ShardedUpdater
-from steersman.train.parallel import Ranks
 from steersman.train.run.checkpoints import latent_axis
 from steersman.train.run.recipe import Recipe, TrainConfig
 from steersman.train.run.trainer import Trainer, longest_silent
@@ -80,7 +80,7 @@ class ShardedTrainer(Trainer):
         share = {"rank": mesh.rank, "world_size": mesh.world_size}
         ready: Callable[[], Tensor] | None = None
         for batch in training_batches(source, self.config, self.recipe, self.n_steps_done, **share):
-            following = latent.gather_later(batch.x.to(self.device, non_blocking=True))
+            following = latent.all_gather_later(batch.x.to(self.device, non_blocking=True))
             if ready is not None:
                 yield ready().flatten(0, 1)
             ready = following
@@ -93,19 +93,19 @@ class ShardedTrainer(Trainer):
         return self.updater.decode(self.updater.encode(x))
 
     def _total(self, sums: Tensor) -> Tensor:
-        return self.ranks.data.sum_(sums)
+        return self.ranks.data.all_reduce_sum_(sums)
 
     # Dead latents
 
     def _count_silence(self, fired: Tensor) -> None:
-        super()._count_silence(self.ranks.data.max_((fired > 0).to(torch.uint8)))
+        super()._count_silence(self.ranks.data.all_reduce_max_((fired > 0).to(torch.uint8)))
         self._dead = self._count_dead()
 
     def _count_dead(self) -> Callable[[], list[int]]:
         """How many latents of each rank of the latent axis are dead. Begun when a step ends and read in the next one,
         so that the host waits for the step before and not for the one it is queueing."""
         dead = (self.silent_steps >= self.recipe.dead_after_steps).sum(dtype=torch.int32)
-        counts = self.ranks.latent.gather(dead[None]).flatten()
+        counts = self.ranks.latent.all_gather(dead[None]).flatten()
         if counts.device.type != "cuda":
             return counts.tolist
         here = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True).copy_(counts, non_blocking=True)
@@ -143,13 +143,13 @@ class ShardedTrainer(Trainer):
     def read_metrics(self, n_tokens: int) -> dict[str, float]:
         self.sums.copy_(self.summed())
         dead = (self.silent_steps >= self.recipe.dead_after_steps).double().mean()
-        share = float(self.ranks.latent.sum_(dead)) / self.ranks.mesh.latent
+        share = float(self.ranks.latent.all_reduce_sum_(dead)) / self.ranks.mesh.latent
         return super().read_metrics(n_tokens) | {"dead_share": share}
 
     def summed(self) -> Tensor:
         """`sums` over all ranks: errors are those of a replica's rows, active features those of a rank's latents."""
-        sums = self.ranks.data.sum_(self.sums.clone())
-        sums[2:] = self.ranks.latent.sum_(sums[2:].clone())
+        sums = self.ranks.data.all_reduce_sum_(self.sums.clone())
+        sums[2:] = self.ranks.latent.all_reduce_sum_(sums[2:].clone())
         return sums
 
     def state(self) -> dict[str, Tensor]:
@@ -159,7 +159,7 @@ class ShardedTrainer(Trainer):
             of_held = name.startswith(("sae.", "silent"))
             low, high = self.held if of_held else self.owned
             axis = latent_axis(name, tensor, high - low)
-            if axis is None and not self.ranks.first:
+            if axis is None and not self.ranks.is_rank_zero:
                 continue
             if axis is not None and of_held:
                 tensor = tensor[self._own] if axis == 0 else tensor[:, self._own]
@@ -171,7 +171,7 @@ class ShardedTrainer(Trainer):
         sums = tensors["sums"].clone()
         if self.ranks.mesh.data_index:
             sums[:2] = 0
-        if not self.ranks.first:
+        if not self.ranks.is_rank_zero:
             sums[2:] = 0
         super().restore(tensors | {"sums": sums}, step)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from steersman.kernels import choose, sparse_decode, with_gradient
+from steersman.parallel import RankGroup, Ranks
 from steersman.sae import SAE, AuxTerm, BatchTopKSAE, TrainingCode
 from steersman.train.mesh.selection import keep_batch_topk, keep_topk
-from steersman.train.parallel import Axis, Ranks
 from steersman.train.run.optim import AutogradUpdater, Learned, check_many, parameters_of
 from steersman.train.run.recipe import TrainConfig
 
@@ -26,8 +26,8 @@ class _SumOverRanks(torch.autograd.Function):
     """Forward: the sum of every rank's part. Backward: the gradient, which all ranks have, as it is."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, axis: Axis) -> Tensor:
-        return axis.sum_(part.clone())
+    def forward(ctx: Any, part: Tensor, axis: RankGroup) -> Tensor:
+        return axis.all_reduce_sum_(part.clone())
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -38,13 +38,13 @@ class _UsedByRanks(torch.autograd.Function):
     """Forward: a tensor that all ranks have. Backward: the sum of the gradients of their uses of it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: RankGroup) -> Tensor:
         ctx.axis = axis
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.axis.sum_(grad_outputs[0].clone()), None
+        return ctx.axis.all_reduce_sum_(grad_outputs[0].clone()), None
 
 
 class ShardedUpdater(AutogradUpdater):
@@ -133,7 +133,7 @@ class ShardedUpdater(AutogradUpdater):
             W_dec.grad.sub_((W_dec.grad * W_dec).sum(dim=1, keepdim=True) * W_dec)
         if self.config.grad_clip is not None:
             rows = sum((_gradient(p).square().sum() for p in (W_enc, W_dec, b_enc)), W_dec.new_zeros(()))
-            norm = (self.ranks.everyone.sum_(rows) + _gradient(b_dec).square().sum()).sqrt()
+            norm = (self.ranks.world.all_reduce_sum_(rows) + _gradient(b_dec).square().sum()).sqrt()
             for p in self.parameters:
                 _gradient(p).mul_((self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         for group in self.optimizer.param_groups:
@@ -148,15 +148,15 @@ class ShardedUpdater(AutogradUpdater):
         """Sum the gradients over the replicas; each keeps those of the latents it updates."""
         sae, data = self.sae, self.ranks.data
         whole = [_gradient(p) for p in parameters_of(sae)]
-        self.parameters[0].grad = data.sum_of_shares(whole[0].T).T
-        self.parameters[1].grad = data.sum_of_shares(whole[1])
-        self.parameters[2].grad = data.sum_of_shares(whole[2])
-        self.parameters[3].grad = data.sum_(whole[3])
+        self.parameters[0].grad = data.reduce_scatter_sum(whole[0].T).T
+        self.parameters[1].grad = data.reduce_scatter_sum(whole[1])
+        self.parameters[2].grad = data.reduce_scatter_sum(whole[2])
+        self.parameters[3].grad = data.all_reduce_sum_(whole[3])
         sae.zero_grad(set_to_none=True)
 
     def share_weights(self) -> None:
         """Give the other replicas the rows that this rank updated. (The bias of the decoder all of them updated.)"""
-        sae, gather = self.sae, self.ranks.data.gather_later
+        sae, gather = self.sae, self.ranks.data.all_gather_later
         W_enc, W_dec, b_enc, _ = self.parameters
         waiting = [gather(W_enc.T), gather(W_dec), gather(b_enc)]
         for whole, finish in zip((sae.W_enc.T, sae.W_dec, sae.b_enc), waiting):

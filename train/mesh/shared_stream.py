@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steersman.errors import SteersmanError
+from steersman.parallel import RankGroup, Ranks, comm_errors
 from steersman.train.capture.stream import ActivationStream, StreamRows, batch_of
-from steersman.train.parallel import Axis, Ranks, lost_rank
 from steersman.train.store.batch import ActivationBatch
 from steersman.train.store.statistics import ActivationStats
 
@@ -70,7 +70,7 @@ class SharedStream:
         **reading: Any,
     ) -> Iterator[ActivationBatch]:
         """The stream's batches. Which rows are this rank's follows from `world_size`; see `StreamRows.shares`."""
-        everyone = self._ranks.everyone
+        everyone = self._ranks.world
         with closing(self._all_well(self._stream.whole_batches(batch_size, **reading))) as batches:
             for rows in batches:
                 shares = rows.shares(everyone.size, world_size)
@@ -86,9 +86,9 @@ class SharedStream:
             except SteersmanError as error:
                 mistake = str(error)
             control = self._ranks.control
-            if control.max_(torch.tensor([mistake is not None], dtype=torch.uint8)).item():
+            if control.all_reduce_max_(torch.tensor([mistake is not None], dtype=torch.uint8)).item():
                 found: list[str | None] = [None] * control.size
-                with lost_rank():
+                with comm_errors():
                     dist.all_gather_object(found, mistake, group=control.group)
                 raise SteersmanError(next(filter(None, found)))
             if rows is None:
@@ -96,12 +96,12 @@ class SharedStream:
             yield rows
 
 
-def _exchange(parts: list[Tensor], owners: np.ndarray, everyone: Axis) -> Tensor:
+def _exchange(parts: list[Tensor], owners: np.ndarray, everyone: RankGroup) -> Tensor:
     """Give every rank its rows of those here, `parts`, and get the rows [N, D] that `owners` [N] have."""
     here = torch.cat(parts)
     counts = np.bincount(owners, minlength=everyone.size).tolist()
     got = torch.empty(len(owners), here.shape[1], dtype=here.dtype, device=here.device)
-    with lost_rank():  # as bytes, since not every backend knows every type
+    with comm_errors():  # as bytes, since not every backend knows every type
         dist.all_to_all_single(
             got.view(torch.uint8), here.view(torch.uint8), counts, list(map(len, parts)), group=everyone.group
         )

@@ -13,7 +13,7 @@ from typing import Literal
 
 from steersman.errors import SteersmanError
 from steersman.kernels.torch_ops import BLOCK_BYTES
-from steersman.train.parallel import Mesh
+from steersman.parallel import Mesh
 
 FP32 = 4
 _ADAM_BYTES = 28

@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steersman.errors import SteersmanError
+from steersman.files import fsync_folder, write_json, write_whole
+from steersman.parallel import RankGroup
 from steersman.sae import SAE, SAEConfig
-from steersman.sae.checkpoint import CONFIG, write_atomically, write_json
-from steersman.train.parallel import Axis
-from steersman.train.store.shards import fsync_folder
+from steersman.sae.checkpoint import CONFIG
 
 STATE = "state.json"
 
@@ -48,9 +48,9 @@ def latent_axis(name: str, tensor: Tensor, n_latents: int) -> int | None:
 class Checkpoints:
     """The checkpoints of one run. With several processes, each has one of these and all call its methods together."""
 
-    def __init__(self, folder: Path, keep: int, axis: Axis | None = None) -> None:
+    def __init__(self, folder: Path, keep: int, axis: RankGroup | None = None) -> None:
         """`axis` holds all processes of the run and is used by the thread alone."""
-        self.folder, self.keep, self.axis = folder, keep, axis or Axis()
+        self.folder, self.keep, self.axis = folder, keep, axis or RankGroup()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -109,11 +109,11 @@ class Checkpoints:
             file = temporary / self._name(self.axis.index)
             for name in tensors:  # one after another, so that the transposed ones are not all held twice
                 tensors[name] = tensors[name].contiguous()
-            write_atomically(file, lambda path: save_file(tensors, path))
+            write_whole(file, lambda path: save_file(tensors, path))
             size = file.stat().st_size
         except (OSError, SafetensorError, SteersmanError) as error:
             problem = error
-        parts = self.axis.gather(torch.tensor([problem is None, size, *latents])).tolist()
+        parts = self.axis.all_gather(torch.tensor([problem is None, size, *latents])).tolist()
         try:
             if problem is None and self.axis.index == 0 and all(part[0] for part in parts):
                 self._commit(temporary, step, parts, state)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.kernels import Fused, Rule, choose, ops
-from steersman.kernels.update import Sizes, update_matrix, update_vector
+from steersman.kernels import UpdateRule, UpdateState, choose, ops
+from steersman.kernels.update import StepSizes, update_matrix, update_vector
 from steersman.sae import SAE, AuxTerm, TrainingCode, auxk_gradients, auxk_loss
 from steersman.train.run.recipe import TrainConfig
 
@@ -149,21 +149,21 @@ class AutogradUpdater(Autograd):
             }
 
 
-def _rule(config: TrainConfig) -> Rule:
+def _rule(config: TrainConfig) -> UpdateRule:
     beta1, beta2 = config.betas
-    return Rule(name=config.optimizer, beta1=beta1, beta2=beta2, state_dtype=config.state_dtype)
+    return UpdateRule(name=config.optimizer, beta1=beta1, beta2=beta2, state_dtype=config.state_dtype)
 
 
-def _state(sae: SAE, rule: Rule, operands: torch.dtype) -> Fused:
+def _state(sae: SAE, rule: UpdateRule, operands: torch.dtype) -> UpdateState:
     """The rule's state, holding the SAE's own weights."""
     W_enc, W_dec, b_enc, b_dec = (parameter.detach() for parameter in parameters_of(sae))
-    return Fused.of(W_enc.T, W_dec, b_enc, b_dec, rule, operands)
+    return UpdateState.of(W_enc.T, W_dec, b_enc, b_dec, rule, operands)
 
 
 class _WithRule:
-    """What updaters with a `kernels.Rule` share: their state."""
+    """What updaters with a `kernels.UpdateRule` share: their state."""
 
-    state_of_rule: Fused
+    state_of_rule: UpdateState
 
     def state(self) -> dict[str, Tensor]:
         return {f"rule.{name}": value for name, value in self.state_of_rule.state().items()}
@@ -191,7 +191,7 @@ class RuleUpdater(_WithRule, Autograd):
         assert b_dec is not None
         state.n_steps.add_(1)
         rate = torch.full((1,), lr, device=state.n_steps.device)
-        sizes = Sizes.of(rule, state.n_steps, rate, rate * self.config.bias_lr_ratio)
+        sizes = StepSizes.of(rule, state.n_steps, rate, rate * self.config.bias_lr_ratio)
         touched = (b_enc != 0) | (W_dec != 0).any(dim=1)
         for name, grad, seed in (("W_enc", W_enc.T, 0), ("W_dec", W_dec, 1)):
             W = getattr(state, name)

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from steersman.train.parallel import Axis, lost_rank
+from steersman.parallel import RankGroup, comm_errors
 
 
 class Preemption:
@@ -19,7 +19,7 @@ class Preemption:
     itself is left alone, and outside the main thread, where Python allows no handlers, nothing is noticed.
     """
 
-    def __init__(self, control: Axis, asked_elsewhere: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, control: RankGroup, asked_elsewhere: Callable[[], bool] = lambda: False) -> None:
         """`asked_elsewhere` says whether a process that is not of `control` was asked to end."""
         self._control, self._asked_here, self._asked_elsewhere = control, False, asked_elsewhere
         self._pending: tuple[Any, torch.Tensor] | None = None
@@ -45,7 +45,7 @@ class Preemption:
         answer = False
         if self._pending is not None:
             work, flag = self._pending
-            with lost_rank():
+            with comm_errors():
                 work.wait()
             answer = bool(flag.item())
         flag = torch.tensor([self._asked], dtype=torch.uint8)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from steersman.errors import SteersmanError
-from steersman.sae.checkpoint import CONFIG, write_atomically, write_json
+from steersman.files import write_json, write_whole
+from steersman.sae.checkpoint import CONFIG
 
 
 class RunFolder:
@@ -50,7 +51,7 @@ class RunFolder:
         file = self.path / "metrics.jsonl"
         if file.is_file():
             kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-            write_atomically(file, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+            write_whole(file, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
         return open(file, "a", buffering=1)
 
     def append(self, file: Any, line: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from steersman.errors import PreemptedError, SteersmanError
+from steersman.parallel import RankGroup, rank_and_world_size, use_local_accelerator
 from steersman.sae import SAE
-from steersman.train.parallel import Axis, launched, use_local_accelerator
 from steersman.train.run.checkpoints import Checkpoints
 from steersman.train.run.metrics_log import Journal
 from steersman.train.run.preemption import Preemption
@@ -76,7 +76,7 @@ def train_many(
     for name in runs:
         if not name or "/" in name or name.startswith("."):
             raise SteersmanError(f"{name!r} cannot name a run's folder; use letters, digits, - and _")
-    rank, n_ranks = launched()
+    rank, n_ranks = rank_and_world_size()
     if n_ranks > 1:
         use_local_accelerator()
     mine = list(runs.items())[rank::n_ranks]
@@ -92,7 +92,7 @@ def train_many(
             trained[name] = found
         else:
             groups.setdefault(found.reading, []).append(found)
-    with Preemption(Axis()) as preemption:
+    with Preemption(RankGroup()) as preemption:
         for group in groups.values():
             _train_together(group, preemption)
             for run in group:

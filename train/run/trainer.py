@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from steersman import __version__
+from steersman.device import pick_device
 from steersman.errors import PreemptedError, SteersmanError
 from steersman.kernels import using
+from steersman.parallel import RankGroup, rank_and_world_size, use_local_accelerator
 from steersman.progress import progress
 from steersman.sae import SAE, AuxTerm, BatchTopKSAE, SAEConfig
 from steersman.sae.metrics import collect_feature_stats, measure_reconstruction
-from steersman.train.parallel import Axis, launched, use_local_accelerator
 from steersman.train.reports.plots import plot_run
 from steersman.train.run.checkpoints import Checkpoints
 from steersman.train.run.graph import GraphedStep
@@ -233,20 +234,6 @@ def longest_silent(silent_steps: Tensor, n: int) -> Tensor:
     return (silent_steps.long() * L + torch.arange(L - 1, -1, -1, device=silent_steps.device)).topk(n).indices
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU.
-
-    >>> pick_device("cpu")
-    device(type='cpu')
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise SteersmanError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
 def train_sae(
     source: ActivationSource | Callable[[], ActivationSource], config: TrainConfig, out: str | os.PathLike[str]
 ) -> SAE:
@@ -269,7 +256,7 @@ def train_sae(
             finite, a full disk.
     """
     out = Path(out)
-    rank, n_ranks = launched()
+    rank, n_ranks = rank_and_world_size()
     if config.model_ranks:
         from steersman.train.mesh.model_ranks import train_from_model_ranks
 
@@ -336,10 +323,10 @@ def run(
     source: ActivationSource,
     folder: RunFolder,
     checkpoints: Checkpoints,
-    control: Axis | None = None,
+    control: RankGroup | None = None,
 ) -> None:
     """Train to the end, from the newest checkpoint on if there is one. `control` holds all processes of the run."""
-    control = control or Axis()
+    control = control or RankGroup()
     if trainer.resume(checkpoints):
         log.info("going on from step %d of %d", trainer.n_steps_done, trainer.recipe.n_steps)
     else:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from steersman.errors import SteersmanError
+from steersman.files import fsync_folder
 from steersman.train.store.manifest import Manifest
-from steersman.train.store.shards import DTYPES, disk_errors, fsync_folder
+from steersman.train.store.shards import DTYPES, disk_errors
 from steersman.train.store.store import ActivationStore
 from steersman.train.store.writer import StoreWriter
 

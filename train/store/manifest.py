@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from steersman.errors import SteersmanError
-from steersman.train.store.shards import DTYPES, FileRecord, replace_file
+from steersman.files import replace_whole
+from steersman.train.store.shards import DTYPES, FileRecord
 
 FORMAT, VERSION = "steersman-activations", 1
 MANIFEST = "manifest.json"
@@ -101,7 +102,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Replace the manifest in `folder`."""
-        replace_file(folder / MANIFEST, self.to_json())
+        replace_whole(folder / MANIFEST, lambda temporary: temporary.write_bytes(self.to_json()))
 
     @property
     def fingerprint(self) -> str:

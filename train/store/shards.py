@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: safetensors shards written as a stream, and small files replaced atomically.
+"""Shards of a store: safetensors files written as a stream, under their name only when they are whole.
 
 A shard is an ordinary safetensors file. Its header is padded with spaces to `DATA_OFFSET` bytes, which the format
 allows: the tensor then starts on a memory page of every common system and can be mapped as it is, and the header can be
@@ -21,6 +21,7 @@ import safetensors.numpy
 import torch
 
 from steersman.errors import SteersmanError
+from steersman.files import replace_whole
 
 DATA_OFFSET = 65536
 """Bytes before a shard's tensor: a multiple of the page size of x86 (4 KiB) and of Arm (up to 64 KiB)."""
@@ -29,30 +30,6 @@ DTYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16"
 """The types that a store offers: name -> (torch type, name in a safetensors header)."""
 
 _SAME_SIZE_INTEGER = {2: torch.int16, 4: torch.int32}
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one step: a reader sees the old file or the new one, never a part of either."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
 
 
 @contextmanager
@@ -130,7 +107,7 @@ class ShardWriter:
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> FileRecord:
     """Write small numpy arrays as one safetensors file, in one step; returns its record for the manifest."""
     content = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-    replace_file(path, content)
+    replace_whole(path, lambda temporary: temporary.write_bytes(content))
     return FileRecord(bytes=len(content), crc32=zlib.crc32(content))
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from steersman.errors import SteersmanError
+from steersman.files import fsync_folder
 from steersman.train.store.manifest import MANIFEST, ROWS, STATISTICS, Manifest, ShardRecord
-from steersman.train.store.shards import DTYPES, ShardWriter, disk_errors, fsync_folder, load_arrays, write_arrays
+from steersman.train.store.shards import DTYPES, ShardWriter, disk_errors, load_arrays, write_arrays
 from steersman.train.store.statistics import ActivationStats, StatsSums, nonfinite_error, row_norms
 
 log = logging.getLogger(__name__)

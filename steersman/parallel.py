@@ -1,4 +1,4 @@
-"""How training is spread over processes: the mesh, checked without any process group, and the ranks that make it up.
+"""How work is spread over processes: the mesh, checked without any process group, and the ranks that make it up.
 
 A mesh has two axes. The ranks along `latent` share the latents: each owns L / latent of them with their optimiser
 state, so that the gradients of weights stay where they are made and a step moves only the batch and the
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from steersman.device import local_rank
 from steersman.errors import LostRankError, SteersmanError
 
 # Newer PyTorch has other names for the same functions.
@@ -93,7 +94,7 @@ class Mesh:
         return start, start + size
 
 
-def launched() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """Rank and number of ranks, as `torchrun` (or whatever set RANK and WORLD_SIZE) tells them; (0, 1) without one."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -109,7 +110,7 @@ def launched() -> tuple[int, int]:
 def use_local_accelerator() -> None:
     """Make `cuda` mean the device that LOCAL_RANK names, so that the ranks of one machine use one each."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
 
 
 @contextmanager
@@ -119,7 +120,7 @@ def process_group(timeout_seconds: float) -> Iterator[None]:
         yield
         return
     use_local_accelerator()
-    with lost_rank():
+    with comm_errors():
         backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     try:
@@ -128,70 +129,70 @@ def process_group(timeout_seconds: float) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class Axis:
+class RankGroup:
     """Some ranks of the job and what they can do together. With one rank everything is done by doing nothing.
 
-    Every collective here is called by all ranks of the axis in the same order. When a rank is lost or does not answer
+    Every collective here is called by all ranks of the group in the same order. When a rank is lost or does not answer
     in time, the others raise a `LostRankError` that says so.
     """
 
     def __init__(self, size: int = 1, index: int = 0, group: Any = None):
         self.size, self.index, self.group = size, index, group
 
-    def sum_(self, x: Tensor) -> Tensor:
+    def all_reduce_sum_(self, x: Tensor) -> Tensor:
         """x becomes its sum over the ranks, the same bits on each."""
-        return self._reduce_(x, dist.ReduceOp.SUM)
+        return self._all_reduce_(x, dist.ReduceOp.SUM)
 
-    def max_(self, x: Tensor) -> Tensor:
+    def all_reduce_max_(self, x: Tensor) -> Tensor:
         """x becomes its largest over the ranks, element by element."""
-        return self._reduce_(x, dist.ReduceOp.MAX)
+        return self._all_reduce_(x, dist.ReduceOp.MAX)
 
-    def min_(self, x: Tensor) -> Tensor:
+    def all_reduce_min_(self, x: Tensor) -> Tensor:
         """x becomes its smallest over the ranks, element by element."""
-        return self._reduce_(x, dist.ReduceOp.MIN)
+        return self._all_reduce_(x, dist.ReduceOp.MIN)
 
-    def _reduce_(self, x: Tensor, op: Any) -> Tensor:
+    def _all_reduce_(self, x: Tensor, op: Any) -> Tensor:
         if self.size > 1:
-            with lost_rank():
+            with comm_errors():
                 dist.all_reduce(x, op=op, group=self.group)
         return x
 
     def max_later(self, x: Tensor) -> Any:
-        """Start `max_` of an axis of several ranks; the returned handle's `wait` ends it."""
-        with lost_rank():
+        """Start `all_reduce_max_` of a group of several ranks; the returned handle's `wait` ends it."""
+        with comm_errors():
             return dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """Every rank's x, [...] -> [size, ...]."""
-        return self.gather_later(x)()
+        return self.all_gather_later(x)()
 
-    def gather_later(self, x: Tensor) -> Callable[[], Tensor]:
-        """Start `gather` and return the function that waits for it, so that work can go on meanwhile."""
+    def all_gather_later(self, x: Tensor) -> Callable[[], Tensor]:
+        """Start `all_gather` and return the function that waits for it, so that work can go on meanwhile."""
         if self.size == 1:
             return lambda: x[None]
         x = x.contiguous()
         out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
-        with lost_rank():  # as bytes, since not every backend knows every type
+        with comm_errors():  # as bytes, since not every backend knows every type
             work: Any = _all_gather(
                 out.view(-1).view(torch.uint8), x.view(-1).view(torch.uint8), group=self.group, async_op=True
             )
 
         def finish() -> Tensor:
-            with lost_rank():
+            with comm_errors():
                 work.wait()
             return out
 
         return finish
 
-    def sum_of_shares(self, rows: Tensor) -> Tensor:
-        """rows [size * n, ...] of every rank -> the sum over ranks of this rank's share of them, [n, ...].
+    def reduce_scatter_sum(self, rows: Tensor) -> Tensor:
+        """rows [size * n, ...] of every rank -> the sum over ranks of this rank's part of them, [n, ...].
 
         The ranks' parts are added in order of rank, so that the sum is the same in every run.
         """
         if self.size == 1:
             return rows
         rows = rows.contiguous()
-        with lost_rank():
+        with comm_errors():
             if rows.device.type != "cpu":
                 out = torch.empty((len(rows) // self.size, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
                 _reduce_scatter(out, rows, group=self.group)
@@ -204,7 +205,7 @@ class Axis:
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         if self.size > 1:
-            self.sum_(torch.zeros(1, device=self._device))
+            self.all_reduce_sum_(torch.zeros(1, device=self._device))
 
     @property
     def _device(self) -> torch.device:
@@ -213,76 +214,76 @@ class Axis:
 
 
 @contextmanager
-def lost_rank() -> Iterator[None]:
+def comm_errors() -> Iterator[None]:
     """Turn what a collective raises when another rank is gone or silent into one clear error."""
     try:
         yield
     except (SteersmanError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
-        rank, world_size = launched()
+        rank, world_size = rank_and_world_size()
         timed_out = "imed out" in str(error) or "timeout" in str(error).lower()
         what = "another rank did not answer in time" if timed_out else "the connection to another rank was lost"
         raise LostRankError(
             f"rank {rank} of {world_size}: {what} (it was killed, hangs or met an error of its own); this rank ends "
-            "too. Run the same command again to go on from what is saved"
+            "too. Run the same command again to resume from what is saved"
         ) from error
 
 
 class Ranks:
     """The process groups of a mesh, whose ranks are the first of the job.
 
-    They are the `latent` and `data` axes, `everyone`, and `control`, which works on the CPU.
+    They are the `latent` and `data` axes, `world` (all ranks), `control`, which works on the CPU, and `background`, a
+    group of its own for the thread that writes checkpoints.
 
     Use as a context manager. `Ranks(Mesh())` is one process and needs no process group.
     """
 
     def __init__(self, mesh: Mesh, timeout_seconds: float = 600.0):
         self.mesh = mesh
-        self.latent = self.data = self.everyone = self.control = self.background = Axis()
+        self.latent = self.data = self.world = self.control = self.background = RankGroup()
         self._stack = ExitStack()
         if mesh.world_size == 1:
             return
         self.timeout = timedelta(seconds=timeout_seconds)
         self._stack.enter_context(process_group(timeout_seconds))
         every = list(range(mesh.world_size))
-        self.latent = self._axis([every[d * mesh.latent : (d + 1) * mesh.latent] for d in range(mesh.data)])
-        self.data = self._axis([every[i :: mesh.latent] for i in range(mesh.latent)])
-        self.everyone = self._axis([every])
-        self.control = self._axis([every], "gloo")
-        self.background = self._axis([every], "gloo")
-        """A group of its own for the thread that writes checkpoints."""
+        self.latent = self._group([every[d * mesh.latent : (d + 1) * mesh.latent] for d in range(mesh.data)])
+        self.data = self._group([every[i :: mesh.latent] for i in range(mesh.latent)])
+        self.world = self._group([every])
+        self.control = self._group([every], "gloo")
+        self.background = self._group([every], "gloo")
 
-    def _axis(self, groups: list[list[int]], backend: str | None = None) -> Axis:
-        mine = Axis()
+    def _group(self, groups: list[list[int]], backend: str | None = None) -> RankGroup:
+        mine = RankGroup()
         for members in groups:  # every rank makes every group, in the same order
             if len(members) == 1:
                 continue
-            with lost_rank():
+            with comm_errors():
                 # The others of a job that does more than this mesh know nothing of its groups.
                 alone = self.mesh.world_size < dist.get_world_size()
                 group = dist.new_group(members, timeout=self.timeout, backend=backend, use_local_synchronization=alone)
             if self.mesh.rank in members:
-                mine = Axis(len(members), members.index(self.mesh.rank), group)
+                mine = RankGroup(len(members), members.index(self.mesh.rank), group)
         return mine
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this is the rank that writes what there is one of."""
         return self.mesh.rank == 0
 
-    def on_first(self, action: Callable[[], None]) -> None:
-        """Run `action` on the first rank while the others wait; its SteersmanError is raised on all of them."""
+    def on_rank_zero(self, action: Callable[[], None]) -> None:
+        """Run `action` on rank 0 while the others wait; its SteersmanError is raised on all of them."""
         if self.mesh.world_size == 1:
             action()
             return
         message: list[str | None] = [None]
-        if self.first:
+        if self.is_rank_zero:
             try:
                 action()
             except SteersmanError as error:
                 message = [str(error)]
-        with lost_rank():
+        with comm_errors():
             dist.broadcast_object_list(message, src=0, group=self.control.group)
         if message[0] is not None:
             raise SteersmanError(message[0])

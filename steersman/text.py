@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 from steersman.errors import SteersmanError, near_names
 
@@ -71,7 +71,7 @@ def open_text(
     if isinstance(source, str | os.PathLike):
         return _open_named(str(source), text_column, streaming, txt_documents)
     if callable(source):
-        return _MadeText(source)
+        return _MadeText(cast(Callable[[int], str], source))
     if isinstance(source, Sequence) or (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         if not len(source):
             raise SteersmanError("the list of texts is empty; give at least one document")
@@ -79,6 +79,21 @@ def open_text(
     raise SteersmanError(
         f"text must be a list of strings, a path, a dataset id or a function of a number, not {type(source).__name__}"
     )
+
+
+def read_texts(source: Any, limit: int | None = None, **options: Any) -> list[str]:
+    """The documents that are not blank of whatever `open_text` takes, with its `options`; the first `limit` of them.
+
+    Raises SteersmanError when there are none.
+
+    >>> read_texts(["One fish.", " ", "Two fish."])
+    ['One fish.', 'Two fish.']
+    """
+    text = open_text(source, **options)
+    texts = list(islice((document for document in text.documents() if document.strip()), limit))
+    if not texts:
+        raise SteersmanError(f"{text.name} holds no text; give one with at least one document that is not blank")
+    return texts
 
 
 def _open_named(source: str, text_column: str, streaming: bool, txt_documents: TxtDocuments) -> TextSource:

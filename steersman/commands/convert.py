@@ -1,4 +1,4 @@
-"""`steersman inspect | convert`."""
+"""`steersman convert`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,25 +6,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from steersman.sae.formats.convert import convert
-from steersman.sae.formats.inspection import inspect
 from steersman.train.run.checkpoints import checkpoint_to_sae, is_unfinished_run
-
-__all__ = ["ConvertCommand", "InspectCommand"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectCommand:
-    """See what an SAE's files hold: format, architecture, widths, hook point, model, size, norms, warnings."""
-
-    path: Positional[str]
-    """Folder or file, or repo-id[/subfolder][@revision] on the hub."""
-    format: str | None = None
-    """Read it as this format, whatever the files look like."""
-
-
-def run_inspect(config: InspectCommand) -> None:
-    """`steersman inspect`."""
-    print(inspect(config.path, config.format).to_text())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +24,7 @@ class ConvertCommand:
     """Read the source as this format, whatever the files look like."""
 
 
-def run_convert(config: ConvertCommand) -> None:
+def run(config: ConvertCommand) -> None:
     """`steersman convert`."""
     source = checkpoint_to_sae(config.source) if is_unfinished_run(config.source) else config.source
     sae = convert(source, config.target, to=config.to, format=config.format)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steersman.errors import SteersmanError
+from steersman.text import open_text, read_texts
 from steersman.train.capture.contexts import ContextBatch, context_batches
-from steersman.train.text import open_text
 
 TEXTS = ["One fish.", "Zwei Fische — äöü.", "", "Trois\tpoissons.", "4 {fish}"]
 BOS, PAD = 1, 0
@@ -211,3 +211,31 @@ def test_contexts_keep_every_token_and_restart_at_every_batch(
 def test_text_without_any_token_is_refused(texts: list[str]) -> None:
     with pytest.raises(SteersmanError, match="no document has any text"):
         contexts(texts)
+
+
+def test_read_texts_is_what_is_not_blank(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n{"text": " "}\n')
+    assert read_texts(tmp_path / "a.txt") == ["one", "two"]
+    assert read_texts(tmp_path / "b.jsonl") == ["three"]
+    assert read_texts(tmp_path) == ["one", "two", "three"]
+    assert read_texts(str(tmp_path), limit=2) == ["one", "two"]
+    assert read_texts(lambda number: f"text {number}", 2) == ["text 0", "text 1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.jsonl", b'{"content": "one"}', "line 1 has no 'text'; it has \\['content'\\]"),
+        ("empty.txt", b"", "empty"),
+        ("blank.txt", b" \n\n", "blank.txt holds no text"),
+        ("bytes.txt", b"\xff\xfe\xff", "not UTF-8"),
+        ("t.md", b"one", "text is read from .txt, .jsonl, .parquet files, not .md"),
+    ],
+)
+def test_read_texts_says_what_is_wrong(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SteersmanError, match=message):
+        read_texts(tmp_path / name)
+    with pytest.raises(SteersmanError, match="none.txt: no such file or folder"):
+        read_texts(tmp_path / "none.txt")

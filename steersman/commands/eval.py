@@ -1,0 +1,72 @@
+"""`steersman eval`."""
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+from steersman.commands.options import check_model, on_kernels
+from steersman.device import pick_device
+from steersman.errors import SteersmanError
+from steersman.files import write_json
+from steersman.kernels import Implementation
+from steersman.lm import LanguageModel
+from steersman.sae import SAE
+from steersman.text import TextSource, open_text
+from steersman.train import ActivationStore
+from steersman.train.reports.evaluate import evaluate_sae
+from steersman.train.reports.features import check_same_origin
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalCommand:
+    """Measure an SAE on a store's held-out rows and, with --model and --text, its effect on the model's loss."""
+
+    sae: str
+    """Folder of the SAE."""
+    store: str
+    """Folder of a store of the SAE's hook point."""
+    split: Literal["heldout", "train", "all"] = "heldout"
+    """Which rows: those of the last documents, the others, or all."""
+    heldout_fraction: float = 0.05
+    """Share of the rows that is held out."""
+    model: str | None = None
+    """Folder or hub id of the model; without it only the reconstruction is measured."""
+    text: str | None = None
+    """Text to measure the model's loss on. Of the store's own text, the held-out documents are used."""
+    documents: int = 200
+    """Documents of the text, at most."""
+    out: str | None = None
+    """Also write the figures to this JSON file."""
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda, ..."""
+    kernels: Implementation = "auto"
+    """Implementation of the SAE's arithmetic: triton (NVIDIA GPUs), torch, or auto, the faster that the device has."""
+
+
+@on_kernels
+def run(config: EvalCommand) -> None:
+    """`steersman eval`."""
+    device = pick_device(config.device)
+    sae, store = SAE.load(config.sae, device), ActivationStore.open(config.store)
+    hook = check_same_origin(sae, store)
+    lm, texts = None, None
+    if config.model is not None:
+        if config.text is None:
+            raise SteersmanError("--model needs --text: the text to measure its loss on")
+        lm = LanguageModel.load(config.model, device=device)
+        lm.resolve_hook(hook)
+        check_model(sae, lm)
+        source = open_text(config.text)
+        texts = list(islice(source.documents(_first_document(store, source, config)), config.documents))
+    result = evaluate_sae(sae, store, lm, texts, split=config.split, heldout_fraction=config.heldout_fraction)
+    print(result.to_text())
+    if config.out is not None:
+        write_json(config.out, result.to_json())
+
+
+def _first_document(store: ActivationStore, text: TextSource, config: EvalCommand) -> int:
+    """Of the text a store was made from, the first document held out from training; of another text, the first."""
+    if store.manifest.config.get("text") != text.identity():
+        return 0
+    start, stop = store.split_rows("heldout", config.heldout_fraction)
+    return int(store.tokens(start, min(start + 1, stop)).doc_ids[0]) if stop > start else 0

@@ -1,0 +1,74 @@
+"""`steersman evaluate`."""
+
+from dataclasses import dataclass
+
+from steersman.commands.options import examples_of, load_model
+from steersman.config import part_of
+from steersman.device import pick_device
+from steersman.sae import SAE
+from steersman.steer import EvaluationConfig, SteeringVector, evaluate_steering
+from steersman.steer.methods import Examples
+from steersman.text import read_texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand(EvaluationConfig):
+    """Measure what a vector does to text, over scales, against a random direction, diffmean, prompting and nothing."""
+
+    model: str
+    """Folder or hub id of the model."""
+    vector: str
+    """Vector file."""
+    prompts: str
+    """File of prompts, one per line (or .jsonl with text)."""
+    out: str
+    """Folder for evaluation.json, evaluation.txt and curves.png."""
+    word: tuple[str, ...] = ()
+    """Word that should become more frequent; may be repeated."""
+    text: str | None = None
+    """File of held-out texts, for the loss while steering."""
+    data: str | None = None
+    """JSONL file of examples, for the diffmean baseline; those with a prompt also as continuations."""
+    positive: str | None = None
+    """File of positive texts, for the diffmean baseline."""
+    negative: str | None = None
+    """File of negative texts."""
+    prompt_prefix: str | None = None
+    """What the prompting baseline puts before each prompt; by default the first positive example."""
+    sae: str | None = None
+    """SAE folder, for target rise, side effects and specificity."""
+    feature: tuple[int, ...] = ()
+    """Features that should rise."""
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda, ..."""
+    dtype: str | None = None
+    """Dtype of the model."""
+
+
+def run(config: EvaluateCommand) -> None:
+    """`steersman evaluate`."""
+    v = SteeringVector.load(config.vector)
+    prompts = read_texts(config.prompts)
+    texts = [] if config.text is None else read_texts(config.text)
+    examples = examples_of(config.data, config.positive, config.negative) or Examples(positive=[], negative=[])
+    sae = None if config.sae is None else SAE.load(config.sae, pick_device(config.device))
+    pairs = zip(examples.positive, examples.negative)
+    found = evaluate_steering(
+        load_model(config),
+        v,
+        prompts,
+        words=config.word,
+        texts=texts,
+        continuations=[
+            (p.prompt, p.text[len(p.prompt) :], n.text[len(n.prompt) :]) for p, n in pairs if p.prompt == n.prompt != ""
+        ],
+        positive=examples.positive,
+        negative=examples.negative,
+        prompt_prefix=config.prompt_prefix,
+        sae=sae,
+        features=config.feature,
+        config=part_of(EvaluationConfig, config),
+    )
+    found.save(config.out)
+    print(found.to_text())
+    print(f"written to {config.out}")

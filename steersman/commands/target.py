@@ -1,0 +1,133 @@
+"""`steersman target`."""
+
+import math
+from dataclasses import dataclass
+
+from steersman.device import pick_device
+from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
+from steersman.sae import SAE
+from steersman.steer import (
+    EffectMap,
+)
+from steersman.steer.effects.fgaa import fgaa_targets
+from steersman.steer.effects.map import WEAK
+from steersman.text import read_texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetCommand:
+    """Make the steering vector that raises chosen features and little else, from an effect map (SAE-TS)."""
+
+    effects: str
+    """Folder of `steersman effects`, or the file of a map."""
+    out: str
+    """File for the vector (.safetensors)."""
+    feature: tuple[str, ...] = ()
+    """Target features: an id, or id=weight; several may be given."""
+    positive: str | None = None
+    """Instead of features: text that shows what is wanted (with --negative, --model and --sae), as FGAA does."""
+    negative: str | None = None
+    """Text that does not."""
+    n_positive: int = 8
+    """Of the text's features, how many that rise are targets."""
+    n_negative: int = 0
+    """And how many that fall."""
+    max_density: float = 0.01
+    """Features denser than this are no targets taken from text."""
+    ridge: float = math.inf
+    """How much of the effects' interplay to leave out: inf is SAE-TS, 0 the pseudo-inverse."""
+    bias_weight: float = 1.0
+    """Share of the general effect of steering that is worked against."""
+    min_signal: float = WEAK
+    """Signal against noise that a target must have in the map."""
+    rotation: bool = False
+    """Rotate the features' decoder rows instead (needs --sae): for features that the map measured badly."""
+    verify: bool = False
+    """Steer with the vector and compare its effect with the prediction (needs --model and --sae)."""
+    text: str | None = None
+    """Held-out text for --verify, where the map's scale rule needs it."""
+    scale: float | None = None
+    """Scale for --verify; found by the map's rule if not given."""
+    rollouts: int | None = None
+    """Texts for --verify; four times those of a measured vector if not given."""
+    model: str | None = None
+    """Folder or hub id of the model."""
+    sae: str | None = None
+    """Folder of the map's SAE."""
+    seed: int = 1
+    """Seed of the texts for --verify."""
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda, ..."""
+    dtype: str | None = None
+    """Dtype of the model."""
+
+
+def run(config: TargetCommand) -> None:
+    """`steersman target`."""
+    from_texts = config.positive is not None or config.negative is not None
+    if from_texts == bool(config.feature):
+        raise SteersmanError("name targets with --feature id=weight, or by --positive and --negative text")
+    if from_texts and (config.positive is None or config.negative is None):
+        raise SteersmanError("targets from text need both --positive and --negative")
+    needs_model = config.verify or from_texts
+    if needs_model and config.model is None:
+        raise SteersmanError(f"--{'verify' if config.verify else 'positive'} needs --model")
+    if (needs_model or config.rotation) and config.sae is None:
+        raise SteersmanError(
+            f"--{'rotation' if config.rotation else 'verify' if config.verify else 'positive'} needs --sae"
+        )
+    targets = parse_targets(config.feature) if config.feature else {}
+    effect_map = EffectMap.load(config.effects)
+    device = pick_device(config.device)
+    sae = None if config.sae is None else SAE.load(config.sae, device)
+    if sae is not None:
+        effect_map.check_sae(sae)
+    lm = None
+    if needs_model:
+        lm = LanguageModel.load(str(config.model), device=device, dtype=config.dtype)
+    if from_texts:
+        assert lm is not None
+        assert sae is not None
+        texts = [read_texts(str(source), 4096) for source in (config.positive, config.negative)]
+        keep = {name: getattr(config, name) for name in ("max_density", "n_positive", "n_negative")}
+        targets = fgaa_targets(lm, sae, texts[0], texts[1], **keep)
+        print("targets: " + ", ".join(f"{j} ({w:+.3f})" for j, w in targets.items()))
+    if config.rotation:
+        assert sae is not None
+        vector = effect_map.solve_rotated(targets, sae, min_signal=config.min_signal)
+    else:
+        settings = {"ridge": config.ridge, "bias_weight": config.bias_weight, "min_signal": config.min_signal}
+        vector = effect_map.solve(targets, **settings)
+    vector.save(config.out)
+    predicted = effect_map.predict(vector)
+    for j in list(targets)[:8]:
+        signal = float(effect_map.signal[j])
+        print(f"feature {j}: predicted effect {float(predicted[j]):+.4f}, signal {signal:.1f} x noise")
+    scale = effect_map.median_scale
+    print(f"{config.out}: {vector.method}, unit norm; the map's vectors had a median scale of {scale:.4g}")
+    if config.verify:
+        assert sae is not None
+        texts = read_texts(config.text, 4096) if config.text is not None else []
+        options = {"scale": config.scale, "rollouts": config.rollouts, "seed": config.seed}
+        print(effect_map.verify(lm, sae, vector, targets, texts=texts, **options).to_text())
+
+
+def parse_targets(given: tuple[str, ...]) -> dict[int, float]:
+    """Target weights from `id` and `id=weight` texts.
+
+    >>> parse_targets(("12", "40=-0.5"))
+    {12: 1.0, 40: -0.5}
+    """
+    targets: dict[int, float] = {}
+    for text in given:
+        head, mark, tail = text.partition("=")
+        try:
+            feature, weight = int(head), float(tail) if mark else 1.0
+        except ValueError:
+            message = f"target {text!r} is not of the form id or id=weight, such as 12 or 40=-0.5"
+            raise SteersmanError(message) from None
+        if feature in targets:
+            raise SteersmanError(f"target {feature} is given twice")
+        targets[feature] = weight
+    return targets

@@ -1,0 +1,59 @@
+"""`steersman vector make`."""
+
+from dataclasses import dataclass
+
+from steersman.commands.options import examples_of, load_model
+from steersman.commands.vector_show import describe
+from steersman.config import part_of
+from steersman.device import pick_device
+from steersman.errors import SteersmanError
+from steersman.sae import SAE
+from steersman.steer import ContrastConfig, SteeringVector, contrast
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorMakeCommand(ContrastConfig):
+    """Make a steering vector: from examples (--data, or --positive and --negative), or a feature's direction (--sae,
+    --feature)."""
+
+    out: str
+    """File to write: .safetensors, or .gguf for a control vector."""
+    model: str | None = None
+    """Folder or hub id of the model; needed for examples."""
+    hook: tuple[str, ...] = ()
+    """Hook point, such as blocks.12.hook_resid_post; several make one vector at all of them."""
+    data: str | None = None
+    """JSONL file of examples: positive and negative (with or without prompt), or text and label."""
+    positive: str | None = None
+    """File of positive texts, one per line (or .jsonl with text)."""
+    negative: str | None = None
+    """File of negative texts."""
+    sae: str | None = None
+    """SAE folder, for the direction of --feature."""
+    feature: int | None = None
+    """Feature whose decoder direction is the vector."""
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda, ..."""
+    dtype: str | None = None
+    """Dtype of the model: float32, bfloat16, ...; by default float32 on the CPU and the checkpoint's own elsewhere."""
+
+
+def run(config: VectorMakeCommand) -> None:
+    """`steersman vector make`."""
+    examples = examples_of(config.data, config.positive, config.negative)
+    if (examples is None) == (config.sae is None):
+        raise SteersmanError("make it from examples (--data, or --positive and --negative) or from --sae and --feature")
+    if config.sae is not None:
+        if config.feature is None or len(config.hook) > 1:
+            raise SteersmanError("--sae needs --feature, and --hook once at most")
+        sae = SAE.load(config.sae, pick_device(config.device))
+        v = SteeringVector.of_feature(sae, config.feature, hook_name=config.hook[0] if config.hook else "")
+    else:
+        assert examples is not None
+        if config.model is None or not config.hook:
+            raise SteersmanError("examples need --model and --hook: where to read them")
+        lm = load_model(config)
+        v = contrast(lm, examples.positive, examples.negative, hook=config.hook, config=part_of(ContrastConfig, config))
+    v.save(config.out)
+    print(describe(v))
+    print(f"written to {config.out}")

@@ -1,0 +1,88 @@
+"""Files that are either whole or absent, and folders that are there or said not to be.
+
+A file is written under a temporary name beside its own, `NAME.tmp`, synced, and renamed; then its folder is synced. A
+reader, and a power cut, find the old file or the new one, never a part of either. What a killed process leaves behind
+under the temporary name is taken over by the next one that writes the file.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from steersman.errors import SteersmanError
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+    """Call `write(temporary path)`, and give what it wrote the name `path`: never half a file under the final name.
+
+    Raises SteersmanError when the file cannot be written. Whatever is raised, no temporary file stays.
+    """
+    try:
+        replace_whole(Path(path), write)
+    except OSError as error:
+        raise SteersmanError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """`write_whole` with the operating system's own errors, for callers who can say what to do about a full disk."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data`, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_bytes(data))
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as JSON indented by two and ended by a newline, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make the folder `path`, and those it lies in, unless it is there. Raises SteersmanError when it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SteersmanError(f"{path} cannot be made: {error.strerror or error}") from error
+
+
+def fsync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def format_bytes(n: float) -> str:
+    """Bytes as people read them, in powers of 1000.
+
+    >>> format_bytes(1_536_000_000)
+    '1.54 GB'
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"

@@ -1,0 +1,93 @@
+"""Settings from YAML files: values as their fields' types, and one line for what is none."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from steersman.errors import SteersmanError
+from steersman.yaml_settings import read_yaml, typed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    width: int = 1
+    rate: float | None = None
+    name: str = ""
+    kind: Literal["a", "b"] = "a"
+    mixed: bool = False
+    features: tuple[str, ...] = ()
+    betas: tuple[float, float] = (0.9, 0.99)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("width: 8", {"width": 8}),
+        ("width: 8.0", {"width": 8}),
+        ("width: 1e6", {"width": 1_000_000}),
+        ("width: 10_000", {"width": 10_000}),
+        ("width: '12345678901234567'", {"width": 12345678901234567}),
+        ("rate: 1e-3", {"rate": 0.001}),
+        ("rate: 1", {"rate": 1.0}),
+        ("rate: null", {"rate": None}),
+        ("name: 12", {"name": "12"}),
+        ("kind: b", {"kind": "b"}),
+        ("mixed: true", {"mixed": True}),
+        ("features: [12=1.5, 3]", {"features": ("12=1.5", "3")}),
+        ("features: 12=1.5", {"features": ("12=1.5",)}),
+        ("betas: [0.5, 1]", {"betas": (0.5, 1.0)}),
+        ("options: {p: 0.5}", {"options": {"p": 0.5}}),
+        ("{}", {}),
+    ],
+)
+def test_values_have_their_fields_types(tmp_path: Path, text: str, expected: dict[str, Any]) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    found = read_yaml(path, Config)
+    assert found == expected
+    assert [type(value) for value in found.values()] == [type(value) for value in expected.values()]
+    assert Config(**found) is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("width: 8.5", "width is 8.5, it should be a whole number"),
+        ("width: eight", "width is 'eight', it should be a whole number"),
+        ("width: true", "width is True, it should be a whole number"),
+        ("width: null", "width is None, it should be a whole number"),
+        ("width: .inf", "width is inf"),
+        ("rate: fast", "rate is 'fast', it should be a number or null"),
+        ("kind: c", "kind is 'c', it should be one of a, b"),
+        ("mixed: 1", "mixed is 1, it should be true or false"),
+        ("name: [a]", "name is ['a'], it should be text"),
+        ("betas: [0.5]", "betas is [0.5], it should be a list, each a number"),
+        ("options: 3", "options is 3"),
+        ("witdh: 8", "unknown key 'witdh'; near it: width"),
+        ("1: 8", "unknown key 1"),
+        ("- 8", "must hold a mapping of settings"),
+        ("width: [8", "is not YAML"),
+        ("", "must hold a mapping of settings"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(SteersmanError) as caught:
+        read_yaml(path, Config)
+    assert message in str(caught.value)
+    assert "settings.yaml" in str(caught.value)
+
+
+def test_what_was_dumped_is_read_again() -> None:
+    config = {"width": 3, "rate": 0.25, "name": "x", "kind": "b", "mixed": True, "features": ["a", "b"]}
+    assert Config(**typed(yaml.safe_load(yaml.safe_dump(config)), Config, "here")).features == ("a", "b")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SteersmanError, match="cannot be read"):
+        read_yaml(tmp_path / "none.yaml", Config)
