@@ -1,4 +1,4 @@
-"""Sparse autoencoders: the module and its architectures, checkpoints, metrics and feature summaries."""
+"""Sparse autoencoders: the module and its architectures, files, metrics and feature summaries."""
 
 from steersman.sae.architectures.auxk import auxk_gradients, auxk_loss
 from steersman.sae.architectures.batch_topk import BatchTopKSAE
@@ -10,7 +10,11 @@ from steersman.sae.architectures.relu import ReLUSAE
 from steersman.sae.architectures.topk import TopKSAE
 from steersman.sae.base import SAE, FeatureStats, SparseCode
 from steersman.sae.config import SAEConfig
+from steersman.sae.formats import load
+from steersman.sae.formats.saelens import save
 from steersman.sae.training import AuxTerm, Latents, Step, TrainingCode, TrainingState
+
+SAE.save, SAE.load = save, staticmethod(load)  # here, because the formats build on the SAE
 
 __all__ = [
     "SAE",

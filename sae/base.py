@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from einops import pack, unpack
@@ -361,26 +361,19 @@ class SAE(nn.Module):
             raise SteersmanError("this SAE carries no feature statistics; run `steersman features` on it first")
         return float(self.feature_stats.max_act[feature]) <= 0
 
-    def save(self, path: str | Path) -> None:
-        """Write the folder `path`: cfg.json, sae_weights.safetensors and the feature statistics, each atomically."""
-        from steersman.sae.checkpoint import save
+    def weights(self) -> dict[str, Tensor]:
+        """What files hold of it, by name: all parameters and buffers."""
+        return self.state_dict()
 
-        save(self, Path(path))
+    if TYPE_CHECKING:  # the package's __init__ puts them here: `formats` builds on this module
 
-    @staticmethod
-    def load(
-        path: str | Path,
-        device: str | torch.device = "cpu",
-        *,
-        format: str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> SAE:
-        """Read an SAE from a folder, a file, or the hub (`repo-id[/subfolder][@revision]`), in any format of
-        `steersman.sae.formats`; `format` names one where the files alone would mean another.
+        def save(self, path: str | Path) -> None: ...
 
-        Weights go to `device` as `dtype`, block by block, so that a file of a million features is never held twice.
-        Raises SteersmanError for what is no SAE, saying what was found, and for files that are malformed.
-        """
-        from steersman.sae.formats import load
-
-        return load(path, torch.device(device), format=format, dtype=dtype)
+        @staticmethod
+        def load(
+            path: str | Path,
+            device: str | torch.device = "cpu",
+            *,
+            format: str | None = None,
+            dtype: torch.dtype = torch.float32,
+        ) -> SAE: ...

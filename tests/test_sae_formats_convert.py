@@ -8,7 +8,7 @@ from support.helpers import make_sae
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE
-from steersman.sae.formats.convert import convert
+from steersman.sae.formats import convert
 
 
 @pytest.fixture(autouse=True)

@@ -90,7 +90,7 @@ class DictionaryLearning(Format):
             tensors=tensors,
             file=file,
             ignored=frozenset({"k", "threshold", "group_sizes"}),
-            constant_threshold=0.0 if unset else None,
+            constants={"threshold": 0.0} if unset else {},
             warnings=warnings,
         )
 
@@ -160,7 +160,7 @@ def _is_number(file: TensorFile, name: str) -> bool:
 
 
 def _k(kind: str, numbers: dict[str, float], trainer: dict[str, Any], file: TensorFile) -> int:
-    if CLASSES[kind] not in ("topk", "batch_topk", "matryoshka"):
+    if not SAE.architectures[CLASSES[kind]].uses_k:
         return 0
     k = numbers.get("k", trainer.get("k"))
     if k is None:

@@ -43,7 +43,7 @@ class LlamaScope(Format):
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
             raise SteersmanError(f"{path}: jump_relu_threshold is {threshold!r}, not a number")
         cfg = _config(source, fields, file)
-        return Parts(cfg=cfg, tensors=_tensors(file), file=file, input_scale=s, constant_threshold=threshold * s)
+        return Parts(cfg=cfg, tensors=_tensors(file), file=file, input_scale=s, constants={"threshold": threshold * s})
 
 
 class LlamaScopeDistill(Format):
