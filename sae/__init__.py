@@ -1,5 +1,6 @@
 """Sparse autoencoders: the module and its architectures, files, metrics and feature summaries."""
 
+from steersman.sae.architectures.abs_topk import AbsTopKSAE
 from steersman.sae.architectures.auxk import auxk_gradients, auxk_loss
 from steersman.sae.architectures.batch_topk import BatchTopKSAE
 from steersman.sae.architectures.gated import GatedSAE
@@ -18,6 +19,7 @@ SAE.save, SAE.load = save, staticmethod(load)  # here, because the formats build
 
 __all__ = [
     "SAE",
+    "AbsTopKSAE",
     "AuxTerm",
     "BatchTopKSAE",
     "FeatureStats",

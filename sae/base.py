@@ -85,7 +85,7 @@ class SAE(nn.Module):
     name: ClassVar[str] = ""
     """What `SAEConfig.architecture` calls it. A class without one is a base that architectures share."""
     saelens_name: ClassVar[str] = ""
-    """What SAELens calls it; `name` if nothing else is said. SAELens opens only what it has itself."""
+    """What SAELens calls one that computes the same; `name`, which SAELens may not know, if nothing else is said."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings of its own, by name, with their defaults: what `SAEConfig.options` may hold."""
     uses_k: ClassVar[bool] = False
@@ -107,7 +107,8 @@ class SAE(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.saelens_name = cls.saelens_name or cls.name
+        if "name" in cls.__dict__ and "saelens_name" not in cls.__dict__:
+            cls.saelens_name = cls.name  # what computes something else than its base must not pass for it
         SAE.architectures.register(cls, cls)
 
     def __new__(cls, cfg: SAEConfig, *_args: Any, **_kwargs: Any) -> SAE:
@@ -224,7 +225,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseCode:
-        """The active features of x [N, D]: values and indices [N, K], largest first."""
+        """The active features of x [N, D]: values and indices [N, K], largest magnitude first."""
         rows, _ = self._rows(x)
         values, indices = self._select(rows)
         return SparseCode(values, indices.long())

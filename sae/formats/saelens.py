@@ -104,6 +104,12 @@ def _read_own(source: Source, own: Any, file: TensorFile) -> Parts:
         settings = dict(own.pop("config"))
         for name in ("d_in", "d_sae", "k"):
             settings[name] = integer(settings.get(name, 0), name, path)
+        kind = settings.get("activation")
+        if isinstance(kind, str) and kind not in SAE.architectures:
+            raise SteersmanError(
+                f"{path}: unknown architecture {kind!r}; have {', '.join(SAE.architectures)}. One from outside the "
+                "package is known once its module is imported: import that first"
+            )
         cfg = SAEConfig.from_record(settings, metadata=own)
     except SteersmanError:
         raise
