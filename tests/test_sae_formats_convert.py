@@ -10,12 +10,7 @@ from steersman.errors import SteersmanError
 from steersman.sae import SAE
 from steersman.sae.formats import convert
 
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
+pytestmark = pytest.mark.usefixtures("seeded")
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
 
 FITTING = [
