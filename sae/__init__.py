@@ -15,7 +15,9 @@ from steersman.sae.formats import load
 from steersman.sae.formats.saelens import save
 from steersman.sae.training import AuxTerm, Latents, Step, TrainingCode, TrainingState
 
-SAE.save, SAE.load = save, staticmethod(load)  # here, because the formats build on the SAE
+# Here, because the formats build on the SAE.
+SAE.save = save  # pyright: ignore[reportAttributeAccessIssue]
+SAE.load = staticmethod(load)
 
 __all__ = [
     "SAE",

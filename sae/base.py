@@ -112,7 +112,8 @@ class SAE(nn.Module):
         SAE.architectures.register(cls, cls)
 
     def __new__(cls, cfg: SAEConfig, *_args: Any, **_kwargs: Any) -> SAE:
-        return super().__new__(SAE.architectures[cfg.architecture] if cls is SAE else cls)
+        kind: Any = SAE.architectures[cfg.architecture] if cls is SAE else cls
+        return super().__new__(kind)
 
     @classmethod
     def check(cls, cfg: SAEConfig) -> None:
@@ -251,7 +252,7 @@ class SAE(nn.Module):
         hit = sorted_features[column] == indices
         out = torch.zeros(len(values), len(features), device=values.device)
         out.scatter_add_(1, column, torch.where(hit, values, torch.zeros_like(values)))
-        # A feature named twice is found once: give every copy the value of the first.
+        # The search hits one copy of a feature that is named twice: give every copy the value of the first.
         first = torch.searchsorted(sorted_features, features)
         return out[:, first]
 

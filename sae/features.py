@@ -16,7 +16,7 @@ from steersman.sae.base import SAE, FeatureStats, SparseCode
 from steersman.sae.metrics import FeatureSums
 
 _BINS_PER_OCTAVE, _OCTAVES = 16, 16
-_LOWEST = -10  # log2 of the smallest activation told apart, in units of the median |x| / sqrt(d_in)
+_LOWEST = -10  # log2 of the smallest activation resolved, in units of the median |x| / sqrt(d_in)
 
 
 @dataclass(frozen=True, kw_only=True)

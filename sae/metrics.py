@@ -13,7 +13,7 @@ from steersman.errors import SteersmanError
 from steersman.sae.base import SAE, FeatureStats, SparseCode
 
 DENSE = 0.1
-"""A feature active on more than this share of the tokens counts as dense."""
+"""A feature active on more than this fraction of the tokens counts as dense."""
 
 
 @dataclass(frozen=True, kw_only=True)

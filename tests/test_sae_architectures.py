@@ -281,6 +281,8 @@ class Scaled(TopKSAE):
     """An architecture with a parameter, a buffer of its own shape and one number as a buffer."""
 
     name = "scaled"
+    shift: Tensor
+    counted: Tensor
 
     def __init__(self, cfg: SAEConfig, generator: torch.Generator | None = None):
         super().__init__(cfg, generator)

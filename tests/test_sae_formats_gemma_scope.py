@@ -45,7 +45,8 @@ def expected(a: dict[str, np.ndarray], x: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def check(sae: SAE, a: dict[str, np.ndarray]) -> None:
     x = np.random.default_rng(1).normal(size=(50, D))
-    assert_computes(sae, torch.tensor(x), *map(torch.tensor, expected(a, x)))
+    f, x_hat = expected(a, x)
+    assert_computes(sae, torch.tensor(x), torch.tensor(f), torch.tensor(x_hat))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -48,11 +48,11 @@ def load(
     Raises SteersmanError for what is no SAE, saying what was found, and for files that are malformed.
     """
     source = open_source(path)
-    found = recognise(source, format)
-    parts = found.read(source)
+    layout = recognise(source, format)
+    parts = layout.read(source)
     sae = build(parts, torch.device(device), dtype)
     if not parts.native or "repo_id" in source.origin:
-        origin = {"format": found.name, **source.origin}
+        origin = {"format": layout.name, **source.origin}
         sae.cfg = replace(sae.cfg, metadata={**sae.cfg.metadata, "origin": origin})
     for warning in parts.warnings:
         log.warning("%s: %s", source.label, warning)

@@ -1,4 +1,4 @@
-"""What a format is, the registry of all, and how an SAE is put together from what one found."""
+"""What a format is, the registry of all, and how an SAE is put together from what one reads."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ from steersman.sae.formats.tensors import Entry, TensorFile
 
 @dataclass(kw_only=True)
 class Parts:
-    """An SAE as a format found it: the configuration, and where each weight lies."""
+    """An SAE as a format reads it: the configuration, and where each weight lies."""
 
     cfg: SAEConfig
     """The configuration."""

@@ -204,8 +204,8 @@ def _read_saelens(source: Source, fields: dict[str, Any], file: TensorFile) -> P
 
 def _kept(metadata: dict[str, Any]) -> dict[str, Any]:
     kept = {key: metadata[key] for key in _KEPT if metadata.get(key) is not None}
-    found = {"saelens": kept} if kept else {}
-    return found | ({"neuronpedia_id": kept["neuronpedia_id"]} if "neuronpedia_id" in kept else {})
+    ours = {"saelens": kept} if kept else {}
+    return ours | ({"neuronpedia_id": kept["neuronpedia_id"]} if "neuronpedia_id" in kept else {})
 
 
 def _input_scale(source: Source) -> float | None:
