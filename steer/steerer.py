@@ -33,7 +33,7 @@ class Steering:
         self.lm = lm
         points = {lm.hook_point(hook): edit for hook, edit in edits.items()}
         for point, edit in points.items():
-            edit.check(point, lm.name)
+            edit.check(lm, point)
         self.edits = {point.name: edit for point, edit in points.items()}
         self.scope = scope
         self.trace = Trace()
@@ -168,9 +168,11 @@ class Steerer:
         in one batch. Raises SteersmanError for a vector of another model, hook point or width, and for one that is
         not finite.
         """
-        by_position = isinstance(vector, SteeringVector) and vector.positions is not None
-        kind = PositionEdit if by_position else VectorEdit
-        edits = {name: kind(v, scale, gate) for name, v in directions_of(self.lm, vector, hook).items()}
+        recorded = isinstance(vector, SteeringVector)
+        edits: dict[str, Edit] = {
+            name: (PositionEdit if recorded and v.ndim == 2 else VectorEdit)(v, scale, gate)
+            for name, v in directions_of(self.lm, vector, hook).items()
+        }
         return Steering(self.lm, edits, Scope.of(scope, include_bos=include_bos))
 
     def measure(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from steersman.errors import SteersmanError
-from steersman.lm import ForwardPass, HookPoint
+from steersman.lm import ForwardPass, HookPoint, LanguageModel
 from steersman.steer.edits.base import Edit, PerRow, blend, common_rows, per_row
 
 Keys = tuple[int, int | None] | Sequence[tuple[int, int | None]] | Tensor
@@ -55,17 +55,19 @@ class AttentionBiasEdit(Edit):
         self.active = (self.bias != 0).expand(self.rows)
         self.removes = bool(self.removed.any())
 
-    def check(self, point: HookPoint, model_name: str) -> None:
+    def check(self, lm: LanguageModel, point: HookPoint) -> None:
         if point.kind != "hook_attn_mask":
             raise SteersmanError(f"an attention bias is added at a hook_attn_mask, not at {point.name}")
         if self.heads is not None and not 0 <= self.heads[0] <= self.heads[-1] < point.width:
-            raise SteersmanError(f"heads {self.heads}: {model_name} has {point.width} (0 to {point.width - 1})")
+            raise SteersmanError(f"heads {self.heads}: {lm.name} has {point.width} (0 to {point.width - 1})")
 
     def scaled(self, factor: PerRow) -> "AttentionBiasEdit":
         factors = per_row(factor, "factor", self.bias.device)
         common_rows(bias=len(self.bias), factor=len(factors))
         # A key taken away is so at every factor but 0.
-        bias = (self.bias.masked_fill(self.removed, 0.0) * factors).masked_fill(self.removed & (factors != 0), -torch.inf)
+        bias = (self.bias.masked_fill(self.removed, 0.0) * factors).masked_fill(
+            self.removed & (factors != 0), -torch.inf
+        )
         return AttentionBiasEdit(bias, self.windows if self.table is None else self.table, self.heads)
 
     def chosen(self, fwd: ForwardPass, n_keys: int) -> Tensor:

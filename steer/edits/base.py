@@ -1,6 +1,6 @@
 """What an edit is: something that changes what is at a hook point, at the tokens in scope.
 
-`steersman.steer.steerer` opens edits in contexts; whatever is an `Edit` has scopes, rows, traces and calibration with it.
+`steersman.steer.steerer` opens edits in contexts, which give any `Edit` its scope, rows, trace and calibration.
 
 Shape letters: B rows of the batch, S tokens of the pass, D width; R rows of parameters (1 for all, or one per prompt).
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.lm import ForwardPass, HookPoint
+from steersman.lm import ForwardPass, HookPoint, LanguageModel
 
 PerRow = float | Sequence[float] | Tensor
 """A number for all rows, or one for each."""
@@ -39,7 +39,7 @@ class Edit:
         """Of the tokens in scope, those this edit can change."""
         return where
 
-    def check(self, point: HookPoint, model_name: str) -> None:
+    def check(self, lm: LanguageModel, point: HookPoint) -> None:
         """Raise a SteersmanError where the edit makes no sense at a hook point, before anything is run."""
 
     def scaled(self, factor: PerRow) -> "Edit":
@@ -88,8 +88,8 @@ class ScaledEdit(Edit):
     def narrow(self, where: Tensor | bool, fwd: ForwardPass) -> Tensor | bool:
         return self.edit.narrow(where, fwd)
 
-    def check(self, point: HookPoint, model_name: str) -> None:
-        self.edit.check(point, model_name)
+    def check(self, lm: LanguageModel, point: HookPoint) -> None:
+        self.edit.check(lm, point)
 
 
 def per_row(value: PerRow, what: str, device: torch.device) -> Tensor:
@@ -112,7 +112,7 @@ def common_rows(**sizes: int) -> int:
 
 
 def blend(h: Tensor, new: Tensor, where: Tensor | bool) -> Tensor:
-    """`new` where steered, and exactly h elsewhere; of an attention mask [B, H, S, K], the queries in `where` [B, S]."""
+    """`new` where steered, and exactly h elsewhere; of an attention mask [B, H, S, K] the queries in `where` [B, S]."""
     if isinstance(where, bool):
         return new
     return torch.where(where[:, None, :, None] if h.ndim == 4 else where[..., None], new, h)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.lm import ForwardPass, HookPoint
+from steersman.lm import ForwardPass, HookPoint, LanguageModel
 from steersman.sae import SAE
 from steersman.steer.edits.base import Edit, PerRow, blend, common_rows, per_row
 from steersman.steer.edits.vector import VectorEdit
@@ -129,7 +129,7 @@ class FeatureEdit(Edit):
         if self.mode == "add" and self.sae.cfg.input_norm == "none":  # needs no encoding: a constant vector per row
             self._added = VectorEdit((self.amount * self.on) @ self.directions, 1.0, gate)
 
-    def check(self, point: HookPoint, model_name: str) -> None:
+    def check(self, lm: LanguageModel, point: HookPoint) -> None:
         if not point.holds_states:
             raise SteersmanError(f"{point.name} holds no hidden states: no SAE's features can be edited there")
 

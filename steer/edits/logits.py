@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.lm import ForwardPass, HookPoint
+from steersman.lm import ForwardPass, HookPoint, LanguageModel
 from steersman.steer.edits.base import Edit, PerRow, blend, common_rows, per_row
 
 
@@ -40,11 +40,11 @@ class LogitsEdit(Edit):
         self.amount = finite.masked_fill(forbidden, -torch.inf)  # [R, M]
         self.active = (self.amount != 0).any(1)
 
-    def check(self, point: HookPoint, model_name: str) -> None:
+    def check(self, lm: LanguageModel, point: HookPoint) -> None:
         if point.kind != "logits":
             raise SteersmanError(f"logits are edited at the hook point 'logits', not at {point.name}")
         if not 0 <= int(self.ids[0]) <= int(self.ids[-1]) < point.width:
-            raise SteersmanError(f"no token {int(self.ids[-1])}: the vocabulary of {model_name} has {point.width}")
+            raise SteersmanError(f"no token {int(self.ids[-1])}: the vocabulary of {lm.name} has {point.width}")
 
     def scaled(self, factor: PerRow) -> "LogitsEdit":
         factors = per_row(factor, "factor", self.factor.device)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.lm import ForwardPass, HookPoint
+from steersman.lm import ForwardPass, HookPoint, LanguageModel
+from steersman.lm.origin import check_fits
 from steersman.steer.edits.base import Edit, PerRow, blend, common_rows, per_row
 
 
@@ -47,8 +48,8 @@ class VectorEdit(Edit):
     def apply(self, h: Tensor, fwd: ForwardPass, where: Tensor | bool) -> Tensor:
         return blend(h, h + self.delta(fwd, h), where)
 
-    def check(self, point: HookPoint, model_name: str) -> None:
-        check_vector_fits(self.vector, point, model_name)
+    def check(self, lm: LanguageModel, point: HookPoint) -> None:
+        check_vector_fits(self.vector, lm, point)
 
     def scaled(self, factor: PerRow) -> "VectorEdit":
         return VectorEdit(self.vector, self.factor, factor)
@@ -84,18 +85,16 @@ class PositionEdit(Edit):
         delta = (factor * self.vector[position]).to(h.dtype).to(h.device)
         return blend(h, h + delta, where)
 
-    def check(self, point: HookPoint, model_name: str) -> None:
-        check_vector_fits(self.vector, point, model_name)
+    def check(self, lm: LanguageModel, point: HookPoint) -> None:
+        check_vector_fits(self.vector, lm, point)
 
     def scaled(self, factor: PerRow) -> "PositionEdit":
         return PositionEdit(self.vector, self.factor, factor)
 
 
-def check_vector_fits(vector: Tensor, point: HookPoint, model_name: str) -> None:
+def check_vector_fits(vector: Tensor, lm: LanguageModel, point: HookPoint) -> None:
     """Raise a SteersmanError unless a vector [..., D] can be added to what is at a hook point."""
     if point.kind == "hook_attn_mask":
         raise SteersmanError(f"no vector can be added to {point.name}, an attention mask: use an AttentionBiasEdit")
-    if vector.shape[-1] != point.width:
-        raise SteersmanError(
-            f"a vector of width {vector.shape[-1]} does not fit {point.name} of {model_name}: its width is {point.width}"
-        )
+    what = f"a vector of shape {list(vector.squeeze(0).shape)}"
+    check_fits(lm, what=what, model_name="", hook_name=point.name, width=vector.shape[-1])

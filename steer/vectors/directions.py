@@ -16,10 +16,15 @@ from steersman.steer.vectors.vector import SteeringVector
 class RecordedVector(Protocol):
     """An object that says where its vector belongs (and may have a `model_name`)."""
 
-    hook_name: str
-    """The hook point."""
-    vector: Tensor
-    """[D]."""
+    @property
+    def hook_name(self) -> str:
+        """The hook point."""
+        ...
+
+    @property
+    def vector(self) -> Tensor:
+        """[D]."""
+        ...
 
 
 Direction = Tensor | Sequence[float] | Sequence[Sequence[float]]
