@@ -19,7 +19,7 @@ from steersman.steer.edit_report import EditReport, Meter
 from steersman.steer.edits import Edit, FeatureEdit, Features, PerRow, PositionEdit, VectorEdit
 from steersman.steer.scope import Scope, ScopeLike
 from steersman.steer.trace import Trace
-from steersman.steer.vectors.directions import VectorLike, directions_of
+from steersman.steer.vectors.directions import VectorInput, directions_of
 from steersman.steer.vectors.vector import SteeringVector
 
 
@@ -152,7 +152,7 @@ class Steerer:
 
     def vector(
         self,
-        vector: VectorLike,
+        vector: VectorInput,
         *,
         scale: PerRow = 1.0,
         hook: str | None = None,

@@ -6,6 +6,7 @@ Shape letters: B rows, H heads, S queries (the tokens of the pass), K keys, P po
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, HookPoint, LanguageModel
 from steersman.steer.edits.base import Edit, PerRow, blend, common_rows, per_row
 
-Keys = tuple[int, int | None] | Sequence[tuple[int, int | None]] | Tensor
-"""Which keys: a half-open window of absolute positions (None as its end is open) or several, or a bool table [P] or
-[R, P] of positions, of which those behind its end are not chosen. Positions count real tokens, the BOS at 0."""
+Window = tuple[int, int | None]
+"""A half-open window of absolute positions; None as its end is open."""
+Keys = Window | Sequence[Window] | Tensor
+"""Which keys: a window or several, or a bool table [P] or [R, P] of positions, of which those behind its end are not
+chosen. Positions count real tokens, the BOS at 0."""
 
 
 class AttentionBiasEdit(Edit):
@@ -42,7 +45,7 @@ class AttentionBiasEdit(Edit):
         self.bias = finite.masked_fill(self.removed, -torch.inf)
         self.heads = None if heads is None else sorted({int(head) for head in heads})
         self.table: Tensor | None = None
-        self.windows: list[tuple[int, int | None]] = []
+        self.windows: list[Window] = []
         if isinstance(keys, Tensor):
             if keys.ndim not in (1, 2):
                 raise SteersmanError(f"a table of keys must be [P] or [R, P], got {tuple(keys.shape)}")
@@ -64,10 +67,8 @@ class AttentionBiasEdit(Edit):
     def scaled(self, factor: PerRow) -> "AttentionBiasEdit":
         factors = per_row(factor, "factor", self.bias.device)
         common_rows(bias=len(self.bias), factor=len(factors))
-        # A key taken away is so at every factor but 0.
-        bias = (self.bias.masked_fill(self.removed, 0.0) * factors).masked_fill(
-            self.removed & (factors != 0), -torch.inf
-        )
+        removed = self.removed & (factors != 0)  # at every other factor a key taken away is so
+        bias = (self.bias.masked_fill(self.removed, 0.0) * factors).masked_fill(removed, -torch.inf)
         return AttentionBiasEdit(bias, self.windows if self.table is None else self.table, self.heads)
 
     def chosen(self, fwd: ForwardPass, n_keys: int) -> Tensor:
@@ -102,14 +103,15 @@ class AttentionBiasEdit(Edit):
         return blend(h, new, where)
 
 
-def _windows(keys: tuple[int, int | None] | Sequence[tuple[int, int | None]]) -> list[tuple[int, int | None]]:
-    given = [keys] if isinstance(keys, tuple) and len(keys) == 2 and not isinstance(keys[0], tuple) else list(keys)
+def _windows(keys: Window | Sequence[Window]) -> list[Window]:
+    one = isinstance(keys, tuple) and len(keys) == 2 and isinstance(keys[0], int)
+    given: list[Any] = [keys] if one else list(keys)
     for window in given:
-        if not (isinstance(window, tuple) and len(window) == 2):
+        if not (isinstance(window, tuple) and len(window) == 2 and isinstance(window[0], int)):
             raise SteersmanError(f"keys must be windows (start, stop) or a bool table [P] or [R, P], got {window!r}")
         start, stop = window
-        if not isinstance(start, int) or start < 0 or (stop is not None and stop <= start):
+        if start < 0 or (stop is not None and stop <= start):
             raise SteersmanError(f"window {start}:{stop} is empty: positions are counted from 0, start before stop")
     if not given:
         raise SteersmanError("an attention bias needs at least one window of keys")
-    return given  # pyright: ignore[reportReturnType]
+    return given

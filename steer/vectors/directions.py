@@ -29,12 +29,12 @@ class RecordedVector(Protocol):
 
 Direction = Tensor | Sequence[float] | Sequence[Sequence[float]]
 """[D], or [B, D] with a vector for each row."""
-VectorLike = SteeringVector | Sequence[SteeringVector] | RecordedVector | Direction | Mapping[str, Direction]
+VectorInput = SteeringVector | Sequence[SteeringVector] | RecordedVector | Direction | Mapping[str, Direction]
 """A `SteeringVector` (or a list of them, one per row), an object with `hook_name` and `vector`, a tensor, which needs
 `hook`, or a mapping {hook: tensor}."""
 
 
-def directions_of(lm: LanguageModel, vector: VectorLike, hook: str | None = None) -> dict[str, Tensor]:
+def directions_of(lm: LanguageModel, vector: VectorInput, hook: str | None = None) -> dict[str, Tensor]:
     """Hook point -> [D], [B, D] or, of a `SteeringVector` with positions, [P, D], on the model's device.
 
     Raises SteersmanError for what is no vector, for one whose hook point is not said, and for one of another model or
