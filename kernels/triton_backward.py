@@ -7,7 +7,7 @@ Sums are fp32, operands bf16 or fp32. Nothing is asked of the host: tables have 
 
 Shape letters: N tokens, L latents, D width, K active latents a token, P pairs, C chunks.
 """
-# pyright: reportArgumentType=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
 # Triton's decorator does not show what types a kernel takes.
 
 import torch

@@ -9,7 +9,7 @@ dot products are those of dz.
 
 Shape letters: N tokens, L latents, D width, K active latents a token, P pairs, A latents of the AuxK loss.
 """
-# pyright: reportArgumentType=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # Triton's decorator does not show what types a kernel takes.
 
 import torch
