@@ -10,10 +10,9 @@ from steersman.demo import MODEL_PATH, texts
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.sae import SAE, SAEConfig
-from steersman.train import ActivationStore, TrainConfig, cache_activations, train_sae
+from steersman.train import ActivationStore, HookView, TrainConfig, cache_activations, train_sae
 from steersman.train.reports.evaluate import evaluate_sae, spliced_loss
 from steersman.train.reports.features import check_same_origin, describe_features, features_to_text, summarize_store
-from steersman.train.store.view import HookView
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
 
@@ -116,9 +115,9 @@ def _is(store: ActivationStore, row: int, document: int, position: int) -> bool:
 def test_what_does_not_belong_together_is_refused(store: ActivationStore, sae: SAE, tmp_path: Path) -> None:
     with pytest.raises(SteersmanError, match="the store .* holds blocks.1"):
         check_same_origin(SAE(replace(sae.cfg, hook_name="blocks.3.hook_resid_post")), store)
-    with pytest.raises(SteersmanError, match="d_in 64"):
+    with pytest.raises(SteersmanError, match="the SAE has width 64, the store .* has width"):
         check_same_origin(SAE(replace(sae.cfg, d_in=64)), store)
-    with pytest.raises(SteersmanError, match="trained on gpt2"):
+    with pytest.raises(SteersmanError, match="the SAE was made for 'gpt2', the store .* for"):
         check_same_origin(SAE(replace(sae.cfg, model_name="gpt2")), store)
     with pytest.raises(SteersmanError, match="no hook point"):
         HookView(store, "blocks.0.hook_resid_post")
