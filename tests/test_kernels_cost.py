@@ -40,7 +40,7 @@ def test_steering_is_bound_by_reading_the_encoder() -> None:
 @pytest.mark.parametrize("K", [8, 64, 512])
 def test_passes_are_those_of_candidates_in_random_places(K: int) -> None:
     """A tile takes as many passes as the fullest quarter of its rows has candidates: counted here, tile by tile."""
-    L, growth, n_tiles = 16384, 4, 200
+    L, growth, n_tiles = 65536, 4, 200
     g = torch.Generator().manual_seed(0)
     most = []
     for _ in range(n_tiles):
