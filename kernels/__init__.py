@@ -11,6 +11,7 @@ letters; capitals declared `tl.constexpr` are known when a kernel is compiled: t
 switches (MODE, SIGNED, ...). Kernels are launched by keyword, by the plain function below them.
 """
 
+from steersman.deprecation import moved
 from steersman.kernels.autograd import Order, sparse_decode, topk_encode, with_gradient
 from steersman.kernels.dispatch import Implementation, choose, using
 from steersman.kernels.operands import precision
@@ -31,3 +32,7 @@ __all__ = [
     "using",
     "with_gradient",
 ]
+
+__getattr__ = moved(
+    __name__, {"Fused": "steersman.kernels.update:UpdateState", "Rule": "steersman.kernels.update:UpdateRule"}
+)

@@ -36,6 +36,12 @@ def test_every_implementation_has_the_functions_of_the_reference_and_their_signa
         assert inspect.signature(getattr(implementation, name)) == expected, implementation.__name__
 
 
+@pytest.mark.parametrize(("old", "new"), [("Fused", kernels.UpdateState), ("Rule", kernels.UpdateRule)])
+def test_old_names_warn(old: str, new: type) -> None:
+    with pytest.warns(DeprecationWarning, match=f"kernels.{old} is"):
+        assert getattr(kernels, old) is new
+
+
 def test_operators_and_autograd_take_the_arguments_of_the_reference() -> None:
     for name in ("topk_encode", "decode_residual"):
         expected = inspect.signature(getattr(reference, name)).parameters
