@@ -22,14 +22,14 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.steer.calibrate import CalibrateConfig, CostMeter, search_scale
 from steersman.steer.decompose.record import Decomposition
-from steersman.steer.measures import token_kl
+from steersman.steer.measures import CostMeter, token_kl
+from steersman.steer.scale_search import search_scale
 from steersman.steer.steerer import Steerer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class Variant:
     """One way of steering, measured on the same texts as the others."""
 
     name: str
@@ -52,14 +52,14 @@ class Kept:
 class Retention:
     """What a decomposition keeps of its vector's effect."""
 
-    kept: list[Kept]
+    kept: list[Variant]
     """By way of steering; the first is the vector itself."""
     scale: float
     """Multiples of the vector that everything is measured at."""
     n_tokens: int
     """Tokens that each figure is over."""
 
-    def __getitem__(self, name: str) -> Kept:
+    def __getitem__(self, name: str) -> Variant:
         return next(kept for kept in self.kept if kept.name == name)
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def measure_retention(
         raise SteersmanError("this decomposition has no feature, so nothing to steer with")
     if not lm.matches(found.model_name):
         raise SteersmanError(f"this vector was made for {found.model_name!r}, the model is {lm.name!r}")
-    meter = CostMeter(lm, texts, CalibrateConfig(max_length=max_length, batch_size=batch_size))
+    meter = CostMeter(lm, texts, max_length=max_length, batch_size=batch_size)
     steerer, v, rebuilt = Steerer(lm), scale * found.vector, scale * found.reconstruction
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(v.shape, generator=generator)
@@ -142,14 +142,14 @@ def measure_retention(
             figures = [token_kl(steered, base).sum(), (change * reference).sum(), change.square().sum(), rise]
             sums[name] += torch.stack([figure.double().cpu() for figure in figures])
     n = sum(int(batch.attention_mask.sum()) for batch in meter.batches)
-    kept = [_kept(name, push, sums[name], sums["vector"], n, bool(toward or away)) for name, push in pushes.items()]
+    kept = [_variant(name, push, sums[name], sums["vector"], n, bool(toward or away)) for name, push in pushes.items()]
     return Retention(kept=kept, scale=scale, n_tokens=n)
 
 
-def _kept(name: str, push: Tensor, sums: Tensor, vector: Tensor, n: int, words: bool) -> Kept:
+def _variant(name: str, push: Tensor, sums: Tensor, vector: Tensor, n: int, words: bool) -> Variant:
     kl, dot, square, rise = sums.tolist()
     whole = float(vector[2])
-    return Kept(
+    return Variant(
         name=name,
         norm=float(push.norm()),
         kl=kl / n,

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,28 +17,32 @@ from typing import Any
 from torch import Tensor
 from torch import distributed as dist
 
-from steersman.errors import SteersmanError, near_names
+from steersman.config import differences, merged
+from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.steer.effects.config import EffectsConfig
 from steersman.steer.effects.folder import (
     BASELINE,
-    MANIFEST,
-    Baseline,
     Effects,
-    EffectShard,
-    EffectsManifest,
     read_baseline,
-    sae_identity,
     shard_path,
-    tensor_hash,
     write_baseline,
     write_tensors,
+)
+from steersman.steer.effects.measured import (
+    MANIFEST,
+    Baseline,
+    EffectShard,
+    EffectsManifest,
+    sae_identity,
+    tensor_hash,
 )
 from steersman.steer.effects.rollouts import RolloutMeter
 from steersman.steer.effects.scales import ScaleRule
 from steersman.steer.effects.vectors import given_vectors, make_vectors
+from steersman.steer.vectors.vector import VectorLike
 
 log = logging.getLogger(__name__)
 
@@ -52,20 +56,20 @@ def collect_effects(
     texts: Iterable[str] = (),
     config: EffectsConfig | None = None,
     *,
-    vectors: Any = None,
+    vectors: str | Tensor | Iterable[VectorLike] | None = None,
     rows_of: SAE | None = None,
-    **overrides: Any,
+    **settings: Any,
 ) -> Effects:
     """Measure the effect of many steering vectors on every feature of `sae`.
 
     Under `torchrun` the shards are shared out over the ranks; the numbers, and the files, are those of one process.
-    When interrupted, the same call with the same `out` goes on after the finished shards and leaves the same bytes.
+    When interrupted, the same call with the same `out` resumes after the finished shards and leaves the same bytes.
 
     Args:
         lm: the model.
         sae: whose features are measured; it must record its hook point.
         texts: held-out texts, for the scale rules `loss` and `kl`.
-        config: an `EffectsConfig`; `overrides` are fields of it, over those of `config`.
+        config: the settings; `**settings` are fields of it, over those of `config`.
         vectors: a kind (see `EffectsConfig.vectors`), or the vectors themselves: [n, D], or `SteeringVector`s.
         rows_of: another SAE at the same hook point, to take decoder rows from.
 
@@ -74,7 +78,7 @@ def collect_effects(
             zero or not finite; no held-out texts where the rule needs them; a rule that no vector reaches; a folder
             that holds something else, or effects measured with other settings (naming them).
     """
-    config = _config(config, {**overrides, **({"vectors": vectors} if isinstance(vectors, str) else {})})
+    config = merged(EffectsConfig, config, settings | ({"vectors": vectors} if isinstance(vectors, str) else {}))
     read_at = check_sae_fits(lm, sae)
     hook = read_at if config.hook is None else lm.resolve_hook(config.hook)
     if vectors is None or isinstance(vectors, str):
@@ -137,14 +141,14 @@ def _collect(
 def _shard(meter: RolloutMeter, rule: ScaleRule, vectors: Tensor, first: int, baseline: Baseline) -> EffectShard:
     """The effects of the vectors [n, D] that are the `first`-th and following."""
     config = meter.config
-    found = rule.find(vectors, None if math.isnan(baseline.typical_scale) else baseline.typical_scale)
+    scales = rule.find(vectors, None if math.isnan(baseline.typical_scale) else baseline.typical_scale)
     numbers = range(first, first + len(vectors))
-    averages = meter.measure(vectors, found.scale, numbers, config.rollouts, config.seed)
+    averages = meter.measure(vectors, scales.scale, numbers, config.rollouts, config.seed)
     return EffectShard(
         vectors=vectors,
-        scale=found.scale,
-        achieved=found.achieved,
-        reached=found.reached,
+        scale=scales.scale,
+        achieved=scales.achieved,
+        reached=scales.reached,
         effect=(averages.mean - baseline.mean.double()).float(),
         standard_error=averages.standard_error.float(),
         positions=averages.positions,
@@ -209,15 +213,7 @@ def check_sae_fits(lm: LanguageModel, sae: SAE) -> str:
     return hook
 
 
-def _config(config: EffectsConfig | None, overrides: dict[str, Any]) -> EffectsConfig:
-    names = [field.name for field in fields(EffectsConfig)]
-    for name in overrides:
-        if name not in names:
-            raise SteersmanError(f"unknown setting {name!r}; near it: {near_names(name, names, 3)}")
-    return replace(config or EffectsConfig(), **overrides)
-
-
-def _made(vectors: Any) -> bool:
+def _made(vectors: object) -> bool:
     return vectors is None or isinstance(vectors, str)
 
 
@@ -236,12 +232,18 @@ def _first_texts(texts: Iterable[str], config: EffectsConfig) -> list[str]:
     return kept
 
 
+def _settings(manifest: EffectsManifest) -> dict[str, Any]:
+    """Everything in a manifest, the settings under the names that a user knows."""
+    data = asdict(manifest)
+    return data.pop("settings") | data
+
+
 def _begin(folder: Path, manifest: EffectsManifest) -> None:
     """Make the folder, or check that it was begun with the same settings."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).exists():
-            if difference := EffectsManifest.load(folder).differences(manifest):
+            if difference := differences(_settings(EffectsManifest.load(folder)), _settings(manifest)):
                 raise SteersmanError(
                     f"{folder}: holds effects measured with other settings: {difference}; choose another folder, or "
                     "delete this one"
