@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.lm import Pass
+from steersman.lm import ForwardPass
 from steersman.steer.edits import FeatureEdit
 
 CHUNK = 256  # tokens encoded densely at a time: [CHUNK, L] fp32 is 64 MiB for 65,536 latents
@@ -75,20 +75,20 @@ class Meter:
         self.moved, self.amount = 0.0, 0.0
         self.change = torch.zeros(self.edit.sae.cfg.d_sae)
 
-    def record(self, h: Tensor, new: Tensor, now: Pass, where: Tensor | bool) -> None:
+    def record(self, h: Tensor, new: Tensor, fwd: ForwardPass, where: Tensor | bool) -> None:
         """Measure the steered tokens of one pass: h and h' [B, S, D]."""
-        everywhere = torch.ones(now.batch, now.length, dtype=torch.bool, device=h.device)
+        everywhere = torch.ones(fwd.batch, fwd.length, dtype=torch.bool, device=h.device)
         rows, places = (everywhere if isinstance(where, bool) else where).nonzero(as_tuple=True)
         for part in torch.arange(len(rows), device=rows.device).split(CHUNK):
             r, s = rows[part], places[part]
-            self._add(h[r, s].float(), new[r, s].float(), now, r)
+            self._add(h[r, s].float(), new[r, s].float(), fwd, r)
 
-    def _add(self, x: Tensor, y: Tensor, now: Pass, row: Tensor) -> None:
+    def _add(self, x: Tensor, y: Tensor, fwd: ForwardPass, row: Tensor) -> None:
         edit = self.edit
         with torch.no_grad():
             f, g = edit.sae.encode(x), edit.sae.encode(y)
-        named = edit.per_token(edit.asked, now, row).expand(len(row), -1)
-        amount = edit.per_token(edit.amount, now, row).expand(len(row), -1)
+        named = edit.per_token(edit.asked, fwd, row).expand(len(row), -1)
+        amount = edit.per_token(edit.amount, fwd, row).expand(len(row), -1)
         here, there = f[:, edit.ids], g[:, edit.ids]
         self.n += len(row)
         self.count += named.sum(0).cpu()

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.lm import Pass
+from steersman.lm import ForwardPass
 from steersman.sae import SAE
 
 MODES = ("add", "clamp", "floor", "scale", "project_out")
@@ -40,19 +40,19 @@ class Edit:
     rows: int
     active: Tensor
 
-    def apply(self, h: Tensor, now: Pass, where: Tensor | bool) -> Tensor:
+    def apply(self, h: Tensor, fwd: ForwardPass, where: Tensor | bool) -> Tensor:
         """h' [B, S, D], equal to h outside `where` ([B, S] bool, or True for every token)."""
         raise NotImplementedError  # each edit defines it
 
-    def narrow(self, where: Tensor | bool, now: Pass) -> Tensor | bool:
+    def narrow(self, where: Tensor | bool, fwd: ForwardPass) -> Tensor | bool:
         """Of the tokens in scope, those this edit can change."""
         return where
 
-    def expand(self, table: Tensor, now: Pass) -> Tensor:
+    def expand(self, table: Tensor, fwd: ForwardPass) -> Tensor:
         """A table [R, ...] as [B, ...], or [1, ...] when one row serves all."""
         if self.rows == 1:
             return table
-        index = now.row_index(self.rows)
+        index = fwd.row_index(self.rows)
         return table if index is None else table[index]
 
 
@@ -100,19 +100,19 @@ class VectorEdit(Edit):
         self.active = (self.factor != 0).expand(self.rows)
         self._ready: tuple[Any, Tensor] | None = None
 
-    def delta(self, now: Pass, h: Tensor) -> Tensor:
+    def delta(self, fwd: ForwardPass, h: Tensor) -> Tensor:
         """What is added to h: [B or 1, 1, D] in h's dtype and on its device."""
-        key = (now.batch, None if now.run is None else now.run.rows, h.dtype, h.device)
+        key = (fwd.batch, None if fwd.run is None else fwd.run.rows, h.dtype, h.device)
         if self._ready is not None and self._ready[0] == key:
             return self._ready[1]
         table = (self.factor[:, None] * self.vector.float()).to(device=h.device)
-        delta = self.expand(table, now).to(h.dtype)[:, None]
+        delta = self.expand(table, fwd).to(h.dtype)[:, None]
         if not self.vector.requires_grad:
             self._ready = (key, delta)
         return delta
 
-    def apply(self, h: Tensor, now: Pass, where: Tensor | bool) -> Tensor:
-        return blend(h, h + self.delta(now, h), where)
+    def apply(self, h: Tensor, fwd: ForwardPass, where: Tensor | bool) -> Tensor:
+        return blend(h, h + self.delta(fwd, h), where)
 
 
 class PositionEdit(Edit):
@@ -131,17 +131,17 @@ class PositionEdit(Edit):
         self.active = (self.factor != 0).expand(self.rows)
         self.used = vector.abs().sum(1) > 0  # [P]: a position whose row is zero is not steered
 
-    def narrow(self, where: Tensor | bool, now: Pass) -> Tensor | bool:
+    def narrow(self, where: Tensor | bool, fwd: ForwardPass) -> Tensor | bool:
         if isinstance(where, bool) and not where:
             return False
-        position = now.positions.to(self.used.device)
+        position = fwd.positions.to(self.used.device)
         inside = (position >= 0) & (position < len(self.used))
         inside &= self.used[position.clamp(0, len(self.used) - 1)]
-        return inside.to(now.device) & now.real if isinstance(where, bool) else inside.to(where.device) & where
+        return inside.to(fwd.device) & fwd.real if isinstance(where, bool) else inside.to(where.device) & where
 
-    def apply(self, h: Tensor, now: Pass, where: Tensor | bool) -> Tensor:
-        position = now.positions.clamp(0, len(self.vector) - 1).to(self.vector.device)
-        factor = self.expand(self.factor, now)[:, None, None]
+    def apply(self, h: Tensor, fwd: ForwardPass, where: Tensor | bool) -> Tensor:
+        position = fwd.positions.clamp(0, len(self.vector) - 1).to(self.vector.device)
+        factor = self.expand(self.factor, fwd)[:, None, None]
         delta = (factor * self.vector[position]).to(h.dtype).to(h.device)
         return blend(h, h + delta, where)
 
@@ -238,39 +238,39 @@ class FeatureEdit(Edit):
         chosen = self.directions.double() * self.on[..., None]
         return torch.linalg.pinv(chosen).mT.float() * self.on[..., None]
 
-    def apply(self, h: Tensor, now: Pass, where: Tensor | bool) -> Tensor:
+    def apply(self, h: Tensor, fwd: ForwardPass, where: Tensor | bool) -> Tensor:
         if self._added is not None:
-            return self._added.apply(h, now, where)
+            return self._added.apply(h, fwd, where)
         flat = h.reshape(-1, h.shape[-1])
-        if now.length == 1 or isinstance(where, bool):
+        if fwd.length == 1 or isinstance(where, bool):
             # A decoding step: encoding every row costs less than finding out which to leave.
-            return blend(h, self._edited(flat, None, now).reshape(h.shape), where)
+            return blend(h, self._edited(flat, None, fwd).reshape(h.shape), where)
         chosen = where.reshape(-1).nonzero()[:, 0]
         if len(chosen) == 0:
             return h
-        return torch.index_copy(flat, 0, chosen, self._edited(flat[chosen], chosen, now)).reshape(h.shape)
+        return torch.index_copy(flat, 0, chosen, self._edited(flat[chosen], chosen, fwd)).reshape(h.shape)
 
-    def _edited(self, x: Tensor, chosen: Tensor | None, now: Pass) -> Tensor:
+    def _edited(self, x: Tensor, chosen: Tensor | None, fwd: ForwardPass) -> Tensor:
         """x [n, D] after the edit, in x's dtype. `chosen` [n] are their places in the flattened pass, None for all."""
         row = None
         if self.rows > 1:
             place = torch.arange(len(x), device=x.device) if chosen is None else chosen
-            row = place // now.length
+            row = place // fwd.length
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        delta = self._delta(wide.float().to(self.ids.device), row, now).to(x.device)
+        delta = self._delta(wide.float().to(self.ids.device), row, fwd).to(x.device)
         return (wide + delta).to(x.dtype)
 
-    def per_token(self, table: Tensor, now: Pass, row: Tensor | None) -> Tensor:
+    def per_token(self, table: Tensor, fwd: ForwardPass, row: Tensor | None) -> Tensor:
         """A table [R, ...] as [n, ...] (or [1, ...]), for tokens in the rows `row` [n] of the pass."""
         if len(table) == 1 or row is None:
             return table
-        return self.expand(table, now)[row.to(table.device)]
+        return self.expand(table, fwd)[row.to(table.device)]
 
-    def _delta(self, x: Tensor, row: Tensor | None, now: Pass) -> Tensor:
+    def _delta(self, x: Tensor, row: Tensor | None, fwd: ForwardPass) -> Tensor:
         """The sum over features of coefficient times direction, [n, D] fp32."""
-        amount, weight = self.per_token(self.amount, now, row), self.per_token(self.weight, now, row)
+        amount, weight = self.per_token(self.amount, fwd, row), self.per_token(self.weight, fwd, row)
         if self.mode == "project_out":
-            dual = self.per_token(self.dual, now, row)
+            dual = self.per_token(self.dual, fwd, row)
             # One product for all tokens where all rows share their features, else each token with its own row's.
             inner = x @ dual[0].T if len(dual) == 1 else (x[:, None] * dual).sum(-1)
             coefficient = -amount * inner

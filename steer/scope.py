@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.lm import Pass
+from steersman.lm import ForwardPass
 
 NAMED = ("all", "prompt", "generation", "last_prompt")
 FORMS = "all, prompt, generation, last_prompt, a window such as 2:10, or token ids such as tokens:15,27"
@@ -94,55 +94,55 @@ class Scope:
             pass
         raise SteersmanError(f"unknown scope {text!r}: use {FORMS}")
 
-    def select(self, now: Pass) -> Tensor | bool:
+    def select(self, fwd: ForwardPass) -> Tensor | bool:
         """The steered tokens of a pass, [B, S] bool; True or False when all or none are, known without the device."""
-        if self not in now.memo:
-            now.memo[self] = self._select(now)
-        return now.memo[self]
+        if self not in fwd.memo:
+            fwd.memo[self] = self._select(fwd)
+        return fwd.memo[self]
 
-    def _select(self, now: Pass) -> Tensor | bool:
+    def _select(self, fwd: ForwardPass) -> Tensor | bool:
         if self.kind == "mask":
-            return self._columns(now)
+            return self._columns(fwd)
         if self.kind == "tokens":
-            if now.input_ids is None:
+            if fwd.input_ids is None:
                 raise SteersmanError("a scope of token ids needs input_ids, the model was given embeddings")
-            ids = torch.tensor(sorted(self.token_ids), device=now.device)
-            return torch.isin(now.input_ids, ids) & now.real
+            ids = torch.tensor(sorted(self.token_ids), device=fwd.device)
+            return torch.isin(fwd.input_ids, ids) & fwd.real
         if self.kind == "window":
-            return self._keep_bos(now, self._window(now))
-        if now.phase == "generation":
+            return self._keep_bos(fwd, self._window(fwd))
+        if fwd.phase == "generation":
             if self.kind in ("prompt", "last_prompt"):
                 return False
-            return True if now.all_real else now.real  # no BOS here: it belongs to the prompt
+            return True if fwd.all_real else fwd.real  # no BOS here: it belongs to the prompt
         if self.kind == "generation":
-            return False if now.phase == "prompt" else now.generated
+            return False if fwd.phase == "prompt" else fwd.generated
         if self.kind == "all":
-            return self._keep_bos(now, now.real)
-        prompt = now.in_prompt
+            return self._keep_bos(fwd, fwd.real)
+        prompt = fwd.in_prompt
         if self.kind == "last_prompt":
-            prompt = prompt & (now.positions == now.prompt_length[:, None] - 1)
-        return self._keep_bos(now, prompt)
+            prompt = prompt & (fwd.positions == fwd.prompt_length[:, None] - 1)
+        return self._keep_bos(fwd, prompt)
 
-    def _keep_bos(self, now: Pass, chosen: Tensor) -> Tensor:
-        if self.include_bos or now.phase == "generation":
+    def _keep_bos(self, fwd: ForwardPass, chosen: Tensor) -> Tensor:
+        if self.include_bos or fwd.phase == "generation":
             return chosen
-        return chosen & ~now.is_bos
+        return chosen & ~fwd.is_bos
 
-    def _window(self, now: Pass) -> Tensor:
+    def _window(self, fwd: ForwardPass) -> Tensor:
         assert self.window is not None
         start, stop = self.window
-        inside = now.real & (now.positions >= start)
-        return inside if stop is None else inside & (now.positions < stop)
+        inside = fwd.real & (fwd.positions >= start)
+        return inside if stop is None else inside & (fwd.positions < stop)
 
-    def _columns(self, now: Pass) -> Tensor | bool:
+    def _columns(self, fwd: ForwardPass) -> Tensor | bool:
         assert self.mask is not None
-        mask = self.mask.to(now.device)
-        if now.past >= mask.shape[-1]:
+        mask = self.mask.to(fwd.device)
+        if fwd.past >= mask.shape[-1]:
             return False
-        if mask.ndim == 2 and mask.shape[0] != now.batch:
-            index = now.row_index(mask.shape[0], "the scope mask")
+        if mask.ndim == 2 and mask.shape[0] != fwd.batch:
+            index = fwd.row_index(mask.shape[0], "the scope mask")
             mask = mask if index is None else mask[index]
-        chosen = torch.zeros(now.batch, now.length, dtype=torch.bool, device=now.device)
-        part = mask[..., now.past : now.past + now.length]
+        chosen = torch.zeros(fwd.batch, fwd.length, dtype=torch.bool, device=fwd.device)
+        part = mask[..., fwd.past : fwd.past + fwd.length]
         chosen[:, : part.shape[-1]] = part
-        return chosen & now.real
+        return chosen & fwd.real

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.lm import LanguageModel, Pass
+from steersman.lm import ForwardPass, LanguageModel
 from steersman.sae import SAE
 from steersman.steer.edit_report import EditReport, Meter
 from steersman.steer.edits import Edit, FeatureEdit, PositionEdit, VectorEdit
@@ -55,20 +55,20 @@ class Steering:
     def _runner(self, edit: Edit) -> Any:
         scope, idle, mixed = self.scope, not bool(edit.active.any()), not bool(edit.active.all())
 
-        def run(h: Tensor, now: Pass) -> Tensor:
+        def run(h: Tensor, fwd: ForwardPass) -> Tensor:
             if edit.rows > 1:
-                now.row_index(edit.rows)  # a wrong number of rows is an error even where nothing would be steered
-            where = False if idle else scope.select(now)
-            where = edit.narrow(where, now)
+                fwd.row_index(edit.rows)  # a wrong number of rows is an error even where nothing would be steered
+            where = False if idle else scope.select(fwd)
+            where = edit.narrow(where, fwd)
             if isinstance(where, bool) and not where:
                 return h
             if mixed:
-                rows = edit.expand(edit.active.to(now.device), now)[:, None]
-                where = rows.expand(now.batch, now.length) if isinstance(where, bool) else where & rows
-            new = edit.apply(h, now, where)
-            self.trace.record(now, where)
+                rows = edit.expand(edit.active.to(fwd.device), fwd)[:, None]
+                where = rows.expand(fwd.batch, fwd.length) if isinstance(where, bool) else where & rows
+            new = edit.apply(h, fwd, where)
+            self.trace.record(fwd, where)
             if self._meter is not None:
-                self._meter.record(h, new, now, where)
+                self._meter.record(h, new, fwd, where)
             return new
 
         return run

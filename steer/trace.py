@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from steersman.lm import Pass
+from steersman.lm import ForwardPass
 
 FOLD_EVERY = 256  # passes kept back before they are counted: reading the device at every decoding step would be slow
 
@@ -22,13 +22,13 @@ class Trace:
         self._finished = 0
         self._grid: Tensor | None = None
         self._sequence = -1
-        self._last: Pass | None = None
+        self._last: ForwardPass | None = None
 
-    def record(self, now: Pass, where: Tensor | bool) -> None:
+    def record(self, fwd: ForwardPass, where: Tensor | bool) -> None:
         """Note the tokens [B, S] steered in a pass; True stands for all of them."""
         self.passes += 1
-        self._last = now
-        self._pending.append((now.sequence, now.past, (now.batch, now.length), where))
+        self._last = fwd
+        self._pending.append((fwd.sequence, fwd.past, (fwd.batch, fwd.length), where))
         if len(self._pending) >= FOLD_EVERY:
             self._fold()
 

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from steersman.train import train_sae as train_sae
 
 from steersman.errors import SteersmanError
-
-__version__ = "0.1.0"
+from steersman.version import __version__
 
 _HOME = {
     "LanguageModel": "steersman.lm",

@@ -40,7 +40,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
-    "quickstart": Command("steersman.demo.quickstart:run_quickstart", "see everything at once on the bundled model"),
+    "quickstart": Command("steersman.demo.quickstart:run", "see everything at once on the bundled model"),
     "cache": Command("steersman.commands.cache:run", "run a model over text and store its activations"),
     "train": Command("steersman.commands.train:run", "train an SAE on a store, or straight from a model"),
     "eval": Command("steersman.commands.eval:run", "measure an SAE: reconstruction, effect on the model"),

@@ -8,7 +8,7 @@ from support.tiny_models import V, build, count_hooks, with_text
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.lm import LanguageModel, Pass
+from steersman.lm import ForwardPass, LanguageModel
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -24,7 +24,7 @@ class Spy:
     def __init__(self) -> None:
         self.passes: list[dict[str, Any]] = []
 
-    def __call__(self, h: Tensor, now: Pass) -> Tensor:
+    def __call__(self, h: Tensor, now: ForwardPass) -> Tensor:
         self.passes.append(
             {
                 "positions": now.positions.tolist(),
@@ -160,7 +160,7 @@ def test_finished_rows_are_padding(lm: LanguageModel) -> None:
 def test_beams_and_several_sequences_share_their_prompts_parameters(lm: LanguageModel) -> None:
     seen: list[Any] = []
 
-    def look(h: Tensor, now: Pass) -> Tensor:
+    def look(h: Tensor, now: ForwardPass) -> Tensor:
         seen.append((now.batch, now.row_index(2)))
         return h
 
@@ -184,7 +184,7 @@ def test_a_part_of_the_model_alone_is_an_error(lm: LanguageModel) -> None:
 def test_a_pass_that_raises_leaves_nothing() -> None:
     lm = build("gpt2")
 
-    def fail(h: Tensor, now: Pass) -> Tensor:
+    def fail(h: Tensor, now: ForwardPass) -> Tensor:
         raise RuntimeError("planned")
 
     clean, before = lm.logits(torch.tensor([[5, 6]])), count_hooks(lm.model)

@@ -10,7 +10,7 @@ from support.tiny_models import D, V, build, count_hooks, with_text, word_tokeni
 from torch import Tensor, nn
 
 from steersman.errors import SteersmanError
-from steersman.lm import LanguageModel, Pass
+from steersman.lm import ForwardPass, LanguageModel
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -125,7 +125,7 @@ def test_edits_keep_dtype_and_shape() -> None:
 def test_an_edit_never_writes_in_place(lm: LanguageModel) -> None:
     kept: list[tuple[Tensor, Tensor]] = []
 
-    def remember(h: Tensor, now: Pass) -> Tensor:
+    def remember(h: Tensor, now: ForwardPass) -> Tensor:
         kept.append((h, h.clone()))
         return h + 1
 

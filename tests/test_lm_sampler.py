@@ -7,7 +7,8 @@ import torch
 from support.tiny_models import D, count_hooks, with_text
 
 from steersman.errors import SteersmanError
-from steersman.lm.sampler import Sampler, Sampling, largest
+from steersman.lm.sampler import Sampler
+from steersman.lm.sampling import Sampling, largest
 from steersman.steer import Steerer
 
 HOOK = "blocks.1.hook_resid_post"

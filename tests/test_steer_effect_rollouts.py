@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import transformers
 from support.effect_toys import HOOK, quick, toy
-from support.tiny_models import D, V
+from support.tiny_models import LLAMA, D, V
 from torch import Tensor
 
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
-from steersman.steer.effects.rollouts import BASE, RolloutMeter, Sums, is_downstream, uniforms
+from steersman.steer.effects.rollouts import BASE, RolloutMeter, Sums, uniforms
 from steersman.steer.steerer import Steerer
 
 
@@ -150,11 +151,19 @@ def test_steering_below_the_sae_reads_again_and_differs() -> None:
         ("blocks.1.hook_mlp_out", "blocks.1.hook_resid_post", True),
         ("blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", True),
         ("blocks.1.hook_mlp_out", "blocks.1.hook_attn_out", False),
+        ("blocks.2.attn.hook_z", "blocks.2.hook_attn_out", True),
+        ("blocks.2.hook_attn_out", "blocks.2.attn.hook_z", False),
+        ("blocks.2.mlp.hook_post", "logits", True),
+        ("logits", "blocks.2.hook_resid_post", False),
         ("blocks.10.hook_resid_pre", "blocks.9.hook_resid_post", False),
     ],
 )
 def test_which_steering_leaves_the_reading_alone(hook: str, of: str, below: bool) -> None:
-    assert is_downstream(hook, of=of) is not below
+    """It is what decides whether a rollout is read while it is steered, or again afterwards."""
+    deep = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, "num_hidden_layers": 11}))
+    lm = LanguageModel(deep)
+    assert (lm.hook_point(hook) < lm.hook_point(of)) is below
+    assert (lm.hook_point(hook) >= lm.hook_point(of)) is not below
 
 
 def test_random_numbers_are_a_vectors_own() -> None:

@@ -10,10 +10,9 @@ from steersman.demo import MODEL_PATH, texts
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.sae import SAE, SAEConfig
-from steersman.train import ActivationStore, TrainConfig, cache_activations, train_sae
+from steersman.train import ActivationStore, HookView, TrainConfig, cache_activations, train_sae
 from steersman.train.reports.evaluate import evaluate_sae, spliced_loss
 from steersman.train.reports.features import check_same_origin, describe_features, features_to_text, summarize_store
-from steersman.train.store.view import HookView
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
 

@@ -1,5 +1,6 @@
 """The activation store: what is written is read, in an order that is fixed, and damage is named."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from support.stores import HOOK, digests, random_rows, store_of
 
 from steersman.errors import SteersmanError
-from steersman.train import ActivationStore
+from steersman.train import ActivationStore, HookView
 from steersman.train.store.manifest import Manifest
 from steersman.train.store.order import RowOrder
 from steersman.train.store.shards import DATA_OFFSET
@@ -284,6 +285,89 @@ def test_leaving_early_stops_the_background_threads(store: ActivationStore) -> N
 def test_what_cannot_be_read_is_refused_at_once(store: ActivationStore, options: Any, message: str) -> None:
     with pytest.raises(SteersmanError, match=message):
         store.batches(**options)
+
+
+# Several hook points
+
+
+def store_of_hooks(folder: Path, **widths: int) -> ActivationStore:
+    """A store of 3000 rows at hook points of these widths; the number in row r and column c of width D is r * D + c."""
+    manifest = Manifest(model_name="m", dtype="float32", hooks=widths, config={})
+    writer = StoreWriter.begin(folder, manifest, shard_rows=700)
+    row = np.arange(3000)
+    activations = {hook: torch.arange(3000.0 * width).reshape(3000, width) for hook, width in widths.items()}
+    writer.append(activations, row, row, row)
+    writer.finish()
+    return ActivationStore.open(folder)
+
+
+def test_hook_points_of_different_width_come_in_one_order(tmp_path: Path) -> None:
+    store = store_of_hooks(tmp_path / "acts", a=2, b=5, c=384)
+    for window_bytes in (1 << 27, 1 << 20, 30_000):
+        options = {"seed": 3, "epoch": 1, "window_bytes": window_bytes}
+        a, b, c = (rows_of(store, hook=hook, **options) for hook in "abc")
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+        assert not torch.equal(a, a.sort().values)
+
+
+@pytest.mark.parametrize("hooks", [{"a": 12}, {"a": 12, "b": 12}])
+@pytest.mark.parametrize(
+    ("window_bytes", "digest"),
+    [(1 << 27, "4f027c9304303d47"), (1 << 20, "6a7657344d48b2ba"), (30_000, "e919a9ece2fec96e")],
+)
+def test_hook_points_of_one_width_come_in_the_order_of_the_first_release(
+    tmp_path: Path, hooks: dict[str, int], window_bytes: int, digest: str
+) -> None:
+    store = store_of_hooks(tmp_path / "acts", **hooks)
+    for hook in hooks:
+        rows = rows_of(store, hook=hook, seed=3, epoch=1, window_bytes=window_bytes)
+        assert hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16] == digest
+
+
+def test_the_fingerprint_says_which_stores_changed_their_order(tmp_path: Path) -> None:
+    # Run folders record it: a run that began in the old order must not be resumed in the new one.
+    assert store_of_hooks(tmp_path / "1", a=12).fingerprint == "9b72f8231cf80651"
+    assert store_of_hooks(tmp_path / "2", a=12, b=12).fingerprint == "04d9c289494d5c83"
+    assert store_of_hooks(tmp_path / "3", a=2, b=5).fingerprint == "136ad718d5ab8989 in one order for all hook points"
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_a_view_gives_hook_points_side_by_side(tmp_path: Path, prefetch: int) -> None:
+    store = store_of_hooks(tmp_path / "acts", a=2, b=5, c=384)
+    view = HookView(store, ("c", "a"))
+    assert (view.d_in, view.cuts, view.hooks, view.hook_name) == (386, (0, 384, 386), ("c", "a"), "c+a")
+    assert (view.model_name, view.fingerprint, view.n_batches(64)) == ("m", store.fingerprint, store.n_batches(64))
+    options = {"split": "all", "drop_last": False, "window_bytes": 30_000, "prefetch": prefetch, "seed": 5}
+    kept = list(view.batches(64, **options))
+    for batch, alone in zip(kept, store.batches(64, hook="a", **options), strict=True):  # pyright: ignore[reportArgumentType]
+        c, a = batch.x.split([384, 2], dim=1)
+        assert torch.equal(batch.rows, alone.rows)
+        assert torch.equal(a, alone.x)
+        assert torch.equal(c, store.activations(batch.rows, "c"))
+        assert torch.equal(batch.doc_ids, alone.rows)
+    assert torch.cat([batch.rows for batch in kept]).unique().numel() == 3000
+
+
+def test_statistics_of_a_view_are_of_each_hook_point_and_of_all(tmp_path: Path) -> None:
+    store = store_of_hooks(tmp_path / "acts", a=2, b=5)
+    view, x = HookView(store, ["a", "b"]), torch.cat([store.activations(np.arange(3000), hook) for hook in "ab"], dim=1)
+    stats = view.stats()
+    assert torch.equal(view.stats("b").mean, store.stats("b").mean)
+    torch.testing.assert_close(stats.mean, x.mean(0))
+    assert stats.mean_squared_norm == pytest.approx(x.double().square().sum(1).mean().item())
+    assert stats.n_rows == 3000
+    assert stats.median_norm == pytest.approx(x.norm(dim=1).median().item(), rel=1e-3)
+    assert HookView(store, "b").stats().median_norm == store.stats("b").median_norm
+
+
+@pytest.mark.parametrize(
+    ("hooks", "message"),
+    [((), "one or several different hook points"), (("a", "a"), "different"), (("a", "x"), "no hook point 'x'")],
+)
+def test_hook_points_that_make_no_view_are_refused(tmp_path: Path, hooks: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SteersmanError, match=message):
+        HookView(store_of_hooks(tmp_path / "acts", a=2, b=5), hooks)
 
 
 # Held-out rows

@@ -5,10 +5,10 @@ from steersman.train.capture.cache import CacheConfig, cache_activations
 from steersman.train.capture.stream import ActivationStream
 from steersman.train.run.recipe import Recipe, TrainConfig, resolve
 from steersman.train.run.trainer import Trainer, train_sae
-from steersman.train.store.batch import ActivationBatch, RowInfo
-from steersman.train.store.source import ActivationSource
+from steersman.train.store.batch import ActivationBatch, ActivationSource, RowInfo
+from steersman.train.store.from_tensors import write_tensors
 from steersman.train.store.statistics import ActivationStats
-from steersman.train.store.store import ActivationStore
+from steersman.train.store.store import ActivationStore, HookView
 
 __all__ = [
     "ActivationBatch",
@@ -17,6 +17,7 @@ __all__ = [
     "ActivationStore",
     "ActivationStream",
     "CacheConfig",
+    "HookView",
     "Recipe",
     "RowInfo",
     "TextSource",
@@ -27,3 +28,5 @@ __all__ = [
     "resolve",
     "train_sae",
 ]
+
+ActivationStore.from_tensors = staticmethod(write_tensors)

@@ -37,7 +37,7 @@ from steersman import (
 )
 from steersman.demo import CONCEPTS, MODEL_PATH, stories, texts
 from steersman.demo.concept_features import match_concepts, writing_features
-from steersman.demo.quickstart import word_rate
+from steersman.demo.targets import word_rate
 from steersman.steer import calibrate
 from steersman.steer.evaluation import Estimate, bootstrap
 from steersman.steer.measures import generated_tokens, token_kl, token_nll

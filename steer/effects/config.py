@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from steersman.config import identity, setting
 from steersman.errors import SteersmanError
-from steersman.lm.sampler import Sampling
+from steersman.lm.sampling import Sampling
 
 DEFAULT_PROMPTS = (
     "I", "We", "The", "She", "It", "There", "When", "They", "In", "After", "You", "One", "My", "Some",

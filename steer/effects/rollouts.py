@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from steersman.lm import LanguageModel
-from steersman.lm.hooks import KINDS
-from steersman.lm.sampler import RowBuffers, Sampler
+from steersman.lm.kv_buffers import RowBuffers
+from steersman.lm.sampler import Sampler
 from steersman.lm.tokens import TokenBatch
 from steersman.sae import SAE
 from steersman.steer.effects.config import EffectsConfig
@@ -82,23 +82,6 @@ def uniforms(seed: int, vector: int, rollouts: int, new_tokens: int) -> Tensor:
     return torch.rand(rollouts, new_tokens, generator=g)
 
 
-def is_downstream(hook: str, of: str) -> bool:
-    """Whether an edit at hook point `hook` leaves what is read at `of` (before the edit) as it is.
-
-    >>> is_downstream("blocks.2.hook_resid_post", of="blocks.2.hook_resid_post")
-    True
-    >>> is_downstream("blocks.1.hook_resid_post", of="blocks.2.hook_resid_pre")
-    False
-    """
-
-    def place(name: str) -> tuple[int, int]:
-        _, layer, kind = name.split(".")
-        return int(layer), KINDS.index(kind)
-
-    # In a parallel block the MLP does not see the attention's output, but that the order says so does no harm.
-    return place(hook) >= place(of)
-
-
 class PromptGroup(NamedTuple):
     """The prompts of one length: together they need no padding, which makes attention twice as fast on a CPU."""
 
@@ -120,7 +103,8 @@ class RolloutMeter:
     def __init__(self, lm: LanguageModel, sae: SAE, hook: str, config: EffectsConfig) -> None:
         self.lm, self.sae, self.hook, self.config = lm, sae, hook, config
         self.read_at = lm.resolve_hook(sae.cfg.hook_name)
-        self.read_again = not is_downstream(hook, self.read_at)
+        # What is edited no earlier than it is read leaves the reading as it is.
+        self.read_again = lm.hook_point(hook) < lm.hook_point(self.read_at)
         self.steerer = Steerer(lm)
         self.most_rows = max(1, min(config.batch_rows, _CODES // sae.cfg.d_sae))
         lengths = lm.encode(list(config.openings)).lengths.tolist()

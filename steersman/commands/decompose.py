@@ -21,9 +21,8 @@ from steersman.steer import (
 )
 from steersman.steer.decompose import Decomposition, plot_decompositions
 from steersman.text import read_texts
-from steersman.train import ActivationStore
+from steersman.train import ActivationStore, HookView
 from steersman.train.reports.features import check_same_origin
-from steersman.train.store.view import HookView
 
 RETENTION_TEXTS = 64
 

@@ -7,8 +7,7 @@ from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.parallel import rank_and_world_size
-from steersman.train import ActivationStore, ActivationStream, TrainConfig, train_sae
-from steersman.train.store.view import HookView
+from steersman.train import ActivationStore, ActivationStream, HookView, TrainConfig, train_sae
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,9 @@ from steersman.demo import CONCEPTS, MODEL_PATH
 from steersman.demo.concept_features import ConceptFeature, match_concepts, writing_features
 from steersman.demo.grammar import stories, texts
 from steersman.demo.report import write_report
+from steersman.demo.results import Dose, Results, SteeredTarget
 from steersman.demo.targets import Target, word_rate
-from steersman.demo.vectors import Contrast, Targeted, take_apart, target_feature
+from steersman.demo.vectors import take_apart, target_feature
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
@@ -32,7 +33,7 @@ from steersman.steer import Steerer
 from steersman.steer.measures import token_nll
 from steersman.text import open_text
 from steersman.train import ActivationStore, TrainConfig, cache_activations, train_sae
-from steersman.train.reports.evaluate import Evaluation, evaluate_sae
+from steersman.train.reports.evaluate import evaluate_sae
 from steersman.train.reports.features import Feature, describe_features, features_to_json, summarize_store
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class QuickstartConfig:
     """See features, steer by them and read a report: on the bundled model, or on --model with --text."""
 
     out: str = "quickstart"
-    """Folder for the store, the SAE and report.html. Run again, it goes on where it stopped."""
+    """Folder for the store, the SAE and report.html. Run again, it resumes where it stopped."""
     model: str | None = None
     """Folder or hub id of a model; the bundled one if not given."""
     text: str | None = None
@@ -73,55 +74,6 @@ class QuickstartConfig:
     """Where to run: auto, cpu, cuda, ..."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dose:
-    """What one strength does, over all samples."""
-
-    strength: float
-    """In multiples of the feature's largest activation in training; 0 is unsteered."""
-    rate: float
-    """Words of the target per 100 generated words."""
-    nll: float
-    """Nats per generated token of the text under the unsteered model."""
-    texts: tuple[str, ...]
-    """The samples, in the order of the prompts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SteeredTarget:
-    """A target, the feature that served it best and its dose-response curve."""
-
-    target: Target
-    """What was steered towards."""
-    feature: int
-    """The candidate chosen, on texts of its own."""
-    strength: float
-    """The strength chosen on the same texts."""
-    doses: list[Dose]
-    """By rising strength, on fresh prompts; the first is unsteered."""
-
-    @property
-    def dose(self) -> Dose:
-        """What the chosen strength does on fresh prompts."""
-        return next(dose for dose in self.doses if dose.strength == self.strength)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """Everything the report shows."""
-
-    model_name: str
-    hook_name: str
-    run: Path
-    evaluation: Evaluation
-    concepts: list[ConceptFeature]
-    features: list[Feature]
-    steered: list[SteeredTarget]
-    targeted: Targeted | None
-    contrast: Contrast | None
-    seconds: float
-
-
 STRENGTHS = (0.0, 0.4, 0.6, 0.8, 1.0, 1.3)
 AFFORDABLE = 1.0
 """Nats per token that steering may cost when a strength is chosen."""
@@ -133,7 +85,7 @@ PROMPT_WORDS = 8
 """Words of the held-out texts that are given as prompts."""
 
 
-def run_quickstart(config: QuickstartConfig) -> None:
+def run(config: QuickstartConfig) -> None:
     """`steersman quickstart`."""
     results = quickstart(config)
     print(summary(results))

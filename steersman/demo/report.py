@@ -1,19 +1,15 @@
 """The quickstart's `report.html`: one file, pictures and styles inside, nothing fetched."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from steersman.demo.results import Results, SteeredTarget
 from steersman.errors import SteersmanError
 from steersman.steer import plot_decompositions
-
-if TYPE_CHECKING:
-    from steersman.demo.quickstart import Results, SteeredTarget
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222; }

@@ -2,15 +2,16 @@
 
 Under a KV cache a decoding step sees one token, and the blocks are not told which. So the clock sits at the top: a
 pre-hook on the whole model reads `input_ids`, `attention_mask` and the length of the cache before each pass, and the
-hooks on the blocks read the `Pass` it leaves. Columns count slots of the (padded) sequence from its start;
+hooks on the blocks read the `ForwardPass` it leaves. Columns count slots of the (padded) sequence from its start;
 positions count real tokens, so that left padding, right padding and no padding give a token the same position.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,14 @@ from steersman.errors import SteersmanError
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What a model's forward calls its KV cache: since transformers 5.24, and before it. Later versions take both."""
+
+
+PromptLength = int | Sequence[int] | Tensor
+"""How many real tokens of each row are its prompt: one number for all rows, or one for each."""
+
+
+class PassDone(Exception):
+    """Ends a pass after the last hook point that was asked for; whoever raises it in a hook catches it around the pass."""
 
 
 class GenerationRun:
@@ -30,7 +39,7 @@ class GenerationRun:
         self.mask = mask
         self.stop_ids = stop_ids
         self.beams = beams
-        self.going_on: Tensor | None = None  # [B, 1] bool: rows not ended before this pass; kept only under a cache
+        self.unfinished: Tensor | None = None  # [B, 1] bool: rows not ended before this pass; kept only under a cache
 
     def expanded_mask(self, batch: int) -> Tensor:
         """The prompt's mask [B, P], its rows repeated as beams and returned sequences repeat the prompts."""
@@ -38,10 +47,9 @@ class GenerationRun:
         return self.mask.repeat_interleave(batch // self.mask.shape[0], dim=0)
 
 
-class Pass:
+class ForwardPass:
     """One forward pass of the model, as the hooks see it. B rows, S tokens in this pass.
 
-    `phase` says without looking at the device what the pass holds: "prompt", "generation" or "mixed".
     A token is of the prompt when `generate` received it; in a plain forward pass every token is, unless
     `LanguageModel.prompt_length` declares where the prompt ends.
     """
@@ -70,18 +78,12 @@ class Pass:
         self.bos_id = bos_id
         self.sequence = sequence
         self.run = run
-        self.going_on: Tensor | None = None  # [B, S] bool: before the end of the row's text, where it can end
+        self.unfinished: Tensor | None = None  # [B, S] bool: before the end of the row's text, where it can end
         self.memo: dict[Any, Any] = {}  # what the hooks of this pass compute once and share
-        if declared is not None:
-            self.phase = "mixed"
-        elif past >= prompt_columns:
-            self.phase = "generation"
-        else:
-            self.phase = "prompt" if past + self.length <= prompt_columns else "mixed"
         if run is not None and run.stop_ids and self.phase != "prompt" and self.batch > 1 and input_ids is not None:
-            self.going_on = self._going_on(run, input_ids)
+            self.unfinished = self._find_unfinished(run, input_ids)
 
-    def _going_on(self, run: GenerationRun, ids: Tensor) -> Tensor:
+    def _find_unfinished(self, run: GenerationRun, ids: Tensor) -> Tensor:
         """[B, S] bool: tokens before the end of their row's text. generate feeds finished rows on as padding that the
         attention mask calls real.
 
@@ -96,10 +98,34 @@ class Pass:
             on = on.cummin(1).values
         if run.beams > 1 or self.past == 0:
             return on  # beams change places between steps; without a cache the pass holds its own history
-        if run.going_on is not None:
-            on = on & run.going_on
-        run.going_on = on[:, -1:]
+        if run.unfinished is not None:
+            on = on & run.unfinished
+        run.unfinished = on[:, -1:]
         return on
+
+    @cached_property
+    def phase(self) -> Literal["prompt", "generation", "mixed"]:
+        """What the pass holds, known without looking at the device."""
+        if self.declared is not None:
+            return "mixed"
+        if self.past >= self.prompt_columns:
+            return "generation"
+        return "prompt" if self.past + self.length <= self.prompt_columns else "mixed"
+
+    def last(self, n: int) -> "ForwardPass":
+        """The pass as its last n tokens have it: logits are often computed for these alone."""
+        if n == self.length:
+            return self
+        key = (ForwardPass.last, n)
+        if key not in self.memo:
+            part = copy.copy(self)
+            for name in _PER_TOKEN:
+                part.__dict__.pop(name, None)
+            part.past, part.length, part.memo = self.past + self.length - n, n, {}
+            part.input_ids = None if self.input_ids is None else self.input_ids[:, -n:]
+            part.unfinished = None if self.unfinished is None else self.unfinished[:, -n:]
+            self.memo[key] = part
+        return self.memo[key]
 
     @property
     def _follows_prompt(self) -> bool:
@@ -109,7 +135,7 @@ class Pass:
     @property
     def all_real(self) -> bool:
         """True when it is known, without looking at the device, that no token of this pass is padding."""
-        return self.going_on is None and (self._follows_prompt or self.mask is None)
+        return self.unfinished is None and (self._follows_prompt or self.mask is None)
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -140,9 +166,9 @@ class Pass:
     @cached_property
     def real(self) -> Tensor:
         """[B, S] bool: real tokens, neither padding nor what `generate` fills a finished row with."""
-        if self.going_on is None:
+        if self.unfinished is None:
             return self.present
-        return self.going_on if self._follows_prompt else self.present & self.going_on
+        return self.unfinished if self._follows_prompt else self.present & self.unfinished
 
     @cached_property
     def positions(self) -> Tensor:
@@ -152,6 +178,15 @@ class Pass:
             return row.expand(self.batch, -1)
         counted = self.mask.long().cumsum(1)[:, self.past : self.past + self.length] - 1
         return counted.masked_fill(~self.present, -1)
+
+    @cached_property
+    def key_positions(self) -> Tensor:
+        """[B, past + S] int64: `positions` of every token so far, cached ones too: the keys that attention looks at."""
+        seen = self.past + self.length
+        if self.mask is None:
+            return torch.arange(seen, device=self.device).expand(self.batch, -1)
+        mask = self.mask[:, :seen]
+        return (mask.long().cumsum(1) - 1).masked_fill(~mask.bool(), -1)
 
     @cached_property
     def prompt_length(self) -> Tensor:
@@ -199,14 +234,17 @@ class Pass:
         return torch.arange(given, device=self.device).repeat_interleave(self.batch // given)
 
 
+_PER_TOKEN = [name for name, value in vars(ForwardPass).items() if isinstance(value, cached_property)]
+
+
 class PassClock:
     """Installs the top-level hooks while something needs them, and removes every trace of them afterwards."""
 
     def __init__(self, model: nn.Module, bos_id: int | None) -> None:
         self.model = model
         self.bos_id = bos_id
-        self.current: Pass | None = None
-        self.declared: Any = None
+        self.current: ForwardPass | None = None
+        self.declared: PromptLength | None = None
         self.parameters = list(inspect.signature(model.forward).parameters)
         self.cache_name = next((name for name in CACHE_NAMES if name in self.parameters), "past_key_values")
         self._handles: list[Any] = []
@@ -215,7 +253,7 @@ class PassClock:
         self._sequence = 0
         self._last: tuple[int, int, int] | None = None  # end column, rows and prompt columns of the pass before
 
-    def now(self) -> Pass:
+    def now(self) -> ForwardPass:
         """The pass that is running. Raises SteersmanError when a part of the model was called by itself."""
         if self.current is None:
             raise SteersmanError(
@@ -237,7 +275,7 @@ class PassClock:
                 self._remove()
 
     @contextmanager
-    def declare(self, prompt_length: int | Sequence[int] | Tensor | None) -> Iterator[None]:
+    def declare(self, prompt_length: PromptLength | None) -> Iterator[None]:
         """Say how many real tokens of each row are its prompt, for passes outside `generate`; None says nothing."""
         before = self.declared
         self.declared = before if prompt_length is None else prompt_length
@@ -249,11 +287,17 @@ class PassClock:
     def _install(self) -> None:
         self._last, self._runs, self.current = None, [], None
         self._handles = [self.model.register_forward_pre_hook(self._before, with_kwargs=True)]
-        # always_call: a pass that raises, or is stopped after the last hook needed, must not leave itself behind
-        self._handles.append(self.model.register_forward_hook(self._after, always_call=True))
+        self.end_last()
         if hasattr(self.model, "generate"):
             self._own_generate = self.model.__dict__.get("generate")
             self.model.__dict__["generate"] = self._generate(self.model.generate)
+
+    def end_last(self) -> None:
+        """End the pass after every hook on the whole model, those on its logits among them."""
+        for handle in self._handles[1:]:
+            handle.remove()
+        # always_call: a pass that raises, or is stopped after the last hook needed, must not leave itself behind
+        self._handles[1:] = [self.model.register_forward_hook(self._after, always_call=True)]
 
     def _remove(self) -> None:
         for handle in self._handles:
@@ -311,7 +355,7 @@ class PassClock:
             if past == 0:
                 self._sequence += 1
             self._last = (past + length, batch, columns)
-        self.current = Pass(
+        self.current = ForwardPass(
             input_ids=ids,
             shape=(batch, length),
             device=x.device,

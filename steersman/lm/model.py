@@ -1,7 +1,7 @@
 """`LanguageModel`: a transformers model with named hook points that can be read, edited and generated with."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -9,17 +9,13 @@ from torch import Tensor, nn
 
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
-from steersman.lm.clock import Pass, PassClock
+from steersman.lm.clock import ForwardPass, PassClock, PassDone, PromptLength
 from steersman.lm.generate import Generation, real_generated, sampling_settings, seeded
-from steersman.lm.hooks import HookMap
+from steersman.lm.hooks import LOGITS, MASKED_ATTENTION, SPLIT_KINDS, HookMap, HookPoint
 from steersman.lm.load import Quantization, load_pretrained
 from steersman.lm.tokens import TextEncoder, TokenBatch
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after")
-
-
-class _PassDone(Exception):
-    """Ends a pass after the last hook point that was asked for; never leaves `LanguageModel.capture`."""
 
 
 def _plain_name(name: str) -> str:
@@ -51,7 +47,7 @@ class LanguageModel:
         config: Any = model.config
         self.name = name or getattr(config, "_name_or_path", "") or type(model).__name__
         self.config = config.get_text_config()
-        self.hooks = HookMap(model, getattr(self.config, "num_hidden_layers", None), blocks)
+        self.hooks = HookMap(model, self.config, blocks)
         self.can_generate: bool = hasattr(model, "can_generate") and bool(self.model.can_generate())
         self._text = None if tokenizer is None else TextEncoder(tokenizer, is_encoder=self._is_encoder(tokenizer))
         self._clock = PassClock(model, self.bos_token_id)
@@ -177,14 +173,32 @@ class LanguageModel:
         """
         return self.hooks.resolve(name).name
 
+    def hook_point(self, name: str) -> HookPoint:
+        """The hook point of a name, as for `resolve_hook`: points compare, `a < b` where a is reached earlier."""
+        return self.hooks.resolve(name)
+
     def hook_width(self, name: str) -> int:
-        """Width of the hidden state at a hook point."""
-        self.hooks.resolve(name)
-        return self.d_model
+        """Width of what a hook point holds: of its hidden states, the vocabulary, or the heads of an attention mask."""
+        return self.hooks.resolve(name).width
 
     def hook_layer(self, name: str) -> int:
-        """Index of the block a hook point belongs to."""
+        """Index of the block a hook point belongs to; the number of blocks for the logits."""
         return self.hooks.resolve(name).layer
+
+    def _reachable(self, name: str) -> HookPoint:
+        """The hook point, after checking that the model as it is loaded holds there what the name says."""
+        point = self.hooks.resolve(name)
+        if self.tensor_parallel and point.kind in SPLIT_KINDS:
+            raise SteersmanError(
+                f"{point.name} is split over the ranks of a tensor-parallel model: load it without tensor_parallel"
+            )
+        attention = getattr(self.config, "_attn_implementation", None) or "eager"
+        if point.kind == "hook_attn_mask" and attention not in MASKED_ATTENTION:
+            raise SteersmanError(
+                f"{point.name}: the attention implementation {attention!r} takes no bias: load the model with "
+                "attn_implementation='sdpa' or 'eager', or call lm.model.set_attn_implementation('sdpa')"
+            )
+        return point
 
     def unembed(self) -> tuple[Tensor, nn.Module | None]:
         """(W_U [D, V], final norm or None): what turns the last residual stream into logits, for the logit lens.
@@ -220,6 +234,15 @@ class LanguageModel:
 
     # Passes
 
+    @property
+    def cache_name(self) -> str:
+        """What the model's forward calls its KV cache."""
+        return self._clock.cache_name
+
+    def accepts(self, argument: str) -> bool:
+        """Whether the model's forward takes an argument of this name."""
+        return argument in self._clock.parameters
+
     def _inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
         ids = torch.as_tensor(input_ids, device=self.device)
         if ids.ndim == 1:
@@ -230,10 +253,10 @@ class LanguageModel:
         if attention_mask is not None:
             mask = torch.as_tensor(attention_mask, device=self.device).long().reshape(ids.shape)
             inputs["attention_mask"] = mask
-            if "position_ids" in self._clock.parameters and bool((mask[:, 0] == 0).any()):
+            if self.accepts("position_ids") and bool((mask[:, 0] == 0).any()):
                 # Left padding: text starts at position 0, as it does in generate. Otherwise the default is the same.
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        if "use_cache" in self._clock.parameters:
+        if self.accepts("use_cache"):
             inputs["use_cache"] = False
         return inputs
 
@@ -244,28 +267,32 @@ class LanguageModel:
         attention_mask: Tensor | None = None,
         *,
         hooks: Sequence[str],
-        prompt_length: Any = None,
+        prompt_length: PromptLength | None = None,
     ) -> dict[str, Tensor]:
-        """Hidden states [B, S, D] at the named hook points, from one pass that stops after the last one needed.
+        """What the named hook points hold, from one pass that stops after the last one needed: hidden states [B, S, D]
+        (D as `hook_width` says), attention masks [B, H, S, S], logits [B, S, V].
 
         `input_ids` [B, S] and `attention_mask` [B, S] as from `encode`. The keys are the names as given. Inside an edit
         the edited states are read; `prompt_length` is then as for `prompt_length()`. Padding is included as it comes.
         """
-        points = {name: self.hooks.resolve(name) for name in ([hooks] if isinstance(hooks, str) else hooks)}
+        points = {name: self._reachable(name) for name in ([hooks] if isinstance(hooks, str) else hooks)}
         if not points:
             raise SteersmanError("capture needs at least one hook point")
         inputs = self._inputs(input_ids, attention_mask)
         shape = (*inputs["input_ids"].shape, -1)
         waiting = {point.name for point in points.values()}
-        found: dict[str, Tensor] = {}
+        states: dict[str, Tensor] = {}
 
         def reader(name: str, kind: str) -> Callable[[Tensor], None]:
+            # Falcon adds the attention's output into the MLP's in place: keep what a sublayer takes and returns apart.
+            own = kind.startswith("hook_resid") or kind == LOGITS
+
             def read(h: Tensor) -> None:
-                # Falcon adds the attention's output into the MLP's in place: keep what a sublayer returned apart.
-                found[name] = h.reshape(shape) if kind.startswith("hook_resid") else h.reshape(shape).clone()
+                h = h.reshape(shape) if h.ndim == 2 else h
+                states[name] = h if own else h.clone()
                 waiting.discard(name)
                 if not waiting:
-                    raise _PassDone
+                    raise PassDone
 
             return read
 
@@ -273,25 +300,28 @@ class LanguageModel:
             stack.enter_context(self._clock.declare(prompt_length))
             for point in {p.name: p for p in points.values()}.values():
                 stack.callback(point.attach(reader(point.name, point.kind)).remove)
-            with suppress(_PassDone):
+            with suppress(PassDone):
                 self.model(**inputs)
-        return {name: found[point.name] for name, point in points.items()}
+        return {name: states[point.name] for name, point in points.items()}
 
     @contextmanager
-    def edit(self, hook: str, fn: Callable[[Tensor, Pass], Tensor]) -> Iterator[None]:
-        """While the context is open, `fn(h, now)` replaces the hidden state h [B, S, D] at `hook` in every pass.
+    def edit(self, hook: str, fn: Callable[[Tensor, ForwardPass], Tensor]) -> Iterator[None]:
+        """While the context is open, `fn(h, fwd)` replaces what is at `hook` in every pass: a hidden state [B, S, D],
+        an attention mask [B, H, S, K], or logits [B, n, V] (n < S where the pass computes the last tokens' only).
 
-        `now` (a `Pass`) says which tokens and absolute positions the pass holds. `fn` returns a new tensor of h's
-        shape, or h itself to change nothing; it must not write into h. Edits nest, apply in the order they were
-        entered, and are gone when the context closes, whether or not by an exception.
+        `fwd` (a `ForwardPass`) says which tokens and absolute positions the pass holds; at the logits, those that have
+        logits. `fn` returns a new tensor of h's shape, or h itself to change nothing; it must not write into h. Edits
+        nest, apply in the order they were entered, and are gone when the context closes, by an exception too.
+
+        Raises SteersmanError for an unknown hook point, and for one that the model as it is loaded does not have:
+        attention masks where the implementation takes none, heads and neurons that tensor parallelism splits.
         """
-        point = self.hooks.resolve(hook)
+        point = self._reachable(hook)
 
         def apply(h: Tensor) -> Tensor | None:
-            now = self._clock.now()
-            flat = h.ndim == 2  # OPT folds batch and sequence together around its MLP
-            x = h.reshape(now.batch, now.length, -1) if flat else h
-            new = fn(x, now)
+            fwd = self._clock.now()
+            x = h.reshape(fwd.batch, fwd.length, -1) if h.ndim == 2 else h  # OPT folds batch and sequence together
+            new = fn(x, fwd.last(x.shape[1]) if point.kind == LOGITS else fwd)
             if new is x:
                 return None
             if not isinstance(new, Tensor) or new.shape != x.shape:
@@ -300,13 +330,15 @@ class LanguageModel:
             return new.to(h.dtype).reshape(h.shape)
 
         with self._clock.running():
-            handle = point.attach(apply)
+            handle = point.attach(apply, past=lambda: self._clock.now().past)
+            if point.kind == LOGITS:
+                self._clock.end_last()
             try:
                 yield
             finally:
                 handle.remove()
 
-    def prompt_length(self, lengths: int | Sequence[int] | Tensor) -> AbstractContextManager[None]:
+    def prompt_length(self, lengths: PromptLength) -> AbstractContextManager[None]:
         """Declare how many real tokens (BOS included) of each row are its prompt, for passes outside `generate`.
 
         Without it every token of a plain forward pass is prompt; with it, teacher forcing a generated text steers the
@@ -314,11 +346,18 @@ class LanguageModel:
         """
         return self._clock.declare(lengths)
 
-    @torch.no_grad()
-    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, prompt_length: Any = None) -> Tensor:
-        """Logits [B, S, V] of one pass without a cache; `prompt_length` as for `prompt_length()`."""
+    def logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        prompt_length: PromptLength | None = None,
+        grad: bool = False,
+    ) -> Tensor:
+        """Logits [B, S, V] of one pass without a cache; `prompt_length` as for `prompt_length()`. `grad` keeps the
+        graph, for whoever optimises what an edit adds, unless gradients are off outside too."""
         inputs = self._inputs(input_ids, attention_mask)
-        with self._clock.declare(prompt_length):
+        with nullcontext() if grad else torch.no_grad(), self._clock.declare(prompt_length):
             output = self.model(**inputs)
         if not hasattr(output, "logits"):
             raise SteersmanError(f"{self.name} has no output layer over its vocabulary: it has hidden states only")

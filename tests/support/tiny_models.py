@@ -53,9 +53,58 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, str, bool]] = {
     ),
 }  # fmt: skip
 
+POST = {**HEADS, "intermediate_size": 24}
+MOE = {**LLAMA, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+# Further layouts, for what depends on the layout alone: which hook points there are, and what they hold
+LAYOUTS: dict[str, tuple[str, dict[str, Any], str, str, bool]] = {
+    **FAMILIES,
+    "gpt_neo": (
+        "GPTNeoConfig", {"hidden_size": D, "num_layers": LAYERS, "num_heads": 2, "vocab_size": V, "window_size": 4,
+                         "attention_types": [[["global", "local"], 1], [["global"], 1]]}, "GPTNeoForCausalLM",
+        "transformer.h", True,
+    ),
+    "gpt_bigcode": ("GPTBigCodeConfig", GPT, "GPTBigCodeForCausalLM", "transformer.h", True),
+    "codegen": ("CodeGenConfig", {**GPT, "n_head": 4, "rotary_dim": 4}, "CodeGenForCausalLM", "transformer.h", True),
+    "mpt": (
+        "MptConfig", {"d_model": D, "n_heads": 2, "n_layers": LAYERS, "vocab_size": V, "max_seq_len": 32},
+        "MptForCausalLM", "transformer.blocks", True,
+    ),
+    "falcon_new": (
+        "FalconConfig", {**HEADS, "new_decoder_architecture": True, "num_kv_heads": 1}, "FalconForCausalLM",
+        "transformer.h", True,
+    ),
+    "opt_post": (
+        "OPTConfig", {**HEADS, "ffn_dim": 24, "word_embed_proj_dim": D, "max_position_embeddings": 32,
+                      "do_layer_norm_before": False}, "OPTForCausalLM", "model.decoder.layers", False,
+    ),
+    "glm4": ("Glm4Config", {**LLAMA, "head_dim": 8, "pad_token_id": 1}, "Glm4ForCausalLM", "model.layers", True),
+    "olmo3": ("Olmo3Config", {**LLAMA, "sliding_window": 4}, "Olmo3ForCausalLM", "model.layers", True),
+    "phi3": ("Phi3Config", {**LLAMA, "pad_token_id": 1}, "Phi3ForCausalLM", "model.layers", True),
+    "stablelm": ("StableLmConfig", LLAMA, "StableLmForCausalLM", "model.layers", True),
+    "stablelm_parallel": (
+        "StableLmConfig", {**LLAMA, "use_parallel_residual": True}, "StableLmForCausalLM", "model.layers", True,
+    ),
+    "cohere": ("CohereConfig", LLAMA, "CohereForCausalLM", "model.layers", True),
+    "starcoder2": ("Starcoder2Config", LLAMA, "Starcoder2ForCausalLM", "model.layers", True),
+    "mixtral": ("MixtralConfig", {**LLAMA, "num_local_experts": 4}, "MixtralForCausalLM", "model.layers", True),
+    "qwen2_moe": (
+        "Qwen2MoeConfig", {**MOE, "shared_expert_intermediate_size": 8}, "Qwen2MoeForCausalLM", "model.layers", True,
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", {**MOE, "head_dim": 8}, "Qwen3MoeForCausalLM", "model.layers", True),
+    "roberta": ("RobertaConfig", POST, "RobertaForMaskedLM", "roberta.encoder.layer", False),
+    "electra": ("ElectraConfig", {**POST, "embedding_size": D}, "ElectraForMaskedLM", "electra.encoder.layer", False),
+    "distilbert": (
+        "DistilBertConfig", {"dim": D, "n_heads": 2, "n_layers": LAYERS, "hidden_dim": 24, "vocab_size": V},
+        "DistilBertForMaskedLM", "distilbert.transformer.layer", False,
+    ),
+}  # fmt: skip
 
-def build(family: str) -> LanguageModel:
-    config_class, arguments, model_class, _, _ = FAMILIES[family]
+
+def build(family: str, attention: str | None = None) -> LanguageModel:
+    """A model with random weights; `attention` names its implementation, eager or sdpa."""
+    config_class, arguments, model_class, _, _ = LAYOUTS[family]
+    if attention is not None:
+        arguments = {**arguments, "attn_implementation": attention}
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**arguments)).eval()
     with torch.no_grad():

@@ -29,8 +29,7 @@ from steersman.train.run.checkpoints import Checkpoints
 from steersman.train.run.recipe import TrainConfig
 from steersman.train.run.run_folder import RunFolder
 from steersman.train.run.trainer import prepare, run
-from steersman.train.store.batch import ActivationBatch
-from steersman.train.store.source import ActivationSource
+from steersman.train.store.batch import ActivationBatch, ActivationSource
 
 log = logging.getLogger(__name__)
 

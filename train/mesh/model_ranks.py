@@ -38,8 +38,7 @@ from steersman.train.mesh.cluster import train_on_ranks
 from steersman.train.run.preemption import Preemption
 from steersman.train.run.recipe import TrainConfig
 from steersman.train.run.trainer import train_alone
-from steersman.train.store.batch import ActivationBatch
-from steersman.train.store.source import ActivationSource
+from steersman.train.store.batch import ActivationBatch, ActivationSource
 from steersman.train.store.statistics import ActivationStats
 
 _FACTS, _BUSY, _FAILED, _END = -1, -2, -3, -4

@@ -18,9 +18,9 @@ from steersman.train.mesh.selection import keep_topk
 from steersman.train.mesh.sharded_update import ShardedUpdater
 from steersman.train.run.checkpoints import latent_axis
 from steersman.train.run.optim import AuxTerm
-from steersman.train.run.recipe import Recipe, TrainConfig
+from steersman.train.run.recipe import Recipe, TrainConfig, training_batches
 from steersman.train.run.trainer import Trainer, longest_silent
-from steersman.train.store.source import ActivationSource, training_batches
+from steersman.train.store.batch import ActivationSource
 from steersman.train.store.statistics import ActivationStats
 
 _DRAWN_ROWS = 4096

@@ -9,11 +9,13 @@ The defaults come from sweeps on real and planted data (`scripts/bench/recipe.py
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from steersman.errors import SteersmanError
 from steersman.kernels import Implementation, RuleName, StateDtype
+from steersman.train.store.batch import ActivationBatch, ActivationSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,3 +187,15 @@ def resolve(config: TrainConfig, d_in: int, n_rows: int | None) -> Recipe:
         k_aux=config.k_aux if config.k_aux is not None else max(1, d_in // 2),
         dead_after_steps=max(1, math.ceil(dead_after / batch_size)),
     )
+
+
+def training_batches(
+    source: ActivationSource, config: TrainConfig, recipe: Recipe, step: int, **share: Any
+) -> Iterator[ActivationBatch]:
+    """The batches of steps `step`, `step + 1`, ..., epoch after epoch."""
+    an_epoch = source.n_batches(recipe.batch_size, split="train", heldout_fraction=config.heldout_fraction)
+    epoch, start = divmod(step, an_epoch) if an_epoch else (0, step)
+    reading = {"split": "train", "heldout_fraction": config.heldout_fraction, "seed": config.seed, **share}
+    while True:
+        yield from source.batches(recipe.batch_size, epoch=epoch, start=start, **reading)
+        epoch, start = epoch + 1, 0

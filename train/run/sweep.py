@@ -20,12 +20,11 @@ from steersman.sae import SAE
 from steersman.train.run.checkpoints import Checkpoints
 from steersman.train.run.metrics_log import Journal
 from steersman.train.run.preemption import Preemption
-from steersman.train.run.recipe import TrainConfig
+from steersman.train.run.recipe import TrainConfig, training_batches
 from steersman.train.run.run_folder import RunFolder
 from steersman.train.run.trainer import Trainer, finish_run, prepare
-from steersman.train.store.source import ActivationSource, training_batches
-from steersman.train.store.store import ActivationStore
-from steersman.train.store.view import HookView
+from steersman.train.store.batch import ActivationSource
+from steersman.train.store.store import ActivationStore, HookView
 
 log = logging.getLogger(__name__)
 

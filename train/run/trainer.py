@@ -32,9 +32,9 @@ from steersman.train.run.graph import GraphedStep
 from steersman.train.run.metrics_log import Journal
 from steersman.train.run.optim import AuxTerm, Updater, make_updater, parameters_of
 from steersman.train.run.preemption import Preemption
-from steersman.train.run.recipe import Recipe, TrainConfig, resolve
+from steersman.train.run.recipe import Recipe, TrainConfig, resolve, training_batches
 from steersman.train.run.run_folder import RunFolder
-from steersman.train.store.source import ActivationSource, training_batches
+from steersman.train.store.batch import ActivationSource
 from steersman.train.store.statistics import ActivationStats
 
 log = logging.getLogger(__name__)

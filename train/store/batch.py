@@ -1,12 +1,14 @@
-"""What a source of activations hands to a trainer: batches whose tokens can be looked up."""
+"""What a trainer reads: a source of activations, and its batches, whose tokens can be looked up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+
+from steersman.train.store.statistics import ActivationStats
 
 
 class RowInfo(NamedTuple):
@@ -58,3 +60,32 @@ class ActivationBatch:
 
     def __len__(self) -> int:
         return len(self.x)
+
+
+class ActivationSource(Protocol):
+    """What can be trained on: an `ActivationStore`, an `ActivationStream`, or anything that reads like one."""
+
+    @property
+    def hook_name(self) -> str: ...
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def stats(self) -> ActivationStats: ...
+    def n_batches(
+        self, batch_size: int, *, split: Any = "train", heldout_fraction: float = 0.05, drop_last: bool = True
+    ) -> int | None: ...
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        split: Any = "train",
+        heldout_fraction: float = 0.05,
+        shuffle: bool = True,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        drop_last: bool = True,
+    ) -> Iterator[ActivationBatch]: ...

@@ -24,7 +24,7 @@ _ROW_KEYS = ("token_ids", "doc_ids", "positions")
 
 def write_tensors(
     batches: Iterable[Any],
-    out: Path,
+    out: str | os.PathLike[str],
     hook_name: str,
     *,
     model_name: str = "",
@@ -50,6 +50,7 @@ def write_tensors(
         SteersmanError: no rows, a wrong shape or type (naming the batch), a row that is not finite, a full disk.
     """
     check_choices(dtype, on_nonfinite)
+    out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SteersmanError(f"{out}: exists and is not empty; choose another folder for the store, or delete this one")
     if isinstance(batches, torch.Tensor | np.ndarray | Mapping):

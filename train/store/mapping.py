@@ -47,34 +47,42 @@ def _map(address: int | None, length: int, protection: int, flags: int, descript
     return result
 
 
+def first_slots(n_rows: Sequence[int], row_bytes: Sequence[int]) -> np.ndarray:
+    """The slot at which each shard of `n_rows` rows starts, and the end of the last, [shards + 1] int64.
+
+    Every start is a whole number of memory pages for rows of each of the sizes `row_bytes`, so that all hook points of
+    a store have a row in the same slot.
+
+    >>> first_slots([3, 5], [2048, 1024]).tolist()
+    [0, 4, 12]
+    """
+    page = mmap.PAGESIZE
+    if DATA_OFFSET % page:
+        raise SteersmanError(f"this system's memory pages of {page} bytes are larger than a store's {DATA_OFFSET}")
+    # Slots after which a row starts on a page again: a power of two as the page is, so the largest serves all.
+    unit = max(page // math.gcd(page, size) for size in row_bytes)
+    return np.cumsum([0, *(-(-n // unit) * unit for n in n_rows)], dtype=np.int64)
+
+
 class MappedShards:
     """The rows of many shards as one read-only array `rows` [slots, width] of same-sized integers.
 
-    Shard `i` starts at slot `first_slots[i]`, which is a whole number of memory pages, so the slots between the end of
-    one shard and the start of the next belong to no row and must not be read. The mapping lasts as long as this object
-    or any array taken from `rows`.
+    The slots between the end of one shard and the start of the next belong to no row and must not be read. The mapping
+    lasts as long as this object or any array taken from `rows`.
     """
 
-    def __init__(self, files: Sequence[tuple[Path, int]], width: int, itemsize: int) -> None:
-        """`files` are (path, number of rows), each checked to be long enough; rows hold `width` items of `itemsize`."""
-        row_bytes = width * itemsize
-        page = mmap.PAGESIZE
-        if DATA_OFFSET % page:
-            raise SteersmanError(f"this system's memory pages of {page} bytes are larger than a store's {DATA_OFFSET}")
-        unit = page // math.gcd(page, row_bytes)  # slots after which a row starts on a page again
-        first_slots, slot = [], 0
-        for _, n_rows in files:
-            first_slots.append(slot)
-            slot += -(-n_rows // unit) * unit
-        self.first_slots = np.array(first_slots, dtype=np.int64)
+    def __init__(self, files: Sequence[tuple[Path, int]], slots: np.ndarray, width: int, itemsize: int) -> None:
+        """`files` are (path, number of rows), each checked to be long enough, and `slots` their `first_slots`; rows
+        hold `width` items of `itemsize`."""
+        row_bytes, slot = width * itemsize, int(slots[-1])
         self.n_bytes = slot * row_bytes
-        length = max(self.n_bytes, page)
+        length = max(self.n_bytes, mmap.PAGESIZE)
         base = _map(None, length, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
         # numpy keeps the buffer alive through every array made from it, and the mapping goes with the buffer.
         buffer = (ctypes.c_ubyte * length).from_address(base)
         weakref.finalize(buffer, _libc.munmap, base, length)
         self._spans: list[_Span] = []
-        for (path, n_rows), first in zip(files, first_slots):
+        for (path, n_rows), first in zip(files, slots.tolist()):
             span = _Span(first, n_rows, base + first * row_bytes, n_rows * row_bytes)
             self._spans.append(span)
             if n_rows == 0:

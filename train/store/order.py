@@ -24,7 +24,9 @@ class RowOrder:
 
     Args:
         ranges: (first slot, end slot) of each stretch of consecutive rows, in order.
-        row_bytes: size of a row, from which the rows of a block and the blocks of a window follow.
+        row_bytes: size of a row, from which the rows of a block and the blocks of a window follow. Of a store with
+            several hook points it is their mean, so that all of them come in one order, whose blocks are of the size
+            above in a hook point of mean width.
         shuffle: False gives the rows in the order of `ranges`, in the same windows.
         seed, epoch: together they fix the permutation.
     """

@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
@@ -21,9 +21,10 @@ _KEPT_ARRAYS = 6
 class ReadingPlan:
     """Places of an order -> slots, for several threads; the next window is announced to the system ahead of its use."""
 
-    def __init__(self, order: RowOrder, mapped: MappedShards, window_bytes: int) -> None:
-        self._order, self._mapped = order, mapped
-        self._bounded = mapped.n_bytes > window_bytes
+    def __init__(self, order: RowOrder, maps: Sequence[MappedShards], window_bytes: int) -> None:
+        """`maps` are those of the hook points that are read."""
+        self._order, self._maps = order, maps
+        self._bounded = max(mapped.n_bytes for mapped in maps) > window_bytes
         self._entered = -1
         self._lock = threading.Lock()
 
@@ -45,7 +46,8 @@ class ReadingPlan:
                 return
             if self._bounded:
                 # What earlier windows mapped would otherwise count as this process's memory until it ends.
-                self._mapped.release()
+                for mapped in self._maps:
+                    mapped.release()
             announced = (window, window + 1) if self._entered < 0 else (window + 1,)
             self._entered = window
         # In a thread of its own, as handing requests to a busy disk takes as long as the disk does.
@@ -56,8 +58,9 @@ class ReadingPlan:
         for window in windows:
             starts, lengths = self._order.blocks(window)
             by_place = np.argsort(starts)
-            for start, length in zip(starts[by_place].tolist(), lengths[by_place].tolist()):
-                self._mapped.will_need(start, length)
+            for mapped in self._maps:
+                for start, length in zip(starts[by_place].tolist(), lengths[by_place].tolist()):
+                    mapped.will_need(start, length)
 
 
 class BufferPool:

@@ -8,10 +8,12 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ import torch
 from steersman.errors import SteersmanError, near_names
 from steersman.train.store.batch import ActivationBatch, RowInfo
 from steersman.train.store.manifest import ROWS, STATISTICS, Manifest
-from steersman.train.store.mapping import MappedShards
+from steersman.train.store.mapping import MappedShards, first_slots
 from steersman.train.store.order import WINDOW_BYTES, RowOrder
 from steersman.train.store.reading import BufferPool, ReadingPlan, read_ahead
 from steersman.train.store.rows import RowTable
@@ -45,6 +47,7 @@ class ActivationStore:
     Open one with `ActivationStore.open`; make one with `cache_activations` or `ActivationStore.from_tensors`.
 
     >>> import tempfile
+    >>> from steersman.train import ActivationStore
     >>> rows = torch.arange(12.0).reshape(6, 2)
     >>> out = tempfile.mkdtemp() + "/acts"
     >>> store = ActivationStore.from_tensors([rows[:4], rows[4:]], out, "blocks.0.hook_resid_post", dtype="float32")
@@ -55,6 +58,9 @@ class ActivationStore:
     >>> store.stats().mean
     tensor([5., 6.])
     """
+
+    from_tensors: ClassVar[Callable[..., "ActivationStore"]]
+    """Writes a store from activations made elsewhere: `from_tensors.write_tensors`, as `steersman.train` says."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         """For `open`, which checks the files first."""
@@ -95,30 +101,6 @@ class ActivationStore:
         if verify or (verify is None and store.n_bytes <= _VERIFIED_AT_OPEN):
             store.verify()
         return store
-
-    @staticmethod
-    def from_tensors(
-        batches: Iterable[Any],
-        out: str | os.PathLike[str],
-        hook_name: str,
-        *,
-        model_name: str = "",
-        dtype: str = "bfloat16",
-        on_nonfinite: Literal["error", "skip"] = "error",
-        shard_rows: int = 131072,
-    ) -> "ActivationStore":
-        """Write a store from activations made elsewhere. See `steersman.train.store.from_tensors.write_tensors`."""
-        from steersman.train.store.from_tensors import write_tensors
-
-        return write_tensors(
-            batches,
-            Path(out),
-            hook_name,
-            model_name=model_name,
-            dtype=dtype,
-            on_nonfinite=on_nonfinite,
-            shard_rows=shard_rows,
-        )
 
     # What the store holds
 
@@ -167,8 +149,13 @@ class ActivationStore:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that identify the content."""
-        return self.manifest.fingerprint
+        """Sixteen hexadecimal digits that identify the content.
+
+        Hook points of different widths were once read each in an order of its own. For a store of such, words after the
+        digits say that this is over, so that a run which began in the old order is refused rather than resumed.
+        """
+        one_width = len(set(self.manifest.hooks.values())) == 1
+        return self.manifest.fingerprint + ("" if one_width else " in one order for all hook points")
 
     def _hook(self, hook: str | None) -> str:
         if hook is None:
@@ -177,6 +164,14 @@ class ActivationStore:
             near = near_names(hook, self.hook_names)
             raise SteersmanError(f"{self.path}: holds no hook point {hook!r}; it has {near}")
         return hook
+
+    def _hooks(self, hooks: str | Sequence[str] | None) -> tuple[str, ...]:
+        if hooks is None or isinstance(hooks, str):
+            return (self._hook(hooks),)
+        names = tuple(map(self._hook, hooks))
+        if not names or len(set(names)) < len(names):
+            raise SteersmanError(f"{self.path}: name one or several different hook points of it, not {list(hooks)}")
+        return names
 
     def width(self, hook: str | None = None) -> int:
         """Width D of a hook point (the first one by default)."""
@@ -211,7 +206,7 @@ class ActivationStore:
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.n_rows):
             raise SteersmanError(f"{self.path}: row {rows.min()} or {rows.max()} is not among its {self.n_rows} rows")
         shards = np.searchsorted(self._rows.ends, rows, side="right") - 1
-        return self._gather(mapped, rows - self._rows.ends[shards] + mapped.first_slots[shards])
+        return self._gather([mapped], rows - self._rows.ends[shards] + self._first_slots[shards])
 
     def verify(self) -> None:
         """Compare every file with its checksum; `SteersmanError` naming the first shard that was altered."""
@@ -258,7 +253,7 @@ class ActivationStore:
         self,
         batch_size: int,
         *,
-        hook: str | None = None,
+        hook: str | Sequence[str] | None = None,
         split: Split = "train",
         heldout_fraction: float = 0.05,
         shuffle: bool = True,
@@ -273,13 +268,13 @@ class ActivationStore:
     ) -> Iterator[ActivationBatch]:
         """One epoch of batches, each row once.
 
-        The order of all rows is fixed by (seed, epoch, split, hook width). Global batch b holds places
-        [b * batch_size, (b + 1) * batch_size) of it, and rank r of W gets the r-th of W contiguous shares, so that the
-        batches of all ranks together are those of one process.
+        The order of all rows is fixed by (seed, epoch, split, widths of the store's hook points), the same for each of
+        them. Global batch b holds places [b * batch_size, (b + 1) * batch_size) of it, and rank r of W gets the r-th of
+        W contiguous shares, so that the batches of all ranks together are those of one process.
 
         Args:
             batch_size: rows of a global batch, over all ranks.
-            hook: hook point; the first by default.
+            hook: hook point, the first by default; or several, whose rows then stand side by side (see `HookView`).
             split, heldout_fraction: see `split_rows`.
             shuffle: False reads in the order of the text.
             seed, epoch: fix the order.
@@ -288,12 +283,13 @@ class ActivationStore:
             drop_last: leave out a last batch that is not full.
             prefetch: reads kept going in the background (a read is whole batches of about 4 MiB); 0 reads in the
                 calling thread.
-            window_bytes: how much of the store is mixed at a time. Stores up to this size are shuffled fully.
+            window_bytes: how much of each hook point is mixed at a time (of one of mean width, where they differ).
+                Stores up to this size are shuffled fully.
 
         Yields:
             `ActivationBatch` with `x` [batch_size / world_size, D] in the store's type.
         """
-        hook = self._hook(hook)
+        maps = [self._mapped(name) for name in self._hooks(hook)]
         if batch_size < 1 or start < 0 or prefetch < 0 or window_bytes < 1:
             raise SteersmanError("batch_size and window_bytes must be at least 1, start and prefetch at least 0")
         if not 0 <= rank < world_size or batch_size % world_size:
@@ -309,17 +305,16 @@ class ActivationStore:
                 f"{self.path}: the {split} split has {n_rows} rows, fewer than batch_size {batch_size}; "
                 "use a smaller batch or cache more tokens"
             )
-        mapped = self._mapped(hook)
-        row_bytes = self.width(hook) * self.dtype.itemsize
+        widths = list(self.manifest.hooks.values())
         order = RowOrder(
-            self._slot_ranges(mapped, low, high),
-            row_bytes,
+            self._slot_ranges(low, high),
+            -(-sum(widths) // len(widths)) * self.dtype.itemsize,
             shuffle=shuffle,
             seed=seed,
             epoch=epoch,
             window_bytes=window_bytes,
         )
-        plan = ReadingPlan(order, mapped, window_bytes)
+        plan = ReadingPlan(order, maps, window_bytes)
 
         def read(first: int, end: int) -> list[ActivationBatch]:
             """Batches first..end, gathered as one array and handed out as parts of it."""
@@ -330,37 +325,92 @@ class ActivationStore:
                 parts += plan.slots(*share)
                 sizes.append(share[1] - share[0])
             slots = np.concatenate(parts)
-            x = self._gather(mapped, slots).split(sizes)
+            x = self._gather(maps, slots).split(sizes)
             places = np.split(slots, np.cumsum(sizes)[:-1])
             return [
-                ActivationBatch(x=x, find_rows=partial(self._rows_of_slots, mapped, here), find_info=self._rows.take)
+                ActivationBatch(x=x, find_rows=partial(self._rows_of_slots, here), find_info=self._rows.take)
                 for x, here in zip(x, places)
             ]
 
+        row_bytes = sum(mapped.rows.shape[1] for mapped in maps) * self.dtype.itemsize
         per_read = max(1, _READ_BYTES * world_size // (batch_size * row_bytes))
         return read_ahead(read, start, n_batches, per_read, prefetch)
+
+    @cached_property
+    def _first_slots(self) -> np.ndarray:
+        row_bytes = [width * self.dtype.itemsize for width in self.manifest.hooks.values()]
+        return first_slots([shard.rows for shard in self.manifest.shards], row_bytes)
 
     def _mapped(self, hook: str) -> MappedShards:
         with self._lock:
             if hook not in self._maps:
                 folder = self._folders[hook]
                 files = [(self._file(folder, i), shard.rows) for i, shard in enumerate(self.manifest.shards)]
-                self._maps[hook] = MappedShards(files, self.width(hook), self.dtype.itemsize)
+                self._maps[hook] = MappedShards(files, self._first_slots, self.width(hook), self.dtype.itemsize)
             return self._maps[hook]
 
-    def _gather(self, mapped: MappedShards, slots: np.ndarray) -> torch.Tensor:
-        x = self._pool.empty((len(slots), mapped.rows.shape[1]), mapped.rows.dtype)
-        # numpy's `take` is one single-threaded copy that lets other Python threads run.
-        np.take(mapped.rows, slots, axis=0, out=x, mode="clip")
+    def _gather(self, maps: Sequence[MappedShards], slots: np.ndarray) -> torch.Tensor:
+        ends = np.cumsum([mapped.rows.shape[1] for mapped in maps]).tolist()
+        x = self._pool.empty((len(slots), ends[-1]), maps[0].rows.dtype)
+        for mapped, end in zip(maps, ends):
+            width = mapped.rows.shape[1]
+            # `take` writes whole arrays only, so hook points side by side are copied a second time.
+            part = x if len(maps) == 1 else self._pool.empty((len(slots), width), x.dtype)
+            # numpy's `take` is one single-threaded copy that lets other Python threads run.
+            np.take(mapped.rows, slots, axis=0, out=part, mode="clip")
+            if part is not x:
+                x[:, end - width : end] = part
         return torch.from_numpy(x).view(self.dtype)
 
-    def _slot_ranges(self, mapped: MappedShards, first: int, end: int) -> list[tuple[int, int]]:
+    def _slot_ranges(self, first: int, end: int) -> list[tuple[int, int]]:
         ranges = []
-        for index, slot in enumerate(mapped.first_slots.tolist()):
+        for index, slot in enumerate(self._first_slots[:-1].tolist()):
             low, high = (int(row) for row in self._rows.ends[index : index + 2])
             ranges.append((slot + max(first - low, 0), slot + min(end, high) - low))
         return ranges
 
-    def _rows_of_slots(self, mapped: MappedShards, slots: np.ndarray) -> np.ndarray:
-        shards = np.searchsorted(mapped.first_slots, slots, side="right") - 1
-        return slots - mapped.first_slots[shards] + self._rows.ends[shards]
+    def _rows_of_slots(self, slots: np.ndarray) -> np.ndarray:
+        shards = np.searchsorted(self._first_slots, slots, side="right") - 1
+        return slots - self._first_slots[shards] + self._rows.ends[shards]
+
+
+class HookView:
+    """Some hook points of `store` as something to train on: their rows side by side, in the store's order.
+
+    Raises a SteersmanError when the store has no such hook point.
+    """
+
+    def __init__(self, store: ActivationStore, hooks: str | Sequence[str]) -> None:
+        self.store, self.hooks = store, store._hooks(hooks)
+        widths = [store.width(hook) for hook in self.hooks]
+        self.cuts = tuple(accumulate(widths, initial=0))
+        """Where each hook point's columns begin, and the end of the last: those of hooks[i] are cuts[i]:cuts[i + 1]."""
+        self.d_in = self.cuts[-1]
+        """The sum of the widths."""
+        self.hook_name = "+".join(self.hooks)
+        self.model_name, self.fingerprint = store.model_name, store.fingerprint
+
+    def stats(self, hook: str | None = None) -> ActivationStats:
+        """Statistics of one of the hook points, or of the rows side by side.
+
+        Those of rows side by side hold the exact mean and mean squared norm. What their norms are follows only if the
+        norms of the parts do not vary, for which the mean and median norm given are right.
+        """
+        if hook is not None or len(self.hooks) == 1:
+            return self.store.stats(hook or self.hook_name)
+        parts = [self.store.stats(hook) for hook in self.hooks]
+        return replace(
+            parts[0],
+            mean=torch.cat([part.mean for part in parts]),
+            mean_norm=math.hypot(*(part.mean_norm for part in parts)),
+            median_norm=math.hypot(*(part.median_norm for part in parts)),
+            mean_squared_norm=sum(part.mean_squared_norm for part in parts),
+        )
+
+    def n_batches(self, batch_size: int, **options: Any) -> int:
+        """See `ActivationStore.n_batches`."""
+        return self.store.n_batches(batch_size, **options)
+
+    def batches(self, batch_size: int, **options: Any) -> Iterator[ActivationBatch]:
+        """See `ActivationStore.batches`; `x` is [batch_size / world_size, d_in]."""
+        return self.store.batches(batch_size, hook=self.hooks, **options)
