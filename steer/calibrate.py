@@ -107,9 +107,7 @@ def calibrate(
     elif budget == "norm":
         raise SteersmanError("target_norm is for vectors: give target_kl or target_loss for any other way of steering")
     steered(v, steerer, scope=config.scope)  # refuses what does not fit before anything is run
-    meter = CostMeter(
-        steerer.lm, texts, batch_size=config.batch_size, max_length=config.max_length, seed=config.seed
-    )
+    meter = CostMeter(steerer.lm, texts, batch_size=config.batch_size, max_length=config.max_length, seed=config.seed)
     share = _norm_share(v, meter.norms(v.hook_names)) if isinstance(v, SteeringVector) else START_NORM
     if budget == "norm":
         scale = target / share
@@ -128,8 +126,8 @@ def calibrate(
         )
     n_tokens = 0 if budget == "norm" else meter.n_tokens
     record = {"budget": budget, "scope": config.scope, "n_tokens": n_tokens, **dataclasses.asdict(search)}
-    result = scaled(v, search.scale, calibration=record)
-    calibration = Calibration(vector=result, budget=budget, search=search, n_tokens=n_tokens)
+    vector: D = scaled(v, search.scale, calibration=record)
+    calibration = Calibration(vector=vector, budget=budget, search=search, n_tokens=n_tokens)
     if not search.converged:
         log.warning("calibration: %s", calibration)
     return calibration

@@ -103,7 +103,7 @@ def test_retention_mistakes() -> None:
     with pytest.raises(SteersmanError, match="made for 'other', the model is 'llama'"):
         measure_retention(found, lm, ["w5 w6"])
     found = decompose(torch.ones(16), toy_sae(hook=""), k=1)
-    with pytest.raises(SteersmanError, match="no hook point: name it with hook="):
+    with pytest.raises(SteersmanError, match="records no hook point: name the one it was made at with hook="):
         measure_retention(found, lm, ["w5 w6"])
     with pytest.raises(SteersmanError, match="no texts"):
         measure_retention(found, lm, [], hook="blocks.1.hook_resid_post")

@@ -69,9 +69,8 @@ def test_interrupted_work_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch:
     with pytest.raises(SteersmanError, match="2 of 3 shards are not measured yet"):
         Effects.open(broken)
     monkeypatch.setattr(module, "_shard", make)
-    (tmp_path / "broken" / ".00001.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / "broken" / "00001.safetensors.tmp").write_bytes(b"half")
     collect_effects(lm, sae, TEXTS, quick(out=broken, **options))
-    (tmp_path / "broken" / ".00001.safetensors.tmp").unlink(missing_ok=True)
     assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
     monkeypatch.setattr(module, "_shard", lambda *args: pytest.fail("measured again"))
     collect_effects(lm, sae, TEXTS, quick(out=broken, **options))
@@ -182,7 +181,10 @@ def test_given_vectors_are_measured_as_they_are() -> None:
         ([], "no vectors given"),
         ([SteeringVector.of(torch.randn(D), hook_name=HOOK, model_name="gpt2")], "made for 'gpt2'"),
         ([SteeringVector.of(torch.randn(D), hook_name="blocks.0.hook_resid_post")], "made at 'blocks.0"),
-        ([SteeringVector.of(torch.randn(D + 2), hook_name=HOOK)], "its width is 16"),
+        (
+            [SteeringVector.of(torch.randn(D + 2), hook_name=HOOK)],
+            "width 18, blocks.1.hook_resid_post of llama has width 16",
+        ),
     ],
 )
 def test_given_vectors_that_do_not_fit(vectors: Any, said: str) -> None:
@@ -199,7 +201,7 @@ def test_wrong_requests_have_one_line(tmp_path: Path) -> None:
         collect_effects(lm, sae, n_vector=3)
     with pytest.raises(SteersmanError, match="records no hook point"):
         collect_effects(lm, toy_sae(""), config=quick())
-    with pytest.raises(SteersmanError, match="trained on 'gpt2'"):
+    with pytest.raises(SteersmanError, match="this SAE was made for 'gpt2', the model is"):
         collect_effects(lm, toy_sae(HOOK, model_name="gpt2"), config=quick())
     with pytest.raises(SteersmanError, match="n_vectors 41 is more than the 40"):
         collect_effects(lm, sae, config=quick(vectors="decoder", n_vectors=41))

@@ -88,7 +88,9 @@ def test_every_example_changes_the_vector(lm: LanguageModel, method: str) -> Non
     reference = make(lm, method, positions=tokens, diagnostics=False)
     for i in range(6 if method == "lat" else len(POSITIVE)):  # lat leaves the last of an odd number out
         changed = [*POSITIVE[:i], "w20 w21", *POSITIVE[i + 1 :]]
-        assert not torch.allclose(make(lm, method, changed, positions=tokens, diagnostics=False), reference, atol=1e-5), i
+        assert not torch.allclose(
+            make(lm, method, changed, positions=tokens, diagnostics=False), reference, atol=1e-5
+        ), i
 
 
 @pytest.mark.parametrize("tokens", ["last", "mean", "answer", "index:2", "index:-2"])
@@ -247,7 +249,9 @@ def test_diagnostics_tell_a_direction_from_none(lm: LanguageModel, caplog: pytes
     assert good["d_prime"] > 2
     texts = [random_text(4) for _ in range(40)]
     with caplog.at_level(logging.WARNING):
-        bad = contrast(lm, texts[:20], texts[20:], hook=HOOK, method="caa", positions="last").metadata["diagnostics"][HOOK]
+        bad = contrast(lm, texts[:20], texts[20:], hook=HOOK, method="caa", positions="last").metadata["diagnostics"][
+            HOOK
+        ]
     assert abs(bad["agreement"]) < 0.15
     assert bad["auroc"] < 0.7, "held out: not what it was fitted to"
     assert any("hardly separates" in record.message for record in caplog.records)
@@ -298,7 +302,9 @@ def test_no_method_keeps_the_states(lm: LanguageModel, monkeypatch: pytest.Monke
                 return seen[-1]
 
             monkeypatch.setattr(made, "estimator", staticmethod(record))
-            contrast(lm, POSITIVE * times, NEGATIVE * times, hook=HOOK, method=method, positions="last", diagnostics=False)
+            contrast(
+                lm, POSITIVE * times, NEGATIVE * times, hook=HOOK, method=method, positions="last", diagnostics=False
+            )
             monkeypatch.undo()
             numbers = 0
             for estimator in seen:

@@ -13,6 +13,7 @@ from torch import Tensor
 from steersman.config import merged
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.lm.origin import Origin, check_same_origin
 from steersman.sae import SAE
 from steersman.steer.decompose.atoms import Atoms
 from steersman.steer.decompose.base import (
@@ -177,12 +178,10 @@ def _row(v: Any, index: int | None, sae: SAE, lm: LanguageModel | None, hook: st
     if hasattr(v, "directions") and hook in v.directions:
         v = v.at(hook)  # of a vector at several hook points, the part that the SAE reads
     if hasattr(v, "vector"):
-        there, model = getattr(v, "hook_name", "") or "", getattr(v, "model_name", "") or ""
+        there = getattr(v, "hook_name", "") or ""
         resolved = lm.resolve_hook(there) if lm is not None and there else there
-        if hook and resolved and resolved != hook:
-            raise SteersmanError(f"{name} was made at {there!r}, the SAE reads {hook!r}")
-        if model and sae.cfg.model_name and _plain(model) != _plain(sae.cfg.model_name):
-            raise SteersmanError(f"{name} was made for {model!r}, the SAE was trained on {sae.cfg.model_name!r}")
+        origin = Origin(getattr(v, "model_name", "") or "", resolved)
+        check_same_origin(name, origin, "the SAE", Origin.of_sae(sae)._replace(hook_name=hook))
         v = v.vector
     if v is None:
         able = " and ".join(repr(method.name) for method in METHODS.values() if method.makes_vector)
@@ -198,10 +197,6 @@ def _row(v: Any, index: int | None, sae: SAE, lm: LanguageModel | None, hook: st
     if not float(row.norm()) > 0:
         raise SteersmanError(f"{name} is zero: it has no parts")
     return row
-
-
-def _plain(model: str) -> str:
-    return model.rstrip("/").rpartition("/")[2].lower()
 
 
 def _records(method: Method, problem: Problem, labels: Mapping[int, str] | None) -> Iterator[Decomposition]:

@@ -1,4 +1,4 @@
-"""What is asked of a method, and what a method is: a class in a file of its own that says everything that is true of it.
+"""What is asked of a method, and what a method is: a class in a file of its own that says all that is true of it.
 
 Shape letters: B vectors, N activations, M terms, D width.
 """

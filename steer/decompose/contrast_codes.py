@@ -113,7 +113,8 @@ def _samples(sources: Sources, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         return
     for x in batches_of(source):
         if x.ndim != 2 or x.shape[1] != sae.cfg.d_in:
-            raise SteersmanError(f"{name} activations of shape {tuple(x.shape)} do not fit an SAE of d_in {sae.cfg.d_in}")
+            shape = tuple(x.shape)
+            raise SteersmanError(f"{name} activations of shape {shape} do not fit an SAE of d_in {sae.cfg.d_in}")
         for part in x.to(sae.device).split(_CHUNK):
             yield dense(sae.encode_sparse(part.float()), sae), part
 

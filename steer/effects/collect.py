@@ -20,6 +20,7 @@ from torch import distributed as dist
 from steersman.config import differences, merged
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.lm.origin import check_sae_fits
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.steer.effects.config import EffectsConfig
@@ -198,19 +199,6 @@ def _check_reached(effects: Effects, config: EffectsConfig, baseline: Baseline) 
     log.warning(
         "%s was not reached by %d of %d vectors: maps leave them out", text, int((~reached).sum()), len(reached)
     )
-
-
-def check_sae_fits(lm: LanguageModel, sae: SAE) -> str:
-    """The hook point of an SAE, after checking that it is one of this model. Raises SteersmanError otherwise."""
-    cfg = sae.cfg
-    if not lm.matches(cfg.model_name):
-        raise SteersmanError(f"this SAE was trained on {cfg.model_name!r}, the model is {lm.name!r}")
-    if not cfg.hook_name:
-        raise SteersmanError("this SAE records no hook point: set hook_name in its configuration")
-    hook = lm.resolve_hook(cfg.hook_name)
-    if cfg.d_in != lm.hook_width(hook):
-        raise SteersmanError(f"this SAE has d_in {cfg.d_in}, but {hook} of {lm.name} has width {lm.hook_width(hook)}")
-    return hook
 
 
 def _made(vectors: object) -> bool:

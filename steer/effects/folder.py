@@ -44,7 +44,12 @@ class Effects:
     """
 
     def __init__(
-        self, manifest: EffectsManifest, baseline: Baseline, *, folder: Path | None = None, shards: Iterable[EffectShard] = ()
+        self,
+        manifest: EffectsManifest,
+        baseline: Baseline,
+        *,
+        folder: Path | None = None,
+        shards: Iterable[EffectShard] = (),
     ) -> None:
         self.manifest, self.baseline, self.folder = manifest, baseline, folder
         self._shards: list[EffectShard] = list(shards)

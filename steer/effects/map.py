@@ -25,6 +25,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.lm.origin import Origin, check_same_origin
 from steersman.sae import SAE
 from steersman.steer.effects import map_file
 from steersman.steer.effects.fit import LinearFit, adam_fit, check_enough, ridge_fit, score
@@ -128,7 +129,9 @@ class EffectMap:
         return cls.of(fitted, effects, notes, scored.r2, scored.ceiling)
 
     @classmethod
-    def of(cls, fitted: LinearFit, effects: Measured, notes: dict[str, Any], r2: Tensor, ceiling: Tensor) -> "EffectMap":
+    def of(
+        cls, fitted: LinearFit, effects: Measured, notes: dict[str, Any], r2: Tensor, ceiling: Tensor
+    ) -> "EffectMap":
         """The map of a fit."""
         manifest = effects.manifest
         return cls(
@@ -177,14 +180,12 @@ class EffectMap:
     def direction(self, vector: Tensor | VectorLike) -> Tensor:
         """A vector [D] or `SteeringVector` as a unit direction. Raises SteersmanError for another width, model or hook
         point, and for a zero vector."""
-        name, hook = getattr(vector, "model_name", ""), getattr(vector, "hook_name", self.hook_name)
-        if name and self.model_name and _plain(name) != _plain(self.model_name):
-            raise SteersmanError(f"this vector was made for {name!r}, the effect map is of {self.model_name!r}")
-        if hook != self.hook_name:
-            raise SteersmanError(f"this vector was made at {hook!r}, the effect map at {self.hook_name!r}")
         x = torch.as_tensor(getattr(vector, "vector", vector)).detach().float().cpu()
-        if x.shape[-1:] != (self.d_in,) or x.ndim > 2:
-            raise SteersmanError(f"a vector of shape {tuple(x.shape)} does not fit an effect map of width {self.d_in}")
+        if x.ndim not in (1, 2):
+            raise SteersmanError(f"vectors are [D] or [n, D], got shape {list(x.shape)}")
+        there = Origin(getattr(vector, "model_name", "") or "", getattr(vector, "hook_name", ""), x.shape[-1])
+        here = Origin(self.model_name, self.hook_name, self.d_in)
+        check_same_origin("this vector", there, "the effect map", here)
         if not bool(x.isfinite().all()) or not bool((x.norm(dim=-1) > 0).all()):
             raise SteersmanError("the vector is zero or not finite: it has no direction")
         return unit_rows(x)
@@ -401,10 +402,6 @@ class EffectMap:
         mean, standard_error = tensors.pop("baseline_mean"), tensors.pop("baseline_standard_error")
         baseline = Baseline(mean, standard_error, about.pop("median_norm"))
         return cls(**tensors, baseline=baseline, **about)
-
-
-def _plain(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].lower()
 
 
 def _weights(targets: Targets, d_sae: int) -> dict[int, float]:

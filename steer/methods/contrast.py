@@ -18,6 +18,7 @@ from steersman.steer.vectors.vector import SteeringVector
 
 log = logging.getLogger(__name__)
 
+
 def contrast(
     lm: LanguageModel,
     positive: Any,

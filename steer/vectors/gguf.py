@@ -30,7 +30,7 @@ def _package() -> Any:
 
 
 def write_gguf(parts: Parts, path: Path) -> None:
-    """Write the vector as a control vector, whole or not at all. Raises SteersmanError where the format cannot hold it."""
+    """Write a control vector, whole or not at all. Raises SteersmanError where the format cannot hold the vector."""
     gguf = _package()
     directions = {}
     for hook, direction in parts.directions.items():

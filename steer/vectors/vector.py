@@ -21,6 +21,7 @@ from torch import Tensor
 from steersman.errors import SteersmanError, near_names
 from steersman.files import make_folder
 from steersman.lm import LanguageModel
+from steersman.lm.origin import same_model
 from steersman.sae import SAE
 from steersman.steer.vectors import file as vector_file
 from steersman.steer.vectors.gguf import read_gguf, write_gguf
@@ -266,9 +267,10 @@ class SteeringVector:
         )
 
     def _check_same_model(self, other: "SteeringVector") -> None:
-        a, b = self.model_name, other.model_name
-        if a and b and a.rstrip("/").rpartition("/")[2].lower() != b.rstrip("/").rpartition("/")[2].lower():
-            raise SteersmanError(f"these vectors belong to different models: {a!r} and {b!r}")
+        if not same_model(self.model_name, other.model_name):
+            raise SteersmanError(
+                f"these vectors belong to different models: {self.model_name!r} and {other.model_name!r}"
+            )
 
     # Use: `steersman.steer` gives the class these, whose functions need the class
 
