@@ -20,7 +20,7 @@ from typing import Any, Generic, Literal
 from steersman.config import merged
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.steer.dose import D, as_steerer, scaled, steered
+from steersman.steer.dose import D, Dosed, as_steerer, scaled, steered
 from steersman.steer.measures import CostMeter
 from steersman.steer.scale_search import MAX_EVALUATIONS, TOLERANCE, ScaleSearch, search_scale
 from steersman.steer.steerer import Steerer
@@ -102,13 +102,14 @@ def calibrate(
     steerer = as_steerer(st)
     config = merged(CalibrateConfig, config, settings)
     budget, target = _budget(config)
-    if isinstance(v, SteeringVector):
-        v.check_not_zero("a scale for it")
+    vector = _as_vector(v)
+    if vector is not None:
+        vector.check_not_zero("a scale for it")
     elif budget == "norm":
         raise SteersmanError("target_norm is for vectors: give target_kl or target_loss for any other way of steering")
     steered(v, steerer, scope=config.scope)  # refuses what does not fit before anything is run
     meter = CostMeter(steerer.lm, texts, batch_size=config.batch_size, max_length=config.max_length, seed=config.seed)
-    share = _norm_share(v, meter.norms(v.hook_names)) if isinstance(v, SteeringVector) else START_NORM
+    share = START_NORM if vector is None else _norm_share(vector, meter.norms(vector.hook_names))
     if budget == "norm":
         scale = target / share
         search = ScaleSearch(
@@ -126,8 +127,9 @@ def calibrate(
         )
     n_tokens = 0 if budget == "norm" else meter.n_tokens
     record = {"budget": budget, "scope": config.scope, "n_tokens": n_tokens, **dataclasses.asdict(search)}
-    vector: D = scaled(v, search.scale, calibration=record)
-    calibration = Calibration(vector=vector, budget=budget, search=search, n_tokens=n_tokens)
+    calibration = Calibration(
+        vector=scaled(v, search.scale, calibration=record), budget=budget, search=search, n_tokens=n_tokens
+    )
     if not search.converged:
         log.warning("calibration: %s", calibration)
     return calibration
@@ -146,7 +148,7 @@ def calibrated(v: D, st: Steerer | LanguageModel, *, texts: Sequence[str] | None
 def refuse_unmet(calibration: Calibration[D]) -> D:
     """What was calibrated. Raises SteersmanError when the budget is out of reach at every scale allowed."""
     s = calibration.search
-    has_norm = isinstance(calibration.vector, SteeringVector)
+    has_norm = _as_vector(calibration.vector) is not None
     if s.reason == "unreachable":
         limit = f" ({HIGH_NORM:g} times the median norm of the residual stream)" if has_norm else ""
         raise SteersmanError(
@@ -160,6 +162,10 @@ def refuse_unmet(calibration: Calibration[D]) -> D:
             f"smallest tried{limit}, it is {s.value:.4g}; ask for more"
         )
     return calibration.vector
+
+
+def _as_vector(what: Dosed) -> SteeringVector | None:
+    return what if isinstance(what, SteeringVector) else None
 
 
 def _budget(config: CalibrateConfig) -> tuple[Literal["kl", "loss", "norm"], float]:

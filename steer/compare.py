@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import Generation, LanguageModel
 from steersman.sae import SAE
@@ -25,6 +26,7 @@ from steersman.steer.steerer import Steerer
 DEFAULT_PROMPTS = ("Once upon a time",)  # not the field's default: a flag that may be repeated adds to its default
 
 
+@renamed_fields(model="", sae="", device="", kernels="", dtype="")
 @dataclass(frozen=True, kw_only=True)
 class SteerConfig:
     """What to do to an SAE's features, and on which prompts to look at it."""

@@ -1,5 +1,5 @@
-"""What steering does to text, with no judge: per-token divergence and likelihood, repetition, distinct n-grams; and what
-any way of steering costs on fixed texts.
+"""What steering does to text, with no judge: per-token divergence and likelihood, repetition, distinct n-grams; and
+what any way of steering costs on fixed texts.
 
 All in fp32 and nats. B texts, S tokens, V vocabulary.
 """

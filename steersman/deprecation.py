@@ -3,7 +3,10 @@
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
+
+C = TypeVar("C", bound=type[Any])
 
 
 def moved(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -22,3 +25,44 @@ def moved(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
         return getattr(importlib.import_module(module), new)
 
     return getattr_
+
+
+def renamed_fields(**table: str) -> Callable[[C], C]:
+    """A decorator for a dataclass, outermost: fields by their old names, to set and to read. One that is gone has the
+    new name "", and what it is given is passed over.
+
+    Example: `@renamed_fields(activation="architecture")`.
+    """
+
+    def decorate(cls: C) -> C:
+        make = cls.__init__
+
+        @wraps(make)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            for old in table.keys() & kwargs.keys():
+                _warn(f"{cls.__name__}({old}=...)", table[old])
+                value = kwargs.pop(old)
+                if table[old]:
+                    kwargs[table[old]] = value
+            make(self, *args, **kwargs)
+
+        cls.__init__ = __init__
+        cls.old_fields = frozenset(table)
+        for old, new in table.items():
+            if new:
+                setattr(cls, old, property(_reader(cls.__name__, old, new)))
+        return cls
+
+    return decorate
+
+
+def _reader(owner: str, old: str, new: str) -> Callable[[Any], Any]:
+    def read(self: Any) -> Any:
+        _warn(f"{owner}.{old}", new)
+        return getattr(self, new)
+
+    return read
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(f"{old} is {new} now" if new else f"{old} is read by nothing", DeprecationWarning, stacklevel=3)

@@ -45,7 +45,7 @@ def test_make_and_show(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_make_from_a_feature(work: Path) -> None:
-    sae = SAE(SAEConfig(d_in=128, d_sae=32, k=4, activation="topk", hook_name=HOOK, model_name="steersman-demo"))
+    sae = SAE(SAEConfig(d_in=128, d_sae=32, k=4, architecture="topk", hook_name=HOOK, model_name="steersman-demo"))
     sae.save(work / "sae")
     out = str(work / "f.safetensors")
     main(["vector", "make", "--sae", str(work / "sae"), "--feature", "3", "--out", out])

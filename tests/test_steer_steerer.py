@@ -210,7 +210,7 @@ def test_an_sae_or_vector_of_another_model_or_place() -> None:
     with pytest.raises(SteersmanError, match="records no hook point"):
         st.features(toy_sae(hook=""), {1: 1.0})
     st.features(toy_sae(hook=""), {1: 1.0}, hook="layers.1")
-    wide = SAE(SAEConfig(d_in=24, d_sae=40, k=4, activation="topk", hook_name=HOOK))
+    wide = SAE(SAEConfig(d_in=24, d_sae=40, k=4, architecture="topk", hook_name=HOOK))
     with pytest.raises(SteersmanError, match="width 24, blocks.1.hook_resid_post of llama has width 16"):
         st.features(wide, {1: 1.0})
     with pytest.raises(

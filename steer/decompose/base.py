@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.registry import Registry
@@ -19,6 +20,7 @@ from steersman.steer.decompose.atoms import Atoms
 from steersman.steer.decompose.terms import Terms, jaccard
 
 
+@renamed_fields(read="positions")
 @dataclass(frozen=True, kw_only=True)
 class DecomposeConfig:
     """How to take a vector apart. A setting of another method is an error."""
@@ -190,8 +192,6 @@ class Method(ABC):
     """Whether it goes on until it has k features, so that k must be a number."""
     independent: ClassVar[bool] = False
     """Whether its features are independent directions, so that k is at most d_in."""
-    signed: ClassVar[bool] = True
-    """Whether a coefficient can be negative."""
     makes_vector: ClassVar[bool] = False
     """Whether it can do without a vector: see `own_vector`."""
     null: ClassVar[Null] = Null.SAME_FEATURES
@@ -219,6 +219,10 @@ class Method(ABC):
     def parts(self, problem: Problem, v: Tensor, terms: Terms) -> Tensor:
         """Coefficients [M] of unit directions that rebuild v [D]: the terms' own, where those are parts of v."""
         return terms.coefficients
+
+    def expresses_negative(self, sae: SAE) -> bool:
+        """Whether a coefficient can be negative."""
+        return True
 
     def zero_scale(self, config: DecomposeConfig) -> float | None:
         """The `scale` of `encoder_input` with which v = 0 is read as the method reads v; None for v itself."""

@@ -65,7 +65,7 @@ def zero_features(method: Method, problem: Problem) -> set[int]:
     """The features that the encoder activates for v = 0, read the way the method reads v."""
     zero = problem.vectors.new_zeros(1, problem.vectors.shape[1])
     code = problem.sae.encode_sparse(encoder_input(problem.sae, zero, method.zero_scale(problem.config)))
-    return set(code.indices[code.values > 0].tolist())
+    return set(code.indices[code.active].tolist())
 
 
 def warnings_of(
@@ -76,7 +76,7 @@ def warnings_of(
     if not ids:
         return [*warnings, f"no feature was found: {method.name} says nothing about this vector"]
     warnings += method.bias_warnings(problem, v, ids, zero)
-    if not method.signed:
+    if not method.expresses_negative(problem.sae):
         warnings.append(_sign_warning(method, problem, v, len(ids), explained))
     if explained <= float(null[:, -1].max()):
         warnings.append(

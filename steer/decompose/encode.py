@@ -25,8 +25,10 @@ class Encode(Method):
     name = "encode"
     source = "arXiv 2411.08790 (why it misleads)"
     settings = ("scale",)
-    signed = False
     null = Null.EQUAL_NORM
+
+    def expresses_negative(self, sae: SAE) -> bool:
+        return sae.signed
 
     def zero_scale(self, config: DecomposeConfig) -> float | None:
         return None if config.scale is None else 1.0
@@ -48,7 +50,7 @@ class Encode(Method):
             f"the encoder activates {len(zero)} features for v = 0 too, {shared} of the {len(ids)} found here among "
             "them: " + ("its biases decide, not v" if shared * 2 > len(ids) else "take those for no part of v")
         ]
-        if cfg.activation == "topk":
+        if problem.sae.exact_k:
             warnings.append(f"a top-k SAE names up to k = {cfg.k} features for any input, even for v = 0")
         given = float(v.norm()) * (problem.config.scale or 1.0)
         if stats is not None and stats.median_norm > 0 and given < _SMALL * stats.median_norm:

@@ -6,8 +6,11 @@ are then fitted again without it, as it shrinks every coefficient (Tibshirani 19
 features, as a share of the largest lambda.
 """
 
+from typing import ClassVar
+
 from torch import Tensor
 
+from steersman.sae import SAE
 from steersman.steer.decompose.atoms import Atoms
 from steersman.steer.decompose.base import Method, Null, Problem
 from steersman.steer.decompose.homotopy import Solution, walk_path
@@ -25,9 +28,14 @@ class Lasso(Method):
     settings = ("penalty", "refit")
     independent = True
     null = Null.SCALE_FREE
+    positive: ClassVar[bool] = False
+    """Whether all coefficients are at least 0."""
+
+    def expresses_negative(self, sae: SAE) -> bool:
+        return not self.positive
 
     def terms(self, problem: Problem) -> list[Terms]:
-        config, positive = problem.config, not self.signed
+        config, positive = problem.config, self.positive
         again = config.refit if config.refit is not None else config.penalty is None
         terms = []
         for V in problem.vectors.split(TOGETHER):

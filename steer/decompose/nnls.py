@@ -12,4 +12,4 @@ class NNLS(Lasso):
 
     name = "nnls"
     source = "Lawson and Hanson 1974"
-    signed = False
+    positive = True

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.origin import check_fits
@@ -49,11 +50,12 @@ class Variant:
     """The same as a share of the vector's."""
 
 
+@renamed_fields(kept="variants")
 @dataclass(frozen=True, kw_only=True)
 class Retention:
     """What a decomposition keeps of its vector's effect."""
 
-    kept: list[Variant]
+    variants: list[Variant]
     """By way of steering; the first is the vector itself."""
     scale: float
     """Multiples of the vector that everything is measured at."""
@@ -61,21 +63,22 @@ class Retention:
     """Tokens that each figure is over."""
 
     def __getitem__(self, name: str) -> Variant:
-        return next(kept for kept in self.kept if kept.name == name)
+        return next(variant for variant in self.variants if variant.name == name)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
-        return {"scale": self.scale, "n_tokens": self.n_tokens, "kept": [vars(kept) for kept in self.kept]}
+        variants = [vars(variant) for variant in self.variants]
+        return {"scale": self.scale, "n_tokens": self.n_tokens, "kept": variants}  # an older name, kept in files
 
     def to_text(self) -> str:
         """A table for a terminal."""
-        words = self.kept[0].rise is not None
+        words = self.variants[0].rise is not None
         head = f"{'steering with':<28} {'norm':>8} {'KL':>7} {'retained':>9} {'agreement':>10}"
         lines = [head + (f" {'rise':>8} {'retained':>9}" if words else "")]
-        for kept in self.kept:
-            line = f"{kept.name:<28} {kept.norm:>8.3f} {kept.kl:>7.3f} {kept.retained:>9.3f} {kept.agreement:>10.3f}"
-            if kept.rise is not None and kept.rise_retained is not None:
-                line += f" {kept.rise:>+8.4f} {kept.rise_retained:>9.3f}"
+        for one in self.variants:
+            line = f"{one.name:<28} {one.norm:>8.3f} {one.kl:>7.3f} {one.retained:>9.3f} {one.agreement:>10.3f}"
+            if one.rise is not None and one.rise_retained is not None:
+                line += f" {one.rise:>+8.4f} {one.rise_retained:>9.3f}"
             lines.append(line)
         return "\n".join(lines)
 
@@ -140,8 +143,10 @@ def measure_retention(
             figures = [token_kl(steered, base).sum(), (change * reference).sum(), change.square().sum(), rise]
             sums[name] += torch.stack([figure.double().cpu() for figure in figures])
     n = sum(int(batch.attention_mask.sum()) for batch in meter.batches)
-    kept = [_variant(name, push, sums[name], sums["vector"], n, bool(toward or away)) for name, push in pushes.items()]
-    return Retention(kept=kept, scale=scale, n_tokens=n)
+    variants = [
+        _variant(name, push, sums[name], sums["vector"], n, bool(toward or away)) for name, push in pushes.items()
+    ]
+    return Retention(variants=variants, scale=scale, n_tokens=n)
 
 
 def _variant(name: str, push: Tensor, sums: Tensor, vector: Tensor, n: int, words: bool) -> Variant:

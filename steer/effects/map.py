@@ -30,12 +30,11 @@ from steersman.sae import SAE
 from steersman.steer.effects import map_file
 from steersman.steer.effects.fit import LinearFit, adam_fit, check_enough, ridge_fit, score
 from steersman.steer.effects.measured import Baseline, Measured, sae_identity
+from steersman.steer.effects.targets import Targets, weights_of
 from steersman.steer.effects.vectors import unit_rows
 from steersman.steer.effects.verification import Verification
 from steersman.steer.vectors.vector import SteeringVector, VectorLike
 
-Targets = Mapping[int, float] | Tensor | int | Sequence[int]
-"""{feature: weight}, a tensor [L], one feature, or several of weight 1."""
 _COLUMNS = ("b", "signal", "noise", "r2", "ceiling")
 WEAK = 2.0
 """Signal below which a column of M is taken for noise; see `LinearFit.signal`."""
@@ -202,7 +201,7 @@ class EffectMap:
         Raises SteersmanError for an id out of range, for no target at all, and for one whose column of M is weaker
         than `min_signal` times noise.
         """
-        weights = _weights(targets, self.d_sae)
+        weights = weights_of(targets, self.d_sae)
         t = torch.zeros(self.d_sae, dtype=torch.float64)
         for feature, weight in weights.items():
             if not 0 <= feature < self.d_sae:
@@ -328,7 +327,7 @@ class EffectMap:
         `of` is the SAE that the targets' ids belong to, where it is not the map's: any SAE at the map's hook point.
         """
         source = sae if of is None else of
-        weights = _weights(targets, source.cfg.d_sae)
+        weights = weights_of(targets, source.cfg.d_sae)
         for feature in weights:
             source.check_feature(feature)
         if source.cfg.d_in != self.d_in:
@@ -402,18 +401,3 @@ class EffectMap:
         mean, standard_error = tensors.pop("baseline_mean"), tensors.pop("baseline_standard_error")
         baseline = Baseline(mean, standard_error, about.pop("median_norm"))
         return cls(**tensors, baseline=baseline, **about)
-
-
-def _weights(targets: Targets, d_sae: int) -> dict[int, float]:
-    """Target weights by feature, from what a user writes."""
-    if isinstance(targets, Mapping):
-        return {int(j): float(w) for j, w in targets.items()}
-    if isinstance(targets, Tensor):
-        if targets.shape != (d_sae,):
-            raise SteersmanError(f"target weights must be [{d_sae}], one for each feature, got {tuple(targets.shape)}")
-        return {int(j): float(targets[j]) for j in targets.nonzero()[:, 0]}
-    if isinstance(targets, int):
-        return {targets: 1.0}
-    if isinstance(targets, Sequence) and not isinstance(targets, str):
-        return {int(j): 1.0 for j in targets}
-    raise SteersmanError(f"targets are {{feature: weight}}, feature ids or a tensor [{d_sae}], got {targets!r}")

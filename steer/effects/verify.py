@@ -15,9 +15,10 @@ from steersman.lm import LanguageModel
 from steersman.lm.origin import check_fits, check_sae_fits
 from steersman.sae import SAE
 from steersman.steer.effects.config import EffectsConfig
-from steersman.steer.effects.map import EffectMap, Targets
+from steersman.steer.effects.map import EffectMap
 from steersman.steer.effects.rollouts import RolloutMeter
 from steersman.steer.effects.scales import ScaleRule
+from steersman.steer.effects.targets import Targets
 from steersman.steer.effects.verification import FeatureEffect, Verification
 from steersman.steer.vectors.vector import VectorLike
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.registry import Registry
@@ -31,6 +32,7 @@ ROUNDING = 1e-5
 """Share of the states' length up to which a difference of states is rounding."""
 
 
+@renamed_fields(tokens="positions")
 @dataclass(frozen=True, kw_only=True)
 class ContrastConfig:
     """How a vector is made from examples."""
