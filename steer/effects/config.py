@@ -68,6 +68,8 @@ class EffectsConfig:
     """Vectors of a shard. An interruption loses the unfinished shard."""
     batch_rows: int = setting(1024, identity=False)
     """Texts that are sampled together. It decides speed and memory; of the results, only how they are rounded."""
+    timeout_seconds: float = setting(3600.0, identity=False)
+    """With several processes (torchrun): how long one waits for the others, more than a shard or the baseline takes."""
 
     def __post_init__(self) -> None:
         for name in ("heldout_texts", "heldout_tokens", "rollouts", "new_tokens", "shard_vectors", "batch_rows"):
