@@ -86,14 +86,14 @@ def collect_effects(
         directions = make_vectors(config, source, lm.hook_width(hook))
     else:
         directions = given_vectors(vectors, lm, hook)
-    kept = _first_texts(texts, config) if config.needs_texts else []
+    heldout = _first_texts(texts, config) if config.needs_texts else []
     manifest = EffectsManifest(
         model_name=lm.name,
         hook_name=hook,
         sae=sae_identity(sae),
         n_vectors=len(directions),
         vectors_hash=tensor_hash(directions),
-        texts_hash=hashlib.sha256("\0".join(kept).encode()).hexdigest()[:16] if kept else "",
+        texts_hash=hashlib.sha256("\0".join(heldout).encode()).hexdigest()[:16] if heldout else "",
         settings={**config.identity(), "hook": hook, "vectors": config.vectors if _made(vectors) else "given"},
     )
     rank, world_size = rank_and_world_size()
@@ -102,9 +102,9 @@ def collect_effects(
         raise SteersmanError("several processes share their work through a folder: give out=")
     with Ranks(Mesh(data=world_size, rank=rank), config.timeout_seconds) as ranks:
         if folder is not None:  # nobody may look before the folder is known to be the right one
-            ranks.on_rank_zero(lambda: _begin(folder, manifest))
+            ranks.on_rank_zero(lambda: _claim(folder, manifest))
         meter = RolloutMeter(lm, sae, hook, config)
-        return _collect(meter, directions, kept, manifest, folder, ranks)
+        return _collect(meter, directions, heldout, manifest, folder, ranks)
 
 
 def _collect(
@@ -121,18 +121,18 @@ def _collect(
     waiting = [shard for shard in mine if folder is None or not shard_path(folder, shard[0]).is_file()]
     total = sum(stop - start for _, (start, stop) in mine)
     done = total - sum(stop - start for _, (start, stop) in waiting)
-    kept = []
+    finished = []
     options: dict[str, Any] = {"initial": done, "unit": "vector"} | ({} if ranks.is_rank_zero else {"disable": True})
     with progress(desc="measuring effects", total=total, **options) as bar:
         for number, (start, stop) in waiting:
             shard = _shard(meter, rule, vectors[start:stop], start, baseline)
             if folder is None:
-                kept.append(shard)
+                finished.append(shard)
             else:
                 write_tensors(shard_path(folder, number), shard._asdict(), manifest)
             bar.update(stop - start)
     ranks.control.barrier()
-    effects = Effects(manifest, baseline, shards=kept) if folder is None else Effects.open(folder)
+    effects = Effects(manifest, baseline, shards=finished) if folder is None else Effects.open(folder)
     _check_reached(effects, meter.config, baseline)
     return effects
 
@@ -169,9 +169,9 @@ def _baseline(
 
     def measured() -> tuple[Baseline, ScaleRule]:
         averages, median_norm = meter.base()
-        found = rule(median_norm)
-        typical = found.typical(vectors[:_PILOTS]) if meter.config.needs_texts else math.nan
-        return Baseline(averages.mean[0].float(), averages.standard_error[0].float(), median_norm, typical), found
+        scales = rule(median_norm)
+        typical = scales.typical(vectors[:_PILOTS]) if meter.config.needs_texts else math.nan
+        return Baseline(averages.mean[0].float(), averages.standard_error[0].float(), median_norm, typical), scales
 
     def write_missing() -> None:
         if folder is not None and not (folder / BASELINE).is_file():
@@ -227,8 +227,8 @@ def _settings(manifest: EffectsManifest) -> dict[str, Any]:
     return data.pop("settings") | data
 
 
-def _begin(folder: Path, manifest: EffectsManifest) -> None:
-    """Make the folder, or check that it was begun with the same settings."""
+def _claim(folder: Path, manifest: EffectsManifest) -> None:
+    """Make the folder, or check that what is in it was started with the same settings."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).exists():
