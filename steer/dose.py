@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from steersman.lm import LanguageModel
-from steersman.steer.edits import Edit
-from steersman.steer.scope import Scope
+from steersman.steer.edits import Edit, PerRow
+from steersman.steer.scope import Scope, ScopeLike
 from steersman.steer.steerer import Steerer, Steering
 from steersman.steer.vectors.vector import SteeringVector
 
-Dosed = SteeringVector | Mapping[str, Edit] | Callable[[float], AbstractContextManager[Any]]
+Dosed = SteeringVector | Mapping[str, Edit] | Callable[[Any], AbstractContextManager[Any]]
 """A vector, {hook point: edit}, or a function that opens the steering of a given scale."""
 
 D = TypeVar("D", bound=Dosed)
@@ -26,7 +26,7 @@ def as_steerer(st: Steerer | LanguageModel) -> Steerer:
 
 
 def steered(
-    what: Dosed, st: Steerer | LanguageModel, *, scale: Any = 1.0, scope: Any = "all", **options: Any
+    what: Dosed, st: Steerer | LanguageModel, *, scale: PerRow = 1.0, scope: ScopeLike = "all", **options: Any
 ) -> AbstractContextManager[Any]:
     """The context in which a model is steered by `scale` times `what`; `options` as for `Steerer.vector`.
 

@@ -109,7 +109,7 @@ def test_settings_by_their_old_names() -> None:
 def test_files_keep_the_names_that_they_have() -> None:
     """What older versions wrote is read by them, and by scripts, under these keys."""
     lm = with_text("llama")
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="positions"):
         v = contrast(lm, ["w5 w6", "w7 w8"], ["w20 w21", "w22 w23"], hook=HOOK, tokens="last")
     assert v.metadata["settings"]["tokens"] == v.metadata["tokens"] == "last"
     assert "positions" not in v.metadata["settings"]

@@ -28,7 +28,7 @@ from steersman.lm import LanguageModel
 from steersman.lm.origin import Origin, check_same_origin
 from steersman.sae import SAE
 from steersman.steer.effects import map_file
-from steersman.steer.effects.fit import LinearFit, adam_fit, check_enough, ridge_fit, score
+from steersman.steer.effects.fit import adam_fit, check_enough, ridge_fit, score
 from steersman.steer.effects.measured import Baseline, Measured, sae_identity
 from steersman.steer.effects.targets import Targets, weights_of
 from steersman.steer.effects.vectors import unit_rows
@@ -125,25 +125,17 @@ class EffectMap:
             "vectors_hash": effects.manifest.vectors_hash,
             "effects": effects.manifest.settings,
         }
-        return cls.of(fitted, effects, notes, scored.r2, scored.ceiling)
-
-    @classmethod
-    def of(
-        cls, fitted: LinearFit, effects: Measured, notes: dict[str, Any], r2: Tensor, ceiling: Tensor
-    ) -> "EffectMap":
-        """The map of a fit."""
-        manifest = effects.manifest
         return cls(
             M=fitted.M.float(),
             b=fitted.b.float(),
             signal=fitted.signal,
             noise=fitted.noise,
-            r2=r2,
-            ceiling=ceiling,
+            r2=scored.r2,
+            ceiling=scored.ceiling,
             baseline=effects.baseline,
-            model_name=manifest.model_name,
-            hook_name=manifest.hook_name,
-            sae=manifest.sae,
+            model_name=effects.manifest.model_name,
+            hook_name=effects.manifest.hook_name,
+            sae=effects.manifest.sae,
             provenance=notes,
         )
 

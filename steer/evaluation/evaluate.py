@@ -18,11 +18,11 @@ from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.steer.dose import Dosed, steered
 from steersman.steer.evaluation.config import EvaluationConfig
-from steersman.steer.evaluation.forced import as_continuations, heldout_loss, margins
+from steersman.steer.evaluation.forced import ContinuationLike, as_continuations, heldout_loss, margins
 from steersman.steer.evaluation.report import ArmReport, Point, SteeringEvaluation, choose_scale
 from steersman.steer.evaluation.rollouts import Arm, Judge, Targets, roll_out, unsteered
 from steersman.steer.methods import contrast
-from steersman.steer.methods.examples import as_examples
+from steersman.steer.methods.examples import ExamplesLike, as_examples
 from steersman.steer.steerer import Steerer
 from steersman.steer.vectors.vector import SteeringVector
 
@@ -35,9 +35,9 @@ def evaluate_steering(
     *,
     words: Sequence[str] = (),
     texts: Sequence[str] = (),
-    continuations: Sequence[Any] = (),
-    positive: Any = (),
-    negative: Any = (),
+    continuations: Sequence[ContinuationLike] = (),
+    positive: ExamplesLike = (),
+    negative: ExamplesLike = (),
     prompt_prefix: str | None = None,
     sae: SAE | None = None,
     features: Sequence[int] = (),

@@ -7,7 +7,6 @@ steerable the item is, and the share of items with a negative slope how many mov
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,11 @@ class Continuations:
     """The one it should make less likely."""
 
 
-def as_continuations(given: Sequence[Any]) -> list[Continuations]:
+ContinuationLike = Continuations | Mapping[str, str] | Sequence[str]
+"""`Continuations`, a mapping with its fields, or (prompt, positive, negative)."""
+
+
+def as_continuations(given: Sequence[ContinuationLike]) -> list[Continuations]:
     """From `Continuations`, mappings with their fields, or (prompt, positive, negative). Raises SteersmanError."""
     found = []
     for i, entry in enumerate(given):

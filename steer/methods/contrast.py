@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.steer.methods.base import METHODS, ContrastConfig, Method
 from steersman.steer.methods.diagnostics import warnings
-from steersman.steer.methods.examples import Examples, as_examples
+from steersman.steer.methods.examples import Examples, ExamplesLike, as_examples
 from steersman.steer.vectors.vector import SteeringVector
 
 log = logging.getLogger(__name__)
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 def contrast(
     lm: LanguageModel,
-    positive: Any,
-    negative: Any = (),
+    positive: ExamplesLike,
+    negative: ExamplesLike | Mapping[str, Tensor] = (),
     *,
     hook: str | Sequence[str],
     config: ContrastConfig | None = None,
@@ -76,11 +76,11 @@ def contrast(
     return SteeringVector(directions=made.directions, model_name=lm.name, method=method.name, metadata=metadata)
 
 
-def _is_means(negative: Any) -> bool:
+def _is_means(negative: object) -> TypeGuard[Mapping[str, Tensor]]:
     return isinstance(negative, Mapping) and not {"text", "prompt"} & set(negative)
 
 
-def _means(lm: LanguageModel, given: Mapping[str, Any], hooks: Sequence[str], method: Method) -> dict[str, Tensor]:
+def _means(lm: LanguageModel, given: Mapping[str, Tensor], hooks: Sequence[str], method: Method) -> dict[str, Tensor]:
     if not method.takes_means:
         able = " and ".join(other.name for other in METHODS.values() if other.takes_means)
         raise SteersmanError(f"method {method.name!r} needs negative examples; only {able} take their mean")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,9 +26,13 @@ from steersman.sae import SAE
 from steersman.steer.vectors import file as vector_file
 from steersman.steer.vectors.gguf import read_gguf, write_gguf
 
+if TYPE_CHECKING:
+    from steersman.steer.methods.examples import ExamplesLike
 
+
+@runtime_checkable
 class VectorLike(Protocol):
-    """A direction that knows its hook point: what is accepted where a `SteeringVector` is."""
+    """A direction that says where it belongs (and may have a `model_name`): accepted where a `SteeringVector` is."""
 
     @property
     def hook_name(self) -> str:
@@ -280,8 +284,8 @@ class SteeringVector:
         def contrast(
             cls,
             lm: LanguageModel,
-            positive: Any,
-            negative: Any = (),
+            positive: "ExamplesLike",
+            negative: "ExamplesLike | Mapping[str, Tensor]" = (),
             *,
             hook: str | Sequence[str],
             method: str = "diffmean",
