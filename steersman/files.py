@@ -1,6 +1,6 @@
 """Files that are either whole or absent, and folders that are there or said not to be.
 
-A file is written under a temporary name beside its own, `NAME.tmp`, synced, and renamed; then its folder is synced. A
+A file is written under a temporary name beside its own, `.NAME.tmp`, synced, and renamed; then its folder is synced. A
 reader, and a power cut, find the old file or the new one, never a part of either. What a killed process leaves behind
 under the temporary name is taken over by the next one that writes the file.
 """
@@ -11,7 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from steersman.errors import SteersmanError
+
+
+def temporary_path(path: Path) -> Path:
+    """Where a file is written before it gets the name `path`."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
@@ -21,13 +28,13 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> N
     """
     try:
         replace_whole(Path(path), write)
-    except OSError as error:
-        raise SteersmanError(f"{path} could not be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said
+        raise SteersmanError(f"{path} could not be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """`write_whole` with the operating system's own errors, for callers who can say what to do about a full disk."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = temporary_path(path)
     try:
         temporary.unlink(missing_ok=True)
         temporary.touch()
@@ -53,9 +60,9 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     write_whole(path, lambda temporary: temporary.write_bytes(data))
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as JSON indented by two and ended by a newline, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: str | os.PathLike[str], value: Any, *, indent: int = 2, **options: Any) -> None:
+    """Write `value` as JSON ended by a newline, whole or not at all; `options` are those of `json.dumps`."""
+    write_text(path, json.dumps(value, indent=indent, **options) + "\n")
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
@@ -75,14 +82,14 @@ def fsync_folder(folder: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def format_bytes(n: float) -> str:
-    """Bytes as people read them, in powers of 1000.
+def format_bytes(n: float, digits: int = 3) -> str:
+    """Bytes as people read them, in powers of 1000 and to so many significant digits.
 
-    >>> format_bytes(1_536_000_000)
-    '1.54 GB'
+    >>> format_bytes(1_536_000_000), format_bytes(12)
+    ('1.54 GB', '12 B')
     """
-    for unit in ("bytes", "kB", "MB", "GB"):
+    for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
-            return f"{n:.3g} {unit}"
+            return f"{n:.{digits}g} {unit}"
         n /= 1000
-    return f"{n:.3g} TB"
+    return f"{n:.{digits}g} TB"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from support.power_cut import PowerCut, power_cut_after
 
@@ -25,7 +26,7 @@ def test_what_is_written(tmp_path: Path) -> None:
 
 def test_the_mode_is_that_of_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
-    (tmp_path / "weights.tmp").touch(mode=0o600)  # left by a process that was killed
+    (tmp_path / ".weights.tmp").touch(mode=0o600)  # left by a process that was killed
     write_whole(tmp_path / "weights", lambda path: save_file({"x": torch.zeros(3)}, path))
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "weights")]
     assert modes[0] == modes[1]
@@ -83,3 +84,11 @@ def test_folders(tmp_path: Path) -> None:
         make_folder(tmp_path / "file")
     with pytest.raises(SteersmanError, match="file/in cannot be made: Not a directory"):
         make_folder(tmp_path / "file" / "in")
+
+
+def test_what_safetensors_says_is_told(tmp_path: Path) -> None:
+    def fail(_: Path) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    with pytest.raises(SteersmanError, match="file could not be written: .*No space left on device"):
+        write_whole(tmp_path / "file", fail)
