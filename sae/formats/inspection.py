@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from steersman.files import format_bytes
 from steersman.sae.config import SAEConfig
 from steersman.sae.formats.base import Parts, recognise
 from steersman.sae.formats.source import open_source
@@ -60,7 +61,7 @@ class Inspection:
             "b_dec": f"{'' if cfg.apply_b_dec_to_input else 'not '}subtracted from the input; "
             f"length {self.b_dec_norm:.4g}",
             "input": {"none": "as it is"}.get(cfg.input_norm, f"normalised: {cfg.input_norm}"),
-            "weights": f"{self.n_parameters:,} ({', '.join(self.dtypes)}, {_size(self.n_bytes)})",
+            "weights": f"{self.n_parameters:,} ({', '.join(self.dtypes)}, {format_bytes(self.n_bytes)})",
             "|W_dec| rows": "min {:.4g}, median {:.4g}, max {:.4g}".format(*self.decoder_norms),
             "|W_enc| columns": "min {:.4g}, median {:.4g}, max {:.4g}".format(*self.encoder_norms),
         }
@@ -76,8 +77,8 @@ def inspect(path: str | Path, format: str | None = None) -> Inspection:
     warning here.
     """
     source = open_source(path)
-    found = recognise(source, format)
-    parts = found.read(source)
+    layout = recognise(source, format)
+    parts = layout.read(source)
     where = source.label
     if "repo_id" in source.origin:
         where += f" at {source.origin['revision']}"
@@ -88,7 +89,7 @@ def inspect(path: str | Path, format: str | None = None) -> Inspection:
     bias = parts.tensors.get("b_dec")
     return Inspection(
         source=where,
-        format=found.name,
+        format=layout.name,
         cfg=parts.cfg,
         dtypes=tuple(sorted({str(header.dtype).removeprefix("torch.") for header in used.values()})),
         n_bytes=sum(header.n_bytes for header in used.values()),
@@ -115,30 +116,23 @@ def _spread(norms: Tensor) -> tuple[float, float, float]:
 
 
 def _warnings(parts: Parts, decoder: Tensor, encoder: Tensor) -> list[str]:
-    cfg, said = parts.cfg, []
+    cfg, warnings = parts.cfg, []
     broken = int((~decoder.isfinite() | ~encoder.isfinite()).sum())
     if broken:
-        said.append(f"{broken:,} latents have weights that are not finite: the SAE cannot be loaded")
+        warnings.append(f"{broken:,} latents have weights that are not finite: the SAE cannot be loaded")
     empty = int((decoder == 0).sum())
     if empty:
-        said.append(f"{empty:,} latents have a decoder row of zeros")
+        warnings.append(f"{empty:,} latents have a decoder row of zeros")
     if parts.fold_decoder_norm:
-        said.append("activations are ranked by decoder norm: loading makes the decoder rows unit vectors")
+        warnings.append("activations are ranked by decoder norm: loading makes the decoder rows unit vectors")
     elif not bool(((decoder - 1).abs() < 1e-2).all()):
-        said.append("decoder rows are not unit vectors: activations of different features have different units")
+        warnings.append("decoder rows are not unit vectors: activations of different features have different units")
     if not cfg.hook_name:
-        said.append("no hook point is recorded: name it when steering")
+        warnings.append("no hook point is recorded: name it when steering")
     if not cfg.model_name:
-        said.append("no model is recorded")
+        warnings.append("no model is recorded")
     if cfg.transcoder:
-        said.append("a transcoder encodes and decodes; steering needs an SAE that writes where it reads")
+        warnings.append("a transcoder encodes and decodes; steering needs an SAE that writes where it reads")
     elif cfg.reshape_heads:
-        said.append("it reads the outputs of single attention heads: it encodes and decodes, and cannot steer")
-    return said
-
-
-def _size(n_bytes: int) -> str:
-    size, units = float(n_bytes), ["B", "kB", "MB", "GB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"
+        warnings.append("it reads the outputs of single attention heads: it encodes and decodes, and cannot steer")
+    return warnings

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch.distributed as dist
 
 from steersman.errors import SteersmanError
+from steersman.files import format_bytes
 from steersman.lm.load import Quantization
 from steersman.parallel import comm_errors, process_group, rank_and_world_size, use_local_accelerator
 from steersman.progress import progress
@@ -320,32 +321,23 @@ def _check_disk(
     limits = [n for n in (config.tokens, expected_tokens(lm, text, settings)) if n is not None]
     free = shutil.disk_usage(writer.folder).free
     if not limits:
-        log.info("the text's length is unknown: %s free for the store at %s", size(free), writer.folder)
+        log.info("the text's length is unknown: %s free for the store at %s", format_bytes(free), writer.folder)
         return
     row = sum(writer.manifest.hooks.values()) * DTYPES[config.dtype][0].itemsize + ROW_BYTES
     rows = max(min(limits) - writer.n_rows, 0)
     needed = rows * row
     log.info(
-        "caching about %s tokens: %s to write, %s free at %s", f"{rows:,}", size(needed), size(free), writer.folder
+        "caching about %s tokens: %s to write, %s free at %s",
+        f"{rows:,}",
+        format_bytes(needed),
+        format_bytes(free),
+        writer.folder,
     )
     if needed > free:
         raise SteersmanError(
-            f"{writer.folder}: the store needs {size(needed)} more and the disk has {size(free)} free; "
+            f"{writer.folder}: the store needs {format_bytes(needed)} more and the disk has {format_bytes(free)} free; "
             "free space, cache fewer tokens, or choose another place"
         )
-
-
-def size(n_bytes: float) -> str:
-    """Bytes as people read them.
-
-    >>> size(1_536_000_000)
-    '1.54 GB'
-    """
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.3g} TB"
 
 
 def _fill(

@@ -91,7 +91,7 @@ def describe_features(
     described = []
     for feature, (promotes, suppresses) in zip(ids, writes):
         values, rows = summary.example_values[feature], summary.example_rows[feature]
-        found = values > 0
+        found = values != 0
         described.append(
             Feature(
                 id=feature,

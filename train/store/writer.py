@@ -13,12 +13,15 @@ import numpy as np
 import torch
 
 from steersman.errors import SteersmanError
-from steersman.files import fsync_folder
+from steersman.files import fsync_folder, temporary_path
 from steersman.train.store.manifest import MANIFEST, ROWS, STATISTICS, Manifest, ShardRecord
 from steersman.train.store.shards import DTYPES, ShardWriter, disk_errors, load_arrays, write_arrays
 from steersman.train.store.statistics import ActivationStats, StatsSums, nonfinite_error, row_norms
 
 log = logging.getLogger(__name__)
+
+_UNFINISHED = [name for file in (MANIFEST, STATISTICS) for name in (temporary_path(Path(file)).name, f"{file}.tmp")]
+"""What a killed process may leave in the store's folder; version 0.1 left it under the second names."""
 
 ROW_BYTES = 16
 """Bytes of a row's token id, document id and position."""
@@ -137,8 +140,8 @@ class StoreWriter:
             for file in (self.folder / name).iterdir():
                 if file.name not in known:
                     file.unlink()
-        for file in (self.folder / f"{MANIFEST}.tmp", self.folder / STATISTICS, self.folder / f"{STATISTICS}.tmp"):
-            file.unlink(missing_ok=True)
+        for name in (*_UNFINISHED, STATISTICS):
+            (self.folder / name).unlink(missing_ok=True)
         if not self.manifest.shards:
             self.manifest.save(self.folder)
 
@@ -292,7 +295,7 @@ def _only_begun(folder: Path, manifest: Manifest) -> bool:
     folders = (ROWS, *manifest.folders().values())
     for child in folder.iterdir():
         empty = child.name in folders and child.is_dir() and not any(child.iterdir())
-        if not empty and child.name != f"{MANIFEST}.tmp":
+        if not empty and child.name not in _UNFINISHED:
             return False
     return True
 
