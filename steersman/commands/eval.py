@@ -4,14 +4,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from steersman.commands.options import on_kernels
-from steersman.device import pick_device
+from steersman.commands.options import ComputeOptions, on_kernels
 from steersman.errors import SteersmanError
 from steersman.files import write_json
-from steersman.kernels import Implementation
-from steersman.lm import LanguageModel
 from steersman.lm.origin import check_sae_fits
-from steersman.sae import SAE
 from steersman.text import TextSource, open_text
 from steersman.train import ActivationStore
 from steersman.train.reports.evaluate import evaluate_sae
@@ -19,7 +15,7 @@ from steersman.train.reports.features import check_same_origin
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalCommand:
+class EvalCommand(ComputeOptions):
     """Measure an SAE on a store's held-out rows and, with --model and --text, its effect on the model's loss."""
 
     sae: str
@@ -38,23 +34,18 @@ class EvalCommand:
     """Documents of the text, at most."""
     out: str | None = None
     """Also write the figures to this JSON file."""
-    device: str = "auto"
-    """Where to run: auto, cpu, cuda, ..."""
-    kernels: Implementation = "auto"
-    """Implementation of the SAE's arithmetic: triton (NVIDIA GPUs), torch, or auto, the faster that the device has."""
 
 
 @on_kernels
 def run(config: EvalCommand) -> None:
     """`steersman eval`."""
-    device = pick_device(config.device)
-    sae, store = SAE.load(config.sae, device), ActivationStore.open(config.store)
+    sae, store = config.load_sae(config.sae), ActivationStore.open(config.store)
     hook = check_same_origin(sae, store)
     lm, texts = None, None
     if config.model is not None:
         if config.text is None:
             raise SteersmanError("--model needs --text: the text to measure its loss on")
-        lm = LanguageModel.load(config.model, device=device)
+        lm = config.load_model(config.model)
         check_sae_fits(lm, sae, hook)
         source = open_text(config.text)
         texts = list(islice(source.documents(_first_document(store, source, config)), config.documents))
