@@ -104,6 +104,11 @@ class SAE(nn.Module):
     """Whether activations may be negative."""
     host_free: ClassVar[bool] = True
     """Whether a training step never waits for the device, so that a CUDA graph may hold it."""
+    latent_dims: ClassVar[Mapping[str, int | None]] = {
+        "W_enc": 1, "W_dec": 0, "b_enc": 0, "b_dec": None, "W_skip": None,
+    }  # fmt: skip
+    """Which dimension of a parameter or buffer counts latents, where ranks share those; of one that is not named here
+    the one of size `d_sae`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -162,6 +167,14 @@ class SAE(nn.Module):
     def options(self) -> Mapping[str, Any]:
         """The settings of its own, those that the configuration leaves open at their defaults."""
         return {**self.defaults, **self.cfg.options}
+
+    def latent_dim(self, name: str) -> int | None:
+        """The dimension of a parameter or buffer that counts latents; None where there is none, or no such tensor."""
+        if name in self.latent_dims:
+            return self.latent_dims[name]
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        shape = tensors[name].shape if name in tensors else ()
+        return next((dim for dim, size in enumerate(shape) if size == self.cfg.d_sae), None)
 
     @property
     def whole_cfg(self) -> SAEConfig:
@@ -336,6 +349,13 @@ class SAE(nn.Module):
     def normalize_decoder(self) -> None:
         """Make every decoder row a unit vector."""
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+    @torch.no_grad()
+    def fold_scales(self, scale_in: float, scale_out: float) -> None:
+        """Turn an SAE of inputs `scale_in * x` and outputs `scale_out * y` into the same one of x and y."""
+        if scale_in != scale_out:
+            self.W_enc *= scale_in / scale_out
+        self.fold_input_scale(scale_out)
 
     @torch.no_grad()
     def fold_input_scale(self, scale: float) -> None:
