@@ -34,7 +34,19 @@ def test_folders_are_imported_by_their_full_name() -> None:
     assert len(sources()) > 30
 
 
-GROUND_FLOOR = {"config", "deprecation", "device", "errors", "files", "registry", "parallel", "progress", "text"}
+GROUND_FLOOR = {
+    "config",
+    "deprecation",
+    "device",
+    "errors",
+    "files",
+    "registry",
+    "parallel",
+    "progress",
+    "text",
+    "version",
+    "yaml_settings",
+}
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "sae": {"sae", "kernels"},

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.ranks import answers, run_ranks, start_ranks
-from support.sharded_jobs import mixture, train
+from support.sharded_jobs import train
+from support.training import assert_same_sae, mixture
 
 from steersman.cli import main
 from steersman.errors import SteersmanError
@@ -35,21 +36,6 @@ def alone(store: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def assert_same_sae(a: Path, b: Path, tolerance: float = 2e-3) -> None:
-    one, other = SAE.load(a), SAE.load(b)
-    for name, value in one.state_dict().items():
-        torch.testing.assert_close(other.state_dict()[name], value, rtol=tolerance, atol=tolerance)
-    assert one.feature_stats is not None
-    assert other.feature_stats is not None
-    assert one.feature_stats.n_tokens == other.feature_stats.n_tokens
-    for name in ("max_act", "density", "mean_act"):
-        torch.testing.assert_close(
-            getattr(other.feature_stats, name), getattr(one.feature_stats, name), rtol=1e-2, atol=5e-3
-        )
-    heldout = [sae.cfg.metadata["heldout"] for sae in (one, other)]
-    assert heldout[1] == pytest.approx(heldout[0], rel=1e-3, abs=1e-6)
-
-
 @pytest.mark.parametrize(("n", "latent"), [(2, None), (4, 2)])
 def test_a_run_on_several_ranks_gives_the_sae_of_one_process(
     n: int, latent: int | None, store: str, alone: Path, tmp_path: Path
@@ -67,9 +53,9 @@ def test_a_run_on_several_ranks_gives_the_sae_of_one_process(
     assert train_sae(ActivationStore.open(store), CONFIG, tmp_path / "run").cfg.d_sae == 64  # finished: it is loaded
 
 
-@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
-def test_a_run_goes_on_with_another_number_of_ranks(activation: str, store: str, tmp_path: Path) -> None:
-    config = replace(CONFIG, activation=activation, ema=0.9, dead_after=512)
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_a_run_goes_on_with_another_number_of_ranks(architecture: str, store: str, tmp_path: Path) -> None:
+    config = replace(CONFIG, architecture=architecture, ema=0.9, dead_after=512)
     train_sae(ActivationStore.open(store), config, tmp_path / "whole")
     out = str(tmp_path / "run")
     for n, latent, step in ((2, 1, 25), (4, 2, 41)):

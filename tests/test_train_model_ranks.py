@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from support.ranks import answers, run_ranks, start_ranks
-from support.sharded_jobs import bytes_sent_by_model, mixture, train, train_from_stream
+from support.sharded_jobs import bytes_sent_by_model, train, train_from_stream
 from support.stores import word_documents
-from test_train_cluster import assert_same_sae
+from support.training import assert_same_sae, mixture
 
 from steersman.errors import SteersmanError
 from steersman.train import ActivationStore, TrainConfig, train_sae

@@ -7,38 +7,22 @@ from typing import Any
 import pytest
 import torch
 from support.stopping import stopped_before
+from support.training import mixture, trainer_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steersman.errors import SteersmanError
 from steersman.kernels import dispatch
-from steersman.sae import SAEConfig
-from steersman.train import ActivationStats, ActivationStore, TrainConfig, Trainer, resolve, train_sae
+from steersman.train import ActivationStore, TrainConfig, Trainer, train_sae
 from steersman.train.run.optim import AutogradUpdater, FusedUpdater, RuleUpdater, check_many, make_updater
 
 D = 16
 CONFIG = TrainConfig(d_sae=64, k=3, batch_size=128, seed=3, device="cpu", tokens=12_800, dead_after=128 * 4)
 
 
-def rows(n: int, seed: int = 0) -> Tensor:
-    """Sparse mixtures of planted directions [n, D]."""
-    fixed, g = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
-    dictionary = torch.nn.functional.normalize(torch.randn(40, D, generator=fixed), dim=1)
-    active = torch.rand(n, 40, generator=g).topk(3, dim=1).indices
-    return (dictionary[active] * (torch.rand(n, 3, generator=g) + 0.5)[..., None]).sum(1) + 0.5
-
-
-def trainer_of(config: TrainConfig) -> Trainer:
-    x = rows(4000)
-    squared = float(x.square().sum(1).mean())
-    stats = ActivationStats(mean=x.mean(0), mean_norm=1.0, median_norm=1.0, mean_squared_norm=squared, n_rows=4000)
-    cfg = SAEConfig(d_in=D, d_sae=config.d_sae, k=config.k, architecture=config.activation)
-    return Trainer(config, resolve(config, D, 60_000), stats, cfg)
-
-
 def train(config: TrainConfig, steps: int = 100) -> tuple[Trainer, list[float]]:
     """The trainer after some steps, and each step's squared error."""
-    trainer, errors, x = trainer_of(config), [], rows(128 * steps, seed=1)
+    trainer, errors, x = trainer_of(config), [], mixture(128 * steps, seed=1)
     trainer.fit_encoder_scale(x[:128])
     for part in x.split(128):
         before = float(trainer.sums[0])
@@ -47,11 +31,11 @@ def train(config: TrainConfig, steps: int = 100) -> tuple[Trainer, list[float]]:
     return trainer, errors
 
 
-@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
 @pytest.mark.parametrize("optimizer", ["adam", "adam_touched", "signum"])
-def test_a_hundred_fused_steps_equal_the_ordinary_ones(activation: Any, optimizer: Any) -> None:
+def test_a_hundred_fused_steps_equal_the_ordinary_ones(architecture: Any, optimizer: Any) -> None:
     """AuxK is on from the fifth step. Signs and selections flip on rounding, so later errors are compared loosely."""
-    config = replace(CONFIG, activation=activation, optimizer=optimizer)
+    config = replace(CONFIG, architecture=architecture, optimizer=optimizer)
     fused, errors = train(replace(config, fused_update=True))
     ordinary, want = train(config)
     assert isinstance(fused.updater, FusedUpdater)
@@ -71,12 +55,12 @@ def test_auxk_reaches_the_encoder_of_silent_features_in_the_fused_update() -> No
         trainer = trainer_of(config)
         with torch.no_grad():
             trainer.sae.b_enc[:10] = -1.0
-        *first, last = rows(128 * 5, seed=1).split(128)
+        *first, last = mixture(128 * 5, seed=1).split(128)
         for part in first:
             trainer.step(part)
         before = trainer.sae.W_enc[:, :10].detach().clone()
         trainer.step(last)
-        silent = trainer.silent_steps[:10] == 5
+        silent = trainer.dead_latents.silent_steps[:10] == 5
         assert silent.any()
         moved[coefficient] = ((trainer.sae.W_enc[:, :10] - before) != 0).any(dim=0)[silent]
     assert not moved[0.0].any()
@@ -104,13 +88,13 @@ def test_golden_losses() -> None:
     [
         {"fused_update": True},
         {"fused_update": True, "state_dtype": "int8", "ema": 0.9},
-        {"fused_update": True, "state_dtype": "bfloat16", "optimizer": "signum", "activation": "batch_topk"},
+        {"fused_update": True, "state_dtype": "bfloat16", "optimizer": "signum", "architecture": "batch_topk"},
         {"fused_update": False, "state_dtype": "int8", "optimizer": "adam_touched", "grad_clip": 0.05},
     ],
     ids=["fused", "fused int8 ema", "fused signum batch_topk", "ordinary int8"],
 )
 def test_resuming_gives_the_same_bits(options: dict, tmp_path: Path) -> None:
-    store = ActivationStore.from_tensors(rows(20_000).split(5000), tmp_path / "acts", "h", dtype="float32")
+    store = ActivationStore.from_tensors(mixture(20_000).split(5000), tmp_path / "acts", "h", dtype="float32")
     config = replace(CONFIG, tokens=128 * 40, checkpoint_every=15, **options)
     whole = train_sae(store, config, tmp_path / "whole")
     with stopped_before(22):
@@ -118,6 +102,31 @@ def test_resuming_gives_the_same_bits(options: dict, tmp_path: Path) -> None:
     cut = train_sae(store, config, tmp_path / "cut")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, cut.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_a_run_left_free_in_its_updater_resumes_where_another_one_is_chosen(
+    fused_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it moves between a GPU, where there are kernels for the fused update, and a CPU or several ranks."""
+    store = ActivationStore.from_tensors(mixture(20_000).split(5000), tmp_path / "acts", "h", dtype="float32")
+    config = replace(CONFIG, tokens=128 * 40, checkpoint_every=15)
+    kinds = []
+
+    def choose_updater(sae: Any, config: TrainConfig, *args: Any) -> Any:
+        fused = fused_first == (not kinds)
+        kinds.append(fused)
+        return make_updater(sae, replace(config, fused_update=fused), *args)
+
+    monkeypatch.setattr("steersman.train.run.trainer.make_updater", choose_updater)
+    with stopped_before(22):
+        train_sae(store, config, tmp_path / "moved")
+    moved = train_sae(store, config, tmp_path / "moved")
+    assert kinds == [fused_first, not fused_first]
+    monkeypatch.undo()
+    stayed = train_sae(store, config, tmp_path / "stayed")
+    for name, value in stayed.state_dict().items():
+        torch.testing.assert_close(moved.state_dict()[name], value, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +165,7 @@ def test_left_open_the_fused_update_runs_where_there_are_kernels(monkeypatch: py
 def test_weights_changed_from_outside_are_read_again() -> None:
     trainer = trainer_of(replace(CONFIG, fused_update=True))
     assert isinstance(trainer.updater, FusedUpdater)
-    trainer.step(rows(128))
+    trainer.step(mixture(128))
     assert not trainer.updater._weights_changed()
     with torch.no_grad():
         trainer.sae.W_enc.mul_(2)
@@ -189,4 +198,4 @@ def test_a_step_on_a_gpu_never_waits(options: dict, monkeypatch: pytest.MonkeyPa
             trainer.step(x)
             trainer.step(x)
         with pytest.raises((RuntimeError, NotImplementedError, AssertionError)), NoWaiting():
-            trainer.read_metrics(128)
+            trainer.read_metrics()

@@ -19,7 +19,7 @@ LARGE = {**SHAPE, "d_in": 1024, "d_sae": 1 << 16}  # the update is what needs mo
         (2, 2, {}),
         (2, 1, {}),
         (4, 2, {}),
-        (2, 2, {"activation": "batch_topk"}),
+        (2, 2, {"architecture": "batch_topk"}),
         (2, 2, {"dead": 20, "k_aux": 48}),  # all of them dead from the first step on
         (2, 2, {"dead": 512, "k_aux": 16}),
     ],

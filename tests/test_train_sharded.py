@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 import torch
 from support.ranks import run_ranks
-from support.sharded_jobs import mixture, select, train_on_every_mesh, trained
+from support.sharded_jobs import select, train_on_every_mesh, trained
+from support.training import mixture
 from torch import Tensor
 
 from steersman.kernels import reference
 from steersman.parallel import Mesh
 from steersman.sae import SAE, SAEConfig
 from steersman.train import TrainConfig
-from steersman.train.mesh.sharded import initial_rows
+from steersman.train.mesh.latents import initial_rows
 
 CONFIG = TrainConfig(d_sae=64, k=4, batch_size=128, tokens=128 * 400, seed=3, device="cpu")
 CONFIGS = {
@@ -22,7 +23,7 @@ CONFIGS = {
     # (With k = 1 the first gradient of an encoder row would be zero but for round-off, which Adam would blow up.)
     "few dead": replace(CONFIG, dead_after=256, k_aux=100, k=2, d_sae=128),
     "many dead": replace(CONFIG, dead_after=256, k_aux=2, k=2, d_sae=768),
-    "batch_topk": replace(CONFIG, activation="batch_topk", dead_after=256, k=2),
+    "batch_topk": replace(CONFIG, architecture="batch_topk", dead_after=256, k=2),
     "ema, clipping, parts": replace(CONFIG, ema=0.9, grad_clip=0.05, grad_accumulation=2),
 }
 STEPS = 8
@@ -102,10 +103,12 @@ def test_selection_over_shards_is_that_of_one_process(n: int, latent: int) -> No
 
 def test_ranks_start_from_the_rows_of_one_process() -> None:
     for d_in, d_sae in ((16, 64), (5, 7), (3, 9001)):
-        cfg = SAEConfig(d_in=d_in, d_sae=d_sae, k=1)
-        whole = SAE(cfg, torch.Generator().manual_seed(4)).W_dec
-        parts = [initial_rows(cfg, 4, a, b) for a, b in ((0, d_sae // 3), (d_sae // 3, d_sae))]
-        assert torch.equal(torch.cat(parts), whole)
+        for more in ({}, {"transcoder": True, "d_out": d_in + 3, "apply_b_dec_to_input": False}):
+            cfg = SAEConfig(d_in=d_in, d_sae=d_sae, k=1, **more)
+            whole = SAE(cfg, torch.Generator().manual_seed(4))
+            parts = [initial_rows(cfg, 4, a, b) for a, b in ((0, d_sae // 3), (d_sae // 3, d_sae))]
+            assert torch.equal(torch.cat([encoder for encoder, _ in parts]).T, whole.W_enc)
+            assert torch.equal(torch.cat([decoder for _, decoder in parts]), whole.W_dec)
 
 
 def test_a_mesh_knows_its_places() -> None:

@@ -1,61 +1,44 @@
 """Training: it learns, it resumes exactly, and it refuses what cannot work."""
 
 import json
-from contextlib import suppress
+import os
+import signal
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.power_cut import PowerCut, power_cut_after
 from support.stopping import stopped_before
+from support.training import HOOK, assert_equal_weights, dictionary, logged, mixture, trainer_of, weight_bytes
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.sae import SAE, SAEConfig
+from steersman.sae import SAE
 from steersman.sae.metrics import measure_reconstruction
-from steersman.train import ActivationStore, TrainConfig, Trainer, resolve, train_sae
+from steersman.train import ActivationStore, TrainConfig, Trainer, train_sae
 from steersman.train.run.optim import AutogradUpdater
-
-
-def mixture(n: int, d_in: int = 16, atoms: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Sparse mixtures of planted unit vectors: rows [n, d_in] by `seed`, and the one dictionary [atoms, d_in]."""
-    g = torch.Generator().manual_seed(seed)
-    fixed = torch.Generator().manual_seed(0)
-    dictionary = torch.nn.functional.normalize(torch.randn(atoms, d_in, generator=fixed), dim=1)
-    active = torch.rand(n, atoms, generator=g).topk(3, dim=1).indices
-    strength = torch.rand(n, 3, generator=g) + 0.5
-    return (dictionary[active] * strength[..., None]).sum(1) + 0.5, dictionary
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    rows, _ = mixture(60_000)
+    rows = mixture(60_000)
     out = tmp_path_factory.mktemp("data") / "acts"
-    return ActivationStore.from_tensors(rows.split(5000), out, "blocks.0.hook_resid_post", dtype="float32")
+    return ActivationStore.from_tensors(rows.split(5000), out, HOOK, dtype="float32")
 
 
 CONFIG = TrainConfig(d_sae=40, k=3, batch_size=256, seed=3, device="cpu", checkpoint_every=40, tokens=25_600)
 
 
-def weights(sae: SAE) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in sae.state_dict().items()}
-
-
-def assert_equal_weights(a: SAE, b: SAE) -> None:
-    for name, value in weights(a).items():
-        assert torch.equal(value, b.state_dict()[name]), name
-
-
-@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
-def test_training_recovers_a_planted_dictionary(activation: str, store: ActivationStore, tmp_path: Path) -> None:
-    config = replace(CONFIG, activation=activation, tokens=400_000, d_sae=64)
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_training_recovers_a_planted_dictionary(architecture: str, store: ActivationStore, tmp_path: Path) -> None:
+    config = replace(CONFIG, architecture=architecture, tokens=400_000, d_sae=64)
     sae = train_sae(store, config, tmp_path / "run")
-    _, dictionary = mixture(1)
-    best = (dictionary @ sae.W_dec.detach().T).max(dim=1).values
+    best = (dictionary() @ sae.W_dec.detach().T).max(dim=1).values
     assert float(best.mean()) > 0.95
-    rows, _ = mixture(5000, seed=1)
-    result = measure_reconstruction(sae, [rows])
+    result = measure_reconstruction(sae, [mixture(5000, seed=1)])
     assert result.fvu < 0.15
     assert result.l0 == pytest.approx(3, abs=0.3)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
@@ -85,7 +68,7 @@ def test_the_run_folder_holds_what_it_says(store: ActivationStore, tmp_path: Pat
     "config",
     [
         CONFIG,
-        replace(CONFIG, activation="batch_topk"),
+        replace(CONFIG, architecture="batch_topk"),
         replace(CONFIG, ema=0.9, grad_clip=0.05, grad_accumulation=2, tokens=100_000, log_every=7, dead_after=512),
     ],
     ids=["topk", "batch_topk", "ema, clipping, several epochs"],
@@ -101,20 +84,15 @@ def test_resuming_equals_an_uninterrupted_run(
     cut = train_sae(store, config, tmp_path / "cut")
     assert_equal_weights(whole, cut)
 
-    def logged(run: str) -> list[dict]:
-        lines = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
-
-    assert logged("whole") == logged("cut")
-    final = "sae_weights.safetensors"
-    assert (tmp_path / "whole" / final).read_bytes() == (tmp_path / "cut" / final).read_bytes()
+    assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
+    assert weight_bytes(tmp_path / "whole") == weight_bytes(tmp_path / "cut")
 
 
 def test_a_power_cut_at_any_moment_loses_at_most_a_checkpoint(
     store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every fifth change to the disk: while checkpoints are written and deleted, and while the SAE is saved."""
-    monkeypatch.setattr("steersman.train.run.trainer.plot_run", lambda *_: None)  # the slowest part by far
+    monkeypatch.setattr("steersman.train.run.run.plot_run", lambda *_: None)  # the slowest part by far
     config = replace(CONFIG, tokens=64 * 20, batch_size=64, checkpoint_every=4, statistics_tokens=640)
     train_sae(store, config, tmp_path / "whole")
     whole = (tmp_path / "whole" / "sae_weights.safetensors").read_bytes()
@@ -146,35 +124,69 @@ def test_an_interrupt_saves_a_checkpoint(
     assert (tmp_path / "run" / "checkpoints" / "step_00000013" / "state.safetensors").is_file()
 
 
-def fresh_trainer(config: TrainConfig, rows: Tensor, store: ActivationStore) -> Trainer:
-    cfg = SAEConfig(d_in=16, d_sae=config.d_sae, k=config.k, architecture=config.activation)
-    trainer = Trainer(config, resolve(config, 16, 60_000), store.stats(), cfg)
+def test_ctrl_c_ends_a_run_between_two_steps(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far a step is when it comes, what is saved is what an uninterrupted run has there."""
+    train_sae(store, CONFIG, tmp_path / "whole")
+    add = Trainer._add
+
+    def interrupted(self: Trainer, *args: Any) -> None:
+        add(self, *args)
+        if self.n_steps_done == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_sae(store, CONFIG, tmp_path / "cut")
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step_00000014"]
+    train_sae(store, CONFIG, tmp_path / "cut")
+    assert weight_bytes(tmp_path / "cut") == weight_bytes(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_and_saves_nothing_half_done(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(store, CONFIG, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def fresh_trainer(config: TrainConfig, rows: Tensor) -> Trainer:
+    trainer = trainer_of(config)
     trainer.fit_encoder_scale(rows)
     return trainer
 
 
-def test_two_half_batches_equal_one_batch(store: ActivationStore) -> None:
-    rows, _ = mixture(256, seed=5)
+def test_two_half_batches_equal_one_batch() -> None:
+    rows = mixture(256, seed=5)
     states = []
     for parts in (1, 2, 4):
         # A dead_after this short turns the AuxK loss on, so that it is compared as well.
         config = replace(CONFIG, grad_accumulation=parts, dead_after=256, d_sae=256)
-        trainer = fresh_trainer(config, rows, store)
+        trainer = fresh_trainer(config, rows)
         for _ in range(4):
             trainer.step(rows)
         states.append(trainer)
     assert float(states[0].sums[1]) > 0, "the AuxK loss was never on"
     for other in states[1:]:
-        assert torch.equal(states[0].silent_steps, other.silent_steps)
-        for a, b in zip(states[0].parameters, other.parameters):
+        assert torch.equal(states[0].dead_latents.silent_steps, other.dead_latents.silent_steps)
+        for a, b in zip(states[0].updater.parameters.values(), other.updater.parameters.values()):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_gradient_of_the_decoder_has_no_part_along_its_rows(
-    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rows, _ = mixture(256)
-    trainer = fresh_trainer(CONFIG, rows, store)
+    rows = mixture(256)
+    trainer = fresh_trainer(CONFIG, rows)
     seen = []
 
     def look(*_args: object, **_kwargs: object) -> None:
@@ -188,13 +200,13 @@ def test_gradient_of_the_decoder_has_no_part_along_its_rows(
     assert float(seen[0]) < 1e-5
 
 
-def test_clipping_bounds_the_gradient(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, _ = mixture(256)
-    trainer = fresh_trainer(replace(CONFIG, grad_clip=1e-3), rows, store)
+def test_clipping_bounds_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = mixture(256)
+    trainer = fresh_trainer(replace(CONFIG, grad_clip=1e-3), rows)
     norms = []
 
     def look(*_args: object, **_kwargs: object) -> None:
-        grads = [p.grad for p in trainer.parameters if p.grad is not None]
+        grads = [p.grad for p in trainer.updater.parameters.values() if p.grad is not None]
         norms.append(float(torch.stack([g.norm() for g in grads]).norm()))
 
     assert isinstance(trainer.updater, AutogradUpdater)
@@ -203,23 +215,23 @@ def test_clipping_bounds_the_gradient(store: ActivationStore, monkeypatch: pytes
     assert norms[0] == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_dead_features_are_counted_and_trained_on_the_residual(store: ActivationStore) -> None:
-    rows, _ = mixture(2000)
+def test_dead_features_are_counted_and_trained_on_the_residual() -> None:
+    rows = mixture(2000)
     moved = {}
     for coefficient in (0.0, 0.25):
-        trainer = fresh_trainer(replace(CONFIG, aux_coefficient=coefficient, dead_after=1024), rows, store)
+        trainer = fresh_trainer(replace(CONFIG, aux_coefficient=coefficient, dead_after=1024), rows)
         with torch.no_grad():
             trainer.sae.b_enc[:10] = -1.5  # too low for a place among the k largest, still positive on some tokens
         before = trainer.sae.W_enc[:, :10].detach().clone()
         for i in range(4):
             trainer.step(rows[i * 256 :][:256])
-        silent = trainer.silent_steps[:10] == 4
+        silent = trainer.dead_latents.silent_steps[:10] == 4
         assert int(silent.sum()) > 3
         assert torch.equal(trainer.sae.W_enc[:, :10][:, silent], before[:, silent]), "no gradient before they are dead"
         trainer.step(rows[:256])
         change = (trainer.sae.W_enc[:, :10] - before).abs().sum(dim=0)[silent]
         moved[coefficient] = int((change > 0).sum())
-        metrics = trainer.read_metrics(5 * 256)
+        metrics = trainer.read_metrics()
         assert metrics["dead_share"] > 0
         assert (metrics["aux"] > 0) == (coefficient > 0)
     assert moved[0.0] == 0
@@ -242,6 +254,62 @@ def test_a_folder_of_another_configuration_is_refused(store: ActivationStore, tm
         train_sae(store, replace(CONFIG, k=4), tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"keep_checkpoints": 1},
+        {"log_every": 7},
+        {"wandb_project": "steersman"},
+        {"kernels": "torch"},
+        {"device": "auto"},
+        {"statistics_tokens": 2000},
+        {"checkpoint_every": 25},
+        {"timeout_seconds": 5.0, "latent_shards": 1},
+    ],
+    ids=str,
+)
+def test_what_says_only_how_a_run_is_computed_may_change_when_it_is_resumed(
+    changed: dict[str, Any], store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train_sae(store, CONFIG, tmp_path / "whole")
+    with stopped_before(58):
+        train_sae(store, CONFIG, tmp_path / "cut")
+    recorded = (tmp_path / "cut" / "config.json").read_bytes()
+    train_sae(store, replace(CONFIG, **changed), tmp_path / "cut")
+    assert weight_bytes(tmp_path / "cut") == weight_bytes(tmp_path / "whole")
+    assert (tmp_path / "cut" / "config.json").read_bytes() == recorded
+
+
+def test_the_log_is_right_after_its_interval_was_changed_again_and_again(
+    store: ActivationStore, tmp_path: Path
+) -> None:
+    """Each line is the mean over the steps since the one before it, wherever the checkpoints lie."""
+    config = replace(CONFIG, checkpoint_every=4, tokens=60 * 256)
+    every_step = train_sae(store, replace(config, log_every=1), tmp_path / "whole") and logged(tmp_path / "whole")
+    for stop_at, log_every in ((23, 10), (29, 7), (35, 9), (None, 50)):
+        with stopped_before(stop_at) if stop_at else nullcontext():
+            train_sae(store, replace(config, log_every=log_every), tmp_path / "cut")
+    lines, before = logged(tmp_path / "cut"), 0
+    assert [line["step"] for line in lines] == [10, 20, 21, 28, 50, 60]
+    for line in lines:
+        since = [one["fvu"] for one in every_step[before : line["step"]]]
+        assert line["fvu"] == pytest.approx(sum(since) / len(since), rel=1e-6)
+        before = line["step"]
+
+
+def test_a_run_folder_names_its_settings_as_it_always_did(store: ActivationStore, tmp_path: Path) -> None:
+    """Read by other versions, so the names on disk stay whatever the fields are called."""
+    train_sae(store, replace(CONFIG, tokens=2560, latent_shards=1), tmp_path / "run")
+    training = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
+    assert list(training)[:3] == ["d_sae", "k", "activation"]
+    assert not training.keys() & {"architecture", "options", "latent_shards", "model_ranks", "timeout_seconds"}
+    with pytest.warns(DeprecationWarning, match="architecture"):
+        config = TrainConfig(d_sae=8, k=2, activation="batch_topk")  # pyright: ignore[reportCallIssue]
+    assert config.architecture == "batch_topk"
+
+
 def test_a_truncated_checkpoint_is_named(store: ActivationStore, tmp_path: Path) -> None:
     with stopped_before(41):
         train_sae(store, CONFIG, tmp_path / "run")
@@ -257,12 +325,12 @@ def test_activations_that_do_not_vary(tmp_path: Path) -> None:
         train_sae(flat, CONFIG, tmp_path / "run")
 
 
-def test_a_loss_that_explodes_names_the_rate(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, _ = mixture(256)
-    trainer = fresh_trainer(CONFIG, rows, store)
+def test_a_loss_that_explodes_names_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = mixture(256)
+    trainer = fresh_trainer(CONFIG, rows)
     trainer.step(rows * float("inf"))
     with pytest.raises(SteersmanError, match="not finite at step 1; try a lower --lr"):
-        trainer.read_metrics(256)
+        trainer.read_metrics()
 
 
 def test_weights_and_biases_offline(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

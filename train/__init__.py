@@ -4,7 +4,9 @@ from steersman.text import TextSource, open_text
 from steersman.train.capture.cache import CacheConfig, cache_activations
 from steersman.train.capture.stream import ActivationStream
 from steersman.train.run.recipe import Recipe, TrainConfig, resolve
-from steersman.train.run.trainer import Trainer, train_sae
+from steersman.train.run.run import train_sae
+from steersman.train.run.sweep import SweepConfig, SweepRun, train_many
+from steersman.train.run.trainer import Trainer
 from steersman.train.store.batch import ActivationBatch, ActivationSource, RowInfo
 from steersman.train.store.from_tensors import write_tensors
 from steersman.train.store.statistics import ActivationStats
@@ -20,12 +22,15 @@ __all__ = [
     "HookView",
     "Recipe",
     "RowInfo",
+    "SweepConfig",
+    "SweepRun",
     "TextSource",
     "TrainConfig",
     "Trainer",
     "cache_activations",
     "open_text",
     "resolve",
+    "train_many",
     "train_sae",
 ]
 

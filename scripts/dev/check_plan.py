@@ -25,7 +25,6 @@ def rank_main(d_in: int, d_sae: int, k: int, batch: int, latent: int) -> None:
     from steersman.parallel import Mesh, Ranks, rank_and_world_size
     from steersman.sae import SAEConfig
     from steersman.train import TrainConfig, Trainer, resolve
-    from steersman.train.mesh.sharded import ShardedTrainer
     from steersman.train.reports.plan import PlanConfig, plan_run
     from steersman.train.store.statistics import StatsSums, row_norms
 
@@ -44,10 +43,9 @@ def rank_main(d_in: int, d_sae: int, k: int, batch: int, latent: int) -> None:
         warm_rows = torch.randn(64, 64)
         warm_sums = StatsSums(64)
         warm_sums.add(warm_rows, row_norms(warm_rows))
-        ShardedTrainer(warm_config, resolve(warm_config, 64, None), warm_sums.stats(), warm, ranks).step(warm_rows)
+        Trainer(warm_config, resolve(warm_config, 64, None), warm_sums.stats(), warm, ranks).step(warm_rows)
         before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        kind = ShardedTrainer if n > 1 else Trainer
-        trainer = kind(config, recipe, sums.stats(), cfg, *([ranks] if n > 1 else []))
+        trainer = Trainer(config, recipe, sums.stats(), cfg, ranks)
         for _ in range(3):
             trainer.step(rows.bfloat16())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

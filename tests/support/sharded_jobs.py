@@ -1,5 +1,4 @@
-"""What the processes of `test_train_sharded` and `test_train_parallel` do. In a module of its own, so that they can
-import it."""
+"""What the ranks of a job do in the tests of training on several: a module of its own, so that they can import it."""
 
 import math
 import os
@@ -7,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,36 +14,16 @@ from torch import Tensor
 
 from steersman.kernels import choose
 from steersman.parallel import Mesh, Ranks
-from steersman.sae import SAE, SAEConfig
-from steersman.train import TrainConfig, Trainer, resolve
+from steersman.sae import SAE
+from steersman.train import TrainConfig, Trainer
 from steersman.train.mesh.selection import keep_batch_topk, keep_topk
-from steersman.train.mesh.sharded import ShardedTrainer
-from steersman.train.store.statistics import StatsSums, row_norms
-
-
-def mixture(n: int, d_in: int = 16, atoms: int = 40, seed: int = 0) -> Tensor:
-    """Sparse mixtures of planted unit vectors, [n, d_in]."""
-    g, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(0)
-    dictionary = torch.nn.functional.normalize(torch.randn(atoms, d_in, generator=fixed), dim=1)
-    active = torch.rand(n, atoms, generator=g).topk(3, dim=1).indices
-    strength = torch.rand(n, 3, generator=g) + 0.5
-    return (dictionary[active] * strength[..., None]).sum(1) + 0.5
-
-
-def trainer_of(config: TrainConfig, rows: Tensor, ranks: Ranks | None = None) -> Trainer:
-    sums = StatsSums(rows.shape[1])
-    sums.add(rows, row_norms(rows))
-    cfg = SAEConfig(d_in=rows.shape[1], d_sae=config.d_sae, k=config.k, architecture=config.activation)
-    recipe = resolve(config, rows.shape[1], len(rows))
-    if ranks is None:
-        return Trainer(config, recipe, sums.stats(), cfg)
-    return ShardedTrainer(config, recipe, sums.stats(), cfg, ranks)
+from support.training import mixture, trainer_of
 
 
 def trained(config: TrainConfig, rows: Tensor, n_steps: int, ranks: Ranks | None = None) -> dict[str, Any]:
     """The state after `n_steps`, with this rank's part of it, and the metrics of each step."""
     trainer = trainer_of(config, rows, ranks)
-    mesh = ranks.mesh if ranks else Mesh()
+    mesh = trainer.ranks.mesh
     size = trainer.recipe.batch_size
     share = size // mesh.data
 
@@ -55,14 +35,17 @@ def trained(config: TrainConfig, rows: Tensor, n_steps: int, ranks: Ranks | None
     metrics = []
     for step in range(n_steps):
         trainer.step(part(step))
-        metrics.append(trainer.read_metrics(size))
+        metrics.append(trainer.read_metrics())
     sae = trainer.sae
     names = ("W_enc", "W_dec", "b_enc", "b_dec")
     found = {name: getattr(sae, name).detach().clone() for name in names}
     state = trainer.updater.state()
     found |= {f"{name}.adam": state[f"adam.{i}.exp_avg_sq"] for i, name in enumerate(names)}
-    found |= {f"{name}.ema": average for name, average in zip(names, trainer.ema)}
-    found |= {"silent_steps": trainer.silent_steps, "threshold": getattr(sae, "threshold", torch.zeros(()))}
+    found |= {f"{name}.ema": average for name, average in trainer.ema.items()}
+    found |= {
+        "silent_steps": trainer.dead_latents.silent_steps,
+        "threshold": getattr(sae, "threshold", torch.zeros(())),
+    }
     return {"state": found, "metrics": metrics}
 
 
@@ -127,9 +110,9 @@ class Event:
 
         step = Trainer.step
 
-        def eventful(self: Trainer, x: Tensor) -> None:
+        def eventful(self: Trainer, rows: Tensor) -> None:
             reached(self.n_steps_done)
-            step(self, x)
+            step(self, rows)
 
         reached, Trainer.step = self.reached, eventful
         try:
@@ -144,6 +127,13 @@ def train(store: str, config: TrainConfig, out: str, event: str = "", at_step: i
     from steersman.train import ActivationStore, train_sae
 
     return Event(event, at_step, victim).end_of(lambda: train_sae(ActivationStore.open(store), config, out))
+
+
+def train_with(modules: tuple[str, ...], *args: Any) -> Any:
+    """`train` after these modules, which a process that is started anew has not, are imported."""
+    for module in modules:
+        import_module(module)
+    return train(*args)
 
 
 def train_from_stream(
@@ -171,9 +161,9 @@ def train_from_stream(
         found = capture(self, input_ids, *args, **named)
         return {hook: x.masked_fill((input_ids == 17)[..., None] & broken, math.nan) for hook, x in found.items()}
 
-    def slow_step(self: Trainer, x: Tensor) -> None:
+    def slow_step(self: Trainer, rows: Tensor) -> None:
         time.sleep(step_seconds)
-        take_step(self, x)
+        take_step(self, rows)
 
     def stream() -> ActivationStream:
         time.sleep(load_seconds)
@@ -211,21 +201,20 @@ def bytes_sent(config: Any, n_steps: int = 4) -> float:
     rank, n = rank_and_world_size()
     mesh = Mesh.over(n, rank=rank, d_sae=config.d_sae, batch_size=config.batch, latent=config.latent_shards)
     settings = TrainConfig(
-        d_sae=config.d_sae, k=config.k, activation=config.activation, batch_size=config.batch, device="cpu",
+        d_sae=config.d_sae, k=config.k, architecture=config.architecture, batch_size=config.batch, device="cpu",
         k_aux=config.k_aux, tokens=config.batch * 1000, aux_coefficient=0.25, dead_after=config.batch * 900,
     )  # fmt: skip
     rows = mixture(config.batch, d_in=config.d_in, atoms=200)
     share = config.batch // n
     with Ranks(mesh, 60) as ranks:
         trainer = trainer_of(settings, rows, ranks)
-        assert isinstance(trainer, ShardedTrainer)
         mine = rows[rank * share : (rank + 1) * share]
 
         def step() -> None:
             if config.dead:  # so many of them, the same in every step
-                trainer.silent_steps.zero_()
-                trainer.silent_steps[: config.dead // mesh.latent] = trainer.recipe.dead_after_steps
-                trainer._dead = None
+                silent_steps = torch.zeros_like(trainer.dead_latents.silent_steps)
+                silent_steps[: config.dead // mesh.latent] = trainer.recipe.dead_after_steps
+                trainer.dead_latents.restore(silent_steps)
             trainer.step(ranks.latent.all_gather(mine).flatten(0, 1))
 
         step()

@@ -16,61 +16,58 @@ import pickle
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from itertools import count
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from steersman.device import pick_device
 from steersman.errors import LostRankError, PreemptedError, SteersmanError
 from steersman.parallel import RankGroup, comm_errors, process_group, rank_and_world_size, use_local_accelerator
-from steersman.sae import SAE
 from steersman.train.capture.capture import in_background
 from steersman.train.capture.stream import ActivationStream, StreamRows, batch_of
-from steersman.train.mesh.cluster import train_on_ranks
-from steersman.train.run.preemption import Preemption
-from steersman.train.run.recipe import TrainConfig
-from steersman.train.run.trainer import train_alone
+from steersman.train.mesh.preemption import Preemption
 from steersman.train.store.batch import ActivationBatch, ActivationSource
 from steersman.train.store.statistics import ActivationStats
 
 _FACTS, _BUSY, _FAILED, _END = -1, -2, -3, -4
-"""What the head of a message says in place of a number of rows."""
+"""What stands in the head of a message in place of a number of rows."""
 _UNRECEIVED = 2
 """Batches that a model rank has under way to the trainers."""
 
 
-def train_from_model_ranks(make_stream: Callable[[], ActivationSource], config: TrainConfig, out: Path) -> SAE:
-    """See `train_sae`. Called by all ranks of the job; `make_stream` by the model ranks alone."""
+@contextmanager
+def stream_from_model_ranks(
+    make_stream: Callable[[], ActivationSource], n_model_ranks: int, timeout_seconds: float
+) -> "Iterator[RemoteStream | None]":
+    """The stream that the last `n_model_ranks` of the job make, for the block in which the other ranks train on it.
+
+    Called by all ranks. Those that run the model call `make_stream`, serve the trainers to their end, and get None.
+    """
     rank, n_ranks = rank_and_world_size()
-    n_trainers = n_ranks - config.model_ranks
+    n_trainers = n_ranks - n_model_ranks
     if n_trainers < 1:
         raise SteersmanError(
-            f"model_ranks = {config.model_ranks} leaves none of the {n_ranks} ranks of the job to train; start more "
+            f"model_ranks = {n_model_ranks} leaves none of the {n_ranks} ranks of the job to train; start more "
             "with torchrun, or use fewer"
         )
-    with process_group(config.timeout_seconds):
+    with process_group(timeout_seconds):
         with comm_errors():
-            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_seconds))
-        line = _Line(group, n_trainers, config.model_ranks)
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        channel = _Channel(group, n_trainers, n_model_ranks)
         if rank >= n_trainers:
             with ThreadPoolExecutor(1, "steersman-model", initializer=use_local_accelerator) as pool:
-                _ModelRank(line, make_stream, pool, config.timeout_seconds).serve()
+                _ModelRank(channel, make_stream, pool, timeout_seconds).serve()
+            yield None
         else:
-            with RemoteStream(line) as source:
-                if n_trainers == 1:
-                    train_alone(source, config, out)
-                else:
-                    train_on_ranks(source, config, out, rank, n_trainers)
+            with RemoteStream(channel) as source:
+                yield source
         RankGroup(n_ranks, rank, group).barrier()
-    return SAE.load(out, pick_device(config.device) if rank == 0 else "cpu")
 
 
 class _Head(NamedTuple):
@@ -86,23 +83,23 @@ class _Head(NamedTuple):
     """Whether the rank was asked to end."""
 
 
-class _Line:
-    """What trainers and model ranks say to one another."""
+class _Channel:
+    """The messages between trainers and model ranks."""
 
     def __init__(self, group: Any, n_trainers: int, n_model_ranks: int) -> None:
         self.group, self.rank = group, dist.get_rank()
         self.trainers = range(n_trainers)
         self.model_ranks = range(n_trainers, n_trainers + n_model_ranks)
 
-    def tell(self, *request: Any) -> None:
-        """From the first trainer to all model ranks; the other trainers say nothing."""
+    def broadcast(self, *request: Any) -> None:
+        """Send a request from rank 0 to all model ranks; the other trainers send nothing."""
         if self.rank == 0:
             with comm_errors():
                 for model_rank in self.model_ranks:
                     dist.send_object_list([request], dst=model_rank, group=self.group)
 
-    def hear(self) -> tuple[Any, ...]:
-        """What the first trainer tells."""
+    def receive_request(self) -> tuple[Any, ...]:
+        """The next request of rank 0."""
         found: list[Any] = [None]
         with comm_errors():
             dist.recv_object_list(found, src=0, group=self.group)
@@ -137,10 +134,10 @@ class _ModelRank:
     """Runs the model ahead of what the trainers ask for and answers them."""
 
     def __init__(
-        self, line: _Line, make_stream: Callable[[], ActivationSource], pool: ThreadPoolExecutor, timeout: float
+        self, channel: _Channel, make_stream: Callable[[], ActivationSource], pool: ThreadPoolExecutor, timeout: float
     ) -> None:
-        self._line, self._pool, self._make, self._timeout = line, pool, make_stream, timeout
-        self._part = line.rank - line.model_ranks.start
+        self._channel, self._pool, self._make, self._timeout = channel, pool, make_stream, timeout
+        self._part = channel.rank - channel.model_ranks.start
         self._stream: ActivationStream | None = None
         self._reading = 0
         self._batches: Generator[list[StreamRows]] | None = None
@@ -153,28 +150,29 @@ class _ModelRank:
         with Preemption(RankGroup()) as preemption, ExitStack() as stack:
             stack.callback(self._abandon)
             while True:
-                what, *rest = self._line.hear()
+                what, *rest = self._channel.receive_request()
                 self._preempted = preemption.now()
                 if what == "end":
                     if rest:
                         kind, message = rest
-                        raise (PreemptedError if kind == "PreemptedError" else SteersmanError)(message)
+                        kinds = {"PreemptedError": PreemptedError, "KeyboardInterrupt": KeyboardInterrupt}
+                        raise kinds.get(kind, SteersmanError)(message)
                     return
                 try:
-                    {"facts": self._tell_facts, "read": self._read, "next": self._next, "stop": self._stop}[what](*rest)
+                    {"facts": self._send_facts, "read": self._read, "next": self._next, "stop": self._stop}[what](*rest)
                 except LostRankError:
                     raise
                 except SteersmanError as error:
-                    self._say(_FAILED, str(error).encode())
+                    self._reply(_FAILED, str(error).encode())
 
-    def _tell_facts(self) -> None:
+    def _send_facts(self) -> None:
         stream = self._await(self._pool.submit(self._make), count().__next__)
         if not isinstance(stream, ActivationStream):
             raise SteersmanError("model_ranks is for training straight from a model; a store needs no model to run")
         self._stream = stream
-        stream.run_part(self._part, len(self._line.model_ranks))
+        stream.run_part(self._part, len(self._channel.model_ranks))
         facts = self._await(self._pool.submit(_facts_of, stream, self._part == 0), lambda: stream.n_passed)
-        self._say(_FACTS, pickle.dumps(facts))
+        self._reply(_FACTS, pickle.dumps(facts))
 
     def _read(self, reading: int, world_size: int, options: dict[str, Any]) -> None:
         assert self._stream is not None
@@ -188,7 +186,7 @@ class _ModelRank:
         """Of each batch, what every trainer is to know and to get from here."""
         for rows in stream.whole_batches(**options):
             on_host = replace(rows, x=rows.x.cpu())
-            yield on_host.shares(len(self._line.trainers), world_size)
+            yield on_host.shares(len(self._channel.trainers), world_size)
 
     def _next(self) -> None:
         stream, batches = self._stream, self._batches
@@ -197,18 +195,18 @@ class _ModelRank:
         shares = self._await(self._ahead.popleft(), lambda: stream.n_passed)
         self._ahead.append(self._pool.submit(next, batches, None))
         if shares is None:
-            self._say(_END)
+            self._reply(_END)
             return
         sending = []
-        for trainer, share in zip(self._line.trainers, shares):
-            sending.append(self._line.send(self._head(len(share), len(share.x)), trainer))
+        for trainer, share in zip(self._channel.trainers, shares):
+            sending.append(self._channel.send(self._head(len(share), len(share.x)), trainer))
             parts = [torch.from_numpy(share.info)] if self._part == 0 else []
-            sending += [self._line.send(part, trainer) for part in [*parts, share.x] if part.numel()]
+            sending += [self._channel.send(part, trainer) for part in [*parts, share.x] if part.numel()]
         self._under_way(sending)
 
     def _stop(self) -> None:
         self._abandon()
-        self._say(_END)
+        self._reply(_END)
 
     def _abandon(self) -> None:
         """Stop computing what was being read."""
@@ -219,8 +217,8 @@ class _ModelRank:
             self._pool.submit(self._batches.close)
             self._batches = None
 
-    def _await(self, future: "Future[Any]", signs: Callable[[], int]) -> Any:
-        """What `future` gives. Meanwhile the trainers are told now and then to be patient, while `signs` change."""
+    def _await(self, future: "Future[Any]", progress: Callable[[], int]) -> Any:
+        """What `future` gives. Meanwhile the trainers are sent BUSY, while `progress` shows that the work advances."""
         seen = None
         while True:
             try:
@@ -228,16 +226,16 @@ class _ModelRank:
             except TimeoutError:
                 if future.done():
                     raise
-                if (now := signs()) != seen:
+                if (now := progress()) != seen:
                     seen = now
-                    self._say(_BUSY)
+                    self._reply(_BUSY)
 
-    def _say(self, word: int, content: bytes = b"") -> None:
+    def _reply(self, word: int, content: bytes = b"") -> None:
         sending = []
-        for trainer in self._line.trainers:
-            sending.append(self._line.send(self._head(word, len(content)), trainer))
+        for trainer in self._channel.trainers:
+            sending.append(self._channel.send(self._head(word, len(content)), trainer))
             if content:
-                sending.append(self._line.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), trainer))
+                sending.append(self._channel.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), trainer))
         self._under_way(sending)
 
     def _head(self, n: int, here: int) -> Tensor:
@@ -285,8 +283,8 @@ class RemoteStream:
     Use as a context manager: leaving it ends the model ranks, with the same error if there is one.
     """
 
-    def __init__(self, line: _Line) -> None:
-        self._line, self._reading = line, 0
+    def __init__(self, channel: _Channel) -> None:
+        self._channel, self._reading = channel, 0
         self._open: Generator[ActivationBatch] | None = None
         self.preempted = False
         """Whether a model rank was asked to end."""
@@ -297,10 +295,10 @@ class RemoteStream:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._close()
         if error is None:
-            self._line.tell("end")
-        elif isinstance(error, SteersmanError) and not isinstance(error, LostRankError):
+            self._channel.broadcast("end")
+        elif isinstance(error, SteersmanError | KeyboardInterrupt) and not isinstance(error, LostRankError):
             with suppress(LostRankError):  # this error is the one to be seen
-                self._line.tell("end", type(error).__name__, str(error))
+                self._channel.broadcast("end", type(error).__name__, str(error))
 
     def _close(self) -> None:
         if self._open is not None:
@@ -309,15 +307,16 @@ class RemoteStream:
 
     @cached_property
     def _facts(self) -> _Facts:
-        self._line.tell("facts")
+        self._channel.broadcast("facts")
         found: list[_Facts] = []
-        for model_rank in self._line.model_ranks:
+        for model_rank in self._channel.model_ranks:
             n = self._head(model_rank).here
-            found.append(pickle.loads(self._line.receive(model_rank, (n,), torch.uint8).numpy().tobytes()))
+            found.append(pickle.loads(self._channel.receive(model_rank, (n,), torch.uint8).numpy().tobytes()))
             if found[-1].fingerprint != found[0].fingerprint:
+                first = self._channel.model_ranks.start
                 raise SteersmanError(
-                    f"rank {model_rank} has another model, text or settings than rank {self._line.model_ranks.start}: "
-                    "all model ranks must see the same"
+                    f"rank {model_rank} has another model, text or settings than rank {first}: all model ranks must "
+                    "see the same"
                 )
         return found[0]
 
@@ -363,10 +362,10 @@ class RemoteStream:
     ) -> Iterator[ActivationBatch]:
         """The stream's batches, on the CPU. All trainers call this together; which rows are this one's follows from
         `world_size`; see `StreamRows.shares`. Ends what was read before."""
-        assert rank == self._line.rank * world_size // len(self._line.trainers)
+        assert rank == self._channel.rank * world_size // len(self._channel.trainers)
         self._close()
         self._reading += 1
-        self._line.tell("read", self._reading, world_size, {"batch_size": batch_size, **reading})
+        self._channel.broadcast("read", self._reading, world_size, {"batch_size": batch_size, **reading})
         self._open = self._received()
         return self._open
 
@@ -375,35 +374,35 @@ class RemoteStream:
         try:
             yield from in_background(self._receive(), receiver, ahead=2)
         finally:  # other trainers may wait for a batch that the first one no longer asks for
-            self._line.tell("stop")
+            self._channel.broadcast("stop")
 
     def _receive(self) -> Iterator[ActivationBatch]:
-        line, first = self._line, self._line.model_ranks.start
+        channel, first = self._channel, self._channel.model_ranks.start
         while True:
-            line.tell("next")
-            heads = [self._head(model_rank) for model_rank in line.model_ranks]
+            channel.broadcast("next")
+            heads = [self._head(model_rank) for model_rank in channel.model_ranks]
             n = heads[0].n
             if n == _END:
                 return
-            info = line.receive(first, (n, 5), torch.int64).numpy()
+            info = channel.receive(first, (n, 5), torch.int64).numpy()
             x = torch.empty(n, self.d_in, dtype=self._facts.dtype, pin_memory=torch.cuda.is_available())
-            for part, (model_rank, head) in enumerate(zip(line.model_ranks, heads)):
-                rows = line.receive(model_rank, (head.here, self.d_in), x.dtype)
+            for part, (model_rank, head) in enumerate(zip(channel.model_ranks, heads)):
+                rows = channel.receive(model_rank, (head.here, self.d_in), x.dtype)
                 x[torch.from_numpy(info[:, 4] == part)] = rows
             yield batch_of(x, info)
 
     def _head(self, model_rank: int) -> _Head:
         """The head of this reading's next message; what is still on its way from one that was closed is passed over."""
-        line = self._line
+        channel = self._channel
         while True:
-            head = _Head(*line.receive(model_rank, (4,), torch.int64).tolist())
+            head = _Head(*channel.receive(model_rank, (4,), torch.int64).tolist())
             self.preempted = self.preempted or bool(head.preempted)
             if head.n == _FAILED:
-                message = line.receive(model_rank, (head.here,), torch.uint8)
+                message = channel.receive(model_rank, (head.here,), torch.uint8)
                 raise SteersmanError(message.numpy().tobytes().decode())
             if head.reading == self._reading and head.n != _BUSY:
                 return head
             if head.n > 0:
-                if model_rank == line.model_ranks.start:
-                    line.receive(model_rank, (head.n, 5), torch.int64)
-                line.receive(model_rank, (head.here, self.d_in), self._facts.dtype)
+                if model_rank == channel.model_ranks.start:
+                    channel.receive(model_rank, (head.n, 5), torch.int64)
+                channel.receive(model_rank, (head.here, self.d_in), self._facts.dtype)

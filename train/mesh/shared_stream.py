@@ -8,7 +8,7 @@ The batches are those of one process, bit for bit. (Where ranks that run the mod
 Shape letters: N rows of this rank's share of a batch, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -77,7 +77,7 @@ class SharedStream:
                 info = shares[everyone.index].info
                 yield batch_of(_exchange([share.x for share in shares], info[:, 4], everyone), info)
 
-    def _all_well(self, batches: Iterator[StreamRows]) -> Iterator[StreamRows]:
+    def _all_well(self, batches: Iterator[StreamRows]) -> Generator[StreamRows]:
         """The same batches; a mistake that one rank finds is raised on all of them."""
         while True:
             rows, mistake = None, None

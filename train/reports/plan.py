@@ -11,10 +11,12 @@ replicas.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.files import format_bytes
 from steersman.kernels.torch_ops import BLOCK_BYTES
 from steersman.parallel import Mesh
+from steersman.sae import SAE
 
 FP32 = 4
 _ADAM_BYTES = 28
@@ -26,6 +28,7 @@ _ROW_INFO = 40
 """Bytes that the first model rank sends a row to say which it is and who has it."""
 
 
+@renamed_fields(activation="architecture")
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """See what a training run needs: memory per rank by item, network per step, and the time of a step."""
@@ -44,14 +47,14 @@ class PlanConfig:
     """How many ranks share the latents; None: all of them."""
     model_ranks: int = 0
     """Processes beside these that run the model and send them its activations."""
-    activation: Literal["topk", "batch_topk"] = "topk"
-    """The SAE's architecture."""
+    architecture: str = "topk"
+    """The SAE's architecture: the name of one of `SAE.architectures`."""
     store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the activations in the store."""
     k_aux: int | None = None
     """Dead features a token that AuxK may use; None: d_in / 2."""
     dead: int = 0
-    """Dead features to reckon with. With any, AuxK costs a second reconstruction."""
+    """Dead features to assume. With any, AuxK costs a second reconstruction."""
     ema: bool = False
     """Whether a moving average of the weights is kept."""
     flops: float = 4e14
@@ -196,9 +199,10 @@ def _network(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
         "weights": (d - 1) / d * L * (2 * D + 1) * FP32,
         "silence counters": reduce_d * L,
     }
-    if c.activation == "topk":
+    kind = SAE.architectures[c.architecture]
+    if kind.exact_k:
         items["proposals"] = (n - 1) * N * P * FP32
-    else:
+    if kind.whole_batch:
         counts = 2 * 65536 * FP32
         items["selection by counting"] = (reduce_n + reduce_d) * (counts + FP32) + (n - 1) * N * FP32 + (d - 1) * FP32
     if c.dead:

@@ -11,7 +11,6 @@ Everything is written to `.writing-00001000`, synced, and renamed when the last 
 
 import json
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -32,25 +31,38 @@ from steersman.sae.formats.saelens import CONFIG
 STATE = "state.json"
 
 
-def latent_axis(name: str, tensor: Tensor, n_latents: int) -> int | None:
+PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
+"""The parameters that every architecture has. States know them by number, further ones by name."""
+
+
+def state_key(name: str) -> str:
+    """What a parameter is called in the names of a state's tensors: `adam.0.exp_avg` is W_enc's."""
+    return str(PARAMETERS.index(name)) if name in PARAMETERS else name
+
+
+def latent_dim(sae: SAE, name: str, tensor: Tensor) -> int | None:
     """The dimension of a state's tensor that counts latents, None where there is none.
 
-    >>> latent_axis("sae.W_enc", torch.zeros(8, 64), 64), latent_axis("adam.2.step", torch.zeros(()), 64)
+    >>> sae = SAE(SAEConfig(d_in=8, d_sae=64, k=2))
+    >>> latent_dim(sae, "sae.W_enc", torch.zeros(8, 64)), latent_dim(sae, "adam.2.step", torch.zeros(()))
     (1, None)
     """
-    if name == "sae.b_dec" or re.match(r"(adam|ema)\.3\b", name) or name in ("sums", "rng"):
+    if name == "silent_steps":
+        return 0
+    kind, _, of = name.partition(".")
+    if kind not in ("sae", "ema", "adam", "rule") or not tensor.ndim:
         return None
-    if name == "sae.W_enc" or re.match(r"(adam|ema)\.0\b", name):
-        return 1 if tensor.ndim == 2 else None
-    return next((dim for dim, size in enumerate(tensor.shape) if size == n_latents), None)
+    key = of if kind in ("sae", "ema") else of.rpartition(".")[0]
+    dim = sae.latent_dim(PARAMETERS[int(key)] if key.isdigit() else key)
+    return 0 if kind == "rule" and dim is not None else dim  # a rule's state is latent-major
 
 
 class Checkpoints:
     """The checkpoints of one run. With several processes, each has one of these and all call its methods together."""
 
-    def __init__(self, folder: Path, keep: int, axis: RankGroup | None = None) -> None:
-        """`axis` holds all processes of the run and is used by the thread alone."""
-        self.folder, self.keep, self.axis = folder, keep, axis or RankGroup()
+    def __init__(self, folder: Path, keep: int, group: RankGroup | None = None) -> None:
+        """`group` holds all processes of the run and is used by the thread alone."""
+        self.folder, self.keep, self.group = folder, keep, group or RankGroup()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -61,19 +73,14 @@ class Checkpoints:
 
     # Writing
 
-    def save(
-        self, step: int, tensors: dict[str, Tensor], latents: tuple[int, int], sae: SAEConfig, scale: float
-    ) -> None:
+    def save(self, step: int, tensors: dict[str, Tensor], latents: tuple[int, int], state: dict[str, Any]) -> None:
         """Take a copy of `tensors`, the part of the state that belongs to `latents`, and write it in a thread.
 
-        Waits for the writing before this one, and raises what went wrong there.
+        `state` is what else is to be known, with `axes`: which dimension of each tensor counts latents. Waits for the
+        writing before this one, and raises what went wrong there.
         """
         self.wait()
         copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        n = latents[1] - latents[0]
-        axes = {name: latent_axis(name, tensor, n) for name, tensor in tensors.items()}
-        state = {"step": step, "sae": sae.record() | {"metadata": sae.metadata}, "scale": scale}
-        state["axes"] = {name: axis for name, axis in axes.items() if axis is not None}
         self._thread = threading.Thread(
             target=self._write_safely, args=(step, copied, latents, state), name="steersman-checkpoint", daemon=True
         )
@@ -89,7 +96,7 @@ class Checkpoints:
             raise error
 
     def settle(self) -> None:
-        """Wait for the thread without a word: for an end that has an error of its own to tell."""
+        """Wait for the thread, ignoring its error, because another is already being raised."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -106,16 +113,16 @@ class Checkpoints:
         size = 0
         try:
             temporary.mkdir(exist_ok=True)
-            file = temporary / self._name(self.axis.index)
+            file = temporary / self._name(self.group.index)
             for name in tensors:  # one after another, so that the transposed ones are not all held twice
                 tensors[name] = tensors[name].contiguous()
             write_whole(file, lambda path: save_file(tensors, path))
             size = file.stat().st_size
         except (OSError, SafetensorError, SteersmanError) as error:
             problem = error
-        parts = self.axis.all_gather(torch.tensor([problem is None, size, *latents])).tolist()
+        parts = self.group.all_gather(torch.tensor([problem is None, size, *latents])).tolist()
         try:
-            if problem is None and self.axis.index == 0 and all(part[0] for part in parts):
+            if problem is None and self.group.index == 0 and all(part[0] for part in parts):
                 self._commit(temporary, step, parts, state)
         except (OSError, SteersmanError) as error:
             problem = error
@@ -125,11 +132,11 @@ class Checkpoints:
             what = problem or f"rank {', '.join(map(str, failed))} could not write its part"
             raise SteersmanError(
                 f"{self.folder}: checkpoint {step} could not be written: {what}; earlier ones are intact: free space "
-                "and run the same command again to go on"
+                "and run the same command again to resume"
             ) from problem
 
     def _name(self, index: int) -> str:
-        return f"state-{index:05d}-of-{self.axis.size:05d}.safetensors" if self.axis.size > 1 else "state.safetensors"
+        return f"state-{index:05d}-of-{self.group.size:05d}.safetensors" if self.group.size > 1 else "state.safetensors"
 
     def _commit(self, temporary: Path, step: int, parts: list[list[int]], state: dict[str, Any]) -> None:
         files = [
@@ -182,7 +189,7 @@ def load_checkpoint(
         }
         return tensors, state
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise SteersmanError(f"{folder} cannot be read ({error}); delete it to go on from the one before") from error
+        raise SteersmanError(f"{folder} cannot be read ({error}); delete it to resume from the one before") from error
 
 
 def _overlap(stored: Any, axis: int | None, held: list[int], wanted: tuple[int, int]) -> Tensor | None:
@@ -219,12 +226,9 @@ def checkpoint_to_sae(path: str | Path) -> SAE:
         folder = folder / "checkpoints" / f"step_{steps[-1]:08d}"
     tensors, state = load_checkpoint(folder, lambda _: (0, 1 << 62))
     sae = SAE(SAEConfig.from_record(state["sae"]))
-    names = ("W_enc", "W_dec", "b_enc", "b_dec")
     with torch.no_grad():
-        for i, name in enumerate(names):
-            getattr(sae, name).copy_(tensors.get(f"ema.{i}", tensors[f"sae.{name}"]))
-        for name, buffer in sae.named_buffers():
-            buffer.copy_(tensors[f"sae.{name}"])
+        for name, value in sae.state_dict().items():
+            value.copy_(tensors.get(f"ema.{state_key(name)}", tensors[f"sae.{name}"]))
     sae.normalize_decoder()
-    sae.fold_input_scale(state["scale"])
+    sae.fold_scales(state["scale"], state.get("scale_out", state["scale"]))
     return sae

@@ -1,46 +1,44 @@
-"""What a run says while it trains: metrics.jsonl, the progress bar and, if asked, Weights & Biases."""
+"""What a run logs while it trains: metrics.jsonl, the progress bar and, if asked, Weights & Biases."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from steersman.errors import SteersmanError
 from steersman.progress import progress
+from steersman.train.run.recipe import Recipe, TrainConfig
 from steersman.train.run.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from steersman.train.run.trainer import Trainer
 
+class MetricsLogger:
+    """Reads metrics every `log_every` steps and, on rank 0, writes them down. All ranks of a run call its methods
+    together. Close it at the end."""
 
-class Journal:
-    """Reads the trainer's metrics every `log_every` steps and, on the `first` of several processes, writes them down.
-
-    Reading them is done by all processes together. Close it at the end.
-    """
-
-    def __init__(self, trainer: "Trainer", folder: RunFolder, first: bool = True) -> None:
-        self.trainer, self.folder = trainer, folder
-        config, recipe, done = trainer.config, trainer.recipe, trainer.n_steps_done
-        self._last_logged = done - done % config.log_every
-        self._clock, self._since = time.monotonic(), done
-        self._wandb = _start_wandb(trainer, folder) if first else None
-        self._file = folder.open_metrics(done) if first else None
+    def __init__(
+        self, folder: RunFolder, config: TrainConfig, recipe: Recipe, start: int, *, rank_zero: bool = True
+    ) -> None:
+        """`start` is the number of steps done before."""
+        self.folder, self.config, self.recipe = folder, config, recipe
+        self._clock, self._since = time.monotonic(), start
+        self._wandb = _start_wandb(folder, config, recipe) if rank_zero else None
+        self._file = folder.open_metrics(start) if rank_zero else None
         total = recipe.n_steps * recipe.batch_size
-        options: dict[str, Any] = {} if first else {"disable": True}
+        options: dict[str, Any] = {} if rank_zero else {"disable": True}
         self._bar = progress(desc="training", total=total, unit="tok", unit_scale=True, **options)
-        self._bar.update(done * recipe.batch_size)
+        self._bar.update(start * recipe.batch_size)
 
-    def step_done(self) -> None:
-        """Take note of a step; every `log_every` of them, and after the last, log the metrics."""
-        trainer, recipe, step = self.trainer, self.trainer.recipe, self.trainer.n_steps_done
+    def step_done(self, step: int, read_metrics: Callable[[], dict[str, float]]) -> None:
+        """After step number `step`; every `log_every` of them, and after the last, log what `read_metrics` gives."""
+        recipe = self.recipe
         self._bar.update(recipe.batch_size)
-        if step % trainer.config.log_every and step != recipe.n_steps:
+        if step % self.config.log_every and step != recipe.n_steps:
             return
-        metrics = trainer.read_metrics((step - self._last_logged) * recipe.batch_size)
+        metrics = read_metrics()
         now = time.monotonic()
         metrics |= {"lr": recipe.lr * recipe.lr_factor(step - 1)}
         metrics |= {"tokens_per_second": (step - self._since) * recipe.batch_size / max(now - self._clock, 1e-9)}
-        self._last_logged, self._clock, self._since = step, now, step
+        self._clock, self._since = now, step
         line = {"step": step, "tokens": step * recipe.batch_size, **metrics}
         if self._file is not None:
             self.folder.append(self._file, line)
@@ -57,8 +55,7 @@ class Journal:
             self._wandb.finish()
 
 
-def _start_wandb(trainer: "Trainer", folder: RunFolder) -> Any:
-    config, recipe = trainer.config, trainer.recipe
+def _start_wandb(folder: RunFolder, config: TrainConfig, recipe: Recipe) -> Any:
     if config.wandb_project is None:
         return None
     import wandb

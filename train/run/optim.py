@@ -1,13 +1,17 @@
 """How a step's gradients reach the weights: the part of training that may be exchanged.
 
-`Trainer` gives an updater each part of a batch (`learn`) and then asks it to move the weights (`apply`). The ordinary
-updaters are autograd and an optimiser on dense gradients; `FusedUpdater` does all of it in one pass of the kernels.
-`make_updater` chooses.
+`Trainer` sets an updater's learning rate, gives it each part of a batch (`backward`) and then has it move the weights
+(`step`). The ordinary updaters are autograd and an optimiser on dense gradients; `FusedUpdater` does all of it in one
+pass of the kernels. `make_updater` chooses.
 
-Shape letters: N tokens, L latents, D width, K active latents a token, A candidates of the AuxK loss.
+On several ranks, those that share the latents need nothing of each other here but the norm of a clipped gradient.
+Replicas sum their gradients and each moves an equal part of its latents (as ZeRO does, arXiv 1910.02054), so that
+optimiser state is never held twice.
+
+Shape letters: N tokens, L latents, D width, K active latents a token.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,48 +19,69 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.kernels import UpdateRule, UpdateState, choose, ops
 from steersman.kernels.update import StepSizes, update_matrix, update_vector
-from steersman.sae import SAE, AuxTerm, TrainingCode, auxk_gradients, auxk_loss
+from steersman.parallel import Mesh, Ranks
+from steersman.sae import SAE
+from steersman.sae.architectures.auxk import auxk_gradients
+from steersman.sae.training import Step, TrainingState
+from steersman.train.run.checkpoints import PARAMETERS, state_key
 from steersman.train.run.recipe import TrainConfig
 
 
-class Learned(NamedTuple):
-    """What a part of a batch gave: its code, and its losses summed over tokens, without gradients."""
-
-    code: TrainingCode
-    squared_error: Tensor
-    aux: Tensor
+def parameters_of(sae: SAE) -> dict[str, Tensor]:
+    """The trained tensors by name, in the order in which states list them."""
+    named: dict[str, Tensor] = dict(sae.named_parameters())
+    return {name: named[name] for name in PARAMETERS} | named
 
 
 class Updater(Protocol):
-    """Moves the weights of an SAE; its state is named tensors, so that a resumed run goes on bit for bit."""
+    """Moves the weights of an SAE; its state is named tensors, so that a resumed run gives the same bits."""
 
-    def learn(self, x: Tensor, n_values: int, aux: AuxTerm | None) -> Learned:
-        """Take the gradients of a part x [N, D] of a batch of `n_values` numbers."""
+    parameters: dict[str, Tensor]
+    """What it moves: the SAE's parameters or, where replicas divide their latents, views of this rank's part."""
+
+    def set_rate(self, lr: float) -> None:
+        """The learning rate of the next `step`."""
         ...
 
-    def apply(self, lr: float) -> None:
+    def backward(self, x: Tensor, target: Tensor, n_values: int, state: TrainingState) -> Step:
+        """Take the gradients of a part, x [N, D] and target [N, D_out], of a batch whose targets are `n_values`
+        numbers."""
+        ...
+
+    def step(self) -> None:
         """Move the weights by the gradients taken since the last call; decoder rows are unit vectors afterwards."""
+        ...
+
+    def share_weights(self) -> None:
+        """Give the other replicas the latents that this rank moves."""
         ...
 
     def state(self) -> dict[str, Tensor]: ...
     def restore(self, tensors: dict[str, Tensor]) -> None: ...
 
 
-def parameters_of(sae: SAE) -> list[Tensor]:
-    """The trained tensors, in the order in which states list them."""
-    return [sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec]
-
-
-def make_updater(sae: SAE, config: TrainConfig, lr: float) -> Updater:
-    """The updater that the configuration asks for, in a single process; lr is the peak learning rate."""
+def make_updater(sae: SAE, config: TrainConfig, lr: float, ranks: Ranks | None = None) -> Updater:
+    """The updater that the configuration asks for; lr is the peak learning rate."""
+    ranks = ranks or Ranks(Mesh())
+    alone = ranks.mesh.world_size == 1
+    if not alone:
+        check_many(config)
     fused = config.fused_update
     if fused is None:
-        possible = config.grad_clip is None and config.grad_accumulation == 1
+        possible = (
+            alone
+            and sae.fused
+            and not sae.cfg.transcoder
+            and config.grad_clip is None
+            and config.grad_accumulation == 1
+        )
         fused = possible and hasattr(choose(sae.device), "backward_update")
+    if fused and sae.cfg.transcoder:
+        raise SteersmanError("the fused update trains no transcoder: use fused_update=False")
     if fused:
         return FusedUpdater(sae, config)
     if config.optimizer == "adam" and config.state_dtype == "float32":
-        return AutogradUpdater(sae, config, lr)
+        return AutogradUpdater(sae, config, lr, ranks)
     return RuleUpdater(sae, config)
 
 
@@ -75,122 +100,188 @@ def check_many(config: TrainConfig) -> None:
         )
 
 
-class Autograd:
-    """Gradients by autograd, projected and clipped; a subclass moves the weights by them."""
+class _DenseGradients:
+    """Gradients by autograd: summed over replicas, projected and clipped. A subclass moves the weights by them."""
 
-    def __init__(self, sae: SAE, config: TrainConfig):
-        self.sae, self.config = sae, config
+    def __init__(self, sae: SAE, config: TrainConfig, ranks: Ranks):
+        self.sae, self.config, self.ranks, self.lr = sae, config, ranks, 0.0
+        self.parameters = parameters_of(sae)
+        if ranks.data.size > 1:
+            size = sae.cfg.d_sae // ranks.data.size
+            for name, parameter in self.parameters.items():
+                dim = sae.latent_dim(name)
+                view = parameter.detach()
+                self.parameters[name] = view if dim is None else view.narrow(dim, ranks.data.index * size, size)
 
-    def moved(self) -> list[Tensor]:
-        """What the optimiser moves, in the order of `parameters_of`: all of it, unless other ranks move a part."""
-        return parameters_of(self.sae)
+    def set_rate(self, lr: float) -> None:
+        self.lr = lr
 
-    def learn(self, x: Tensor, n_values: int, aux: AuxTerm | None) -> Learned:
-        sae = self.sae
-        code = sae.encode_training(x)
-        residual = x - sae.decode_training(code)
-        squared_error = residual.square().sum()
-        aux_loss = residual.new_zeros(())
-        if aux is not None:
-            aux_loss = aux.weight * auxk_loss(sae, x, residual, aux.candidates, aux.alive, aux.k)
-        ((squared_error + self.config.aux_coefficient * aux_loss) / n_values).backward()
-        return Learned(code, squared_error.detach(), aux_loss.detach())
+    def backward(self, x: Tensor, target: Tensor, n_values: int, state: TrainingState) -> Step:
+        step = self.sae.training_step(x, target, state)
+        (step.loss / n_values).backward()
+        return step
 
     @torch.no_grad()
-    def apply(self, lr: float) -> None:
-        """Project the decoder's gradient off its rows, clip, step, and make the rows unit vectors again."""
-        W_dec = self.sae.W_dec
+    def step(self) -> None:
+        """Project the decoder's gradient off its rows, clip, move, and make the rows unit vectors again."""
+        if self.ranks.data.size > 1:
+            self._reduce_gradients()
+        W_dec = self.parameters["W_dec"]
         grad = W_dec.grad
         if grad is not None:  # moving along a unit row would only be undone below
             grad.sub_((grad * W_dec).sum(dim=1, keepdim=True) * W_dec)
         if self.config.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters_of(self.sae), self.config.grad_clip)
-        self._move(lr)
-        for parameter in parameters_of(self.sae):
+            self._clip(self.config.grad_clip)
+        self._move()
+        for parameter in self.parameters.values():
             parameter.grad = None
-        self.sae.normalize_decoder()
+        W_dec /= W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        self.share_weights()
 
-    def _move(self, lr: float) -> None:
+    def _move(self) -> None:
         """Move the parameters by their gradients."""
         raise NotImplementedError  # each subclass defines it
 
+    def _reduce_gradients(self) -> None:
+        """Sum the gradients over the replicas; each keeps those of the latents it moves."""
+        data = self.ranks.data
+        for name, whole in parameters_of(self.sae).items():
+            dim, grad = self.sae.latent_dim(name), _gradient(whole)
+            if dim is None:
+                self.parameters[name].grad = data.all_reduce_sum_(grad)
+            else:
+                self.parameters[name].grad = data.reduce_scatter_sum(grad.movedim(dim, 0)).movedim(0, dim)
+        self.sae.zero_grad(set_to_none=True)
 
-class AutogradUpdater(Autograd):
+    def _clip(self, largest: float) -> None:
+        if self.ranks.world.size == 1:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), largest)
+            return
+        squares = {name: _gradient(p).square().sum() for name, p in self.parameters.items()}
+        of_latents = sum(
+            (square for name, square in squares.items() if self.sae.latent_dim(name) is not None),
+            self.parameters["W_dec"].new_zeros(()),
+        )
+        norm = self.ranks.world.all_reduce_sum_(of_latents)
+        for name, square in squares.items():
+            norm = norm if self.sae.latent_dim(name) is not None else norm + square
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_((largest / (norm.sqrt() + 1e-6)).clamp(max=1.0))
+
+    @torch.no_grad()
+    def share_weights(self) -> None:
+        """See `Updater`. (What does not belong to latents all of them moved.)"""
+        if self.ranks.data.size == 1:
+            return
+        waiting = []
+        for name, whole in parameters_of(self.sae).items():
+            dim = self.sae.latent_dim(name)
+            if dim is not None:
+                part = self.parameters[name].movedim(dim, 0)
+                waiting.append((whole.movedim(dim, 0), self.ranks.data.all_gather_later(part)))
+        for whole, finish in waiting:
+            whole.copy_(finish().flatten(0, 1))
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+class AutogradUpdater(_DenseGradients):
     """Autograd and `torch.optim.Adam`, on dense gradients."""
 
-    def __init__(self, sae: SAE, config: TrainConfig, lr: float):
-        super().__init__(sae, config)
-        W_enc, W_dec, b_enc, b_dec = self.moved()
-        groups = [
-            {"params": [W_enc, W_dec], "ratio": 1.0},
-            {"params": [b_enc, b_dec], "ratio": config.bias_lr_ratio},
-        ]
+    def __init__(self, sae: SAE, config: TrainConfig, lr: float, ranks: Ranks):
+        super().__init__(sae, config, ranks)
+        matrices = [p for p in self.parameters.values() if p.dim() > 1]
+        biases = [p for p in self.parameters.values() if p.dim() <= 1]
+        groups = [{"params": matrices, "ratio": 1.0}, {"params": biases, "ratio": config.bias_lr_ratio}]
         self.optimizer = torch.optim.Adam(groups, lr=lr, betas=config.betas, fused=True)
 
-    def _move(self, lr: float) -> None:
+    def _move(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["ratio"]
+            group["lr"] = self.lr * group["ratio"]
         self.optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
         return {
-            f"adam.{i}.{name}": value
-            for i, parameter in enumerate(self.moved())
-            for name, value in self.optimizer.state[parameter].items()
+            f"adam.{state_key(name)}.{kind}": value
+            for name, parameter in self.parameters.items()
+            for kind, value in self.optimizer.state[parameter].items()
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        for i, parameter in enumerate(self.moved()):
+        if "rule.n_steps" in tensors:
+            tensors = _adam_of_rule(tensors)
+        for name, parameter in self.parameters.items():
+            key = f"adam.{state_key(name)}"
             self.optimizer.state[parameter] = {
-                name: torch.empty_like(parameter).copy_(tensors[f"adam.{i}.{name}"])
-                if name != "step"
-                else tensors[f"adam.{i}.{name}"].to(parameter.device)
-                for name in ("step", "exp_avg", "exp_avg_sq")
+                "step": tensors[f"{key}.step"].to(parameter.device),
+                "exp_avg": torch.empty_like(parameter).copy_(tensors[f"{key}.exp_avg"]),
+                "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"{key}.exp_avg_sq"]),
             }
 
 
-def _rule(config: TrainConfig) -> UpdateRule:
-    beta1, beta2 = config.betas
-    return UpdateRule(name=config.optimizer, beta1=beta1, beta2=beta2, state_dtype=config.state_dtype)
+# A run left free to choose its updater may be resumed where another one is chosen: Adam's state has two forms.
 
 
-def _state(sae: SAE, rule: UpdateRule, operands: torch.dtype) -> UpdateState:
-    """The rule's state, holding the SAE's own weights."""
-    W_enc, W_dec, b_enc, b_dec = (parameter.detach() for parameter in parameters_of(sae))
-    return UpdateState.of(W_enc.T, W_dec, b_enc, b_dec, rule, operands)
+def _adam_of_rule(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name in PARAMETERS:
+        moments = {"exp_avg": tensors[f"rule.{name}.m"], "exp_avg_sq": tensors[f"rule.{name}.v"]}
+        for kind, moment in moments.items():
+            found[f"adam.{state_key(name)}.{kind}"] = moment.T if name == "W_enc" else moment
+        found[f"adam.{state_key(name)}.step"] = tensors["rule.n_steps"][0].float()
+    return found
+
+
+def _rule_of_adam(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {"rule.n_steps": tensors["adam.0.step"].reshape(1).int()}
+    for name in PARAMETERS:
+        for kind, moment in {"exp_avg": "m", "exp_avg_sq": "v"}.items():
+            value = tensors[f"adam.{state_key(name)}.{kind}"]
+            found[f"rule.{name}.{moment}"] = value.T if name == "W_enc" else value
+    return found
 
 
 class _WithRule:
-    """What updaters with a `kernels.UpdateRule` share: their state."""
+    """What updaters with a `kernels.UpdateRule` share: the rule and its state, which holds the SAE's own weights."""
 
-    state_of_rule: UpdateState
+    def _start(self, sae: SAE, config: TrainConfig, operands: torch.dtype) -> None:
+        further = parameters_of(sae).keys() - set(PARAMETERS)
+        if further:
+            raise SteersmanError(
+                f"optimizer={config.optimizer} with state_dtype={config.state_dtype} cannot train "
+                f"{', '.join(sorted(further))} of {sae.name}: use optimizer=adam and state_dtype=float32"
+            )
+        beta1, beta2 = config.betas
+        self.rule = UpdateRule(name=config.optimizer, beta1=beta1, beta2=beta2, state_dtype=config.state_dtype)
+        W_enc, W_dec, b_enc, b_dec = (parameter.detach() for parameter in parameters_of(sae).values())
+        self.state_of_rule = UpdateState.of(W_enc.T, W_dec, b_enc, b_dec, self.rule, operands)
 
     def state(self) -> dict[str, Tensor]:
         return {f"rule.{name}": value for name, value in self.state_of_rule.state().items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
+        if "adam.0.step" in tensors:
+            tensors = _rule_of_adam(tensors)
         for name, value in self.state_of_rule.state().items():
             value.copy_(tensors[f"rule.{name}"])
         self.state_of_rule.refresh()
 
 
-class RuleUpdater(_WithRule, Autograd):
+class RuleUpdater(_WithRule, _DenseGradients):
     """Autograd and any rule of `kernels.update`, on dense gradients. A feature is touched when it has one."""
 
     def __init__(self, sae: SAE, config: TrainConfig):
-        super().__init__(sae, config)
-        self.rule = _rule(config)
-        self.state_of_rule = _state(sae, self.rule, torch.float32)
+        super().__init__(sae, config, Ranks(Mesh()))
+        self._start(sae, config, torch.float32)
 
-    def _move(self, lr: float) -> None:
+    def _move(self) -> None:
         state, rule = self.state_of_rule, self.rule
-        W_enc, W_dec, b_enc, b_dec = (parameter.grad for parameter in parameters_of(self.sae))
-        assert W_enc is not None
-        assert W_dec is not None
-        assert b_enc is not None
-        assert b_dec is not None
+        W_enc, W_dec, b_enc, b_dec = (_gradient(parameter) for parameter in self.parameters.values())
         state.n_steps.add_(1)
-        rate = torch.full((1,), lr, device=state.n_steps.device)
+        rate = torch.full((1,), self.lr, device=state.n_steps.device)
         sizes = StepSizes.of(rule, state.n_steps, rate, rate * self.config.bias_lr_ratio)
         touched = (b_enc != 0) | (W_dec != 0).any(dim=1)
         for name, grad, seed in (("W_enc", W_enc.T, 0), ("W_dec", W_dec, 1)):
@@ -211,59 +302,60 @@ class FusedUpdater(_WithRule):
     """
 
     def __init__(self, sae: SAE, config: TrainConfig):
-        self.sae, self.config, self.rule = sae, config, _rule(config)
+        self.sae, self.config, self.parameters = sae, config, parameters_of(sae)
         self.operands = torch.float32 if sae.device.type == "cpu" else torch.bfloat16
-        self.state_of_rule = _state(sae, self.rule, self.operands)
+        self._start(sae, config, self.operands)
         self.lr, self.bias_lr = (torch.zeros(1, device=sae.device) for _ in range(2))
         self._versions: list[int] = []
-        self._learned: tuple[Any, ...] | None = None
+        self._gradients: tuple[Any, ...] | None = None
+
+    def set_rate(self, lr: float) -> None:
+        """See `Updater`. Written to the device, where a CUDA graph reads it."""
+        self.lr.fill_(lr)
+        self.bias_lr.fill_(lr * self.config.bias_lr_ratio)
 
     def _weights_changed(self) -> bool:
-        """Whether something else than `apply` wrote to the weights since the last call."""
+        """Whether something else than `step` wrote to the weights since the last call."""
         versions = [self.sae.W_enc._version, self.sae.W_dec._version]
         changed, self._versions = versions != self._versions, versions
         return changed
 
     @torch.no_grad()
-    def learn(self, x: Tensor, n_values: int, aux: AuxTerm | None) -> Learned:
-        sae, state = self.sae, self.state_of_rule
+    def backward(self, x: Tensor, target: Tensor, n_values: int, state: TrainingState) -> Step:
+        sae, weights, aux = self.sae, self.state_of_rule, state.aux
         if self._weights_changed():
-            state.refresh()
-        code = sae.encode_training(x, state.enc_rows)
+            weights.refresh()
+        code = sae.encode_training(x, weights.enc_rows)
         values, indices = code.values, code.order.indices
-        residual, squares = ops.decode_residual(values, indices, state.dec_rows, state.b_dec, x)
-        centred = (x if sae.input_bias is None else x - state.b_dec).to(self.operands)
-        aux_loss, aux_rows = residual.new_zeros(()), None
+        residual, squares = ops.decode_residual(values, indices, weights.dec_rows, weights.b_dec, target)
+        centred = (x if sae.input_bias is None else x - weights.b_dec).to(self.operands)
+        losses, logged, aux_rows = {"squared_error": squares.sum()}, {}, None
         if aux is not None:
-            scale = aux.weight * (self.config.aux_coefficient / n_values)
-            aux_loss, aux_rows = auxk_gradients(
-                sae, state.enc_rows, state.dec_rows, centred, residual, aux.candidates, aux.alive, aux.k, scale
+            scale = aux.weight * (aux.coefficient / n_values)
+            loss, aux_rows = auxk_gradients(
+                sae, weights.enc_rows, weights.dec_rows, centred, residual, aux.candidates, aux.alive, aux.k, scale
             )
-            aux_loss = aux.weight * aux_loss
+            logged["aux"] = aux.weight * loss
+            losses["aux"] = aux.coefficient * logged["aux"]
         # The gradient of the reconstruction is -2 residual / n_values.
-        self._learned = residual.to(self.operands), -2 / n_values, centred, values, indices, aux_rows
-        return Learned(code, squares.sum(), aux_loss)
-
-    def set_rate(self, lr: float) -> None:
-        """The learning rate of the next `apply`, written to the device."""
-        self.lr.fill_(lr)
-        self.bias_lr.fill_(lr * self.config.bias_lr_ratio)
+        self._gradients = residual.to(self.operands), -2 / n_values, centred, values, indices, aux_rows
+        return Step(code, losses, logged)
 
     @torch.no_grad()
-    def apply(self, lr: float) -> None:
-        """Take the gradients of the part that was learned and move the weights by them."""
-        assert self._learned is not None, "learn comes before apply"
-        if not (self.lr.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph reads the rate of its replay
-            self.set_rate(lr)
-        inward = self.sae.input_bias is not None
+    def step(self) -> None:
+        """Take the gradients of what `backward` was given and move the weights by them."""
+        assert self._gradients is not None, "backward comes before step"
         ops.backward_update(
             self.state_of_rule,
             self.rule,
             self.lr,
             self.bias_lr,
-            *self._learned,
-            centred_by_b_dec=inward,
+            *self._gradients,
+            centred_by_b_dec=self.sae.input_bias is not None,
             signed=self.sae.signed,
         )
-        self._learned = None
+        self._gradients = None
         self._weights_changed()
+
+    def share_weights(self) -> None:
+        """Nothing: it works in one process."""

@@ -9,29 +9,39 @@ The defaults come from sweeps on real and planted data (`scripts/bench/recipe.py
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
 
+from steersman.config import setting
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.kernels import Implementation, RuleName, StateDtype
-from steersman.train.store.batch import ActivationBatch, ActivationSource
+from steersman.sae import SAE
 
 
+@renamed_fields(activation="architecture")
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How to train an SAE. Every field left at None is filled in by `resolve`.
 
-    >>> TrainConfig(d_sae=4096, k=32).activation
+    Settings that say only how a run is computed, kept or reported (device, kernels, logging, checkpoints, layout) may
+    change when it is resumed. On another device or with other kernels it goes on from the same weights, but no longer
+    gives the bits of the run that was not moved.
+
+    >>> TrainConfig(d_sae=4096, k=32).architecture
     'topk'
     """
 
     d_sae: int
     """Number of features."""
-    k: int
-    """Active features a token: exactly (topk) or on average (batch_topk)."""
-    activation: Literal["topk", "batch_topk"] = "topk"
-    """The SAE's architecture."""
+    k: int = 0
+    """Active features a token: exactly (topk, abs_topk), on average (batch_topk), or not used."""
+    architecture: str = "topk"
+    """The SAE's architecture: the name of one of `SAE.architectures` that is trainable."""
+    hook_out: str | None = None
+    """Hook point of the store that is to be predicted, which makes it a transcoder; None: the activations that are
+    read."""
     tokens: int | None = None
     """Rows to train on, passing over the store as often as that takes; None is one pass."""
     batch_size: int | None = None
@@ -41,9 +51,9 @@ class TrainConfig:
     bias_lr_ratio: float = 3.0
     """Learning rate of the biases, in units of `lr`."""
     warmup: float = 0.02
-    """Share of the steps over which the learning rate rises from 0."""
+    """Fraction of the steps over which the learning rate rises from 0."""
     decay: float = 0.25
-    """Share of the steps, at the end, over which the learning rate falls to 0."""
+    """Fraction of the steps, at the end, over which the learning rate falls to 0."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the optimiser's moments; Signum uses the first."""
     optimizer: RuleName = "adam"
@@ -67,46 +77,53 @@ class TrainConfig:
     """Largest global gradient norm; None does not clip."""
     grad_accumulation: int = 1
     """Parts a batch is split into, one after the other, to save memory. The step is the same."""
-    cuda_graph: bool = False
+    cuda_graph: bool = setting(False, identity=False)
     """Whether steps are replayed as one CUDA graph, which saves the host's time where steps are short. Needs the fused
-    update and topk."""
+    update and an architecture that never waits for the device, as topk."""
     ema: float = 0.0
     """Decay of the moving average of the weights that is saved in their place; 0 saves the weights themselves."""
     heldout_fraction: float = 0.05
-    """Share of the rows, from the last documents, that is never trained on."""
+    """Fraction of the rows, from the last documents, that is never trained on."""
     seed: int = 0
     """The one source of every random choice: initial weights and order of rows."""
-    log_every: int = 10
+    log_every: int = setting(10, identity=False)
     """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: int = 1000
+    checkpoint_every: int = setting(1000, identity=False)
     """Steps between two checkpoints."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = setting(2, identity=False)
     """Checkpoints kept in the run folder, the newest ones; at least 1."""
-    statistics_tokens: int = 1_000_000
+    statistics_tokens: int = setting(1_000_000, identity=False)
     """Rows over which the finished SAE's feature statistics are taken, at most."""
-    device: str = "auto"
+    device: str = setting("auto", identity=False)
     """Where to train: auto, cpu, cuda, cuda:1, ..."""
-    latent_shards: int | None = None
+    latent_shards: int | None = setting(None, identity=False)
     """With several processes (torchrun): how many of them share the latents; the rest of the factor are replicas that
-    share the batch. None: all of them. Does not change the result, so a run may go on with another layout."""
-    model_ranks: int = 0
+    share the batch. None: all of them. Does not change the result, so a run may be resumed with another layout."""
+    model_ranks: int = setting(0, identity=False)
     """With several processes and no store: how many of them, the last ones, run the model and send its activations to
     the others, which train. 0: every rank does both. Does not change the result."""
-    timeout_seconds: float = 600.0
+    timeout_seconds: float = setting(600.0, identity=False)
     """With several processes: how long one may be silent before the others end with an error."""
-    kernels: Implementation = "auto"
+    kernels: Implementation = setting("auto", identity=False)
     """Implementation of the SAE's arithmetic: triton (NVIDIA GPUs), torch, or auto, the faster that the device has."""
-    wandb_project: str | None = None
+    wandb_project: str | None = setting(None, identity=False)
     """Weights & Biases project to log to as well; None does not."""
+    options: dict[str, Any] = setting(default_factory=dict)
+    """Settings that the architecture has of its own, by name; those left out are at its defaults."""
 
     def __post_init__(self) -> None:
+        kind = SAE.architectures[self.architecture]
+        trainable = ", ".join(name for name, one in SAE.architectures.items() if one.trainable)
         checks: list[tuple[bool, str]] = [
-            (1 <= self.k <= self.d_sae, f"k = {self.k} must lie between 1 and d_sae = {self.d_sae}"),
-            (self.activation in ("topk", "batch_topk"), f"cannot train {self.activation!r}; use topk or batch_topk"),
+            (kind.trainable, f"cannot train {self.architecture!r}; use one of {trainable}"),
+            (
+                not kind.uses_k or 1 <= self.k <= self.d_sae,
+                f"k = {self.k} must lie between 1 and d_sae = {self.d_sae}",
+            ),
             (self.batch_size is None or self.batch_size >= 1, f"batch_size = {self.batch_size} must be at least 1"),
             (self.tokens is None or self.tokens >= 1, f"tokens = {self.tokens} must be at least 1"),
             (self.lr is None or 0 < self.lr < 1, f"lr = {self.lr} must lie between 0 and 1"),
-            (0 <= self.warmup <= 1 and 0 <= self.decay <= 1, "warmup and decay are shares of the run: 0 to 1"),
+            (0 <= self.warmup <= 1 and 0 <= self.decay <= 1, "warmup and decay are fractions of the run: 0 to 1"),
             (0 <= self.ema < 1, f"ema = {self.ema} must be at least 0 and below 1"),
             (0 < self.heldout_fraction < 1, f"heldout_fraction = {self.heldout_fraction} must lie between 0 and 1"),
             (self.grad_accumulation >= 1, f"grad_accumulation = {self.grad_accumulation} must be at least 1"),
@@ -133,13 +150,39 @@ class TrainConfig:
                 "use fused_update=False or grad_accumulation=1",
             ),
             (
-                self.activation == "topk" or self.grad_accumulation == 1,
-                "batch_topk selects over the whole batch: use grad_accumulation=1 and a smaller batch_size",
+                not self.fused_update or kind.fused,
+                f"the fused update has only the squared error and AuxK, and {self.architecture} has a loss of its own: "
+                "use fused_update=False",
+            ),
+            (
+                not kind.whole_batch or self.grad_accumulation == 1,
+                f"{self.architecture} selects over the whole batch: use grad_accumulation=1 and a smaller batch_size",
             ),
         ]
         for ok, message in checks:
             if not ok:
                 raise SteersmanError(message)
+
+    def record(self) -> dict[str, Any]:
+        """The settings as files hold them: under the names that they always had, without those of the layout."""
+        return {
+            _ON_DISK.get(name, name): value
+            for name, value in asdict(self).items()
+            if name not in _UNRECORDED and (value or name not in _RECORDED_IF_SET)
+        }
+
+
+_ON_DISK = {"architecture": "activation"}
+"""Fields that files know by another name."""
+_RECORDED_IF_SET = ("options", "hook_out")
+_UNRECORDED = ("latent_shards", "model_ranks", "timeout_seconds")
+_NO_IDENTITY = {field.name for field in fields(TrainConfig) if not field.metadata.get("identity", True)}
+
+
+def identity_of_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's record says that must be the same to resume it."""
+    training = {name: value for name, value in record["training"].items() if name not in _NO_IDENTITY}
+    return {**record, "training": training}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +198,7 @@ class Recipe:
     dead_after_steps: int
 
     def lr_factor(self, step: int) -> float:
-        """The learning rate of `step` (from 0) as a share of the peak: linear up, flat, linear down."""
+        """The learning rate of `step` (from 0) as a fraction of the peak: linear up, flat, linear down."""
         up = (step + 1) / self.warmup_steps if self.warmup_steps else 1.0
         down = (self.n_steps - step) / self.decay_steps if self.decay_steps else 1.0
         return min(1.0, up, down)
@@ -187,15 +230,3 @@ def resolve(config: TrainConfig, d_in: int, n_rows: int | None) -> Recipe:
         k_aux=config.k_aux if config.k_aux is not None else max(1, d_in // 2),
         dead_after_steps=max(1, math.ceil(dead_after / batch_size)),
     )
-
-
-def training_batches(
-    source: ActivationSource, config: TrainConfig, recipe: Recipe, step: int, **share: Any
-) -> Iterator[ActivationBatch]:
-    """The batches of steps `step`, `step + 1`, ..., epoch after epoch."""
-    an_epoch = source.n_batches(recipe.batch_size, split="train", heldout_fraction=config.heldout_fraction)
-    epoch, start = divmod(step, an_epoch) if an_epoch else (0, step)
-    reading = {"split": "train", "heldout_fraction": config.heldout_fraction, "seed": config.seed, **share}
-    while True:
-        yield from source.batches(recipe.batch_size, epoch=epoch, start=start, **reading)
-        epoch, start = epoch + 1, 0

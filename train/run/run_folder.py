@@ -2,7 +2,7 @@
 
 Layout of a run folder:
 
-- `config.json`: the configuration and what was trained on; the same command finds it and goes on, another is refused.
+- `config.json`: the configuration and what was trained on; the same command resumes the run, another is refused.
 - `metrics.jsonl`: one line every `log_every` steps.
 - `checkpoints/step_00001000/`: see `checkpoints.py`; the last N.
 - `cfg.json`, `sae_weights.safetensors`, `feature_stats.safetensors`: the finished SAE (`SAE.load(run)`).
@@ -13,26 +13,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+from steersman.config import differences
 from steersman.errors import SteersmanError
-from steersman.files import write_json, write_whole
+from steersman.files import make_folder, write_json, write_whole
 from steersman.sae.formats.saelens import CONFIG
+from steersman.train.run.recipe import identity_of_record
 
 
 class RunFolder:
     """The folder of one run. Opening it with another configuration than it holds is an error that names the fields."""
 
-    def __init__(self, path: Path, config: dict[str, Any]):
+    def __init__(self, path: Path, record: dict[str, Any]):
+        """`record` says what the run is, its settings under "training"; of them those that are no part of the identity
+        may have changed since."""
         self.path = path
         self.checkpoints = path / "checkpoints"
         recorded = path / "config.json"
-        # Through JSON and back, so that tuples and lists compare equal.
-        config = json.loads(json.dumps(config))
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SteersmanError(f"{path} cannot be made: {error.strerror}") from error
+        make_folder(self.checkpoints)
         if recorded.is_file():
-            differing = _differences(json.loads(recorded.read_text()), config)
+            before = json.loads(recorded.read_text())
+            differing = differences(identity_of_record(before), identity_of_record(record))
             if differing:
                 raise SteersmanError(
                     f"{path} holds a run with another configuration ({differing}); choose another folder or delete it"
@@ -40,7 +40,7 @@ class RunFolder:
         elif (path / CONFIG).exists():
             raise SteersmanError(f"{path} already holds an SAE; choose another folder")
         else:
-            write_json(recorded, config)
+            write_json(recorded, record)
 
     @property
     def finished(self) -> bool:
@@ -71,15 +71,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError):  # a line cut short by a kill
         return float("inf")
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
-    parts = []
-    for name in sorted(old.keys() | new.keys()):
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            inner = _differences(a, b, f"{prefix}{name}.")
-            parts += [inner] if inner else []
-        elif a != b:
-            parts.append(f"{prefix}{name} was {a}, now {b}")
-    return "; ".join(parts)

@@ -1,32 +1,27 @@
-"""Many SAEs from one reading of a store: sweeps over hook points, sizes, rates and seeds.
+"""Many SAEs from one reading of a store: sweeps over hook points, architectures, sizes, rates and seeds.
 
-Runs that read the same rows in the same order (hook point, batch size, seed, held-out share) take each batch together;
-the store is read once for all of them. Each run is that of `train_sae`, with a folder of its own, and ends with the
-same bytes. Started by `torchrun`, every process takes a part of the runs, and they need nothing of each other.
+Runs that read the same rows in the same order (hook point, batch size, seed, held-out fraction) take each batch
+together; the store is read once for all of them. Each is the run of `train_sae`, with a folder of its own, and ends
+with the same bytes. Started by `torchrun`, every process takes a part of the runs, and they need nothing of each other;
+a run that sets `latent_shards` is trained by all of them together.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
-
-from steersman.errors import PreemptedError, SteersmanError
-from steersman.parallel import RankGroup, rank_and_world_size, use_local_accelerator
+from steersman.errors import SteersmanError
+from steersman.parallel import Mesh, Ranks, process_group, rank_and_world_size, use_local_accelerator
 from steersman.sae import SAE
-from steersman.train.run.checkpoints import Checkpoints
-from steersman.train.run.metrics_log import Journal
-from steersman.train.run.preemption import Preemption
-from steersman.train.run.recipe import TrainConfig, training_batches
-from steersman.train.run.run_folder import RunFolder
-from steersman.train.run.trainer import Trainer, finish_run, prepare
-from steersman.train.store.batch import ActivationSource
+from steersman.train.mesh.preemption import Preemption
+from steersman.train.run.recipe import TrainConfig
+from steersman.train.run.run import Run, mesh_of, train
 from steersman.train.store.store import ActivationStore, HookView
-
-log = logging.getLogger(__name__)
+from steersman.yaml_settings import read_yaml, typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,33 +34,16 @@ class SweepRun:
     """Which hook point of the store; the first if not given."""
 
 
-@dataclass
-class _Running:
-    """A run that is not finished."""
-
-    name: str
-    source: ActivationSource
-    trainer: Trainer
-    folder: RunFolder
-    checkpoints: Checkpoints
-    journal: Journal | None = field(default=None)
-
-    @property
-    def reading(self) -> tuple[object, ...]:
-        """Runs with the same reading take the same batches."""
-        config, recipe = self.trainer.config, self.trainer.recipe
-        return self.source.hook_name, recipe.batch_size, config.seed, config.heldout_fraction
-
-
 def train_many(
     store: ActivationStore, runs: Mapping[str, SweepRun | TrainConfig], out: str | os.PathLike[str]
 ) -> dict[str, SAE]:
     """Train an SAE for each of `runs` in the folder `out`/name, reading the store once for those that can share it.
 
-    Interrupted, the same call goes on with each run from its last checkpoint; finished ones are loaded.
+    Interrupted or asked to end, it saves all runs that are under way; the same call resumes each from its last
+    checkpoint. Finished ones are loaded.
 
     Returns:
-        name -> SAE; of several processes, each returns those that it trained.
+        name -> SAE; of several processes, each returns those that it had a part in.
 
     Raises:
         SteersmanError: what `train_sae` raises, with the run's name; no runs; a name that is no folder name.
@@ -75,79 +53,122 @@ def train_many(
     for name in runs:
         if not name or "/" in name or name.startswith("."):
             raise SteersmanError(f"{name!r} cannot name a run's folder; use letters, digits, - and _")
+    given = {name: run if isinstance(run, SweepRun) else SweepRun(config=run) for name, run in runs.items()}
     rank, n_ranks = rank_and_world_size()
-    if n_ranks > 1:
-        use_local_accelerator()
-    mine = list(runs.items())[rank::n_ranks]
-    trained: dict[str, SAE] = {}
-    groups: dict[tuple[object, ...], list[_Running]] = {}
-    for name, run in mine:
-        run = run if isinstance(run, SweepRun) else SweepRun(config=run)
-        try:
-            found = _open(name, store, run, Path(out))
-        except SteersmanError as error:
-            raise type(error)(f"run {name}: {error}") from error
-        if isinstance(found, SAE):
-            trained[name] = found
-        else:
-            groups.setdefault(found.reading, []).append(found)
-    with Preemption(RankGroup()) as preemption:
-        for group in groups.values():
-            _train_together(group, preemption)
-            for run in group:
-                trained[run.name] = finish_run(run.trainer, run.source, run.folder)
-    return trained
-
-
-def _open(name: str, store: ActivationStore, run: SweepRun, out: Path) -> "_Running | SAE":
-    source: ActivationSource = store if run.hook is None else HookView(store, run.hook)
-    plan = prepare(source, run.config)
-    folder = RunFolder(out / name, plan.record)
-    if folder.finished:
-        return SAE.load(folder.path)
-    trainer = Trainer(run.config, plan.recipe, source.stats(), plan.cfg)
-    checkpoints = Checkpoints(folder.checkpoints, run.config.keep_checkpoints)
-    checkpoints.clear_unfinished()
-    if trainer.resume(checkpoints):
-        log.info("%s: going on from step %d of %d", name, trainer.n_steps_done, plan.recipe.n_steps)
-    return _Running(name, source, trainer, folder, checkpoints)
-
-
-def _train_together(group: list[_Running], preemption: Preemption) -> None:
+    together = {name: run for name, run in given.items() if n_ranks > 1 and run.config.latent_shards is not None}
+    alone = dict([item for item in given.items() if item[0] not in together][rank::n_ranks])
     with ExitStack() as stack:
-        for run in group:
-            if run.trainer.n_steps_done == 0:
-                with closing(run.trainer.batches(run.source)) as batches:
-                    run.trainer.fit_encoder_scale(next(batches))
-            run.journal = stack.enter_context(closing(Journal(run.trainer, run.folder)))
-            stack.callback(run.checkpoints.settle)
-        for step, x in _shared_batches(group):
-            for run in group:
-                if run.trainer.n_steps_done == step < run.trainer.recipe.n_steps:
-                    run.trainer.step(x)
-                    _after_step(run)
-            if preemption.now():
-                for run in group:
-                    run.trainer.save(run.checkpoints)
-                    run.checkpoints.wait()
-                raise PreemptedError(f"asked to end at step {step + 1}; the same command goes on from here")
-    for run in group:
-        run.checkpoints.wait()
+        if n_ranks > 1:
+            use_local_accelerator()
+        if together:
+            stack.enter_context(process_group(max(run.config.timeout_seconds for run in together.values())))
+        ranks_of: dict[Mesh, Ranks] = {Mesh(): Ranks(Mesh())}
+        opened: dict[str, Run] = {}
+        for name, run in (alone | together).items():
+            with _naming(name):
+                if run.config.model_ranks:
+                    raise SteersmanError("model_ranks is for training straight from a model: use 0 on a store")
+                source = store if run.hook is None else HookView(store, run.hook)
+                mesh = mesh_of(source, run.config, rank, n_ranks) if name in together else Mesh()
+                if mesh not in ranks_of:
+                    ranks_of[mesh] = stack.enter_context(Ranks(mesh, run.config.timeout_seconds))
+                opened[name] = Run(source, run.config, Path(out) / name, ranks_of[mesh])
+        groups: dict[tuple[object, ...], list[Run]] = {}
+        for run in opened.values():
+            if not run.finished:
+                groups.setdefault(run.reading, []).append(run)
+        for group in groups.values():
+            with Preemption(group[0].ranks.control) as preemption:
+                train(group, preemption)
+                if preemption.now():
+                    raise preemption.error("asked to end between two trainings; the same command resumes from here")
+        return {name: run.load() for name, run in opened.items()}
 
 
-def _shared_batches(group: list[_Running]) -> Iterator[tuple[int, Tensor]]:
-    first = group[0]
-    start = min(run.trainer.n_steps_done for run in group)
-    stop = max(run.trainer.recipe.n_steps for run in group)
-    batches = training_batches(first.source, first.trainer.config, first.trainer.recipe, start)
-    for step in range(start, stop):
-        yield step, next(batches).x
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors of the block name the run."""
+    try:
+        yield
+    except SteersmanError as error:
+        raise type(error)(f"run {name}: {error}") from error
 
 
-def _after_step(run: _Running) -> None:
-    trainer = run.trainer
-    if run.journal is not None:
-        run.journal.step_done()
-    step = trainer.n_steps_done
-    if step % trainer.config.checkpoint_every == 0 and step < trainer.recipe.n_steps:
-        trainer.save(run.checkpoints)
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(TrainConfig):
+    """Train many SAEs on one store, which is read once for all that can share it: one for each combination of what the
+    lists say, or those of a file. All other settings are the same for all."""
+
+    store: str
+    """Folder of a store that `steersman cache` wrote."""
+    out: str
+    """Folder for the runs' folders. Runs that were interrupted are resumed, finished ones left as they are."""
+    d_sae: int = 0
+    """Number of features, where `d_saes` lists none."""
+    hooks: tuple[str, ...] = ()
+    """Hook points of the store; the first if none is given."""
+    architectures: tuple[str, ...] = ()
+    """Values of `architecture`."""
+    d_saes: tuple[int, ...] = ()
+    """Values of `d_sae`."""
+    ks: tuple[int, ...] = ()
+    """Values of `k`."""
+    lrs: tuple[float, ...] = ()
+    """Values of `lr`."""
+    batch_sizes: tuple[int, ...] = ()
+    """Values of `batch_size`; each is a reading of the store."""
+    aux_coefficients: tuple[float, ...] = ()
+    """Values of `aux_coefficient`."""
+    seeds: tuple[int, ...] = ()
+    """Values of `seed`; each is a reading of the store."""
+    runs: str | None = None
+    """YAML file with a mapping `runs`: name of each run -> the settings, and the `hook`, that it does not share with
+    the others. In place of the lists."""
+
+    def __post_init__(self) -> None:
+        """Nothing is checked here: each run's own settings are."""
+
+    def each(self) -> dict[str, SweepRun]:
+        """The runs by name, each name made of what differs. Raises a SteersmanError for settings that cannot be."""
+        named = self._combinations() if self.runs is None else self._from_file(Path(self.runs))
+        shared = {field.name: getattr(self, field.name) for field in fields(TrainConfig)}
+        found = {}
+        for name, settings in named.items():
+            hook = settings.pop("hook", None)
+            with _naming(name):
+                found[name] = SweepRun(config=TrainConfig(**(shared | settings)), hook=hook)
+        return found
+
+    def _combinations(self) -> dict[str, dict[str, Any]]:
+        lists = {name: getattr(self, many) for name, many in _LISTS.items() if getattr(self, many)}
+        combinations = [dict(zip(lists, values)) for values in product(*lists.values())]
+        return {"_".join(f"{name}-{value}" for name, value in one.items()) or "run": one for one in combinations}
+
+    def _from_file(self, path: Path) -> dict[str, dict[str, Any]]:
+        if any(getattr(self, many) for many in _LISTS.values()):
+            raise SteersmanError(f"give either --runs, or {', '.join(_LISTS.values())}, not both")
+        named = read_yaml(path, _RunsFile)["runs"]
+        return {name: typed(settings, _RunOfFile, f"{path}: run {name}") for name, settings in named.items()}
+
+
+_LISTS = {
+    "hook": "hooks",
+    "architecture": "architectures",
+    "d_sae": "d_saes",
+    "k": "ks",
+    "lr": "lrs",
+    "batch_size": "batch_sizes",
+    "aux_coefficient": "aux_coefficients",
+    "seed": "seeds",
+}
+"""Settings that `SweepConfig` has lists of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RunsFile:
+    runs: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RunOfFile(TrainConfig):
+    hook: str | None = None

@@ -1,388 +1,261 @@
-"""The training loop of a top-k SAE, from activations to a saved folder.
+"""The training of an SAE, step by step: `Trainer` holds the weights, the optimiser and the counters.
 
 Inputs are scaled to unit variance per dimension while training, and the scale is folded into the weights at the end.
 A step makes no host synchronisation: losses and counters stay on the device and are read every `log_every` steps.
 
-Shape letters: N tokens of a batch, L latents, D width, K active latents a token, A candidates of the AuxK loss.
+A job of several ranks trains by the same code. Each holds some of the latents and sees its replica's rows; what an
+architecture needs of the others goes through `SAE.latents` (`mesh/latents.py`), and what the weights need through the
+updater. One process is the mesh of 1 x 1 ranks.
+
+Shape letters: N tokens of a batch, L latents of this rank, D width.
 """
 
-import logging
 import math
-import os
-from collections.abc import Callable, Generator
-from contextlib import closing
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from steersman import __version__
 from steersman.device import pick_device
-from steersman.errors import PreemptedError, SteersmanError
-from steersman.kernels import using
-from steersman.parallel import RankGroup, rank_and_world_size, use_local_accelerator
-from steersman.progress import progress
-from steersman.sae import SAE, AuxTerm, BatchTopKSAE, SAEConfig
-from steersman.sae.metrics import collect_feature_stats, measure_reconstruction
-from steersman.train.reports.plots import plot_run
-from steersman.train.run.checkpoints import Checkpoints
+from steersman.errors import SteersmanError
+from steersman.parallel import Mesh, Ranks
+from steersman.sae import SAE, SAEConfig
+from steersman.sae.training import Step, TrainingState
+from steersman.train.mesh.latents import new_sae
+from steersman.train.run.checkpoints import Checkpoints, latent_dim, state_key
+from steersman.train.run.dead_latents import DeadLatents
 from steersman.train.run.graph import GraphedStep
-from steersman.train.run.metrics_log import Journal
-from steersman.train.run.optim import Updater, make_updater, parameters_of
-from steersman.train.run.preemption import Preemption
-from steersman.train.run.recipe import Recipe, TrainConfig, resolve, training_batches
-from steersman.train.run.run_folder import RunFolder
-from steersman.train.store.batch import ActivationSource
+from steersman.train.run.optim import FusedUpdater, Updater, make_updater
+from steersman.train.run.recipe import Recipe, TrainConfig
 from steersman.train.store.statistics import ActivationStats
 
-log = logging.getLogger(__name__)
-
-_PLACE = ("latent_shards", "model_ranks", "timeout_seconds")
-"""Settings that say only where a run is computed."""
+_SUMS = ("squared_error", "aux", "active")
+"""What is summed up for the log in every run; further losses come after them, by name."""
+_ACTIVE = _SUMS.index("active")
 
 
 class Trainer:
-    """One SAE in training: its weights, its optimiser and its counters, advanced by `step`."""
+    """One SAE in training, or this rank's part of it, advanced by `step`. All ranks call its methods together."""
 
-    def __init__(self, config: TrainConfig, recipe: Recipe, stats: ActivationStats, cfg: SAEConfig):
-        variance = stats.mean_squared_norm - float(stats.mean.double().square().sum())
-        if not (math.isfinite(variance) and variance > 1e-12 * max(stats.mean_squared_norm, 1e-30)):
-            raise SteersmanError("the activations do not vary: there is nothing for an SAE to learn from them")
+    def __init__(
+        self,
+        config: TrainConfig,
+        recipe: Recipe,
+        stats: ActivationStats,
+        cfg: SAEConfig,
+        ranks: Ranks | None = None,
+        target_stats: ActivationStats | None = None,
+    ) -> None:
+        """`cfg` is that of the whole SAE; `ranks` the job's, this process alone if not given. `target_stats` are those
+        of what a transcoder predicts."""
         self.config, self.recipe, self.cfg = config, recipe, cfg
-        self.device = pick_device(config.device)
-        self.scale = math.sqrt(cfg.d_in / variance)
-        self.sae = self._new_sae(cfg).to(self.device)
-        with torch.no_grad():
-            self.sae.b_dec.copy_(stats.mean * self.scale)
-        self.updater: Updater = self._new_updater()
-        self.ema = [p.detach().clone() for p in self.parameters] if config.ema else []
-        self.n_steps_done = 0
-        self.silent_steps = torch.zeros(self.sae.cfg.d_sae, dtype=torch.int32, device=self.device)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        """Squared error, AuxK loss and active features, summed since the last log line."""
-        self._graph = GraphedStep(self) if config.cuda_graph else None
-
-    # What a trainer that is one of several ranks does its own way; see `sharded.py`.
-
-    n_replicas = 1
-    """Processes that share the batch, each with an equal part of it."""
-
-    @property
-    def held(self) -> tuple[int, int]:
+        self.ranks = ranks or Ranks(Mesh())
+        self.held = self.ranks.mesh.local_latents(cfg.d_sae)
         """First and end latent whose weights are here."""
-        return 0, self.cfg.d_sae
+        self.owned = self.ranks.mesh.owned_latents(cfg.d_sae)
+        """First and end latent that this rank moves."""
+        self.device = pick_device(config.device)
+        target_stats = target_stats or stats
+        self.scale, self.scale_out = _unit_variance(stats), _unit_variance(target_stats)
+        self.sae = new_sae(cfg, config.seed, self.ranks).to(self.device)
+        with torch.no_grad():
+            self.sae.b_dec.copy_(target_stats.mean * self.scale_out)
+        self.updater: Updater = make_updater(self.sae, config, recipe.lr, self.ranks)
+        self.ema = {name: p.detach().clone() for name, p in self.updater.parameters.items()} if config.ema else {}
+        self.dead_latents = DeadLatents(self.sae.cfg.d_sae, recipe, config.aux_coefficient, self.ranks, self.device)
+        self.n_steps_done = 0
+        self.between_steps = True
+        """Whether no step is half done, so that the state is one to save."""
+        self.n_steps_summed = 0
+        self.summed = _SUMS
+        self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.device)
+        """Losses and active features by the names in `summed`, over `n_steps_summed` steps."""
+        self._take = self._graphed() if config.cuda_graph else self._take_step
 
-    @property
-    def owned(self) -> tuple[int, int]:
-        """First and end latent that this process moves."""
-        return self.held
-
-    def batches(self, source: ActivationSource) -> Generator[Tensor]:
-        """This process's rows of the batches to come, epoch after epoch."""
-        for batch in training_batches(source, self.config, self.recipe, self.n_steps_done):
-            yield batch.x
-
-    def _new_sae(self, cfg: SAEConfig) -> SAE:
-        return SAE(cfg, torch.Generator().manual_seed(self.config.seed))
-
-    def _new_updater(self) -> Updater:
-        return make_updater(self.sae, self.config, self.recipe.lr)
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """The trained tensors, or those parts of them that this process moves."""
-        return parameters_of(self.sae)
-
-    def _rebuild(self, x: Tensor) -> Tensor:
-        return self.sae.decode_training(self.sae.encode_training(x))
-
-    def _total(self, sums: Tensor) -> Tensor:
-        """Sums over this process's rows -> over the whole batch."""
-        return sums
-
-    def _count_silence(self, fired: Tensor) -> None:
-        self.silent_steps += 1
-        self.silent_steps.masked_fill_(fired > 0, 0)
+    def _graphed(self) -> GraphedStep:
+        obstacles = {
+            "it needs a CUDA device": self.device.type != "cuda",
+            f"{self.cfg.architecture} reads numbers from the device": not self.sae.host_free,
+            "it needs the fused update": not isinstance(self.updater, FusedUpdater),
+        }
+        for obstacle, there in obstacles.items():
+            if there:
+                raise SteersmanError(f"cuda_graph=True cannot be: {obstacle}; use cuda_graph=False")
+        return GraphedStep(self._take_step, self.device, self.updater.parameters.values())
 
     # The step
 
-    def scaled(self, x: Tensor) -> Tensor:
-        """Activations [N, D] as the SAE sees them while training: fp32, on the device, unit variance."""
-        return x.to(self.device, non_blocking=True).float() * self.scale
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What of rows [N, D] is input and what is target: of an SAE both are all of it, of a transcoder its two hook
+        points. The one place that knows it."""
+        width = self.cfg.d_in
+        return (rows[:, :width], rows[:, width:]) if self.cfg.transcoder else (rows, rows)
+
+    def scaled(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """`split` as the SAE sees it while training: fp32, on the device, unit variance per dimension."""
+        x, target = self.split(rows.to(self.device, non_blocking=True).float())
+        scaled = x * self.scale
+        return scaled, scaled if target is x else target * self.scale_out
 
     @torch.no_grad()
-    def fit_encoder_scale(self, x: Tensor) -> None:
-        """Scale the encoder so that the first reconstruction of x [N, D] has the best length.
+    def fit_encoder_scale(self, rows: Tensor) -> None:
+        """Scale the encoder so that the first reconstruction of rows [N, D] has the best length.
 
         With the encoder the transpose of an overcomplete decoder, the K features together overshoot; least squares
         gives the one factor that helps most, and saves the first tenth of a short run.
         """
-        sae, x = self.sae, self.scaled(x)
-        centred = x - sae.b_dec
-        rebuilt = self._rebuild(x) - sae.b_dec
-        along, squared = self._total(torch.stack([(centred * rebuilt).sum(), rebuilt.square().sum()]))
+        sae, (x, target) = self.sae, self.scaled(rows)
+        centred = target - sae.b_dec
+        rebuilt = sae.decode_training(sae.encode_training(x)) - sae.b_dec
+        products = torch.stack([(centred * rebuilt).sum(), rebuilt.square().sum()])
+        along, squared = self.ranks.data.all_reduce_sum_(products)
         factor = along / squared
         sae.W_enc.mul_(torch.where(factor.isfinite() & (factor > 0), factor, torch.ones_like(factor)))
 
-    def step(self, x: Tensor) -> None:
-        """One optimiser step on a batch of activations [N, D]."""
-        if self._graph is not None:
-            self._graph(x)
-        else:
-            self.take_step(x)
-
-    def take_step(self, x: Tensor) -> None:
-        """`step` without a CUDA graph, in `grad_accumulation` parts."""
-        sae, recipe = self.sae, self.recipe
-        x = self.scaled(x)
-        fired = torch.zeros(sae.cfg.d_sae, device=self.device)
-        aux_term = self._aux_term()
-        for part in x.chunk(self.config.grad_accumulation):
-            # x has unit variance per dimension, so the loss a number is an estimate of FVU, whatever the batch holds.
-            code, squared_error, aux = self.updater.learn(part, x.numel() * self.n_replicas, aux_term)
-            active = (code.values.detach() > 0).float()
-            fired.scatter_add_(0, code.order.indices.flatten().long(), active.flatten())
-            self.sums += torch.stack([squared_error, aux, active.sum()]).double()
-            if isinstance(sae, BatchTopKSAE) and code.min_selected is not None:
-                self._track_threshold(sae, code.min_selected)
-        self.updater.apply(recipe.lr * recipe.lr_factor(self.n_steps_done))
-        for average, parameter in zip(self.ema, self.parameters):
-            average.lerp_(parameter.detach(), 1 - self.config.ema)
-        self._count_silence(fired)
+    def step(self, rows: Tensor) -> None:
+        """One optimiser step on this replica's rows [N, D] of a batch."""
+        self.between_steps = False
+        self.updater.set_rate(self.recipe.lr * self.recipe.lr_factor(self.n_steps_done))
+        self._take(rows)
         self.n_steps_done += 1
+        self.n_steps_summed += 1
+        self.between_steps = True
 
-    def _aux_term(self) -> AuxTerm | None:
-        """AuxK over the longest-silent latents, weighted down while fewer than `k_aux` are dead."""
-        recipe = self.recipe
-        dead = self.silent_steps >= recipe.dead_after_steps
-        if not self.config.aux_coefficient or (self.device.type == "cpu" and not bool(dead.any())):
-            return None
-        n_candidates = min(self.sae.cfg.d_sae, max(4 * recipe.k_aux, 64))
-        candidates = longest_silent(self.silent_steps, n_candidates)
-        weight = (dead.sum() / recipe.k_aux).clamp(max=1.0)
-        return AuxTerm(candidates, ~dead[candidates], weight, recipe.k_aux, self.config.aux_coefficient)
+    def _take_step(self, rows: Tensor) -> None:
+        """What the device does in a step, in `grad_accumulation` parts."""
+        sae, config = self.sae, self.config
+        x, target = self.scaled(rows)
+        fired = torch.zeros(sae.cfg.d_sae, device=self.device)
+        aux = self.dead_latents.aux_term()
+        state = TrainingState(step=self.n_steps_done, n_steps=self.recipe.n_steps, aux=aux, config=config)
+        # Targets have unit variance per dimension, so the loss a number estimates FVU, whatever the batch holds.
+        n_values = target.numel() * self.ranks.mesh.data
+        for part in zip(x.chunk(config.grad_accumulation), target.chunk(config.grad_accumulation)):
+            step = self.updater.backward(*part, n_values, state)
+            active = step.code.active.float()
+            fired.scatter_add_(0, step.code.order.indices.flatten().long(), active.flatten())
+            self._add(step, active.sum())
+            sae.after_step(step, state)
+        self.updater.step()
+        for name, average in self.ema.items():
+            average.lerp_(self.updater.parameters[name].detach(), 1 - config.ema)
+        self.dead_latents.step_done(fired)
 
-    @torch.no_grad()
-    def _track_threshold(self, sae: BatchTopKSAE, smallest: Tensor) -> None:
-        usable = torch.where(smallest.isfinite(), smallest, sae.threshold)
-        moved = 0.99 * sae.threshold + 0.01 * usable
-        sae.threshold.copy_(torch.where(sae.threshold < 0, usable, moved))
+    # What is logged
 
-    def read_metrics(self, n_tokens: int) -> dict[str, float]:
-        """Losses over the `n_tokens` since the last reading: the one place where the host waits for the device."""
-        squared_error, aux, active = (self.sums / n_tokens).tolist()
+    def _add(self, step: Step, active: Tensor) -> None:
+        losses = {name: value.detach() for name, value in {**step.losses, **step.logged}.items()}
+        if step.losses.keys() - set(_SUMS):
+            losses["loss"] = step.loss.detach()
+        further = tuple(name for name in losses if name not in self.summed)
+        if further:
+            self.summed += further
+            self.sums = torch.cat([self.sums, self.sums.new_zeros(len(further))])
+        losses["active"] = active
+        nothing = torch.zeros_like(active)
+        self.sums += torch.stack([losses.get(name, nothing) for name in self.summed]).double()
+
+    def _sums_of_ranks(self) -> Tensor:
+        """`sums` over all ranks: losses are those of a replica's rows, active features those of a rank's latents."""
+        sums, active = self.ranks.data.all_reduce_sum_(self.sums.clone()), slice(_ACTIVE, _ACTIVE + 1)
+        sums[active] = self.ranks.latent.all_reduce_sum_(sums[active].clone())
+        return sums
+
+    def read_metrics(self) -> dict[str, float]:
+        """Losses over the steps since the last reading: the one place where the host waits for the device."""
+        n_tokens = max(1, self.n_steps_summed) * self.recipe.batch_size
+        means = dict(zip(self.summed, (self._sums_of_ranks() / n_tokens).tolist()))
         self.sums.zero_()
-        fvu, aux = squared_error / self.sae.cfg.d_in, aux / self.sae.cfg.d_in
-        dead = float((self.silent_steps >= self.recipe.dead_after_steps).float().mean())
-        loss = fvu + self.config.aux_coefficient * aux
+        self.n_steps_summed = 0
+        a_number = {name: mean / self.cfg.out_width for name, mean in means.items() if name != "active"}
+        fvu, aux, loss = a_number.pop("squared_error"), a_number.pop("aux"), a_number.pop("loss", None)
+        loss = fvu + self.config.aux_coefficient * aux if loss is None else loss
         if not math.isfinite(loss):
             raise SteersmanError(
                 f"the loss is not finite at step {self.n_steps_done}; try a lower --lr (it was {self.recipe.lr:.2g})"
             )
-        return {"loss": loss, "fvu": fvu, "aux": aux, "l0": active, "dead_share": dead}
+        dead = self.dead_latents.fraction()
+        return {"loss": loss, "fvu": fvu, "aux": aux, "l0": means["active"], "dead_share": dead} | a_number
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, as named tensors."""
+    # What is saved
+
+    def _state(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, as named tensors. Of what belongs to latents, the part that this rank
+        moves; the rest on rank 0 alone."""
+        sums = self._sums_of_ranks()
         tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         tensors |= self.updater.state()
-        tensors |= {f"ema.{i}": value for i, value in enumerate(self.ema)}
-        return tensors | {"silent_steps": self.silent_steps, "sums": self.sums, "rng": torch.get_rng_state()}
+        tensors |= {f"ema.{state_key(name)}": value for name, value in self.ema.items()}
+        tensors |= {"silent_steps": self.dead_latents.silent_steps, "sums": sums[: len(_SUMS)]}
+        tensors |= {f"sums.{name}": value for name, value in zip(self.summed[len(_SUMS) :], sums[len(_SUMS) :])}
+        tensors["rng"] = torch.get_rng_state()
+        own = {}
+        for name, tensor in tensors.items():
+            dim = latent_dim(self.sae, name, tensor)
+            if dim is not None and _of_held(name):
+                tensor = tensor.narrow(dim, self.owned[0] - self.held[0], self.owned[1] - self.owned[0])
+            if dim is not None or self.ranks.is_rank_zero:
+                own[name] = tensor
+        return own
 
     def save(self, checkpoints: Checkpoints) -> None:
         """Have the state written as a checkpoint, in the background."""
-        checkpoints.save(self.n_steps_done, self.state(), self.owned, self.cfg, self.scale)
+        tensors = self._state()
+        axes = {name: latent_dim(self.sae, name, tensor) for name, tensor in tensors.items()}
+        state = {"step": self.n_steps_done, "sae": self.cfg.record() | {"metadata": self.cfg.metadata}}
+        state |= {"scale": self.scale, "axes": {name: axis for name, axis in axes.items() if axis is not None}}
+        if self.cfg.transcoder:
+            state["scale_out"] = self.scale_out
+        if self.n_steps_summed != self.n_steps_done % self.config.log_every:  # since `log_every` was changed
+            state["steps_summed"] = self.n_steps_summed
+        checkpoints.save(self.n_steps_done, tensors, self.owned, state)
 
     def resume(self, checkpoints: Checkpoints) -> bool:
-        """Go on from the newest checkpoint; False when there is none."""
-        found = checkpoints.load(lambda name: self.held if name.startswith(("sae.", "silent")) else self.owned)
-        if found is not None:
-            self.restore(found[0], found[1]["step"])
-        return found is not None
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Go on from what `state` gave."""
-        for name, value in self.sae.state_dict().items():
-            value.copy_(tensors[f"sae.{name}"])
+        """Restore the newest checkpoint; False when there is none."""
+        newest = checkpoints.load(lambda name: self.held if _of_held(name) else self.owned)
+        if newest is None:
+            return False
+        tensors, state = newest
+        with torch.no_grad():
+            for name, value in self.sae.state_dict().items():
+                value.copy_(tensors[f"sae.{name}"])
+            for name, average in self.ema.items():
+                average.copy_(tensors[f"ema.{state_key(name)}"])
         self.updater.restore(tensors)
-        for i, average in enumerate(self.ema):
-            average.copy_(tensors[f"ema.{i}"])
-        self.silent_steps.copy_(tensors["silent_steps"])
-        self.sums.copy_(tensors["sums"])
+        self.dead_latents.restore(tensors["silent_steps"])
+        further = [name for name in tensors if name.startswith("sums.")]
+        self.summed = (*_SUMS, *(name.removeprefix("sums.") for name in further))
+        sums = torch.cat([tensors["sums"], *(tensors[name][None] for name in further)])
+        # They are those of all ranks: losses count once a replica, active features once a rank.
+        active = sums[_ACTIVE].clone()
+        sums *= self.ranks.mesh.data_index == 0
+        sums[_ACTIVE] = active if self.ranks.is_rank_zero else 0
+        self.sums = sums.to(self.device)
+        self.n_steps_done = state["step"]
+        log_every = state["sae"]["metadata"].get("training", {}).get("log_every", self.config.log_every)
+        self.n_steps_summed = state.get("steps_summed", self.n_steps_done % log_every)
         torch.set_rng_state(tensors["rng"])
-        self.n_steps_done = step
+        return True
 
     @torch.no_grad()
     def finish(self) -> SAE:
-        """The trained SAE for inputs as they are: averaged if asked, the scale folded in."""
-        for average, parameter in zip(self.ema, self.parameters):
-            parameter.copy_(average)
+        """This rank's latents of the trained SAE, for inputs as they are: averaged if asked, the scale folded in."""
+        for name, average in self.ema.items():
+            self.updater.parameters[name].copy_(average)
+        if self.ema:
+            self.updater.share_weights()
         self.sae.normalize_decoder()
-        self.sae.fold_input_scale(self.scale)
+        self.sae.fold_scales(self.scale, self.scale_out)
         return self.sae
 
 
-def longest_silent(silent_steps: Tensor, n: int) -> Tensor:
-    """The ids of the n latents that have been silent longest, longest first, equal ones by id: [n] int64.
-
-    >>> longest_silent(torch.tensor([3, 9, 3, 0, 9], dtype=torch.int32), 3)
-    tensor([1, 4, 0])
-    """
-    L = len(silent_steps)
-    return (silent_steps.long() * L + torch.arange(L - 1, -1, -1, device=silent_steps.device)).topk(n).indices
+def _unit_variance(stats: ActivationStats) -> float:
+    """What activations are multiplied by to have unit variance per dimension."""
+    variance = stats.mean_squared_norm - float(stats.mean.double().square().sum())
+    if not (math.isfinite(variance) and variance > 1e-12 * max(stats.mean_squared_norm, 1e-30)):
+        raise SteersmanError("the activations do not vary: there is nothing for an SAE to learn from them")
+    return math.sqrt(len(stats.mean) / variance)
 
 
-def train_sae(
-    source: ActivationSource | Callable[[], ActivationSource], config: TrainConfig, out: str | os.PathLike[str]
-) -> SAE:
-    """Train an SAE on `source` and save it in the run folder `out`; see `run_folder` for what it holds.
-
-    Running it again with the same arguments goes on from the last checkpoint and ends with the same weights, bit for
-    bit, as a run that was never interrupted; a finished run is loaded.
-
-    Args:
-        source: an `ActivationStore`, a stream, or a function that makes one. With `model_ranks` only those ranks call
-            the function, so that only they load the model.
-        config: the settings; `TrainConfig(d_sae=..., k=...)` is enough.
-        out: the run folder.
-
-    Returns:
-        The SAE in eval form on the training device, with its feature statistics.
-
-    Raises:
-        SteersmanError: a folder that holds another run, too few rows, activations that do not vary, a loss that is not
-            finite, a full disk.
-    """
-    out = Path(out)
-    rank, n_ranks = rank_and_world_size()
-    if config.model_ranks:
-        from steersman.train.mesh.model_ranks import train_from_model_ranks
-
-        with using(config.kernels):
-            return train_from_model_ranks(source if callable(source) else lambda: source, config, out)
-    if n_ranks == 1:
-        return train_alone(source() if callable(source) else source, config, out)
-    from steersman.train.mesh.cluster import train_on_ranks
-
-    use_local_accelerator()
-    with using(config.kernels):
-        return train_on_ranks(source() if callable(source) else source, config, out, rank, n_ranks)
-
-
-def train_alone(source: ActivationSource, config: TrainConfig, out: Path) -> SAE:
-    """`train_sae` of one process."""
-    plan = prepare(source, config)
-    folder = RunFolder(out, plan.record)
-    if folder.finished:
-        log.info("%s is finished; loading it", out)
-        return SAE.load(out, pick_device(config.device))
-    with using(config.kernels, pick_device(config.device)):
-        trainer = Trainer(config, plan.recipe, source.stats(), plan.cfg)
-        checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
-        checkpoints.clear_unfinished()
-        run(trainer, source, folder, checkpoints)
-        return finish_run(trainer, source, folder)
-
-
-class Plan(NamedTuple):
-    """What is settled before training starts."""
-
-    recipe: Recipe
-    cfg: SAEConfig
-    record: dict[str, Any]
-    """What the run folder remembers, to tell this run from others."""
-
-
-def prepare(source: ActivationSource, config: TrainConfig) -> Plan:
-    """Settle the schedule and the SAE's configuration; raises a SteersmanError for too few rows."""
-    n_rows = source.n_batches(1, split="train", heldout_fraction=config.heldout_fraction)
-    recipe = resolve(config, source.d_in, n_rows)
-    provenance = {"hook_name": source.hook_name, "model_name": source.model_name, "fingerprint": source.fingerprint}
-    # Where a run is computed does not change what it gives.
-    settings = {name: value for name, value in asdict(config).items() if name not in _PLACE}
-    cfg = SAEConfig(
-        d_in=source.d_in,
-        d_sae=config.d_sae,
-        k=config.k,
-        architecture=config.activation,
-        hook_name=source.hook_name,
-        model_name=source.model_name,
-        metadata={
-            "version": __version__,
-            "training": settings | asdict(recipe),
-            "data": provenance["fingerprint"],
-        },
-    )
-    return Plan(recipe, cfg, {"training": settings, "recipe": asdict(recipe), "data": provenance})
-
-
-def run(
-    trainer: Trainer,
-    source: ActivationSource,
-    folder: RunFolder,
-    checkpoints: Checkpoints,
-    control: RankGroup | None = None,
-) -> None:
-    """Train to the end, from the newest checkpoint on if there is one. `control` holds all processes of the run."""
-    control = control or RankGroup()
-    if trainer.resume(checkpoints):
-        log.info("going on from step %d of %d", trainer.n_steps_done, trainer.recipe.n_steps)
-    else:
-        batches = trainer.batches(source)
-        trainer.fit_encoder_scale(next(batches))
-        batches.close()
-    preemption = Preemption(control, lambda: getattr(source, "preempted", False))
-    with preemption, closing(Journal(trainer, folder, control.index == 0)) as journal:
-        try:
-            _steps(trainer, source, checkpoints, journal, preemption)
-        except KeyboardInterrupt:
-            if control.size == 1:  # several ranks are not interrupted in the same step
-                trainer.save(checkpoints)
-            log.warning("interrupted at step %d; the same command goes on from here", trainer.n_steps_done)
-            raise
-        finally:
-            checkpoints.settle()
-    checkpoints.wait()
-
-
-def _steps(
-    trainer: Trainer, source: ActivationSource, checkpoints: Checkpoints, journal: Journal, preemption: Preemption
-) -> None:
-    config, recipe = trainer.config, trainer.recipe
-    if trainer.n_steps_done >= recipe.n_steps:
-        return
-    with closing(trainer.batches(source)) as batches:
-        for x in batches:
-            trainer.step(x)
-            journal.step_done()
-            step = trainer.n_steps_done
-            if step == recipe.n_steps:
-                return
-            if preemption.now():
-                trainer.save(checkpoints)
-                checkpoints.wait()
-                raise PreemptedError(f"asked to end at step {step}, which is saved; the same command goes on from here")
-            if step % config.checkpoint_every == 0:
-                trainer.save(checkpoints)
-
-
-def finish_run(trainer: Trainer, source: ActivationSource, folder: RunFolder) -> SAE:
-    """Fold the scale in, measure on held-out rows, take the feature statistics, save and plot."""
-    config = trainer.config
-    sae, rows = trainer.finish(), trainer.recipe.batch_size
-    train = {"heldout_fraction": config.heldout_fraction, "seed": config.seed, "drop_last": False}
-    heldout = measure_reconstruction(
-        sae, (batch.x for batch in source.batches(rows, split="heldout", shuffle=False, **train))
-    )
-    n_batches = max(1, config.statistics_tokens // rows)
-    bar = progress(source.batches(rows, split="train", **train), desc="feature statistics", total=n_batches)
-    counted = (batch.x for batch, _ in zip(bar, range(n_batches)))
-    sae.feature_stats = collect_feature_stats(sae, counted, source.stats().median_norm)
-    bar.close()
-    sae.cfg.metadata["heldout"] = heldout.record()
-    log.info("held out: FVU %.4f, L0 %.1f, dead %.2f %%", heldout.fvu, heldout.l0, 100 * heldout.dead_fraction)
-    plot_run(folder.metrics(), sae.feature_stats, folder.path)
-    sae.save(folder.path)
-    return sae
+def _of_held(name: str) -> bool:
+    """Whether a tensor of the state has all latents whose weights are here, and not only those that this rank moves."""
+    return name.startswith(("sae.", "silent"))

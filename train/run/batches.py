@@ -1,0 +1,45 @@
+"""A source of activations as the steps of a run take it: this replica's rows of every batch, epoch after epoch."""
+
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steersman.parallel import Ranks
+from steersman.train.run.recipe import Recipe, TrainConfig
+from steersman.train.store.batch import ActivationSource
+
+
+def split_options(config: TrainConfig) -> dict[str, Any]:
+    """What fixes a source's training and held-out rows and their order, for its `batches`."""
+    return {"heldout_fraction": config.heldout_fraction, "seed": config.seed}
+
+
+def training_batches(
+    source: ActivationSource, config: TrainConfig, recipe: Recipe, ranks: Ranks, step: int, device: torch.device
+) -> Generator[Tensor]:
+    """The rows of this rank's replica in steps `step`, `step + 1`, ..., [N / replicas, D].
+
+    In a job of several ranks, each reads a part of them, and while one batch is trained on, the ranks of the replica
+    exchange the next.
+    """
+    mesh, ready = ranks.mesh, None
+    if mesh.world_size == 1:
+        yield from _epochs(source, config, recipe, step)
+    share = {"rank": mesh.rank, "world_size": mesh.world_size}
+    for x in _epochs(source, config, recipe, step, **share):
+        following: Callable[[], Tensor] = ranks.latent.all_gather_later(x.to(device, non_blocking=True))
+        if ready is not None:
+            yield ready().flatten(0, 1)
+        ready = following
+
+
+def _epochs(source: ActivationSource, config: TrainConfig, recipe: Recipe, step: int, **share: Any) -> Iterator[Tensor]:
+    an_epoch = source.n_batches(recipe.batch_size, split="train", heldout_fraction=config.heldout_fraction)
+    epoch, start = divmod(step, an_epoch) if an_epoch else (0, step)
+    while True:
+        options = {"split": "train", "epoch": epoch, "start": start, **split_options(config), **share}
+        for batch in source.batches(recipe.batch_size, **options):
+            yield batch.x
+        epoch, start = epoch + 1, 0

@@ -1,0 +1,321 @@
+"""A training run from activations to a saved folder: the one path, for one process and many, one SAE and a sweep.
+
+`Run` is one SAE on its way: opened (the schedule is settled and the folder checked), trained from its newest checkpoint
+on, finished (measured, saved, plotted). `train` takes the steps of runs that read the same batches together.
+`train_sae` opens its source and trains one; `sweep.py` trains many.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steersman.device import pick_device
+from steersman.errors import SteersmanError
+from steersman.kernels import using
+from steersman.parallel import Mesh, Ranks, rank_and_world_size, use_local_accelerator
+from steersman.progress import progress
+from steersman.sae import SAE, SAEConfig
+from steersman.sae.metrics import FeatureSums, ReconstructionSums
+from steersman.train.capture.stream import ActivationStream
+from steersman.train.mesh.latents import WholeSAE
+from steersman.train.mesh.model_ranks import stream_from_model_ranks
+from steersman.train.mesh.preemption import Preemption
+from steersman.train.mesh.shared_stream import SharedStream
+from steersman.train.reports.plots import plot_run
+from steersman.train.run.batches import split_options, training_batches
+from steersman.train.run.checkpoints import Checkpoints
+from steersman.train.run.metrics_log import MetricsLogger
+from steersman.train.run.recipe import TrainConfig, resolve
+from steersman.train.run.run_folder import RunFolder
+from steersman.train.run.trainer import Trainer
+from steersman.train.store.batch import ActivationSource
+from steersman.train.store.statistics import ActivationStats
+from steersman.train.store.store import ActivationStore, HookView
+from steersman.version import __version__
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """One SAE on its way from rows to the run folder `out`. All ranks of its job call its methods together."""
+
+    def __init__(self, source: ActivationSource, config: TrainConfig, out: Path, ranks: Ranks | None = None) -> None:
+        """Settle the schedule and open the folder.
+
+        Raises a SteersmanError for too few rows, kernels that the device lacks, or a folder that holds another run.
+        """
+        self.config, self.ranks, self.device = config, ranks or Ranks(Mesh()), pick_device(config.device)
+        hook = source.hook_name
+        self.source = source if config.hook_out is None else _with_target(source, config.hook_out)
+        with using(config.kernels, self.device):
+            self.recipe = resolve(config, source.d_in, _rows(source, config))
+        data = {"hook_name": hook, "model_name": source.model_name, "fingerprint": source.fingerprint}
+        training, recipe = config.record(), asdict(self.recipe)
+        self.cfg = SAEConfig(
+            d_in=source.d_in,
+            d_sae=config.d_sae,
+            k=config.k,
+            architecture=config.architecture,
+            options=config.options,
+            hook_name=hook,
+            model_name=source.model_name,
+            metadata={"version": __version__, "training": training | recipe, "data": data["fingerprint"]},
+            **self._transcoder(),
+        )
+        record = {"training": training, "recipe": recipe, "data": data}
+        self.ranks.on_rank_zero(lambda: Checkpoints(RunFolder(out, record).checkpoints, 1).clear_unfinished())
+        self.folder = RunFolder(out, record)
+        self.finished = self.folder.finished
+        """Whether the folder held the trained SAE when it was opened."""
+        self.checkpoints = Checkpoints(self.folder.checkpoints, config.keep_checkpoints, self.ranks.background)
+        self.trainer: Trainer
+        self._logger: MetricsLogger
+
+    def _transcoder(self) -> dict[str, Any]:
+        """What of an SAE's configuration makes a transcoder of it."""
+        out = self.config.hook_out
+        if not isinstance(self.source, HookView) or out is None:
+            return {}
+        width = self.source.store.width(out)
+        return {"transcoder": True, "d_out": width, "hook_name_out": out, "apply_b_dec_to_input": False}
+
+    def _stats(self) -> tuple[ActivationStats, ActivationStats]:
+        """Statistics of what is read, and of what is predicted."""
+        if isinstance(self.source, HookView) and self.cfg.transcoder:
+            return self.source.stats(self.cfg.hook_name), self.source.stats(self.cfg.hook_name_out)
+        return self.source.stats(), self.source.stats()
+
+    @property
+    def reading(self) -> tuple[object, ...]:
+        """Runs with the same reading take the same batches, and their steps on the same kernels and ranks."""
+        config, mesh = self.config, self.ranks.mesh
+        rows = self.source.hook_name, self.recipe.batch_size, config.seed, config.heldout_fraction
+        return *rows, config.kernels, self.device, mesh
+
+    @contextmanager
+    def started(self) -> Iterator[None]:
+        """The block trains: from the newest checkpoint on if there is one, and with a log."""
+        stats, target_stats = self._stats()
+        self.trainer = Trainer(self.config, self.recipe, stats, self.cfg, self.ranks, target_stats)
+        if self.trainer.resume(self.checkpoints):
+            log.info("%s: resuming from step %d of %d", self.folder.path, self.n_steps_done, self.recipe.n_steps)
+        else:
+            with closing(batches_of(self)) as batches:
+                self.trainer.fit_encoder_scale(next(batches))
+        zero = self.ranks.is_rank_zero
+        self._logger = MetricsLogger(self.folder, self.config, self.recipe, self.n_steps_done, rank_zero=zero)
+        with closing(self._logger):
+            try:
+                yield
+            finally:
+                self.checkpoints.settle()
+        self.checkpoints.wait()
+
+    @property
+    def n_steps_done(self) -> int:
+        return self.trainer.n_steps_done
+
+    def step(self, rows: Tensor) -> None:
+        """One step on this replica's rows of a batch, logged."""
+        self.trainer.step(rows)
+        self._logger.step_done(self.n_steps_done, self.trainer.read_metrics)
+
+    def save(self) -> None:
+        """Write a checkpoint, in the background."""
+        self.trainer.save(self.checkpoints)
+
+    def finish(self) -> None:
+        """Fold the scale in, measure on held-out rows, take the feature statistics, save and plot.
+
+        All ranks measure, each with its latents and its replica's rows; rank 0 collects the weights and writes.
+        """
+        ranks, rows, cfg = self.ranks, self.recipe.batch_size, self.cfg
+        local, split, (stats, target_stats) = self.trainer.finish(), self.trainer.split, self._stats()
+        whole = local if ranks.mesh.world_size == 1 else WholeSAE(local, cfg, ranks.latent)
+        share = {"rank": ranks.mesh.data_index, "world_size": ranks.mesh.data} if ranks.mesh.world_size > 1 else {}
+        reading = {"drop_last": False, **split_options(self.config), **share}
+
+        heldout = ReconstructionSums(cfg.out_width, cfg.d_sae, self.device)
+        if ranks.mesh.world_size > 1:  # sums around one point add up
+            heldout.shift = target_stats.mean.to(self.device)
+        for batch in self.source.batches(rows, split="heldout", shuffle=False, **reading):
+            x, target = split(batch.x.to(self.device))
+            code = whole.encode_sparse(x)
+            heldout.add(target, whole.decode_sparse(code.values, code.indices), code)
+        for sums in (heldout.counts, heldout.sum, heldout.scalars):
+            ranks.data.all_reduce_sum_(sums)
+        heldout.n_tokens = self._total(heldout.n_tokens)
+
+        n_batches = max(1, self.config.statistics_tokens // rows)
+        features = FeatureSums(cfg.d_sae, self.device)
+        options = {} if ranks.is_rank_zero else {"disable": True}
+        batches = self.source.batches(rows, split="train", **reading)
+        with closing(progress(batches, desc="feature statistics", total=n_batches, **options)) as bar:
+            for batch, _ in zip(bar, range(n_batches)):
+                features.add(whole.encode_sparse(split(batch.x.to(self.device))[0]))
+        ranks.data.all_reduce_max_(features.largest)
+        ranks.data.all_reduce_sum_(features.total)
+        ranks.data.all_reduce_sum_(features.counts)
+        features.n_tokens = self._total(features.n_tokens)
+
+        sae = whole.collect(ranks.is_rank_zero) if isinstance(whole, WholeSAE) else whole
+
+        def save() -> None:
+            if sae is not None:
+                result = heldout.result()
+                sae.feature_stats = features.stats(stats.median_norm)
+                sae.cfg.metadata["heldout"] = result.record()
+                log.info("held out: FVU %.4f, L0 %.1f, dead %.2f %%", result.fvu, result.l0, 100 * result.dead_fraction)
+                plot_run(self.folder.metrics(), sae.feature_stats, self.folder.path)
+                sae.save(self.folder.path)
+
+        ranks.on_rank_zero(save)
+        del self.trainer  # its memory is that of the next run
+
+    def _total(self, n: int) -> int:
+        return int(self.ranks.data.all_reduce_sum_(torch.tensor([n], dtype=torch.int64, device=self.device)))
+
+    def load(self) -> SAE:
+        """The trained SAE: on the device, or on the CPU of ranks that are not rank 0."""
+        return SAE.load(self.folder.path, self.device if self.ranks.is_rank_zero else "cpu")
+
+
+def _with_target(source: ActivationSource, hook_out: str) -> HookView:
+    """The source with the hook point that is to be predicted beside its own."""
+    if isinstance(source, HookView) and len(source.hooks) == 1:
+        return HookView(source.store, [*source.hooks, hook_out])
+    if isinstance(source, ActivationStore):
+        return HookView(source, [source.hook_name, hook_out])
+    raise SteersmanError(f"hook_out = {hook_out} needs a store that holds it beside one other hook point")
+
+
+def _rows(source: ActivationSource, config: TrainConfig) -> int | None:
+    return source.n_batches(1, split="train", heldout_fraction=config.heldout_fraction)
+
+
+def batches_of(run: Run, step: int = 0) -> Generator[Tensor]:
+    """The batches that a run takes from `step` on, and all runs with the same `reading`."""
+    return training_batches(run.source, run.config, run.recipe, run.ranks, step, run.device)
+
+
+def train(runs: Sequence[Run], preemption: Preemption | None = None) -> None:
+    """Train unfinished runs with the same `reading` to their last steps, each batch read once, and finish them.
+
+    Asked to end (SIGTERM, Ctrl-C; by `preemption`, which is entered, if it is given) they are all saved in the same
+    step, and a PreemptedError or KeyboardInterrupt is raised.
+    """
+    first = runs[0]
+    with using(first.config.kernels, first.device):
+        with ExitStack() as stack:
+            if preemption is None:
+                elsewhere = lambda: getattr(first.source, "preempted", False)  # noqa: E731
+                preemption = stack.enter_context(Preemption(first.ranks.control, elsewhere))
+            for run in runs:
+                stack.enter_context(run.started())
+            try:
+                _take_steps(runs, preemption)
+            except KeyboardInterrupt:
+                if first.ranks.mesh.world_size == 1 and not preemption.interrupted:
+                    for run in runs:
+                        if run.trainer.between_steps:
+                            run.save()
+                log.warning("interrupted at step %d; the same command resumes from here", first.n_steps_done)
+                raise
+        for run in runs:
+            run.finish()
+
+
+def _take_steps(runs: Sequence[Run], preemption: Preemption) -> None:
+    start, stop = min(run.n_steps_done for run in runs), max(run.recipe.n_steps for run in runs)
+    if start >= stop:
+        return
+    with closing(batches_of(runs[0], start)) as batches:
+        for step, x in enumerate(batches, start + 1):
+            for run in runs:
+                if run.n_steps_done < step <= run.recipe.n_steps:
+                    run.step(x)
+            if step == stop:
+                return
+            if preemption.now():
+                for run in runs:
+                    run.save()
+                for run in runs:
+                    run.checkpoints.wait()
+                raise preemption.error(
+                    f"asked to end at step {step}, which is saved; the same command resumes from here"
+                )
+            for run in runs:
+                if run.n_steps_done == step < run.recipe.n_steps and step % run.config.checkpoint_every == 0:
+                    run.save()
+
+
+def train_sae(
+    source: ActivationSource | Callable[[], ActivationSource], config: TrainConfig, out: str | os.PathLike[str]
+) -> SAE:
+    """Train an SAE on `source` and save it in the run folder `out`; see `run_folder` for what it holds.
+
+    Running it again with the same arguments resumes from the last checkpoint and ends with the same weights, bit for
+    bit, as a run that was never interrupted; a finished run is loaded. Started by `torchrun`, all ranks train one SAE.
+
+    Args:
+        source: an `ActivationStore`, a stream, or a function that makes one. With `model_ranks` only those ranks call
+            the function, so that only they load the model.
+        config: the settings; `TrainConfig(d_sae=..., k=...)` is enough.
+        out: the run folder.
+
+    Returns:
+        The SAE in eval form on the training device, with its feature statistics; on the CPU of ranks that are not
+        rank 0.
+
+    Raises:
+        SteersmanError: a folder that holds another run, too few rows, activations that do not vary, a loss that is not
+            finite, a full disk.
+    """
+    rank, n_ranks = rank_and_world_size()
+    if n_ranks > 1:
+        use_local_accelerator()
+    with ExitStack() as stack:
+        if config.model_ranks:
+            make = source if callable(source) else lambda: source
+            streamed = stream_from_model_ranks(make, config.model_ranks, config.timeout_seconds)
+            source_here = stack.enter_context(streamed)
+            n_ranks -= config.model_ranks
+        else:
+            source_here = source() if callable(source) else source
+        if source_here is not None:  # else this rank has run the model for the others
+            source_here, ranks = _opened(source_here, config, rank, n_ranks, stack)
+            run = Run(source_here, config, Path(out), ranks)
+            if run.finished:
+                log.info("%s is finished; loading it", out)
+            else:
+                train([run])
+            ranks.control.barrier()
+    return SAE.load(Path(out), pick_device(config.device) if rank == 0 else "cpu")
+
+
+def _opened(
+    source: ActivationSource, config: TrainConfig, rank: int, n_ranks: int, stack: ExitStack
+) -> tuple[ActivationSource, Ranks]:
+    """The source as this rank of those that train reads it, and the ranks."""
+    if n_ranks > 1 and isinstance(source, ActivationStream):
+        source.run_part(rank, n_ranks)
+    ranks = stack.enter_context(Ranks(mesh_of(source, config, rank, n_ranks), config.timeout_seconds))
+    return SharedStream(source, ranks) if n_ranks > 1 and isinstance(source, ActivationStream) else source, ranks
+
+
+def mesh_of(source: ActivationSource, config: TrainConfig, rank: int, n_ranks: int) -> Mesh:
+    """The layout in which `n_ranks` train an SAE on `source`; one process needs none, whatever the configuration says.
+
+    Raises a SteersmanError, naming sizes that fit, when latents or rows do not divide evenly.
+    """
+    if n_ranks == 1:
+        return Mesh()
+    batch_size = resolve(config, source.d_in, _rows(source, config)).batch_size
+    return Mesh.over(n_ranks, rank=rank, latent=config.latent_shards, d_sae=config.d_sae, batch_size=batch_size)
