@@ -1,32 +1,32 @@
-"""Steps as one CUDA graph: what is refused, and with a stand-in for CUDA, that every step is taken once."""
+"""Steps as one CUDA graph: what is refused, that every step is taken once, and on a GPU that nothing changes."""
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_train_optim import CONFIG, rows, trainer_of
+from support.training import mixture, trainer_of
 
 from steersman.errors import SteersmanError
+from steersman.train import TrainConfig
 from steersman.train.run.graph import WARM_UP, GraphedStep
 
+CONFIG = TrainConfig(d_sae=64, k=3, batch_size=128, seed=3, device="cpu", tokens=12_800, dead_after=128 * 4)
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"fused_update": True}, "needs a CUDA device"), ({"fused_update": False}, "needs a CUDA device")],
-)
-def test_what_a_graph_cannot_do_is_refused(options: dict, message: str) -> None:
-    with pytest.raises(SteersmanError, match=f"cuda_graph=True cannot be: it {message}"):
-        trainer_of(replace(CONFIG, cuda_graph=True, **options))
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_a_graph_cannot_do_is_refused(fused: bool) -> None:
+    with pytest.raises(SteersmanError, match="cuda_graph=True cannot be: it needs a CUDA device"):
+        trainer_of(replace(CONFIG, cuda_graph=True, fused_update=fused))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"activation": "batch_topk", "fused_update": True}, "batch_topk reads numbers"),
+        ({"architecture": "batch_topk", "fused_update": True}, "batch_topk reads numbers"),
         ({"fused_update": False}, "needs the fused update"),
     ],
 )
@@ -34,67 +34,49 @@ def test_other_obstacles_are_named_on_a_gpu(options: dict, message: str) -> None
     trainer: Any = trainer_of(replace(CONFIG, **options))
     trainer.device = SimpleNamespace(type="cuda")
     with pytest.raises(SteersmanError, match=message):
-        GraphedStep(trainer)
+        trainer._graphed()
 
 
-class Recorder:
-    """In place of a CUDA graph: what is recorded is undone, and replays do it on what then stands in the buffers."""
+def test_every_batch_is_taken_once_and_only_those_of_one_size_by_replays() -> None:
+    """With a capture that, as CUDA's, does nothing itself and does the recorded work at each replay."""
+    taken: list[Any] = []
+    replays = 0
 
-    def __init__(self) -> None:
-        self.replays = 0
-        self.step: Any = None
+    def capture(run: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
+            nonlocal replays
+            replays += 1
+            run()
 
-    def replay(self) -> None:
-        self.replays += 1
-        self.step()
+        return replay
 
-
-def test_every_step_is_taken_once_with_its_own_batch_and_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(CONFIG, fused_update=True)
-    trainer: Any = trainer_of(config)
-    graphs: list[Recorder] = []
-
-    def new_graph() -> Recorder:
-        graphs.append(Recorder())
-        return graphs[-1]
-
-    @contextlib.contextmanager
-    def capture(graph: Recorder) -> Iterator[None]:
-        take = trainer.take_step
-
-        def record(x: torch.Tensor) -> None:
-            trainer.n_steps_done += 1
-
-            def step() -> None:
-                done = trainer.n_steps_done
-                with monkeypatch.context() as patch:  # a graph reads the rate that was written before its replay
-                    patch.setattr(trainer.updater, "set_rate", lambda lr: None)
-                    take(x)
-                trainer.n_steps_done = done
-
-            graph.step = step
-
-        monkeypatch.setattr(trainer, "take_step", record)
-        yield
-        monkeypatch.setattr(trainer, "take_step", take)
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", new_graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(trainer, "device", SimpleNamespace(type="cuda"))
-    step = GraphedStep(trainer)
-    trainer.device = torch.device("cpu")
-    plain = trainer_of(config)
-    batches = [*rows(128 * 8, seed=1).split(128), rows(64, seed=2), rows(128, seed=3)]
+    weights = torch.zeros(2)
+    step = GraphedStep(
+        lambda x: taken.append(x.clone()), torch.device("cpu"), [weights], capture=capture, beside=nullcontext
+    )
+    batches = [torch.full((4, 2), float(i)) for i in range(8)]
+    batches.insert(6, torch.full((3, 2), -1.0))
+    version = weights._version
     for x in batches:
         step(x)
-    assert trainer.n_steps_done == len(batches)
-    assert len(graphs) == 1
-    assert graphs[0].replays == len(batches) - WARM_UP - 1
-    for x in batches:
+    assert len(taken) == len(batches)
+    assert all(torch.equal(a, b) for a, b in zip(taken, batches))
+    assert replays == len(batches) - WARM_UP - 1
+    assert weights._version == version + replays
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "optimizer": "adam_touched", "state_dtype": "bfloat16"}], ids=str)
+def test_graphed_steps_are_the_steps_themselves(options: dict) -> None:
+    config = replace(CONFIG, device="cuda", fused_update=True, tokens=128 * 12, **options)
+    plain, graphed = trainer_of(config), trainer_of(replace(config, cuda_graph=True))
+    for x in [*mixture(128 * 10, seed=1).split(128), mixture(64, seed=2), mixture(128, seed=3)]:
         plain.step(x)
-    assert plain.n_steps_done == trainer.n_steps_done
-    for a, b in zip([*trainer.parameters, trainer.sums], [*plain.parameters, plain.sums]):
+        graphed.step(x)
+    assert graphed.n_steps_done == plain.n_steps_done == 12
+    assert float(plain.sums[1]) > 0, "the AuxK loss was never on"
+    for a, b in zip(
+        [*plain.updater.parameters.values(), *plain.ema.values(), plain.sums],
+        [*graphed.updater.parameters.values(), *graphed.ema.values(), graphed.sums],
+    ):
         assert torch.equal(a, b)
