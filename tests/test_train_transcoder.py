@@ -1,0 +1,96 @@
+"""Training a transcoder: what one hook point says of another, in the units of both."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.ranks import run_ranks
+from support.sharded_jobs import train
+from support.stopping import stopped_before
+from support.training import HOOK, assert_equal_weights, assert_same_sae, weight_bytes
+
+from steersman.errors import SteersmanError
+from steersman.sae import SAE
+from steersman.train import ActivationStore, HookView, TrainConfig, train_sae
+from steersman.train.run.checkpoints import checkpoint_to_sae
+from steersman.train.store.manifest import Manifest
+from steersman.train.store.writer import StoreWriter
+
+OUT = "blocks.0.hook_mlp_out"
+CONFIG = TrainConfig(
+    d_sae=64, k=4, hook_out=OUT, batch_size=128, tokens=128 * 60, seed=3, device="cpu", checkpoint_every=20,
+    timeout_seconds=20,
+)  # fmt: skip
+
+
+def pairs(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixtures of 3 of 20 planted directions [n, 16], and of their partners [n, 10], 50 times as large."""
+    g, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(0)
+    read, write = (torch.nn.functional.normalize(torch.randn(20, d, generator=fixed), dim=1) for d in (16, 10))
+    active = torch.rand(n, 20, generator=g).topk(3, dim=1).indices
+    strength = torch.rand(n, 3, generator=g)[..., None] + 0.5
+    return (read[active] * strength).sum(1) + 0.1, 50 * (write[active] * strength).sum(1) - 7.0
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    x, y = pairs(20_000)
+    out = tmp_path_factory.mktemp("data") / "acts"
+    manifest = Manifest(model_name="m", dtype="float32", hooks={HOOK: 16, OUT: 10}, config={})
+    writer = StoreWriter.begin(out, manifest, shard_rows=5000)
+    rows = torch.arange(len(x))
+    writer.append({HOOK: x, OUT: y}, rows % 50, rows // 7, rows)
+    writer.finish()
+    return ActivationStore.open(out)
+
+
+def test_a_transcoder_predicts_the_other_hook_point(store: ActivationStore, tmp_path: Path) -> None:
+    """In the units of both, although it was trained on inputs and targets of unit variance."""
+    sae = train_sae(store, replace(CONFIG, tokens=128 * 400), tmp_path / "run")
+    assert (sae.cfg.transcoder, sae.cfg.out_width) == (True, 10)
+    assert (sae.cfg.hook_name, sae.cfg.hook_name_out) == (HOOK, OUT)
+    x, y = pairs(2000, seed=1)
+    fvu = float((sae(x) - y).square().sum() / (y - y.mean(0)).square().sum())
+    assert fvu < 0.3
+    assert sae.cfg.metadata["heldout"]["fvu"] == pytest.approx(fvu, rel=0.1)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+    assert_equal_weights(sae, SAE.load(tmp_path / "run"))
+
+
+def test_it_resumes_to_the_same_bytes_and_its_checkpoints_are_transcoders(
+    store: ActivationStore, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, checkpoint_every=30, tokens=128 * 31, decay=0.0, lr=0.0001)
+    whole = train_sae(store, config, tmp_path / "whole")
+    with stopped_before(30):
+        train_sae(store, config, tmp_path / "cut")
+    cut = train_sae(HookView(store, HOOK), config, tmp_path / "cut")
+    assert weight_bytes(tmp_path / "whole") == weight_bytes(tmp_path / "cut")
+    x, _ = pairs(500, seed=2)
+    one_step_before = checkpoint_to_sae(tmp_path / "whole" / "checkpoints" / "step_00000030")(x)
+    assert float((one_step_before - whole(x)).norm() / whole(x).norm()) < 0.05
+    assert_equal_weights(whole, cut)
+
+
+@pytest.mark.parametrize("latent", [2, 1], ids=["shards", "replicas"])
+def test_two_ranks_give_the_transcoder_of_one_process(latent: int, store: ActivationStore, tmp_path: Path) -> None:
+    config = replace(CONFIG, dead_after=512)
+    train_sae(store, config, tmp_path / "one")
+    run_ranks(2, train, str(store.path), replace(config, latent_shards=latent), str(tmp_path / "two"))
+    assert_same_sae(tmp_path / "one", tmp_path / "two", tolerance=1e-2)
+
+
+def test_a_source_without_the_other_hook_point_is_refused(store: ActivationStore, tmp_path: Path) -> None:
+    with pytest.raises(SteersmanError, match="holds no hook point 'blocks.9.hook_mlp_out'; it has"):
+        train_sae(store, replace(CONFIG, hook_out="blocks.9.hook_mlp_out"), tmp_path / "run")
+    with pytest.raises(SteersmanError, match="needs a store that holds it beside one other"):
+        train_sae(HookView(store, [HOOK, OUT]), CONFIG, tmp_path / "run")
+    with pytest.raises(SteersmanError, match="trains no transcoder: use fused_update=False"):
+        train_sae(store, replace(CONFIG, fused_update=True), tmp_path / "run")
+
+
+def test_hook_points_side_by_side_are_one_input(store: ActivationStore, tmp_path: Path) -> None:
+    sae = train_sae(HookView(store, [HOOK, OUT]), replace(CONFIG, hook_out=None), tmp_path / "run")
+    assert sae.cfg.d_in == 26
+    assert not sae.cfg.transcoder
