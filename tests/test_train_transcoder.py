@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.ranks import run_ranks
@@ -39,7 +40,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     out = tmp_path_factory.mktemp("data") / "acts"
     manifest = Manifest(model_name="m", dtype="float32", hooks={HOOK: 16, OUT: 10}, config={})
     writer = StoreWriter.begin(out, manifest, shard_rows=5000)
-    rows = torch.arange(len(x))
+    rows = np.arange(len(x))
     writer.append({HOOK: x, OUT: y}, rows % 50, rows // 7, rows)
     writer.finish()
     return ActivationStore.open(out)

@@ -33,6 +33,7 @@ if not torch.cuda.is_available():
 from steersman import TrainConfig
 from steersman.kernels import choose, precision, using
 from steersman.sae import SAEConfig
+from steersman.sae.training import TrainingState
 from steersman.train import ActivationStats, Trainer, resolve
 from steersman.train.run.optim import FusedUpdater
 
@@ -317,13 +318,14 @@ def updates(shape: Shape, clock: Clock, args: Args, gemm_ms: float) -> Iterator[
     updater = ours.updater
     if not isinstance(updater, FusedUpdater):
         return
-    batch = ours.scaled(x)
-    updater.learn(batch, batch.numel(), None)
-    learned = updater._learned
+    batch, target = ours.scaled(x)
+    updater.set_rate(1e-4)
+    updater.backward(batch, target, target.numel(), TrainingState())
+    gradients = updater._gradients
 
     def update() -> None:
-        updater._learned = learned  # `apply` uses it up
-        updater.apply(1e-4)
+        updater._gradients = gradients  # `step` uses them up
+        updater.step()
 
     ms, p20, p80, memory = clock.time(update)
     yield Row(shape=shape, part="backward and update", by="steersman", ms=ms, p20=p20, p80=p80, gemm_ms=gemm_ms,
