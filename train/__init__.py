@@ -2,7 +2,8 @@
 
 from steersman.text import TextSource, open_text
 from steersman.train.capture.cache import CacheConfig, cache_activations
-from steersman.train.capture.stream import ActivationStream
+from steersman.train.capture.capture import CaptureConfig
+from steersman.train.capture.stream import ActivationStream, StreamConfig, stream_activations
 from steersman.train.run.recipe import Recipe, TrainConfig, resolve
 from steersman.train.run.trainer import Trainer, train_sae
 from steersman.train.store.batch import ActivationBatch, ActivationSource, RowInfo
@@ -17,15 +18,18 @@ __all__ = [
     "ActivationStore",
     "ActivationStream",
     "CacheConfig",
+    "CaptureConfig",
     "HookView",
     "Recipe",
     "RowInfo",
+    "StreamConfig",
     "TextSource",
     "TrainConfig",
     "Trainer",
     "cache_activations",
     "open_text",
     "resolve",
+    "stream_activations",
     "train_sae",
 ]
 

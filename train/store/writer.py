@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from steersman.config import differences
 from steersman.errors import SteersmanError
 from steersman.files import fsync_folder
 from steersman.train.store.manifest import MANIFEST, ROWS, STATISTICS, Manifest, ShardRecord
@@ -24,16 +25,6 @@ ROW_BYTES = 16
 """Bytes of a row's token id, document id and position."""
 
 
-def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The fields in which two configurations differ, as text; empty if they are equal.
-
-    >>> differing_fields({"tokens": 5, "dtype": "float32"}, {"tokens": 7, "dtype": "float32"})
-    'tokens (5 there, 7 now)'
-    """
-    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} now)" for name in names)
-
-
 def check_same_store(folder: Path, manifest: Manifest) -> Manifest:
     """The manifest in `folder`, or `manifest` where nothing is stored yet; `SteersmanError` naming the fields when the
     store there is of another configuration."""
@@ -42,7 +33,7 @@ def check_same_store(folder: Path, manifest: Manifest) -> Manifest:
         return manifest  # nothing was written yet: there is nothing to be at odds with
     wanted, found = ({**m.config, "dtype": m.dtype, "hooks": m.hooks} for m in (manifest, there))
     wanted["model_name"], found["model_name"] = manifest.model_name, there.model_name
-    if difference := differing_fields(found, wanted):
+    if difference := differences(found, wanted):
         raise SteersmanError(
             f"{folder}: holds a store of another configuration: {difference}; choose another folder, or delete this one"
         )
