@@ -5,6 +5,8 @@ Shape letters: N tokens, L latents (`d_sae`), D width (`d_in`), K active latents
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,24 +14,30 @@ import torch
 from einops import pack, unpack
 from torch import Tensor, nn
 
-from steersman.errors import SteersmanError
-from steersman.kernels import Order, choose
+from steersman.errors import SteersmanError, near_names
+from steersman.kernels import choose
 from steersman.kernels import sparse_decode as differentiable_decode
-from steersman.sae.config import SAEConfig
+from steersman.registry import Registry
+from steersman.sae.config import ARCHITECTURES, SAEConfig
 from steersman.sae.input_norm import TokenNorm, token_norm
-from steersman.sae.stats import FeatureStats
+from steersman.sae.training import Latents, Step, TrainingCode, TrainingState
 
 
 class SparseCode(NamedTuple):
     """The active features of N tokens. Entries that are not active have the value 0 and any valid index."""
 
     values: Tensor
-    """[N, K] fp32, never negative."""
+    """[N, K] fp32; negative only where the architecture is `signed`."""
     indices: Tensor
     """[N, K] int64 feature ids."""
 
+    @property
+    def active(self) -> Tensor:
+        """[N, K] bool: which entries are active features. A value that is no number is none."""
+        return self.values.abs() > 0
 
-class Entered(NamedTuple):
+
+class InputForm(NamedTuple):
     """How an input was brought into the form that the encoder reads, to be undone after decoding."""
 
     shape: Any
@@ -40,23 +48,32 @@ class Entered(NamedTuple):
     """Heads of an input that came per attention head; 0 for any other."""
 
 
-class TrainingCode(NamedTuple):
-    """A differentiable code, with what the training loop needs beside it."""
+@dataclass(frozen=True, kw_only=True)
+class FeatureStats:
+    """Statistics of every feature over `n_tokens` tokens, with the final weights. L latents."""
 
-    values: Tensor
-    """[N, K] fp32 with gradients to the encoder."""
-    order: Order
-    """The indices [N, K] and their sort, shared by all gradients of the step."""
-    smallest: Tensor | None
-    """The smallest selected value, where the architecture learns a threshold from it."""
+    max_act: Tensor
+    """[L] fp32: the largest activation (of a signed code the largest |activation|); 0 for a feature that never fired (a
+    dead one)."""
+    density: Tensor
+    """[L] fp32: the fraction of the tokens on which the feature is active."""
+    mean_act: Tensor
+    """[L] fp32: the mean activation over the tokens on which the feature is active; 0 for a dead one."""
+    n_tokens: int
+    """How many tokens these statistics are over."""
+    median_norm: float
+    """Median |x| of the activations the SAE was trained on: the unit of `norm_frac` strengths."""
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder: `x_hat = f(x) W_dec + b_dec`, `f` sparse and non-negative.
+    """A sparse autoencoder: `x_hat = f(x) W_dec + b_dec`, `f` sparse.
 
-    `SAE(config)` builds the architecture that `config.activation` names. `W_enc` [d_in, d_sae] is stored so that
+    `SAE(config)` builds the architecture that `config.architecture` names. `W_enc` [d_in, d_sae] is stored so that
     `W_enc.T` is contiguous: a latent's row in one piece. Arithmetic is fp32 whatever the dtype of the input.
     A transcoder is the same with another width and hook point on the way out.
+
+    A subclass with a `name` is an architecture of its own, wherever it is written. It defines `_select`, and to be
+    trained `encode_training`; what else it may say is below. It is saved with all its parameters and buffers.
 
     >>> sae = SAE(SAEConfig(d_in=6, d_sae=32, k=4))
     >>> x = torch.randn(5, 6)
@@ -64,16 +81,52 @@ class SAE(nn.Module):
     (torch.Size([5, 32]), torch.Size([5, 4]), torch.Size([5, 6]))
     """
 
-    architectures: ClassVar[dict[str, type[SAE]]] = {}
-    activation: ClassVar[str]
+    architectures: ClassVar[Registry[type[SAE]]] = ARCHITECTURES
+    name: ClassVar[str] = ""
+    """What `SAEConfig.architecture` calls it. A class without one is a base that architectures share."""
+    saelens_name: ClassVar[str] = ""
+    """What SAELens calls it; `name` if nothing else is said. SAELens opens only what it has itself."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Settings of its own, by name, with their defaults: what `SAEConfig.options` may hold."""
+    uses_k: ClassVar[bool] = False
+    """Whether `k` means something for it."""
+    uses_groups: ClassVar[bool] = False
+    """Whether it needs `group_sizes`."""
+    exact_k: ClassVar[bool] = False
+    """Whether the code of a token is its K largest latents, so that K of each part of the latents hold it."""
+    trainable: ClassVar[bool] = False
+    """Whether `train_sae` trains it."""
+    whole_batch: ClassVar[bool] = False
+    """Whether training selects over the whole batch, which can then not be split into parts."""
+    fused: ClassVar[bool] = False
+    """Whether its loss is the squared error with AuxK and nothing else, as the fused update computes it."""
+    signed: ClassVar[bool] = False
+    """Whether activations may be negative."""
+    host_free: ClassVar[bool] = True
+    """Whether a training step never waits for the device, so that a CUDA graph may hold it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.activation:  # not for a base that architectures share
-            SAE.architectures[cls.activation] = cls
+        cls.saelens_name = cls.saelens_name or cls.name
+        SAE.architectures.register(cls, cls)
 
     def __new__(cls, cfg: SAEConfig, *_args: Any, **_kwargs: Any) -> SAE:
-        return super().__new__(SAE.architectures[cfg.activation] if cls is SAE else cls)
+        return super().__new__(SAE.architectures[cfg.architecture] if cls is SAE else cls)
+
+    @classmethod
+    def check(cls, cfg: SAEConfig) -> None:
+        """The architecture's rules for its configuration. Raises SteersmanError for what breaks one."""
+        if cls.uses_k and not 1 <= cfg.k <= cfg.d_sae:
+            raise SteersmanError(f"k = {cfg.k} must lie between 1 and d_sae = {cfg.d_sae}")
+        if bool(cfg.group_sizes) != cls.uses_groups:
+            with_groups = [name for name, kind in SAE.architectures.items() if kind.uses_groups]
+            raise SteersmanError(f"group_sizes belong to architecture {', '.join(with_groups)}, which needs them")
+        for name in cfg.options:
+            if name not in cls.defaults:
+                near = near_names(name, list(cls.defaults), limit=3)
+                raise SteersmanError(
+                    f"architecture {cfg.architecture!r} has no option {name!r}" + (f"; it has {near}" if near else "")
+                )
 
     def __init__(self, cfg: SAEConfig, generator: torch.Generator | None = None):
         """Random unit decoder rows and the encoder their transpose (arXiv 2406.04093, sec. 2.2); biases zero."""
@@ -92,7 +145,8 @@ class SAE(nn.Module):
         if cfg.skip_connection:
             self.W_skip = nn.Parameter(torch.zeros(cfg.out_width, cfg.d_in))
         self.feature_stats: FeatureStats | None = None
-        self._entered: Entered | None = None
+        self.latents = Latents()
+        self._input_form: InputForm | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,7 +157,17 @@ class SAE(nn.Module):
         return self.W_dec.device
 
     @property
-    def encoder_bias_in(self) -> Tensor | None:
+    def options(self) -> Mapping[str, Any]:
+        """The settings of its own, those that the configuration leaves open at their defaults."""
+        return {**self.defaults, **self.cfg.options}
+
+    @property
+    def whole_cfg(self) -> SAEConfig:
+        """Its configuration; while it trains on several ranks, that of the SAE whose latents they share."""
+        return self.latents.whole or self.cfg
+
+    @property
+    def input_bias(self) -> Tensor | None:
         """What is subtracted from the input before encoding: `b_dec` [D], or nothing."""
         return self.b_dec if self.cfg.apply_b_dec_to_input else None
 
@@ -111,14 +175,27 @@ class SAE(nn.Module):
         """The code of x [N, D] at inference: values [N, K] fp32 and indices [N, K] int32."""
         raise NotImplementedError  # each architecture defines it
 
-    def training_code(self, x: Tensor, W_enc: Tensor | None = None) -> TrainingCode:
+    def encode_training(self, x: Tensor, W_enc: Tensor | None = None) -> TrainingCode:
         """The code of x [N, D] while training, with gradients.
 
         W_enc [L, D] stands in for the encoder's rows, where a copy of them is kept in the dtype of the products.
         """
-        raise SteersmanError(f"training of {self.cfg.activation!r} SAEs is not supported; use topk or batch_topk")
+        able = ", ".join(name for name, kind in SAE.architectures.items() if kind.trainable)
+        raise SteersmanError(f"training of {self.cfg.architecture!r} SAEs is not supported; use one of {able}")
 
-    def _rows(self, x: Tensor) -> tuple[Tensor, Entered]:
+    def training_step(self, x: Tensor, target: Tensor, state: TrainingState) -> Step:
+        """The losses of one step: x [N, D] is encoded, target [N, D_out] is what the output is compared with.
+
+        Sums over tokens and latents that other ranks may hold go through `self.latents`.
+        """
+        code = self.encode_training(x)
+        residual = target - self.decode_training(code)
+        return Step(code, {"squared_error": residual.square().sum()})
+
+    def after_step(self, step: Step, state: TrainingState) -> None:
+        """What the architecture keeps of a step, such as a threshold. Called once for each step, without gradients."""
+
+    def _rows(self, x: Tensor) -> tuple[Tensor, InputForm]:
         """x [..., D] as rows [N, D] on the SAE's device, normalised where the configuration says so."""
         n_heads, d_in = 0, self.cfg.d_in
         if self.cfg.reshape_heads and x.ndim > 1 and x.shape[-1] != d_in and x.shape[-2] * x.shape[-1] == d_in:
@@ -128,16 +205,16 @@ class SAE(nn.Module):
         rows, shape = pack([x], "* d")
         rows = rows.to(self.device)
         if self.cfg.input_norm == "none":
-            return rows, Entered(shape, None, n_heads)
+            return rows, InputForm(shape, None, n_heads)
         norm = token_norm(self.cfg.input_norm, rows)
-        return norm.apply(rows), Entered(shape, norm, n_heads)
+        return norm.apply(rows), InputForm(shape, norm, n_heads)
 
-    def _leave(self, y: Tensor, entered: Entered) -> Tensor:
+    def _restore(self, y: Tensor, form: InputForm) -> Tensor:
         """Decoded rows [N, D_out] in the form and units that the input had."""
-        if entered.norm is not None and not self.cfg.transcoder:  # a transcoder's output has its own scale
-            y = entered.norm.undo(y)
-        y = unpack(y, entered.shape, "* d")[0]
-        return y.unflatten(-1, (entered.n_heads, -1)) if entered.n_heads and not self.cfg.transcoder else y
+        if form.norm is not None and not self.cfg.transcoder:  # a transcoder's output has its own scale
+            y = form.norm.undo(y)
+        y = unpack(y, form.shape, "* d")[0]
+        return y.unflatten(-1, (form.n_heads, -1)) if form.n_heads and not self.cfg.transcoder else y
 
     def _dense(self, rows: Tensor) -> Tensor:
         """The dense code [N, L] fp32 of rows [N, D]."""
@@ -155,10 +232,10 @@ class SAE(nn.Module):
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """The dense code of x [..., D] -> [..., L] fp32, as SAELens and SAEBench expect it."""
-        rows, entered = self._rows(x)
-        if entered.norm is not None or entered.n_heads:
-            self._entered = entered  # for a `decode` that is given the code alone
-        return unpack(self._dense(rows), entered.shape, "* l")[0]
+        rows, form = self._rows(x)
+        if form.norm is not None or form.n_heads:
+            self._input_form = form  # for a `decode` that is given the code alone
+        return unpack(self._dense(rows), form.shape, "* l")[0]
 
     @torch.no_grad()
     def encode_features(self, x: Tensor, features: Tensor) -> Tensor:
@@ -186,16 +263,16 @@ class SAE(nn.Module):
         y = f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
         if self.cfg.transcoder or (self.cfg.input_norm == "none" and not self.cfg.reshape_heads):
             return y
-        entered = self._entered if like is None else self._rows(like)[1]
+        form = self._input_form if like is None else self._rows(like)[1]
         rows, shape = pack([y], "* d")
-        if entered is None or entered.shape != shape:
+        if form is None or form.shape != shape:
             if self.cfg.input_norm == "none":
                 return y
             raise SteersmanError(
                 f"this SAE normalises each token ({self.cfg.input_norm}), so a code of shape {tuple(f.shape)} can only "
                 "be decoded with its input: pass like=x, or call the SAE on x"
             )
-        return self._leave(rows, entered)
+        return self._restore(rows, form)
 
     def decode_sparse(self, values: Tensor, indices: Tensor) -> Tensor:
         """A sparse code, values and indices [N, K] -> [N, D], in the units of the normalised input (if it is one) and
@@ -203,17 +280,19 @@ class SAE(nn.Module):
         return choose(values.device).sparse_decode(values, indices, self.W_dec, self.b_dec)
 
     def decode_training(self, code: TrainingCode) -> Tensor:
-        """A training code -> [N, D], with gradients to the code, `W_dec` and `b_dec`."""
-        return differentiable_decode(code.values, code.order, self.W_dec, self.b_dec)
+        """A training code -> [N, D_out], with gradients to the code, `W_dec` and `b_dec`."""
+        if self.latents.whole is None:
+            return differentiable_decode(code.values, code.order, self.W_dec, self.b_dec)
+        return self.latents.sum(differentiable_decode(code.values, code.order, self.W_dec)) + self.b_dec
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> tuple[Tensor, SparseCode]:
         """The reconstruction of x [..., D], fp32, and its code (values and indices [N, K]; N tokens in all)."""
-        rows, entered = self._rows(x)
+        rows, form = self._rows(x)
         values, indices = self._select(rows)
-        y = self._leave(self.decode_sparse(values, indices), entered)
+        y = self._restore(self.decode_sparse(values, indices), form)
         if self.cfg.skip_connection:
-            flat = x.flatten(-2) if entered.n_heads else x
+            flat = x.flatten(-2) if form.n_heads else x
             y = y + (flat.to(self.device).float() @ self.W_skip.float().T).reshape(y.shape)
         return y, SparseCode(values, indices.long())
 

@@ -5,16 +5,14 @@ A BatchTopK SAE is saved as a JumpReLU one whose thresholds are all its own, as 
 Every file is written under a temporary name, synced and renamed. `steersman.sae.formats.saelens` reads them.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
 from steersman.files import make_folder, write_json, write_whole
-from steersman.sae.base import SAE
+from steersman.sae.base import SAE, FeatureStats
 from steersman.sae.config import SAEConfig
-from steersman.sae.stats import FeatureStats
 
 CONFIG, WEIGHTS, STATS = "cfg.json", "sae_weights.safetensors", "feature_stats.safetensors"
 
@@ -45,14 +43,14 @@ def save_statistics(stats: FeatureStats, path: Path) -> None:
 def saelens_architecture(cfg: SAEConfig) -> str:
     """What SAELens calls an SAE of this configuration; a name that it does not know for one that it lacks.
 
-    >>> saelens_architecture(SAEConfig(d_in=4, d_sae=8, k=2, activation="batch_topk"))
+    >>> saelens_architecture(SAEConfig(d_in=4, d_sae=8, k=2, architecture="batch_topk"))
     'jumprelu'
     """
-    by_threshold = cfg.activation in ("batch_topk", "matryoshka", "jumprelu")
-    plain = "jumprelu" if by_threshold else "standard" if cfg.activation == "relu" else cfg.activation
+    by_threshold = cfg.architecture in ("batch_topk", "matryoshka", "jumprelu")
+    plain = "jumprelu" if by_threshold else "standard" if cfg.architecture == "relu" else cfg.architecture
     if not (cfg.transcoder or cfg.skip_connection):
         return plain
-    if cfg.transcoder and (by_threshold or cfg.activation == "relu"):
+    if cfg.transcoder and (by_threshold or cfg.architecture == "relu"):
         kind = "skip_transcoder" if cfg.skip_connection else "transcoder"
         return f"jumprelu_{kind}" if by_threshold else kind
     return f"{plain}{'_skip' * cfg.skip_connection}{'_transcoder' * cfg.transcoder}"
@@ -72,11 +70,11 @@ def _config_to_json(cfg: SAEConfig) -> dict[str, Any]:
         "normalize_activations": _NORM_NAMES[cfg.input_norm],
         "reshape_activations": "hook_z" if cfg.reshape_heads else "none",
     }
-    if cfg.activation == "topk":
+    if cfg.architecture == "topk":
         fields |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
     if cfg.transcoder:
         fields |= {"d_out": cfg.out_width}
-    own = {"config": {name: value for name, value in asdict(cfg).items() if name != "metadata"}, **cfg.metadata}
+    own = {"config": cfg.record(), **cfg.metadata}
     kept = cfg.metadata.get("saelens")
     metadata = {**kept} if isinstance(kept, dict) else {}
     metadata |= {"model_name": cfg.model_name, "hook_name": cfg.hook_name, "steersman": own}

@@ -1,22 +1,26 @@
-"""What an SAE is: its widths, its activation, and where its inputs come from."""
+"""What an SAE is: its widths, its architecture, and where its inputs come from."""
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
+from steersman.registry import Registry
 
-Activation = Literal["topk", "batch_topk", "jumprelu", "relu", "gated", "matryoshka", "groupmax"]
 InputNorm = Literal["none", "layer_norm", "constant_norm"]
 
-_NEEDS_K = ("topk", "batch_topk", "matryoshka", "groupmax")
+ARCHITECTURES: Registry[Any] = Registry("architecture")
+"""The classes by name, seen as `SAE.architectures`; here, because each checks the configurations that name it."""
 
 
+@renamed_fields(activation="architecture")
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
     """The shape and meaning of a sparse autoencoder or transcoder; saved with its weights.
 
-    >>> SAEConfig(d_in=64, d_sae=512, k=8, hook_name="blocks.2.hook_resid_post").activation
+    >>> SAEConfig(d_in=64, d_sae=512, k=8, hook_name="blocks.2.hook_resid_post").architecture
     'topk'
     """
 
@@ -25,10 +29,10 @@ class SAEConfig:
     d_sae: int
     """Number of features (latents)."""
     k: int = 0
-    """Active features a token: exactly (topk), one of each of k groups (groupmax), on average while training
+    """Active features a token: exactly (topk, abs_topk), one of each of k groups (groupmax), on average while training
     (batch_topk, matryoshka), not used (the others)."""
-    activation: Activation = "topk"
-    """How pre-activations become a sparse code."""
+    architecture: str = "topk"
+    """How pre-activations become a sparse code: the name of one of `SAE.architectures`."""
     hook_name: str = ""
     """Hook point of the model whose activations it reads, by its TransformerLens name."""
     model_name: str = ""
@@ -50,6 +54,8 @@ class SAEConfig:
     """Whether the output also has a linear part, `x W_skip^T` of the input as it came."""
     group_sizes: tuple[int, ...] = ()
     """Matryoshka only: how many features each group adds; the first groups alone are an SAE too."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings that the architecture has of its own, by name; those left out are at its defaults."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Provenance: anything worth keeping that does not change what the SAE computes."""
 
@@ -57,22 +63,15 @@ class SAEConfig:
         if self.d_in < 1 or self.d_sae < 1 or self.out_width < 1:
             widths = f"{self.d_in} and {self.d_sae}" + ("" if self.d_out is None else f" (d_out {self.d_out})")
             raise SteersmanError(f"an SAE needs d_in and d_sae of at least 1, not {widths}")
-        if self.activation not in get_args(Activation):
-            raise SteersmanError(f"unknown activation {self.activation!r}; use {', '.join(get_args(Activation))}")
         if self.input_norm not in get_args(InputNorm):
             raise SteersmanError(f"unknown input_norm {self.input_norm!r}; use {', '.join(get_args(InputNorm))}")
-        if self.activation in _NEEDS_K and not 1 <= self.k <= self.d_sae:
-            raise SteersmanError(f"k = {self.k} must lie between 1 and d_sae = {self.d_sae}")
-        if self.activation == "groupmax" and self.d_sae % self.k:
-            raise SteersmanError(f"groupmax needs d_sae = {self.d_sae} to be a multiple of k = {self.k}")
         if self.out_width != self.d_in and not self.transcoder:
             raise SteersmanError(f"d_out = {self.d_out} differs from d_in = {self.d_in}: set transcoder=True")
         if self.transcoder and self.apply_b_dec_to_input:
             raise SteersmanError("a transcoder's b_dec belongs to its output: set apply_b_dec_to_input=False")
-        if (self.activation == "matryoshka") != bool(self.group_sizes):
-            raise SteersmanError("group_sizes belong to activation 'matryoshka', which needs them")
         if self.group_sizes and (min(self.group_sizes) < 1 or sum(self.group_sizes) != self.d_sae):
             raise SteersmanError(f"group_sizes {list(self.group_sizes)} must add up to d_sae = {self.d_sae}")
+        ARCHITECTURES[self.architecture].check(self)
 
     @property
     def out_width(self) -> int:
@@ -85,7 +84,21 @@ class SAEConfig:
         found = re.search(r"\.(\d+)(?:\.|$)", self.hook_name)
         return None if found is None else int(found[1])
 
-    @property
-    def architecture(self) -> str:
-        """The activation, by the name that SAEBench asks for."""
-        return self.activation
+    def record(self) -> dict[str, Any]:
+        """The configuration as files hold it, without its metadata: under the names that it always had."""
+        fields = {_ON_DISK.get(name, name): value for name, value in asdict(self).items() if name != "metadata"}
+        if not self.options:
+            del fields["options"]
+        return fields
+
+    @classmethod
+    def from_record(cls, fields: Mapping[str, Any], **others: Any) -> "SAEConfig":
+        """The configuration of what `record` gave. Raises TypeError or ValueError for anything else."""
+        ours = {name: ours for ours, name in _ON_DISK.items()}
+        named = {ours.get(name, name): value for name, value in fields.items()}
+        named["group_sizes"] = tuple(named.get("group_sizes") or ())
+        return cls(**named, **others)
+
+
+_ON_DISK = {"architecture": "activation"}
+"""Fields that files know by another name."""

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steersman.sae.base import SAE, SparseCode
+from steersman.sae.base import SAE, FeatureStats, SparseCode
 from steersman.sae.metrics import FeatureSums
-from steersman.sae.stats import FeatureStats
 
 _BINS_PER_OCTAVE, _OCTAVES = 16, 16
 _LOWEST = -10  # log2 of the smallest activation told apart, in units of the median |x| / sqrt(d_in)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.sae.base import SAE, SparseCode
-from steersman.sae.stats import FeatureStats
+from steersman.sae.base import SAE, FeatureStats, SparseCode
 
 DENSE = 0.1
 """A feature active on more than this share of the tokens counts as dense."""

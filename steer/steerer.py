@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, LanguageModel
+from steersman.lm.origin import check_fits, check_sae_fits
 from steersman.sae import SAE
 from steersman.steer.edit_report import EditReport, Meter
 from steersman.steer.edits import Edit, FeatureEdit, PositionEdit, VectorEdit
@@ -114,7 +115,8 @@ class Steerer:
         Raises SteersmanError for a feature id out of range, a dead feature in `max_act` units, an SAE without the
         statistics its units need, and an SAE of another model, hook point or width.
         """
-        where = self._hook_of(sae, hook)
+        sae.check_residual("steering")
+        where = check_sae_fits(self.lm, sae, hook)
         edit = FeatureEdit(sae, features, mode=mode, units=units, gate=gate)
         meter = Meter(edit) if measure else None
         return Steering(self.lm, {where: edit}, Scope.of(scope, include_bos=include_bos), meter)
@@ -140,11 +142,8 @@ class Steerer:
         edits: dict[str, Edit] = {}
         for name, v in self._vectors(vector, hook).items():
             v = torch.as_tensor(v).to(self.lm.device)
-            width = self.lm.hook_width(name)
-            if v.shape[-1:] != (width,):
-                raise SteersmanError(
-                    f"a vector of shape {tuple(v.shape)} does not fit {name} of {self.lm.name}: its width is {width}"
-                )
+            what, width = f"a vector of shape {list(v.shape)}", v.shape[-1] if v.ndim else 0
+            check_fits(self.lm, what=what, model_name="", hook_name=name, width=width)
             v = v if v.is_floating_point() else v.float()
             by_position = isinstance(vector, SteeringVector) and v.ndim == 2
             edits[name] = PositionEdit(v, scale, gate) if by_position else VectorEdit(v, scale, gate)
@@ -163,25 +162,6 @@ class Steerer:
             self.lm.logits(batch.input_ids, batch.attention_mask)
         return steering.report()
 
-    def _hook_of(self, sae: SAE, hook: str | None) -> str:
-        """The hook point an SAE belongs to, after checking that it fits this model."""
-        sae.check_residual("steering")
-        recorded, model_name = sae.cfg.hook_name, sae.cfg.model_name
-        if not self.lm.matches(model_name):
-            raise SteersmanError(f"this SAE was trained on {model_name!r}, the model is {self.lm.name!r}")
-        if not recorded and hook is None:
-            raise SteersmanError("this SAE records no hook point: name the one it was trained at with hook=")
-        name = self.lm.resolve_hook(hook or recorded)
-        if recorded and self.lm.resolve_hook(recorded) != name:
-            raise SteersmanError(f"this SAE was trained at {recorded!r}, not at {name!r}")
-        width = self.lm.hook_width(name)
-        if sae.cfg.d_in != width:
-            raise SteersmanError(
-                f"this SAE ({model_name or 'model unknown'}, {recorded or 'hook unknown'}) has d_in {sae.cfg.d_in}, "
-                f"but {name} of {self.lm.name} has width {width}"
-            )
-        return name
-
     def _vectors(self, vector: Any, hook: str | None) -> dict[str, Any]:
         if isinstance(vector, list | tuple) and vector and isinstance(vector[0], SteeringVector):
             return self._rows(vector, hook)
@@ -198,17 +178,12 @@ class Steerer:
             raise SteersmanError(
                 f"a vector is a tensor, a mapping of them, or has .hook_name and .vector; got {vector!r}"
             )
-        model_name = getattr(vector, "model_name", "") or ""
-        if not self.lm.matches(model_name):
-            raise SteersmanError(f"this vector was made for {model_name!r}, the model is {self.lm.name!r}")
+        parts = vector.directions if known else {vector.hook_name: vector.vector}
+        options = {"what": "this vector", "model_name": getattr(vector, "model_name", "") or "", "hook": hook}
+        found = {check_fits(self.lm, hook_name=name, width=None, **options): v for name, v in parts.items()}
         kind, own = getattr(vector, "metadata", {}).get("model_type"), getattr(self.lm.config, "model_type", "")
         if kind and own and kind != own:
             raise SteersmanError(f"this vector was made for a model of type {kind!r}, {self.lm.name!r} is {own!r}")
-        parts = vector.directions if known else {vector.hook_name: vector.vector}
-        found = {self.lm.resolve_hook(name): v for name, v in parts.items()}
-        if hook is not None and list(found) != [self.lm.resolve_hook(hook)]:
-            made = ", ".join(map(repr, parts))
-            raise SteersmanError(f"this vector was made at {made}, not at {hook!r}")
         return found
 
     def _rows(self, vectors: Sequence[Any], hook: str | None) -> dict[str, Tensor]:

@@ -3,7 +3,10 @@
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
+
+C = TypeVar("C", bound=type[Any])
 
 
 def moved(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -22,3 +25,39 @@ def moved(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
         return getattr(importlib.import_module(module), new)
 
     return getattr_
+
+
+def renamed_fields(**table: str) -> Callable[[C], C]:
+    """A decorator for a dataclass, outermost: fields by their old names, to set and to read.
+
+    Example: `@renamed_fields(activation="architecture")`.
+    """
+
+    def decorate(cls: C) -> C:
+        make = cls.__init__
+
+        @wraps(make)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            for old in table.keys() & kwargs.keys():
+                _warn(f"{cls.__name__}({old}=...)", table[old])
+                kwargs[table[old]] = kwargs.pop(old)
+            make(self, *args, **kwargs)
+
+        cls.__init__ = __init__
+        for old, new in table.items():
+            setattr(cls, old, property(_reader(cls.__name__, old, new)))
+        return cls
+
+    return decorate
+
+
+def _reader(owner: str, old: str, new: str) -> Callable[[Any], Any]:
+    def read(self: Any) -> Any:
+        _warn(f"{owner}.{old}", new)
+        return getattr(self, new)
+
+    return read
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(f"{old} is {new} now", DeprecationWarning, stacklevel=3)

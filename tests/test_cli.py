@@ -154,7 +154,8 @@ def test_an_sae_of_another_model_is_refused(work: Path, capsys: pytest.CaptureFi
     foreign = SAE(type(sae.cfg)(d_in=64, d_sae=8, k=2, hook_name=HOOK, model_name=sae.cfg.model_name))
     foreign.save(work / "narrow")
     line = fails(capsys, "eval", "--sae", str(work / "narrow"), "--store", str(work / "acts"))
-    assert "d_in 64" in line
+    assert "the SAE has width 64" in line
+    assert "has width 128" in line
     other = SAE(type(sae.cfg)(d_in=128, d_sae=8, k=2, hook_name=HOOK, model_name="gpt2"))
     other.save(work / "foreign")
     for command in (

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from support.tiny_models import with_text
 from test_cli import fails
 
 from steersman import SteeringVector
 from steersman.cli import main, usage
 from steersman.demo import MODEL_PATH, texts
+from steersman.lm import LanguageModel
+from steersman.lm.lens import logit_lens
 from steersman.sae import SAE, SAEConfig
 
 MODEL = str(MODEL_PATH)
@@ -44,8 +48,38 @@ def test_make_and_show(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1.000" in shown
 
 
+def test_show_reads_tokens_as_features_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gemma stores the gain of its final norm less one."""
+    made = with_text("gemma2")
+    made.model.save_pretrained(tmp_path / "gemma")
+    made.tokenizer.save_pretrained(tmp_path / "gemma")
+    lm = LanguageModel.load(str(tmp_path / "gemma"), device="cpu")
+    v = SteeringVector.of(torch.randn(16, generator=torch.Generator().manual_seed(0)), hook_name=HOOK)
+    v.save(tmp_path / "v.safetensors")
+    main(
+        [
+            "vector",
+            "show",
+            "--vector",
+            str(tmp_path / "v.safetensors"),
+            "--model",
+            str(tmp_path / "gemma"),
+            "--top",
+            "5",
+        ]
+    )
+    shown = capsys.readouterr().out
+    ((raised, lowered),) = logit_lens(lm, v.vector[None], 5)
+    assert f"{HOOK} promotes {' '.join(map(repr, raised))}\n" in shown
+    assert f"{HOOK} suppresses {' '.join(map(repr, lowered))}\n" in shown
+    W_U, norm = lm.unembed()
+    assert norm is not None
+    logits = v.vector * (1 + norm.get_parameter("weight")) @ W_U
+    assert raised == [lm.tokenizer.decode([i]) for i in logits.topk(5).indices.tolist()]
+
+
 def test_make_from_a_feature(work: Path) -> None:
-    sae = SAE(SAEConfig(d_in=128, d_sae=32, k=4, activation="topk", hook_name=HOOK, model_name="steersman-demo"))
+    sae = SAE(SAEConfig(d_in=128, d_sae=32, k=4, architecture="topk", hook_name=HOOK, model_name="steersman-demo"))
     sae.save(work / "sae")
     out = str(work / "f.safetensors")
     main(["vector", "make", "--sae", str(work / "sae"), "--feature", "3", "--out", out])
@@ -65,6 +99,24 @@ def test_calibrate(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "the kl budget of 100 is not reached" in line
     assert not Path(out).exists()
     assert "exactly one budget" in fails(capsys, *arguments)
+
+
+def test_text_may_be_a_folder_everywhere(work: Path, tmp_path: Path) -> None:
+    for name in ("prompts", "texts"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "some.txt").write_bytes((work / f"{name}.txt").read_bytes())
+    model = ["--vector", str(work / "v.safetensors"), "--model", MODEL]
+    results = []
+    for source in (work / "texts.txt", tmp_path / "texts"):
+        out = tmp_path / f"{source.stem}.safetensors"
+        main(["vector", "calibrate", *model, "--out", str(out), "--text", str(source), "--target-kl", "0.3"])
+        results.append(SteeringVector.load(out))
+    assert results[0].vector.equal(results[1].vector)
+    main(
+        ["evaluate", *model, "--prompts", str(tmp_path / "prompts"), "--text", str(tmp_path / "texts"),
+         "--word", "snow", "--scale", "1.0", "--max-new-tokens", "4", "--out", str(tmp_path / "report")]
+    )  # fmt: skip
+    assert (tmp_path / "report" / "evaluation.json").is_file()
 
 
 def test_convert(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from steersman.commands import pipeline
+from steersman.commands import eval as eval_command
+from steersman.commands import steer as steer_command
 from steersman.errors import SteersmanError
 from steersman.kernels import choose, dispatch, torch_ops, using
 from steersman.sae import SAE, SAEConfig
@@ -45,9 +46,9 @@ def test_commands_and_training_refuse_what_cannot_run(tmp_path: Path, monkeypatc
     monkeypatch.setattr(pytest.importorskip("triton").knobs.runtime, "interpret", False)
     nothing, device = str(tmp_path / "none"), "cpu"
     for run, config in (
-        (pipeline.run_eval, pipeline.EvalCommand(sae=nothing, store=nothing, device=device, kernels="triton")),
+        (eval_command.run, eval_command.EvalCommand(sae=nothing, store=nothing, device=device, kernels="triton")),
         (
-            pipeline.run_steer,
+            steer_command.run,
             SteerConfig(model=nothing, sae=nothing, feature=("1=2",), device=device, kernels="triton"),
         ),
     ):

@@ -34,7 +34,7 @@ def test_folders_are_imported_by_their_full_name() -> None:
     assert len(sources()) > 30
 
 
-GROUND_FLOOR = {"config", "deprecation", "device", "errors", "files", "parallel", "progress", "text"}
+GROUND_FLOOR = {"config", "deprecation", "device", "errors", "files", "registry", "parallel", "progress", "text"}
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "sae": {"sae", "kernels"},

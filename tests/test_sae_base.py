@@ -92,13 +92,13 @@ def test_input_may_be_bfloat16() -> None:
         ({"d_in": 0, "d_sae": 4, "k": 1}, "d_in and d_sae of at least 1"),
         ({"d_in": 4, "d_sae": 8, "k": 9}, "k = 9 must lie between 1 and d_sae = 8"),
         ({"d_in": 4, "d_sae": 8, "k": 0}, "k = 0"),
-        ({"d_in": 4, "d_sae": 8, "k": 1, "activation": "swish"}, "unknown activation 'swish'"),
+        ({"d_in": 4, "d_sae": 8, "k": 1, "architecture": "swish"}, "unknown architecture 'swish'"),
         ({"d_in": 4, "d_sae": 8, "k": 1, "input_norm": "batch"}, "unknown input_norm 'batch'"),
-        ({"d_in": 4, "d_sae": 8, "k": 3, "activation": "groupmax"}, "multiple of k = 3"),
+        ({"d_in": 4, "d_sae": 8, "k": 3, "architecture": "groupmax"}, "multiple of k = 3"),
         ({"d_in": 4, "d_sae": 8, "k": 3, "d_out": 5}, "set transcoder=True"),
         ({"d_in": 4, "d_sae": 8, "k": 3, "transcoder": True}, "apply_b_dec_to_input=False"),
-        ({"d_in": 4, "d_sae": 8, "k": 3, "activation": "matryoshka"}, "group_sizes belong to"),
-        ({"d_in": 4, "d_sae": 8, "k": 3, "activation": "matryoshka", "group_sizes": (4, 5)}, "must add up to"),
+        ({"d_in": 4, "d_sae": 8, "k": 3, "architecture": "matryoshka"}, "group_sizes belong to"),
+        ({"d_in": 4, "d_sae": 8, "k": 3, "architecture": "matryoshka", "group_sizes": (4, 5)}, "must add up to"),
     ],
 )
 def test_impossible_configurations(fields: dict, message: str) -> None:
@@ -115,8 +115,8 @@ def test_wrong_inputs() -> None:
     with pytest.raises(SteersmanError, match="no feature statistics"):
         sae.is_dead(0)
     with pytest.raises(SteersmanError, match="training of 'jumprelu'"):
-        make_sae("jumprelu").training_code(torch.randn(2, 8))
-    untrained = SAE(SAEConfig(d_in=8, d_sae=16, k=2, activation="batch_topk"))
+        make_sae("jumprelu").encode_training(torch.randn(2, 8))
+    untrained = SAE(SAEConfig(d_in=8, d_sae=16, k=2, architecture="batch_topk"))
     with pytest.raises(SteersmanError, match="no threshold yet"):
         untrained.encode(torch.randn(2, 8))
 

@@ -62,7 +62,7 @@ def test_an_sae_of_the_release(packed: bool, dtype: Any, tmp_path: Path) -> None
     folder = write(tmp_path / RELEASE.format(kind="res"), {k: v.astype(dtype) for k, v in a.items()}, packed)
     sae = SAE.load(folder)
     assert (sae.cfg.hook_name, sae.cfg.model_name) == ("blocks.7.hook_resid_post", "google/gemma-2-2b")
-    assert (sae.cfg.activation, sae.cfg.apply_b_dec_to_input) == ("jumprelu", False)
+    assert (sae.cfg.architecture, sae.cfg.apply_b_dec_to_input) == ("jumprelu", False)
     assert sae.cfg.metadata["average_l0"] == 71
     assert sae.cfg.metadata["origin"]["format"] == "gemma_scope"
     check(sae, a)

@@ -89,7 +89,7 @@ def test_saes(activation: str, norm: str, by_norm: bool, pickled: bool, tmp_path
     if activation == "topk":
         t["W_D"] /= t["W_D"].norm(dim=1, keepdim=True)
     sae = SAE.load(write(tmp_path, config, t, pickled))
-    assert (sae.cfg.hook_name, sae.cfg.activation) == (IN, activation)
+    assert (sae.cfg.hook_name, sae.cfg.architecture) == (IN, activation)
     x = torch.randn(60, D) * 3
     f, x_hat = expected(config, t, x)
     assert (f > 0).any()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support.helpers import make_sae
@@ -136,6 +136,7 @@ def test_random_bytes_are_an_error_of_ours(name: str, data: bytes, magic: bool, 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.npz", "x.pt"])
 @quick
 @given(changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=6), cut=st.integers(0, 3000))
+@example(changes=[(5641, 1)], cut=0)  # makes the .pt an archive of several disks
 def test_damaged_files_load_or_are_an_error_of_ours(
     name: str, changes: list[tuple[int, int]], cut: int, tmp_path: Path
 ) -> None:

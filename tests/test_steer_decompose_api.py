@@ -248,9 +248,9 @@ def test_steering_vectors_are_checked() -> None:
     assert decompose(good, sae, k=2).hook_name == HOOK
     several = SteeringVector(directions={"blocks.0.hook_resid_post": torch.ones(16), HOOK: v})
     torch.testing.assert_close(decompose(several, sae, k=2).vector, v)
-    with pytest.raises(SteersmanError, match="made at 'blocks.2.hook_resid_post', the SAE reads 'blocks.1"):
+    with pytest.raises(SteersmanError, match="made at 'blocks.2.hook_resid_post', the SAE at 'blocks.1"):
         decompose(SteeringVector.of(v, hook_name="blocks.2.hook_resid_post"), sae)
-    with pytest.raises(SteersmanError, match="made for 'other', the SAE was trained on 'someone/model-a'"):
+    with pytest.raises(SteersmanError, match="made for 'other', the SAE for 'someone/model-a'"):
         decompose(SteeringVector.of(v, hook_name=HOOK, model_name="other"), sae)
 
 

@@ -103,7 +103,7 @@ def test_retention_mistakes() -> None:
     with pytest.raises(SteersmanError, match="made for 'other', the model is 'llama'"):
         measure_retention(found, lm, ["w5 w6"])
     found = decompose(torch.ones(16), toy_sae(hook=""), k=1)
-    with pytest.raises(SteersmanError, match="no hook point: name it with hook="):
+    with pytest.raises(SteersmanError, match="records no hook point: name the one it was made at with hook="):
         measure_retention(found, lm, ["w5 w6"])
     with pytest.raises(SteersmanError, match="no texts"):
         measure_retention(found, lm, [], hook="blocks.1.hook_resid_post")
@@ -126,13 +126,14 @@ def test_command(bundled: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     v.save(tmp_path / "weather.safetensors")
     w.save(tmp_path / "food.safetensors")
     (tmp_path / "labels.json").write_text(json.dumps({str(f): name for name, f in features.items()}))
-    (tmp_path / "texts.txt").write_text("\n".join(texts(4, seed=11)))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "some.txt").write_text("\n".join(texts(4, seed=11)))
     common = ["decompose", "--sae", str(folder / "sae"), "--vector", str(tmp_path / "weather.safetensors")]
     both = [*common, "--vector", str(tmp_path / "food.safetensors")]
     out, plot = tmp_path / "found.json", tmp_path / "found.png"
     main(
         [*both, "--k", "12", "--labels", str(tmp_path / "labels.json"), "--out", str(out), "--plot", str(plot),
-         "--model", str(MODEL_PATH), "--text", str(tmp_path / "texts.txt"), "--retention"]
+         "--model", str(MODEL_PATH), "--text", str(tmp_path / "texts"), "--retention"]
     )  # fmt: skip
     text = capsys.readouterr().out
     assert "rain" in text

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.sae.stats import FeatureStats
+from steersman.sae.base import FeatureStats
 from steersman.steer import Steerer, Steering
 from steersman.steer.edits import MODES, VectorEdit, feature_rows
 

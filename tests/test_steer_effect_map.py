@@ -184,7 +184,7 @@ def test_another_sae_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("vector", "said"),
     [
-        (torch.randn(D + 1), "does not fit an effect map of width 12"),
+        (torch.randn(D + 1), "this vector has width 13, the effect map has width 12"),
         (torch.zeros(D), "zero or not finite"),
         (torch.full((D,), math.nan), "zero or not finite"),
         (SteeringVector.of(torch.randn(D), hook_name="blocks.2.hook_resid_post", model_name="toy"), "was made at"),

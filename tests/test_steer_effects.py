@@ -1,14 +1,13 @@
 """Collecting effects: the same bytes after an interruption and over ranks, and one line for each mistake."""
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.effect_toys import HOOK, TEXTS, quick, toy
+from support.effect_toys import HOOK, TEXTS, measure_in_a_job, quick, toy
+from support.ranks import answers, run_ranks, start_ranks
 from support.stores import digests
 from support.tiny_models import D, toy_sae
 
@@ -69,9 +68,8 @@ def test_interrupted_work_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch:
     with pytest.raises(SteersmanError, match="2 of 3 shards are not measured yet"):
         Effects.open(broken)
     monkeypatch.setattr(module, "_shard", make)
-    (tmp_path / "broken" / ".00001.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / "broken" / "00001.safetensors.tmp").write_bytes(b"half")
     collect_effects(lm, sae, TEXTS, quick(out=broken, **options))
-    (tmp_path / "broken" / ".00001.safetensors.tmp").unlink(missing_ok=True)
     assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
     monkeypatch.setattr(module, "_shard", lambda *args: pytest.fail("measured again"))
     collect_effects(lm, sae, TEXTS, quick(out=broken, **options))
@@ -100,27 +98,45 @@ def test_other_settings_in_the_same_folder_are_an_error(tmp_path: Path) -> None:
         collect_effects(lm, sae, config=quick(out=str(tmp_path / "full")))
 
 
-WORKER = """
-import sys
-sys.path.insert(0, {tests!r})
-from support.effect_toys import quick, toy
-from steersman.steer.effects.collect import collect_effects
-lm, sae = toy()
-print(len(collect_effects(lm, sae, config=quick(out={out!r}))))
-"""
-
-
 def test_ranks_share_the_work_and_change_nothing(tmp_path: Path) -> None:
     lm, sae = toy()
     collect_effects(lm, sae, config=quick(out=str(tmp_path / "one")))
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(tmp_path / "two")))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "STEERSMAN_PROGRESS": "0"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "".join(run.stdout.split()) == "77"  # the ranks' lines may run into each other
+    found = run_ranks(2, measure_in_a_job, str(tmp_path / "two"))
+    assert [(how, number) for how, _, number in found] == [("done", "7"), ("done", "7")]
     assert digests(tmp_path / "two") == digests(tmp_path / "one")
+
+
+def test_a_lost_rank_ends_the_job_and_the_next_one_resumes(tmp_path: Path) -> None:
+    lm, sae = toy()
+    collect_effects(lm, sae, config=quick(out=str(tmp_path / "one"), shard_vectors=2))
+    out, settings = str(tmp_path / "two"), {"shard_vectors": 2}
+    found = answers(start_ranks(2, partial(measure_in_a_job, **settings), out, "kill", 1))
+    assert found[1] == (False, "killed")
+    ok, (ended, seconds, message) = found[0]
+    assert ok
+    assert (ended, seconds < 10) == ("LostRankError", True)
+    assert "rank 0 of 2: the connection to another rank was lost" in message
+    run_ranks(2, partial(measure_in_a_job, **settings), out)
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+
+
+def test_a_rank_that_hangs_ends_the_job_in_bounded_time(tmp_path: Path) -> None:
+    job = partial(measure_in_a_job, shard_vectors=2, timeout_seconds=2.0)
+    started = start_ranks(2, job, str(tmp_path / "two"), "hang", 1)
+    ((ok, answer),) = answers(started[:1])
+    started[1][0].kill()
+    assert ok, answer
+    ended, seconds, message = answer
+    assert (ended, seconds < 10) == ("LostRankError", True)
+    assert "did not answer in time" in message
+
+
+def test_a_mistake_is_told_by_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    for ended, _, message in run_ranks(2, measure_in_a_job, str(tmp_path / "full")):
+        assert ended == "SteersmanError"
+        assert "holds no effects" in message
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
@@ -182,7 +198,10 @@ def test_given_vectors_are_measured_as_they_are() -> None:
         ([], "no vectors given"),
         ([SteeringVector.of(torch.randn(D), hook_name=HOOK, model_name="gpt2")], "made for 'gpt2'"),
         ([SteeringVector.of(torch.randn(D), hook_name="blocks.0.hook_resid_post")], "made at 'blocks.0"),
-        ([SteeringVector.of(torch.randn(D + 2), hook_name=HOOK)], "its width is 16"),
+        (
+            [SteeringVector.of(torch.randn(D + 2), hook_name=HOOK)],
+            "width 18, blocks.1.hook_resid_post of llama has width 16",
+        ),
     ],
 )
 def test_given_vectors_that_do_not_fit(vectors: Any, said: str) -> None:
@@ -199,7 +218,7 @@ def test_wrong_requests_have_one_line(tmp_path: Path) -> None:
         collect_effects(lm, sae, n_vector=3)
     with pytest.raises(SteersmanError, match="records no hook point"):
         collect_effects(lm, toy_sae(""), config=quick())
-    with pytest.raises(SteersmanError, match="trained on 'gpt2'"):
+    with pytest.raises(SteersmanError, match="this SAE was made for 'gpt2', the model is"):
         collect_effects(lm, toy_sae(HOOK, model_name="gpt2"), config=quick())
     with pytest.raises(SteersmanError, match="n_vectors 41 is more than the 40"):
         collect_effects(lm, sae, config=quick(vectors="decoder", n_vectors=41))

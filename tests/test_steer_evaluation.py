@@ -198,11 +198,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompts": ["w5", " "]}, "prompt 1 is empty"),
     ({"texts": [""]}, "text 0 is empty"),
     ({"vector": V - V}, "is zero"),
-    ({"vector": SteeringVector.of(torch.ones(5), hook_name=HOOK)}, "its width is 16"),
+    ({"vector": SteeringVector.of(torch.ones(5), hook_name=HOOK)}, "of llama has width 16"),
     ({"vector": SteeringVector.of(torch.ones(D), hook_name=HOOK, model_name="gpt2")}, "made for 'gpt2'"),
     ({"features": [3]}, "need the SAE"),
     ({"sae": toy_sae(), "features": [400]}, "400"),
-    ({"sae": toy_sae(model_name="gpt2")}, "trained on 'gpt2'"),
+    ({"sae": toy_sae(model_name="gpt2")}, "this SAE was made for 'gpt2'"),
     ({"continuations": ["w5"]}, "continuation 0 must have"),
     ({"continuations": [("w5", " w6", "")]}, "continuation 0 is empty on one side"),
 ]

@@ -200,26 +200,28 @@ def test_number_of_rows_must_fit() -> None:
 def test_an_sae_or_vector_of_another_model_or_place() -> None:
     lm = with_text("llama")
     st = Steerer(lm)
-    with pytest.raises(SteersmanError, match="trained on 'gpt2', the model is 'llama'"):
+    with pytest.raises(SteersmanError, match="this SAE was made for 'gpt2', the model is 'llama'"):
         st.features(toy_sae(model_name="gpt2"), {1: 1.0})
     st.features(toy_sae(model_name="org/Llama"), {1: 1.0})
-    with pytest.raises(SteersmanError, match=r"trained at 'blocks\.1\.hook_resid_post', not at 'blocks\.2"):
+    with pytest.raises(SteersmanError, match=r"made at 'blocks\.1\.hook_resid_post', not at 'blocks\.2"):
         st.features(toy_sae(), {1: 1.0}, hook="layers.2")
     with pytest.raises(SteersmanError, match="no layer 7, the model has 3 layers"):
         st.features(toy_sae(hook="blocks.7.hook_resid_post"), {1: 1.0})
     with pytest.raises(SteersmanError, match="records no hook point"):
         st.features(toy_sae(hook=""), {1: 1.0})
     st.features(toy_sae(hook=""), {1: 1.0}, hook="layers.1")
-    wide = SAE(SAEConfig(d_in=24, d_sae=40, k=4, activation="topk", hook_name=HOOK))
-    with pytest.raises(SteersmanError, match="d_in 24, but blocks.1.hook_resid_post of llama has width 16"):
+    wide = SAE(SAEConfig(d_in=24, d_sae=40, k=4, architecture="topk", hook_name=HOOK))
+    with pytest.raises(SteersmanError, match="width 24, blocks.1.hook_resid_post of llama has width 16"):
         st.features(wide, {1: 1.0})
-    with pytest.raises(SteersmanError, match="does not fit blocks.1.hook_resid_post of llama: its width is 16"):
+    with pytest.raises(
+        SteersmanError, match="shape \\[5\\] has width 5, blocks.1.hook_resid_post of llama has width 16"
+    ):
         st.vector(torch.zeros(5), hook=HOOK)
     with pytest.raises(SteersmanError, match="name the hook point"):
         st.vector(VECTOR)
     with pytest.raises(SteersmanError, match="made for 'gpt2', the model is 'llama'"):
         st.vector(SimpleNamespace(hook_name=HOOK, vector=VECTOR, model_name="gpt2"))
-    with pytest.raises(SteersmanError, match="not at 'layers.2'"):
+    with pytest.raises(SteersmanError, match="made at 'blocks.1.hook_resid_post', not at 'blocks.2.hook_resid_post'"):
         st.vector(SimpleNamespace(hook_name=HOOK, vector=VECTOR), hook="layers.2")
     with pytest.raises(SteersmanError, match="a vector is a tensor"):
         st.vector("north")

@@ -128,13 +128,13 @@ def test_apply_is_the_steerers_vector(lm: LanguageModel) -> None:
 
 def test_a_vector_of_another_width_model_or_hook_point(lm: LanguageModel) -> None:
     st = Steerer(lm)
-    with pytest.raises(SteersmanError, match="does not fit blocks.1.hook_resid_post of llama: its width is 16"):
+    with pytest.raises(SteersmanError, match="has width 5, blocks.1.hook_resid_post of llama has width 16"):
         st.vector(SteeringVector.of(torch.ones(5), hook_name=HOOK))
     with pytest.raises(SteersmanError, match="made for 'gpt2', the model is 'llama'"):
         st.vector(SteeringVector.of(A, hook_name=HOOK, model_name="gpt2"))
     with pytest.raises(SteersmanError, match="no layer 7, the model has 3 layers"):
         st.vector(SteeringVector.of(A, hook_name="layers.7"))
-    with pytest.raises(SteersmanError, match="made at 'blocks.1.hook_resid_post', not at 'layers.2'"):
+    with pytest.raises(SteersmanError, match="made at 'blocks.1.hook_resid_post', not at 'blocks.2.hook_resid_post'"):
         st.vector(V, hook="layers.2")
     with pytest.raises(SteersmanError, match="row 1 of a list"):
         st.vector([V, SteeringVector.of(BY_POSITION, hook_name=HOOK)])

@@ -115,9 +115,9 @@ def _is(store: ActivationStore, row: int, document: int, position: int) -> bool:
 def test_what_does_not_belong_together_is_refused(store: ActivationStore, sae: SAE, tmp_path: Path) -> None:
     with pytest.raises(SteersmanError, match="the store .* holds blocks.1"):
         check_same_origin(SAE(replace(sae.cfg, hook_name="blocks.3.hook_resid_post")), store)
-    with pytest.raises(SteersmanError, match="d_in 64"):
+    with pytest.raises(SteersmanError, match="the SAE has width 64, the store .* has width"):
         check_same_origin(SAE(replace(sae.cfg, d_in=64)), store)
-    with pytest.raises(SteersmanError, match="trained on gpt2"):
+    with pytest.raises(SteersmanError, match="the SAE was made for 'gpt2', the store .* for"):
         check_same_origin(SAE(replace(sae.cfg, model_name="gpt2")), store)
     with pytest.raises(SteersmanError, match="no hook point"):
         HookView(store, "blocks.0.hook_resid_post")

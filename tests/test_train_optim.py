@@ -32,7 +32,7 @@ def trainer_of(config: TrainConfig) -> Trainer:
     x = rows(4000)
     squared = float(x.square().sum(1).mean())
     stats = ActivationStats(mean=x.mean(0), mean_norm=1.0, median_norm=1.0, mean_squared_norm=squared, n_rows=4000)
-    cfg = SAEConfig(d_in=D, d_sae=config.d_sae, k=config.k, activation=config.activation)
+    cfg = SAEConfig(d_in=D, d_sae=config.d_sae, k=config.k, architecture=config.activation)
     return Trainer(config, resolve(config, D, 60_000), stats, cfg)
 
 

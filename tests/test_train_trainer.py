@@ -147,7 +147,7 @@ def test_an_interrupt_saves_a_checkpoint(
 
 
 def fresh_trainer(config: TrainConfig, rows: Tensor, store: ActivationStore) -> Trainer:
-    cfg = SAEConfig(d_in=16, d_sae=config.d_sae, k=config.k, activation=config.activation)
+    cfg = SAEConfig(d_in=16, d_sae=config.d_sae, k=config.k, architecture=config.activation)
     trainer = Trainer(config, resolve(config, 16, 60_000), store.stats(), cfg)
     trainer.fit_encoder_scale(rows)
     return trainer

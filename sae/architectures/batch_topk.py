@@ -1,22 +1,23 @@
 """BatchTopK (arXiv 2412.06410): the N*K largest pre-activations of a batch while training, a threshold at inference."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.kernels import choose, with_gradient
+from steersman.sae.architectures.auxk import AuxKSAE
 from steersman.sae.architectures.elementwise import ElementwiseSAE, chosen
-from steersman.sae.base import TrainingCode
 from steersman.sae.config import SAEConfig
+from steersman.sae.training import Step, TrainingCode, TrainingState, keep_only
 
 
-class BatchTopKSAE(ElementwiseSAE):
+class BatchTopKSAE(AuxKSAE, ElementwiseSAE):
     """Trains on the batch's N*K largest; encodes by `threshold`, the mean over steps of the smallest value selected
     (sec. 3), so that a token's code does not depend on its neighbours."""
 
-    activation: ClassVar[str] = "batch_topk"
+    name, saelens_name = "batch_topk", "jumprelu"
+    uses_k = trainable = whole_batch = fused = True
+    host_free = False
     threshold: Tensor
 
     def __init__(self, cfg: SAEConfig, generator: torch.Generator | None = None):
@@ -27,17 +28,33 @@ class BatchTopKSAE(ElementwiseSAE):
     def _dense(self, rows: Tensor, features: Tensor | None = None) -> Tensor:
         self._check_threshold()
         return choose(rows.device).threshold_encode(
-            rows, self._encoder(features), chosen(self.b_enc, features), self.threshold, self.encoder_bias_in
+            rows, self._encoder(features), chosen(self.b_enc, features), self.threshold, self.input_bias
         )
 
-    def training_code(self, x: Tensor, W_enc: Tensor | None = None) -> TrainingCode:
-        rows = self.W_enc.T if W_enc is None else W_enc
+    def encode_training(self, x: Tensor, W_enc: Tensor | None = None) -> TrainingCode:
+        rows, bias, latents = self.W_enc.T if W_enc is None else W_enc, self.input_bias, self.latents
+        k = self.whole_cfg.k
         with torch.no_grad():
-            values, indices, smallest = choose(x.device).batch_topk_encode(
-                x, rows, self.b_enc, self.cfg.k, self.encoder_bias_in
+            # All that the batch selects may lie here, so a rank proposes as many as all replicas select.
+            values, indices, lowest = choose(x.device).batch_topk_encode(
+                x, rows, self.b_enc, min(k * latents.n_replicas, self.cfg.d_sae), bias
             )
-        values, order = with_gradient(x, rows, self.b_enc, self.encoder_bias_in, values, indices)
-        return TrainingCode(values, order, smallest)
+            among = latents.keep_batch_topk(values, len(x) * latents.n_replicas * k)
+            if among is not None:
+                kept, lowest = among
+                values, indices = keep_only(values, indices, kept)
+        bias = None if bias is None else latents.uses(bias)
+        values, order = with_gradient(x, rows, self.b_enc, bias, values, indices)
+        return TrainingCode(values, order, lowest)
+
+    @torch.no_grad()
+    def after_step(self, step: Step, state: TrainingState) -> None:
+        lowest = step.code.min_selected
+        if lowest is None:
+            return
+        usable = torch.where(lowest.isfinite(), lowest, self.threshold)
+        moved = 0.99 * self.threshold + 0.01 * usable
+        self.threshold.copy_(torch.where(self.threshold < 0, usable, moved))
 
     def _check_threshold(self) -> None:
         if bool(self.threshold < 0):
@@ -45,7 +62,7 @@ class BatchTopKSAE(ElementwiseSAE):
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_threshold()
-        return choose(x.device).threshold_select(x, self.W_enc.T, self.b_enc, self.threshold, self.encoder_bias_in)
+        return choose(x.device).threshold_select(x, self.W_enc.T, self.b_enc, self.threshold, self.input_bias)
 
     @torch.no_grad()
     def fold_input_scale(self, scale: float) -> None:

@@ -3,8 +3,6 @@
 Shape letters: N tokens, L latents, D width, M chosen features.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -14,8 +12,6 @@ from steersman.sae.base import SAE
 
 class ElementwiseSAE(SAE):
     """An SAE whose code is a function of each pre-activation alone: `_dense` defines it, for all latents or some."""
-
-    activation: ClassVar[str] = ""
 
     def _dense(self, rows: Tensor, features: Tensor | None = None) -> Tensor:
         """The code of rows [N, D]: [N, L], or [N, M] of the chosen features."""

@@ -1,7 +1,5 @@
 """Gated SAEs (arXiv 2404.16014): one path decides which latents are active, another how strongly. Inference only."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +13,7 @@ class GatedSAE(ElementwiseSAE):
     `b_enc` is None: there are two encoder biases.
     """
 
-    activation: ClassVar[str] = "gated"
+    name = "gated"
 
     def __init__(self, cfg: SAEConfig, generator: torch.Generator | None = None):
         super().__init__(cfg, generator)
@@ -26,7 +24,7 @@ class GatedSAE(ElementwiseSAE):
         self.r_mag = nn.Parameter(torch.zeros(cfg.d_sae))
 
     def _dense(self, rows: Tensor, features: Tensor | None = None) -> Tensor:
-        x, bias = rows.float(), self.encoder_bias_in
+        x, bias = rows.float(), self.input_bias
         p = (x if bias is None else x - bias.float()) @ self._encoder(features).float().T
         magnitude = p * chosen(self.r_mag, features).float().exp() + chosen(self.b_mag, features).float()
         return torch.where(p + chosen(self.b_gate, features).float() > 0, magnitude.relu(), torch.zeros_like(p))

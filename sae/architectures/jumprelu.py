@@ -1,7 +1,5 @@
 """JumpReLU (arXiv 2407.14435): every pre-activation above its latent's threshold. Inference only."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from steersman.sae.config import SAEConfig
 class JumpReLUSAE(ElementwiseSAE):
     """`f = z H(z - threshold)`, `z = (x - b_dec) W_enc + b_enc` (eq. 3)."""
 
-    activation: ClassVar[str] = "jumprelu"
+    name = "jumprelu"
     threshold: Tensor
 
     def __init__(self, cfg: SAEConfig, generator: torch.Generator | None = None):
@@ -26,11 +24,11 @@ class JumpReLUSAE(ElementwiseSAE):
             self._encoder(features),
             chosen(self.b_enc, features),
             chosen(self.threshold, features),
-            self.encoder_bias_in,
+            self.input_bias,
         )
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return choose(x.device).threshold_select(x, self.W_enc.T, self.b_enc, self.threshold, self.encoder_bias_in)
+        return choose(x.device).threshold_select(x, self.W_enc.T, self.b_enc, self.threshold, self.input_bias)
 
     @torch.no_grad()
     def fold_input_scale(self, scale: float) -> None:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.sae.base import SAE
+from steersman.sae.base import SAE, FeatureStats
 from steersman.sae.config import SAEConfig
 from steersman.sae.formats.source import Source
 from steersman.sae.formats.tensors import Entry, TensorFile
-from steersman.sae.stats import FeatureStats
 
 
 @dataclass(kw_only=True)
@@ -182,9 +181,9 @@ def _set_threshold(sae: SAE, parts: Parts, device: torch.device) -> None:
         raise SteersmanError(
             f"{entry.file.path}: {entry.name} has shape {list(entry.shape)}, the configuration says {[L]}"
         )
-    if sae.cfg.activation in ("batch_topk", "matryoshka"):
+    if sae.cfg.architecture in ("batch_topk", "matryoshka"):
         if bool((values != values[0]).any()):
-            raise SteersmanError(f"{parts.file.path}: a {sae.cfg.activation} SAE has one threshold, not one a latent")
+            raise SteersmanError(f"{parts.file.path}: a {sae.cfg.architecture} SAE has one threshold, not one a latent")
         values = values[0].clone()
     sae.threshold = values.to(device)
 

@@ -75,7 +75,7 @@ class DictionaryLearning(Format):
             d_in=d_in,
             d_sae=d_sae,
             k=_k(kind, numbers, trainer, file),
-            activation=CLASSES[kind],  # pyright: ignore[reportArgumentType]
+            architecture=CLASSES[kind],
             hook_name=_hook(trainer),
             model_name=to_model_name(str(trainer.get("lm_name") or "")),
             apply_b_dec_to_input=kind not in ("AutoEncoderNew", "JumpReluAutoEncoder"),
@@ -213,19 +213,21 @@ def _class_for(sae: SAE) -> str:
         "skip connections": cfg.skip_connection,
         f"input normalisation {cfg.input_norm!r}": cfg.input_norm != "none",
         "inputs per attention head": cfg.reshape_heads,
-        "groupmax": cfg.activation == "groupmax",
+        "groupmax": cfg.architecture == "groupmax",
     }
     unfit = [what for what, holds in reasons.items() if holds]
     if unfit:
         raise SteersmanError(f"dictionary_learning cannot express {'; '.join(unfit)}")
-    if cfg.activation == "relu":
+    if cfg.architecture == "relu":
         return "AutoEncoder" if cfg.apply_b_dec_to_input else "AutoEncoderNew"
-    keeps = cfg.activation == "jumprelu"
+    keeps = cfg.architecture == "jumprelu"
     if cfg.apply_b_dec_to_input and keeps:
         raise SteersmanError("dictionary_learning cannot express a JumpReLU SAE that subtracts b_dec from its input")
     if not cfg.apply_b_dec_to_input and not keeps:
-        raise SteersmanError(f"dictionary_learning cannot express a {cfg.activation} SAE that keeps b_dec in its input")
-    return {activation: kind for kind, activation in CLASSES.items()}[cfg.activation]
+        raise SteersmanError(
+            f"dictionary_learning cannot express a {cfg.architecture} SAE that keeps b_dec in its input"
+        )
+    return {activation: kind for kind, activation in CLASSES.items()}[cfg.architecture]
 
 
 def _tensors_of(kind: str, sae: Any) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ class GemmaScope(Format):
         cfg = SAEConfig(
             d_in=d_in,
             d_sae=d_sae,
-            activation="jumprelu",
+            architecture="jumprelu",
             hook_name=hook,
             model_name=_model(place),
             apply_b_dec_to_input=False,

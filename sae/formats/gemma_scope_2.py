@@ -49,7 +49,7 @@ class GemmaScope2(Format):
         cfg = SAEConfig(
             d_in=d_in,
             d_sae=d_sae,
-            activation="jumprelu",
+            architecture="jumprelu",
             hook_name=_hook(source.place, path_in, layer[1] if layer else None, transcoder),
             model_name=_model(str(fields.get("model_name") or ""), source.place),
             apply_b_dec_to_input=False,

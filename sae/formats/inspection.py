@@ -44,7 +44,7 @@ class Inspection:
         """One line for each thing, aligned."""
         cfg = self.cfg
         kind = (
-            cfg.activation + (" transcoder" if cfg.transcoder else "") + (" with skip" if cfg.skip_connection else "")
+            cfg.architecture + (" transcoder" if cfg.transcoder else "") + (" with skip" if cfg.skip_connection else "")
         )
         widths = f"d_in {cfg.d_in:,}, d_sae {cfg.d_sae:,}" + (f", d_out {cfg.out_width:,}" if cfg.transcoder else "")
         hook = (cfg.hook_name or "not recorded") + (f" -> {cfg.hook_name_out or '?'}" if cfg.transcoder else "")

@@ -103,7 +103,7 @@ def _config(source: Source, fields: dict[str, Any], file: TensorFile) -> SAEConf
     cfg = SAEConfig(
         d_in=d_in,
         d_sae=d_sae,
-        activation="jumprelu",
+        architecture="jumprelu",
         hook_name=hook,
         model_name="deepseek-ai/DeepSeek-R1-Distill-Llama-8B"
         if distill

@@ -68,7 +68,7 @@ class Llamascopium(Format):
             d_in=d_in,
             d_sae=d_sae,
             k=integer(fields.get("top_k", 0), "top_k", path) if activation == "topk" else 0,
-            activation=activation,  # pyright: ignore[reportArgumentType]
+            architecture=activation,
             hook_name=to_hook_name(hook_in),
             apply_b_dec_to_input=False,
             input_norm="constant_norm" if norm == "token-wise" else "none",

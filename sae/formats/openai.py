@@ -56,7 +56,7 @@ class OpenAI(Format):
             d_in=d_in,
             d_sae=d_sae,
             k=k or 0,
-            activation="relu" if k is None else "topk",
+            architecture="relu" if k is None else "topk",
             hook_name=hook,
             model_name="gpt2" if hook else "",
             input_norm="none" if k is None else "layer_norm",

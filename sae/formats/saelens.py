@@ -19,13 +19,12 @@ from typing import Any
 import torch
 
 from steersman.errors import SteersmanError
-from steersman.sae.base import SAE
+from steersman.sae.base import SAE, FeatureStats
 from steersman.sae.config import SAEConfig
 from steersman.sae.formats.base import Format, Parts, integer, text
 from steersman.sae.formats.names import to_hook_name, to_model_name
 from steersman.sae.formats.source import Source
 from steersman.sae.formats.tensors import Entry, SafetensorsFile, TensorFile
-from steersman.sae.stats import FeatureStats
 
 CONFIG, WEIGHTS, STATS, SCALER = (
     "cfg.json",
@@ -88,9 +87,9 @@ class SAELens(Format):
         from steersman.sae.checkpoint import saelens_architecture
 
         if saelens_architecture(sae.cfg) not in ARCHITECTURES:
-            kind = sae.cfg.activation + (" transcoder" if sae.cfg.transcoder else " with a skip connection")
+            kind = sae.cfg.architecture + (" transcoder" if sae.cfg.transcoder else " with a skip connection")
             raise SteersmanError(
-                f"SAELens has no {kind if sae.cfg.activation != 'groupmax' else 'groupmax'} architecture"
+                f"SAELens has no {kind if sae.cfg.architecture != 'groupmax' else 'groupmax'} architecture"
             )
         sae.save(path)
 
@@ -100,10 +99,9 @@ def _read_own(source: Source, own: Any, file: TensorFile) -> Parts:
     try:
         own = dict(own)
         settings = dict(own.pop("config"))
-        settings["group_sizes"] = tuple(settings.get("group_sizes") or ())
         for name in ("d_in", "d_sae", "k"):
             settings[name] = integer(settings.get(name, 0), name, path)
-        cfg = SAEConfig(**settings, metadata=own)
+        cfg = SAEConfig.from_record(settings, metadata=own)
     except SteersmanError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -174,7 +172,7 @@ def _read_saelens(source: Source, fields: dict[str, Any], file: TensorFile) -> P
         d_in=integer(fields["d_in"], "d_in", path),
         d_sae=d_sae,
         k=integer(k, "k", path),
-        activation=activation,  # pyright: ignore[reportArgumentType]
+        architecture=activation,
         hook_name=to_hook_name(str(metadata.get("hook_name") or "")),
         model_name=to_model_name(str(metadata.get("model_name") or "")),
         apply_b_dec_to_input=bool(fields.get("apply_b_dec_to_input", True)) and not transcoder,
@@ -234,9 +232,9 @@ def _group_sizes(fields: dict[str, Any], d_sae: int, path: Path) -> tuple[int, .
 def _find(cfg: SAEConfig, file: TensorFile, finetuned: bool) -> tuple[dict[str, Entry], Entry | None, frozenset[str]]:
     tensors = {name: file.entry(name) for name in _names(cfg)}
     ignored: set[str] = set()
-    if cfg.activation in ("batch_topk", "matryoshka"):
+    if cfg.architecture in ("batch_topk", "matryoshka"):
         tensors["threshold"] = file.entry("topk_threshold")
-    elif cfg.activation == "jumprelu":
+    elif cfg.architecture == "jumprelu":
         tensors["threshold"] = file.entry("log_threshold").exp() if "log_threshold" in file else file.entry("threshold")
     factor = next((file.entry(name) for name in ("finetuning_scaling_factor", "scaling_factor") if name in file), None)
     if factor is not None and bool(torch.allclose(factor.read().float(), torch.ones(factor.shape))):

@@ -52,7 +52,7 @@ class Sparsify(Format):
             d_in=d_in,
             d_sae=d_sae,
             k=integer(fields["k"], "k", path),
-            activation=activation,
+            architecture=activation,
             hook_name=hook,
             model_name=model,
             apply_b_dec_to_input=not transcode,
@@ -74,7 +74,7 @@ class Sparsify(Format):
         """TopK and GroupMax SAEs whose input loses `b_dec`, and transcoders of equal widths; nothing normalised."""
         cfg = sae.cfg
         reasons = {
-            f"activation {cfg.activation!r} (it has topk and groupmax)": cfg.activation not in ("topk", "groupmax"),
+            f"activation {cfg.architecture!r} (it has topk and groupmax)": cfg.architecture not in ("topk", "groupmax"),
             f"input normalisation {cfg.input_norm!r}": cfg.input_norm != "none",
             "inputs per attention head": cfg.reshape_heads,
             f"an output of another width ({cfg.out_width}) than the input's ({cfg.d_in})": cfg.out_width != cfg.d_in,
@@ -95,7 +95,7 @@ class Sparsify(Format):
         tensors = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
         write_whole(path / WEIGHTS, lambda temporary: save_file(tensors, temporary))
         fields: dict[str, Any] = {
-            "activation": cfg.activation,
+            "activation": cfg.architecture,
             "expansion_factor": max(1, cfg.d_sae // cfg.d_in),
             "normalize_decoder": bool(torch.allclose(sae.W_dec.float().norm(dim=1), torch.ones(1, device=sae.device))),
             "num_latents": cfg.d_sae,

@@ -329,8 +329,8 @@ class PtFile(TensorFile):
 
 
 def _load_pt(path: Path) -> Any:
-    zipped = zipfile.is_zipfile(path)
     try:
+        zipped = zipfile.is_zipfile(path)  # raises for archives of several parts
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]

@@ -56,7 +56,7 @@ def main() -> None:
         sae = SAE.load(args.sae, device=lm.device)
         hook = sae.cfg.hook_name or hook
     else:
-        sae = SAE(SAEConfig(d_in=lm.d_model, d_sae=args.d_sae, k=args.k, activation="topk", hook_name=hook))
+        sae = SAE(SAEConfig(d_in=lm.d_model, d_sae=args.d_sae, k=args.k, architecture="topk", hook_name=hook))
         sae = sae.to(lm.device)
     prompts = ["Once upon a time"] * args.batch
     contexts = variants(lm, sae, hook, args.batch, args.scope)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.lm.origin import Origin, check_same_origin
 from steersman.sae import SAE
 from steersman.steer.decompose.atoms import Atoms
 from steersman.steer.decompose.contrast import sides
@@ -162,12 +163,10 @@ def _row(v: Any, index: int | None, sae: SAE, lm: LanguageModel | None, hook: st
     if hasattr(v, "directions") and hook in v.directions:
         v = v.at(hook)  # of a vector at several hook points, the part that the SAE reads
     if hasattr(v, "vector"):
-        there, model = getattr(v, "hook_name", "") or "", getattr(v, "model_name", "") or ""
+        there = getattr(v, "hook_name", "") or ""
         resolved = lm.resolve_hook(there) if lm is not None and there else there
-        if hook and resolved and resolved != hook:
-            raise SteersmanError(f"{name} was made at {there!r}, the SAE reads {hook!r}")
-        if model and sae.cfg.model_name and _plain(model) != _plain(sae.cfg.model_name):
-            raise SteersmanError(f"{name} was made for {model!r}, the SAE was trained on {sae.cfg.model_name!r}")
+        origin = Origin(getattr(v, "model_name", "") or "", resolved)
+        check_same_origin(name, origin, "the SAE", Origin.of_sae(sae)._replace(hook_name=hook))
         v = v.vector
     if v is None:
         raise SteersmanError("no vector to take apart: only method 'contrast' can do without one")
@@ -182,10 +181,6 @@ def _row(v: Any, index: int | None, sae: SAE, lm: LanguageModel | None, hook: st
     if not float(row.norm()) > 0:
         raise SteersmanError(f"{name} is zero: it has no parts")
     return row
-
-
-def _plain(model: str) -> str:
-    return model.rstrip("/").rpartition("/")[2].lower()
 
 
 def _records(task: Task, labels: Mapping[int, str] | None) -> Iterator[Decomposition]:

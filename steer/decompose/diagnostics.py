@@ -76,7 +76,7 @@ def zero_features(task: Task) -> set[int]:
     centred = task.config.method == "antipodal" or (task.config.method == "encode" and task.config.scale is not None)
     zero = task.vectors.new_zeros(1, task.vectors.shape[1])
     code = task.sae.encode_sparse(encoder_input(task.sae, zero, 1.0 if centred else None))
-    return set(code.indices[code.values > 0].tolist())
+    return set(code.indices[code.active].tolist())
 
 
 def jaccard(a: set[int], b: set[int]) -> float:
@@ -125,7 +125,7 @@ def _encoder_warnings(task: Task, v: Tensor, ids: list[int], zero: set[int]) -> 
         f"the encoder activates {len(zero)} features for v = 0 too, {shared} of the {len(ids)} found here among them: "
         + ("its biases decide, not v" if shared * 2 > len(ids) else "take those for no part of v")
     ]
-    if cfg.activation == "topk":
+    if task.sae.exact_k:
         found.append(f"a top-k SAE names up to k = {cfg.k} features for any input, even for v = 0")
     given = float(v.norm()) * (task.config.scale or 1.0)
     if stats is not None and stats.median_norm > 0 and given < _SMALL * stats.median_norm:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.lm.origin import check_fits
 from steersman.steer.calibrate import CalibrateConfig, CostMeter, search_scale
 from steersman.steer.decompose.record import Decomposition
 from steersman.steer.measures import token_kl
@@ -99,13 +100,10 @@ def measure_retention(
     `hook` is needed only where the SAE recorded none. Raises SteersmanError without texts, without features, or for a
     model that does not fit.
     """
-    where = hook or found.hook_name
-    if not where:
-        raise SteersmanError("this decomposition records no hook point: name it with hook=")
     if not len(found) or not float(found.reconstruction.norm()) > 0:
         raise SteersmanError("this decomposition has no feature, so nothing to steer with")
-    if not lm.matches(found.model_name):
-        raise SteersmanError(f"this vector was made for {found.model_name!r}, the model is {lm.name!r}")
+    origin = {"model_name": found.model_name, "hook_name": found.hook_name, "width": len(found.vector)}
+    where = check_fits(lm, what="this decomposition", **origin, hook=hook)
     meter = CostMeter(lm, texts, CalibrateConfig(max_length=max_length, batch_size=batch_size))
     steerer, v, rebuilt = Steerer(lm), scale * found.vector, scale * found.reconstruction
     generator = torch.Generator().manual_seed(seed)

@@ -7,18 +7,17 @@ sampled under many vectors at once, the average of each feature over those texts
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch import distributed as dist
 
 from steersman.errors import SteersmanError, near_names
 from steersman.lm import LanguageModel
+from steersman.lm.origin import check_sae_fits
+from steersman.parallel import Mesh, Ranks, rank_and_world_size
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.steer.effects.config import EffectsConfig
@@ -93,13 +92,13 @@ def collect_effects(
         texts_hash=hashlib.sha256("\0".join(kept).encode()).hexdigest()[:16] if kept else "",
         settings={**config.identity(), "hook": hook, "vectors": config.vectors if _made(vectors) else "given"},
     )
-    with Ranks() as ranks:
-        folder = None if config.out is None else Path(config.out)
-        if folder is None and ranks.world > 1:
-            raise SteersmanError("several processes share their work through a folder: give out=")
-        if folder is not None and ranks.first:
-            _begin(folder, manifest)
-        ranks.wait()  # the others must not look before the folder is known to be the right one
+    rank, world_size = rank_and_world_size()
+    folder = None if config.out is None else Path(config.out)
+    if folder is None and world_size > 1:
+        raise SteersmanError("several processes share their work through a folder: give out=")
+    with Ranks(Mesh(data=world_size, rank=rank), config.timeout_seconds) as ranks:
+        if folder is not None:  # nobody may look before the folder is known to be the right one
+            ranks.on_rank_zero(lambda: _begin(folder, manifest))
         meter = RolloutMeter(lm, sae, hook, config)
         return _collect(meter, directions, kept, manifest, folder, ranks)
 
@@ -110,16 +109,16 @@ def _collect(
     texts: list[str],
     manifest: EffectsManifest,
     folder: Path | None,
-    ranks: "Ranks",
+    ranks: Ranks,
 ) -> Effects:
     baseline, rule = _baseline(meter, vectors, texts, manifest, folder, ranks)
     shards = list(enumerate(manifest.shards))
-    mine = [shard for shard in shards if shard[0] % ranks.world == ranks.rank]
+    mine = [shard for shard in shards if shard[0] % ranks.mesh.world_size == ranks.mesh.rank]
     waiting = [shard for shard in mine if folder is None or not shard_path(folder, shard[0]).is_file()]
     total = sum(stop - start for _, (start, stop) in mine)
     done = total - sum(stop - start for _, (start, stop) in waiting)
     kept = []
-    options: dict[str, Any] = {"initial": done, "unit": "vector", **ranks.quiet}
+    options: dict[str, Any] = {"initial": done, "unit": "vector"} | ({} if ranks.is_rank_zero else {"disable": True})
     with progress(desc="measuring effects", total=total, **options) as bar:
         for number, (start, stop) in waiting:
             shard = _shard(meter, rule, vectors[start:stop], start, baseline)
@@ -128,7 +127,7 @@ def _collect(
             else:
                 write_tensors(shard_path(folder, number), shard._asdict(), manifest)
             bar.update(stop - start)
-    ranks.wait()
+    ranks.control.barrier()
     effects = Effects(manifest, baseline, shards=kept) if folder is None else Effects.open(folder)
     _check_reached(effects, meter.config, baseline)
     return effects
@@ -157,23 +156,26 @@ def _baseline(
     texts: list[str],
     manifest: EffectsManifest,
     folder: Path | None,
-    ranks: "Ranks",
+    ranks: Ranks,
 ) -> tuple[Baseline, ScaleRule]:
-    """The unsteered rollouts, measured by the first rank where they are not there yet; and the rule for scales."""
+    """The unsteered rollouts, measured by rank 0 where they are not there yet; and the rule for scales."""
 
     def rule(median_norm: float) -> ScaleRule:
         return ScaleRule(meter.lm, meter.hook, meter.config, median_norm, texts)
 
-    if ranks.first and (folder is None or not (folder / BASELINE).is_file()):
+    def measured() -> tuple[Baseline, ScaleRule]:
         averages, median_norm = meter.base()
         found = rule(median_norm)
         typical = found.typical(vectors[:_PILOTS]) if meter.config.needs_texts else math.nan
-        baseline = Baseline(averages.mean[0].float(), averages.standard_error[0].float(), median_norm, typical)
-        if folder is None:
-            return baseline, found
-        write_baseline(folder, baseline, manifest)
-    ranks.wait()
-    assert folder is not None
+        return Baseline(averages.mean[0].float(), averages.standard_error[0].float(), median_norm, typical), found
+
+    def write_missing() -> None:
+        if folder is not None and not (folder / BASELINE).is_file():
+            write_baseline(folder, measured()[0], manifest)
+
+    if folder is None:
+        return measured()
+    ranks.on_rank_zero(write_missing)
     baseline = read_baseline(folder, manifest)
     return baseline, rule(baseline.median_norm)
 
@@ -194,19 +196,6 @@ def _check_reached(effects: Effects, config: EffectsConfig, baseline: Baseline) 
     log.warning(
         "%s was not reached by %d of %d vectors: maps leave them out", text, int((~reached).sum()), len(reached)
     )
-
-
-def check_sae_fits(lm: LanguageModel, sae: SAE) -> str:
-    """The hook point of an SAE, after checking that it is one of this model. Raises SteersmanError otherwise."""
-    cfg = sae.cfg
-    if not lm.matches(cfg.model_name):
-        raise SteersmanError(f"this SAE was trained on {cfg.model_name!r}, the model is {lm.name!r}")
-    if not cfg.hook_name:
-        raise SteersmanError("this SAE records no hook point: set hook_name in its configuration")
-    hook = lm.resolve_hook(cfg.hook_name)
-    if cfg.d_in != lm.hook_width(hook):
-        raise SteersmanError(f"this SAE has d_in {cfg.d_in}, but {hook} of {lm.name} has width {lm.hook_width(hook)}")
-    return hook
 
 
 def _config(config: EffectsConfig | None, overrides: dict[str, Any]) -> EffectsConfig:
@@ -252,37 +241,3 @@ def _begin(folder: Path, manifest: EffectsManifest) -> None:
             manifest.save(folder)
     except OSError as error:
         raise SteersmanError(f"{folder} cannot be used for effects: {error.strerror}") from error
-
-
-class Ranks:
-    """The processes of a `torchrun` job that measure together: a gloo group while it is open, or just this process."""
-
-    def __init__(self) -> None:
-        self.world, self.rank, self._own = 1, 0, False
-
-    def __enter__(self) -> "Ranks":
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may wait as long as a shard takes
-            self._own = True
-        if dist.is_available() and dist.is_initialized():
-            self.world, self.rank = dist.get_world_size(), dist.get_rank()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._own:
-            dist.destroy_process_group()
-
-    @property
-    def first(self) -> bool:
-        """Whether this process does what is done once."""
-        return self.rank == 0
-
-    @property
-    def quiet(self) -> dict[str, bool]:
-        """Options of a progress bar: only the first process shows one."""
-        return {} if self.first else {"disable": True}
-
-    def wait(self) -> None:
-        """Go on when all have come here."""
-        if self.world > 1:
-            dist.barrier()

@@ -1,8 +1,9 @@
 """What decides the numbers of an effect measurement: `EffectsConfig`, shared with `steersman effects`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from steersman.config import identity, setting
 from steersman.errors import SteersmanError
 from steersman.lm.sampling import Sampling
 
@@ -19,7 +20,7 @@ DEFAULT_TARGETS = {"loss": 0.5, "kl": 0.5, "norm": 0.5}
 class EffectsConfig:
     """How the effects of steering vectors on an SAE's features are measured."""
 
-    out: str | None = None
+    out: str | None = setting(None, identity=False)
     """Folder for the effects. Run again, it goes on where it stopped; None keeps everything in memory."""
     vectors: Literal["decoder", "pairs", "random"] = "decoder"
     """Which vectors to measure: rows of the decoder, pairs of rows with random weights, or random directions."""
@@ -65,8 +66,10 @@ class EffectsConfig:
     """Seed of the vectors and of all sampling."""
     shard_vectors: int = 64
     """Vectors of a shard. An interruption loses the unfinished shard."""
-    batch_rows: int = 1024
+    batch_rows: int = setting(1024, identity=False)
     """Texts that are sampled together. It decides speed and memory; of the results, only how they are rounded."""
+    timeout_seconds: float = setting(3600.0, identity=False)
+    """With several processes (torchrun): how long one waits for the others, more than a shard or the baseline takes."""
 
     def __post_init__(self) -> None:
         for name in ("heldout_texts", "heldout_tokens", "rollouts", "new_tokens", "shard_vectors", "batch_rows"):
@@ -109,9 +112,8 @@ class EffectsConfig:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the numbers, defaults resolved, as JSON can hold them."""
-        fields = {name: value for name, value in asdict(self).items() if name not in ("out", "batch_rows")}
         resolved = {"scale_target": self.target, "base_rollouts": self.n_base, "prompts": list(self.openings)}
-        return fields | resolved
+        return identity(self) | resolved
 
     @classmethod
     def from_identity(cls, identity: dict[str, Any], **changes: Any) -> "EffectsConfig":

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.lm.origin import check_sae_fits
 from steersman.sae import SAE
-from steersman.steer.effects.collect import check_sae_fits
 
 
 def fgaa_targets(

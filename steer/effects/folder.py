@@ -53,7 +53,7 @@ def sae_identity(sae: SAE) -> dict[str, Any]:
         "d_in": cfg.d_in,
         "d_sae": cfg.d_sae,
         "k": cfg.k,
-        "activation": cfg.activation,
+        "activation": cfg.architecture,
         "hook_name": cfg.hook_name,
         "hash": tensor_hash(*weights),
     }

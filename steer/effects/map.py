@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
+from steersman.lm.origin import Origin, check_same_origin
 from steersman.sae import SAE
 from steersman.steer.effects.fit import LinearFit, adam_fit, check_enough, ridge_fit, score
 from steersman.steer.effects.folder import Baseline, Effects, sae_identity
@@ -171,14 +172,12 @@ class EffectMap:
     def direction(self, vector: Any) -> Tensor:
         """A vector [D] or `SteeringVector` as a unit direction. Raises SteersmanError for another width, model or hook
         point, and for a zero vector."""
-        name, hook = getattr(vector, "model_name", ""), getattr(vector, "hook_name", self.hook_name)
-        if name and self.model_name and _plain(name) != _plain(self.model_name):
-            raise SteersmanError(f"this vector was made for {name!r}, the effect map is of {self.model_name!r}")
-        if hook != self.hook_name:
-            raise SteersmanError(f"this vector was made at {hook!r}, the effect map at {self.hook_name!r}")
         x = torch.as_tensor(getattr(vector, "vector", vector)).detach().float().cpu()
-        if x.shape[-1:] != (self.d_in,) or x.ndim > 2:
-            raise SteersmanError(f"a vector of shape {tuple(x.shape)} does not fit an effect map of width {self.d_in}")
+        if x.ndim not in (1, 2):
+            raise SteersmanError(f"vectors are [D] or [n, D], got shape {list(x.shape)}")
+        there = Origin(getattr(vector, "model_name", "") or "", getattr(vector, "hook_name", ""), x.shape[-1])
+        here = Origin(self.model_name, self.hook_name, self.d_in)
+        check_same_origin("this vector", there, "the effect map", here)
         if not bool(x.isfinite().all()) or not bool((x.norm(dim=-1) > 0).all()):
             raise SteersmanError("the vector is zero or not finite: it has no direction")
         return unit_rows(x)
@@ -378,10 +377,6 @@ class EffectMap:
         from steersman.steer.effects.map_file import read
 
         return read(Path(path))
-
-
-def _plain(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].lower()
 
 
 def _weights(targets: Any, d_sae: int) -> dict[int, float]:

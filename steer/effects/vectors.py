@@ -15,6 +15,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.lm.origin import check_fits
 from steersman.sae import SAE
 from steersman.steer.effects.config import EffectsConfig
 
@@ -88,14 +89,9 @@ def _sequence(given: Any) -> Sequence[Any]:
 
 def vector_at(vector: Any, lm: LanguageModel, hook: str) -> Tensor:
     """The direction [D] of a `SteeringVector` or tensor, after checking that it fits `hook` of the model."""
-    model_name, where = getattr(vector, "model_name", ""), getattr(vector, "hook_name", hook)
-    if not lm.matches(model_name or ""):
-        raise SteersmanError(f"this vector was made for {model_name!r}, the model is {lm.name!r}")
-    if lm.resolve_hook(where) != hook:
-        raise SteersmanError(f"this vector was made at {where!r}, not at {hook!r}")
     x = torch.as_tensor(getattr(vector, "vector", vector)).detach().float().cpu()
-    if x.shape != (lm.hook_width(hook),):
-        raise SteersmanError(
-            f"a vector of shape {tuple(x.shape)} does not fit {hook} of {lm.name}: its width is {lm.hook_width(hook)}"
-        )
+    if x.ndim != 1:
+        raise SteersmanError(f"a vector to measure is [D], one direction; got shape {list(x.shape)}")
+    origin = {"model_name": getattr(vector, "model_name", "") or "", "hook_name": getattr(vector, "hook_name", hook)}
+    check_fits(lm, what="this vector", **origin, width=len(x), hook=hook)
     return x

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.lm.origin import check_fits, check_sae_fits
 from steersman.sae import SAE
-from steersman.steer.effects.collect import check_sae_fits
 from steersman.steer.effects.config import EffectsConfig
 from steersman.steer.effects.map import EffectMap
 from steersman.steer.effects.rollouts import RolloutMeter
@@ -127,8 +127,8 @@ def verify_effect(
     """
     effect_map.check_sae(sae)
     check_sae_fits(lm, sae)
-    if not lm.matches(effect_map.model_name):
-        raise SteersmanError(f"the effect map is of {effect_map.model_name!r}, the model is {lm.name!r}")
+    place = {"hook_name": effect_map.hook_name, "width": effect_map.d_in}
+    check_fits(lm, what="this effect map", model_name=effect_map.model_name, **place)
     settings = dict(effect_map.provenance.get("effects", {}))
     if "prompts" not in settings:
         raise SteersmanError("this effect map was not measured by rollouts: there is no setting to measure under")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError, near_names
+from steersman.lm.origin import same_model
 from steersman.sae import SAE
 
 
@@ -253,9 +254,10 @@ class SteeringVector:
         )
 
     def _check_same_model(self, other: "SteeringVector") -> None:
-        a, b = self.model_name, other.model_name
-        if a and b and a.rstrip("/").rpartition("/")[2].lower() != b.rstrip("/").rpartition("/")[2].lower():
-            raise SteersmanError(f"these vectors belong to different models: {a!r} and {b!r}")
+        if not same_model(self.model_name, other.model_name):
+            raise SteersmanError(
+                f"these vectors belong to different models: {self.model_name!r} and {other.model_name!r}"
+            )
 
     # Use
 

@@ -28,4 +28,4 @@ def run(config: ConvertCommand) -> None:
     """`steersman convert`."""
     source = checkpoint_to_sae(config.source) if is_unfinished_run(config.source) else config.source
     sae = convert(source, config.target, to=config.to, format=config.format)
-    print(f"{config.target}: {sae.cfg.activation} of {sae.cfg.d_sae:,} features as {config.to}")
+    print(f"{config.target}: {sae.cfg.architecture} of {sae.cfg.d_sae:,} features as {config.to}")

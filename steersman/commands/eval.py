@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from steersman.commands.options import check_model, on_kernels
+from steersman.commands.options import on_kernels
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.files import write_json
 from steersman.kernels import Implementation
 from steersman.lm import LanguageModel
+from steersman.lm.origin import check_sae_fits
 from steersman.sae import SAE
 from steersman.text import TextSource, open_text
 from steersman.train import ActivationStore
@@ -54,8 +55,7 @@ def run(config: EvalCommand) -> None:
         if config.text is None:
             raise SteersmanError("--model needs --text: the text to measure its loss on")
         lm = LanguageModel.load(config.model, device=device)
-        lm.resolve_hook(hook)
-        check_model(sae, lm)
+        check_sae_fits(lm, sae, hook)
         source = open_text(config.text)
         texts = list(islice(source.documents(_first_document(store, source, config)), config.documents))
     result = evaluate_sae(sae, store, lm, texts, split=config.split, heldout_fraction=config.heldout_fraction)

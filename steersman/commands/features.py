@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from steersman.commands.options import check_model, on_kernels
+from steersman.commands.options import on_kernels
 from steersman.device import pick_device
 from steersman.kernels import Implementation
 from steersman.lm import LanguageModel
+from steersman.lm.origin import check_sae_fits
 from steersman.sae import SAE
 from steersman.sae.checkpoint import save_statistics
 from steersman.train import ActivationStore
@@ -51,9 +52,9 @@ def run(config: FeaturesCommand) -> None:
     """`steersman features`."""
     device = pick_device(config.device)
     sae, store = SAE.load(config.sae, device), ActivationStore.open(config.store)
-    check_same_origin(sae, store)
+    hook = check_same_origin(sae, store)
     lm = LanguageModel.load(config.model, device=device)
-    check_model(sae, lm)
+    check_sae_fits(lm, sae, hook)
     for feature in config.feature:
         sae.check_feature(feature)
     summary = summarize_store(sae, store)

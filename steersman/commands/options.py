@@ -8,7 +8,6 @@ from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.kernels import using
 from steersman.lm import LanguageModel
-from steersman.sae import SAE
 from steersman.steer.methods import Examples, as_examples, read_examples
 from steersman.text import read_texts
 
@@ -40,8 +39,3 @@ def on_kernels(run: Callable[[Any], None]) -> Callable[[Any], None]:
             run(config)
 
     return run_with
-
-
-def check_model(sae: SAE, lm: LanguageModel) -> None:
-    if sae.cfg.model_name and not lm.matches(sae.cfg.model_name):
-        raise SteersmanError(f"the SAE was trained on {sae.cfg.model_name}, the model given is {lm.name}")

@@ -7,7 +7,7 @@ import torch
 
 from steersman.commands.options import load_model
 from steersman.errors import SteersmanError
-from steersman.lm import LanguageModel
+from steersman.lm.lens import logit_lens
 from steersman.steer import Steerer, SteeringVector
 from steersman.steer.methods.diagnostics import warnings
 
@@ -53,26 +53,18 @@ def run(config: VectorShowCommand) -> None:
         raise SteersmanError("no vector to show: give --vector FILE")
     vectors = [SteeringVector.load(path) for path in config.vector]
     lm = None if config.model is None else load_model(config)
+    if lm is not None:
+        lm.unembed()  # refuses a model without an output layer
     for path, v in zip(config.vector, vectors):
         print(f"{path}: {describe(v)}")
         if lm is not None:
             Steerer(lm).vector(v)  # refuses one of another model
-            for hook, direction in v.directions.items():
-                raised, lowered = _promoted(lm, direction if direction.ndim == 1 else direction.mean(0), config.top)
+            means = torch.stack([d if d.ndim == 1 else d.mean(0) for d in v.directions.values()])
+            for hook, sides in zip(v.directions, logit_lens(lm, means, config.top)):
+                raised, lowered = (" ".join(map(repr, tokens)) for tokens in sides)
                 print(f"  {hook} promotes {raised}\n  {hook} suppresses {lowered}")
     if len(vectors) > 1:
         print("cosines:")
         for a, name in zip(vectors, config.vector):
             row = " ".join(f"{a.cosine(b):>7.3f}" if a.norm() and b.norm() else "      -" for b in vectors)
             print(f"  {row}  {name}")
-
-
-@torch.no_grad()
-def _promoted(lm: LanguageModel, direction: torch.Tensor, top: int) -> tuple[str, str]:
-    """The tokens whose logits the direction raises and lowers most, past the final norm's gain."""
-    W_U, norm = lm.unembed()
-    gain = getattr(norm, "weight", torch.ones((), device=W_U.device))
-    logits = (direction.to(W_U.device) * gain.float()) @ W_U.float()
-    sides = (logits.topk(min(top, len(logits))).indices, (-logits).topk(min(top, len(logits))).indices)
-    raised, lowered = (" ".join(repr(lm.tokenizer.decode([i])) for i in ids.tolist()) for ids in sides)
-    return raised, lowered

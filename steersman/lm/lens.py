@@ -1,4 +1,4 @@
-"""The logit lens: which tokens a direction of the residual stream writes.
+"""The logit lens: which tokens a direction of the residual stream writes. Everything that shows tokens asks here.
 
 Shape letters: n directions, D width, V vocabulary.
 """
@@ -24,7 +24,7 @@ def logit_lens(lm: LanguageModel, directions: Tensor, n_tokens: int = 8) -> list
         W_U, norm = lm.unembed()
     except SteersmanError:  # an encoder without an output layer still has features worth reading
         return [([], []) for _ in directions]
-    gain = norm_gain(norm)
+    gain, n_tokens = norm_gain(norm), min(n_tokens, W_U.shape[1])
     lens = []
     for block in directions.detach().split(_BLOCK):
         logits = (block.to(W_U.device).float() * gain.to(W_U.device)) @ W_U.float()

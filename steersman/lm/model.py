@@ -13,14 +13,10 @@ from steersman.lm.clock import ForwardPass, PassClock, PassDone, PromptLength
 from steersman.lm.generate import Generation, real_generated, sampling_settings, seeded
 from steersman.lm.hooks import LOGITS, MASKED_ATTENTION, SPLIT_KINDS, HookMap, HookPoint
 from steersman.lm.load import Quantization, load_pretrained
+from steersman.lm.origin import same_model
 from steersman.lm.tokens import TextEncoder, TokenBatch
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after")
-
-
-def _plain_name(name: str) -> str:
-    plain = name.rstrip("/").rpartition("/")[2].lower()
-    return {"gpt2-small": "gpt2"}.get(plain, plain)
 
 
 class LanguageModel:
@@ -152,12 +148,8 @@ class LanguageModel:
         )
 
     def matches(self, model_name: str) -> bool:
-        """Whether `model_name`, as an SAE or a store recorded it, means this model; an empty name matches any.
-
-        Folders and organisations are left out of the comparison, so that `google/gemma-2-2b`, `gemma-2-2b` and
-        `models/gemma-2-2b` are one, as is TransformerLens's `gpt2-small` and the hub's `gpt2`.
-        """
-        return not model_name or _plain_name(model_name) == _plain_name(self.name)
+        """Whether `model_name`, as an SAE or a store recorded it, means this model: see `same_model`."""
+        return same_model(model_name, self.name)
 
     # Hook points
 

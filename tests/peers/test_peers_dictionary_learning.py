@@ -109,7 +109,7 @@ def test_a_step_in_the_checkpoints_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     torch.save(ae.state_dict(), tmp_path / "checkpoints" / "ae_1000.pt")
     sae = SAE.load(tmp_path / "checkpoints" / "ae_1000.pt")
-    assert (sae.cfg.activation, sae.cfg.k) == ("topk", K)
+    assert (sae.cfg.architecture, sae.cfg.k) == ("topk", K)
 
 
 @pytest.mark.parametrize("kind", ["AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder"])

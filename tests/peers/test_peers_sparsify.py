@@ -47,7 +47,7 @@ def test_what_sparsify_saves_computes_the_same(activation: str, transcode: bool,
     coder = theirs(activation, transcode, skip)
     coder.save_to_disk(tmp_path / "layers.3")
     sae = SAE.load(tmp_path / "layers.3")
-    assert (sae.cfg.activation, sae.cfg.transcoder, sae.cfg.skip_connection) == (activation, transcode, skip)
+    assert (sae.cfg.architecture, sae.cfg.transcoder, sae.cfg.skip_connection) == (activation, transcode, skip)
     assert sae.cfg.hook_name == "blocks.3.hook_resid_post"
     x = torch.randn(200, D, generator=generator())
     with torch.no_grad():

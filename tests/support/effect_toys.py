@@ -1,11 +1,17 @@
 """A small model with text, an SAE on it and settings that measure in a moment."""
 
+import os
+import signal
+import time
 from typing import Any
 
 import torch
 
+from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.parallel import rank_and_world_size
 from steersman.sae import SAE
+from steersman.steer.effects import collect
 from steersman.steer.effects.config import EffectsConfig
 from support.tiny_models import D, toy_sae, with_text
 
@@ -28,6 +34,31 @@ def quick(**changes: Any) -> EffectsConfig:
         "prompts": ("w5 w6", "w7"), "top_p": None, "top_k": None, "shard_vectors": 3, "batch_rows": 18,
     }  # fmt: skip
     return EffectsConfig(**{**settings, **changes})
+
+
+def measure_in_a_job(out: str, event: str = "", victim: int = 0, **changes: Any) -> Any:
+    """`collect_effects` as one rank of a job, with something happening to rank `victim` before its second shard: how
+    it ended, the seconds from then on, and the message."""
+    shard, done = collect._shard, []
+    since = time.monotonic()
+
+    def eventful(*args: Any) -> Any:
+        nonlocal since
+        done.append(1)
+        since = time.monotonic()
+        if len(done) == 2 and rank_and_world_size()[0] == victim and event:
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}[event])
+        return shard(*args)
+
+    collect._shard = eventful
+    lm, sae = toy()
+    try:
+        effects = collect.collect_effects(lm, sae, config=quick(out=out, **changes))
+    except SteersmanError as error:
+        return type(error).__name__, time.monotonic() - since, str(error)
+    finally:
+        collect._shard = shard
+    return "done", time.monotonic() - since, str(len(effects))
 
 
 def width() -> int:

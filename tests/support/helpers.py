@@ -13,7 +13,7 @@ def make_sae(activation: str = "topk", d_in: int = 8, d_sae: int = 64, k: int = 
     """A small SAE of any architecture with biases that are not zero, and a threshold where it has one."""
     g = torch.Generator().manual_seed(0)
     k = 4 if activation == "groupmax" and d_sae % k else k
-    options |= {"activation": activation, "k": k if activation in _USES_K else 0}
+    options |= {"architecture": activation, "k": k if activation in _USES_K else 0}
     if activation == "matryoshka":
         options.setdefault("group_sizes", (d_sae // 4, d_sae - d_sae // 4))
     if options.get("transcoder"):

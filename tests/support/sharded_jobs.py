@@ -33,7 +33,7 @@ def mixture(n: int, d_in: int = 16, atoms: int = 40, seed: int = 0) -> Tensor:
 def trainer_of(config: TrainConfig, rows: Tensor, ranks: Ranks | None = None) -> Trainer:
     sums = StatsSums(rows.shape[1])
     sums.add(rows, row_norms(rows))
-    cfg = SAEConfig(d_in=rows.shape[1], d_sae=config.d_sae, k=config.k, activation=config.activation)
+    cfg = SAEConfig(d_in=rows.shape[1], d_sae=config.d_sae, k=config.k, architecture=config.activation)
     recipe = resolve(config, rows.shape[1], len(rows))
     if ranks is None:
         return Trainer(config, recipe, sums.stats(), cfg)

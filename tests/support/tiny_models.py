@@ -130,7 +130,7 @@ def with_text(family: str) -> LanguageModel:
 
 def toy_sae(hook: str = "blocks.1.hook_resid_post", model_name: str = "", k: int = 8) -> SAE:
     """A random SAE of width D with 40 features."""
-    config = SAEConfig(d_in=D, d_sae=40, k=k, activation="topk", hook_name=hook, model_name=model_name)
+    config = SAEConfig(d_in=D, d_sae=40, k=k, architecture="topk", hook_name=hook, model_name=model_name)
     return SAE(config, torch.Generator().manual_seed(0))
 
 

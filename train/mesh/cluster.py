@@ -77,14 +77,14 @@ class WholeSAE:
     def encode_sparse(self, x: Tensor) -> SparseCode:
         """The active features of x [N, D], as `SAE.encode_sparse` of the whole gives them."""
         values, indices = self.local._select(x)
-        if self.cfg.activation != "topk":  # each rank has as many columns as its fullest row
+        if not SAE.architectures[self.cfg.architecture].exact_k:  # each rank has as many columns as its fullest row
             width = int(self._axis.all_reduce_max_(torch.tensor([values.shape[1]], device=x.device)))
             wider = (0, width - values.shape[1])
             values, indices = torch.nn.functional.pad(values, wider), torch.nn.functional.pad(indices, wider)
         everyone = self._axis.all_gather(values).transpose(0, 1).flatten(1)
         ids = self._axis.all_gather(indices + self._start).transpose(0, 1).flatten(1)
         values, order = torch.sort(everyone, dim=1, descending=True, stable=True)
-        if self.cfg.activation == "topk":
+        if SAE.architectures[self.cfg.architecture].exact_k:
             values, order = values[:, : self.cfg.k], order[:, : self.cfg.k]
         return SparseCode(values, ids.gather(1, order).long())
 

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from steersman.parallel import Ranks
-from steersman.sae import SAE, SAEConfig
+from steersman.sae import SAE, AuxTerm, SAEConfig
 from steersman.train.mesh.selection import keep_topk
 from steersman.train.mesh.sharded_update import ShardedUpdater
 from steersman.train.run.checkpoints import latent_axis
-from steersman.train.run.optim import AuxTerm
 from steersman.train.run.recipe import Recipe, TrainConfig, training_batches
 from steersman.train.run.trainer import Trainer, longest_silent
 from steersman.train.store.batch import ActivationSource
@@ -136,7 +135,8 @@ class ShardedTrainer(Trainer):
             candidates = candidates[keep_topk(silence, n_candidates, latent)[0, : len(candidates)]]
         self.updater.aux_width = min(k_aux, max(counts)) if sum(counts) > k_aux else None
         weight = torch.tensor(min(sum(counts) / k_aux, 1.0), device=self.device)
-        return AuxTerm(candidates, torch.zeros_like(candidates, dtype=torch.bool), weight, k_aux)
+        alive = torch.zeros_like(candidates, dtype=torch.bool)
+        return AuxTerm(candidates, alive, weight, k_aux, self.config.aux_coefficient)
 
     # What is read
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from steersman.kernels import choose, sparse_decode, with_gradient
 from steersman.parallel import RankGroup, Ranks
-from steersman.sae import SAE, BatchTopKSAE, TrainingCode
+from steersman.sae import SAE, AuxTerm, BatchTopKSAE, TrainingCode
 from steersman.train.mesh.selection import keep_batch_topk, keep_topk
-from steersman.train.run.optim import AutogradUpdater, AuxTerm, Learned, check_many, parameters_of
+from steersman.train.run.optim import AutogradUpdater, Learned, check_many, parameters_of
 from steersman.train.run.recipe import TrainConfig
 
 
@@ -71,7 +71,7 @@ class ShardedUpdater(AutogradUpdater):
     def encode(self, x: Tensor) -> TrainingCode:
         """The code of x [N, D] by this rank's latents, with gradients."""
         sae, latent = self.sae, self.ranks.latent
-        W_enc, bias = sae.W_enc.T, sae.encoder_bias_in
+        W_enc, bias = sae.W_enc.T, sae.input_bias
         with torch.no_grad():
             smallest = None
             if isinstance(sae, BatchTopKSAE):
@@ -114,7 +114,7 @@ class ShardedUpdater(AutogradUpdater):
     def _dead_code(self, x: Tensor, aux: AuxTerm) -> Tensor:
         """The code [N, A] of x [N, D] by this rank's dead latents: all of them, or those among the k largest of all."""
         sae, width = self.sae, self.aux_width
-        centred = x if sae.encoder_bias_in is None else x - sae.encoder_bias_in.detach()
+        centred = x if sae.input_bias is None else x - sae.input_bias.detach()
         Z = torch.addmm(sae.b_enc[aux.candidates], centred, sae.W_enc.T[aux.candidates].T)
         if width is None:
             return Z.relu()

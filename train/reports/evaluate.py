@@ -16,6 +16,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.lm.origin import check_sae_fits
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.sae.metrics import Reconstruction, measure_reconstruction
@@ -87,16 +88,19 @@ def evaluate_sae(
     if lm is not None:
         if not texts:
             raise SteersmanError("measuring the model's loss needs texts: give --text")
-        loss = spliced_loss(sae, lm, texts, store.stats(hook).mean, batch_size)
+        loss = spliced_loss(sae, lm, texts, store.stats(hook).mean, batch_size, hook)
     return Evaluation(reconstruction=reconstruction, loss=loss)
 
 
 @torch.no_grad()
-def spliced_loss(sae: SAE, lm: LanguageModel, texts: list[str], mean: Tensor, batch_size: int = 16) -> SplicedLoss:
-    """The model's loss on `texts` with the stream as it is, rebuilt by `sae`, and set to `mean` [D]."""
-    hook = sae.cfg.hook_name
-    if lm.hook_width(hook) != sae.cfg.d_in:
-        raise SteersmanError(f"the SAE has d_in {sae.cfg.d_in}, {lm.name} has width {lm.hook_width(hook)} at {hook}")
+def spliced_loss(
+    sae: SAE, lm: LanguageModel, texts: list[str], mean: Tensor, batch_size: int = 16, hook: str | None = None
+) -> SplicedLoss:
+    """The model's loss on `texts` with the stream as it is, rebuilt by `sae`, and set to `mean` [D].
+
+    `hook` is needed only for an SAE that records no hook point.
+    """
+    hook = check_sae_fits(lm, sae, hook)
 
     def rebuilt(h: Tensor, now: Any) -> Tensor:
         return torch.where(editable(now), sae(h.float()).to(h), h)

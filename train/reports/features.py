@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.lm import LanguageModel
+from steersman.lm import LanguageModel, origin
 from steersman.lm.lens import logit_lens
+from steersman.lm.origin import Origin, canonical_hook
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.sae.features import FeatureSummary, Rows, summarize_features
@@ -61,15 +62,11 @@ class Feature:
 
 def check_same_origin(sae: SAE, store: ActivationStore, hook: str | None = None) -> str:
     """The hook point of `store` that `sae` reads; a SteersmanError names what does not fit."""
-    hook = hook or sae.cfg.hook_name or store.hook_name
+    hook = canonical_hook(hook or sae.cfg.hook_name or store.hook_name)
     if hook not in store.hook_names:
         raise SteersmanError(f"the SAE reads {hook}, the store {store.path} holds {', '.join(store.hook_names)}")
-    if store.width(hook) != sae.cfg.d_in:
-        raise SteersmanError(f"the SAE has d_in {sae.cfg.d_in}, the store {store.path} has width {store.width(hook)}")
-    if sae.cfg.model_name and store.model_name and sae.cfg.model_name != store.model_name:
-        raise SteersmanError(
-            f"the SAE was trained on {sae.cfg.model_name}, the store {store.path} is of {store.model_name}"
-        )
+    there = Origin(store.model_name, hook, store.width(hook))
+    origin.check_same_origin("the SAE", Origin.of_sae(sae)._replace(hook_name=hook), f"the store {store.path}", there)
     return hook
 
 

@@ -15,7 +15,6 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ class Checkpoints:
         copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         n = latents[1] - latents[0]
         axes = {name: latent_axis(name, tensor, n) for name, tensor in tensors.items()}
-        state = {"step": step, "sae": asdict(sae), "scale": scale}
+        state = {"step": step, "sae": sae.record() | {"metadata": sae.metadata}, "scale": scale}
         state["axes"] = {name: axis for name, axis in axes.items() if axis is not None}
         self._thread = threading.Thread(
             target=self._write_safely, args=(step, copied, latents, state), name="steersman-checkpoint", daemon=True
@@ -219,7 +218,7 @@ def checkpoint_to_sae(path: str | Path) -> SAE:
             raise SteersmanError(f"{folder} holds no checkpoint: name a run folder or one of its checkpoints/step_*")
         folder = folder / "checkpoints" / f"step_{steps[-1]:08d}"
     tensors, state = load_checkpoint(folder, lambda _: (0, 1 << 62))
-    sae = SAE(SAEConfig(**state["sae"]))
+    sae = SAE(SAEConfig.from_record(state["sae"]))
     names = ("W_enc", "W_dec", "b_enc", "b_dec")
     with torch.no_grad():
         for i, name in enumerate(names):

@@ -15,21 +15,8 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.kernels import UpdateRule, UpdateState, choose, ops
 from steersman.kernels.update import StepSizes, update_matrix, update_vector
-from steersman.sae import SAE, TrainingCode, auxk_gradients, auxk_loss
+from steersman.sae import SAE, AuxTerm, TrainingCode, auxk_gradients, auxk_loss
 from steersman.train.run.recipe import TrainConfig
-
-
-class AuxTerm(NamedTuple):
-    """The AuxK loss of one step: which latents take part and how much it counts."""
-
-    candidates: Tensor
-    """[A] int64 feature ids, each once."""
-    alive: Tensor
-    """[A] bool: candidates that take no part, because they are not dead."""
-    weight: Tensor
-    """A scalar: what the loss is multiplied by."""
-    k: int
-    """Dead latents a token may use."""
 
 
 class Learned(NamedTuple):
@@ -100,7 +87,7 @@ class Autograd:
 
     def learn(self, x: Tensor, n_values: int, aux: AuxTerm | None) -> Learned:
         sae = self.sae
-        code = sae.training_code(x)
+        code = sae.encode_training(x)
         residual = x - sae.decode_training(code)
         squared_error = residual.square().sum()
         aux_loss = residual.new_zeros(())
@@ -242,10 +229,10 @@ class FusedUpdater(_WithRule):
         sae, state = self.sae, self.state_of_rule
         if self._weights_changed():
             state.refresh()
-        code = sae.training_code(x, state.enc_rows)
+        code = sae.encode_training(x, state.enc_rows)
         values, indices = code.values, code.order.indices
         residual, squares = ops.decode_residual(values, indices, state.dec_rows, state.b_dec, x)
-        centred = (x if sae.encoder_bias_in is None else x - state.b_dec).to(self.operands)
+        centred = (x if sae.input_bias is None else x - state.b_dec).to(self.operands)
         aux_loss, aux_rows = residual.new_zeros(()), None
         if aux is not None:
             scale = aux.weight * (self.config.aux_coefficient / n_values)
@@ -268,7 +255,7 @@ class FusedUpdater(_WithRule):
         assert self._learned is not None, "learn comes before apply"
         if not (self.lr.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph reads the rate of its replay
             self.set_rate(lr)
-        inward = self.sae.encoder_bias_in is not None
+        inward = self.sae.input_bias is not None
         ops.backward_update(
             self.state_of_rule, self.rule, self.lr, self.bias_lr, *self._learned, centred_by_b_dec=inward
         )

@@ -24,13 +24,13 @@ from steersman.errors import PreemptedError, SteersmanError
 from steersman.kernels import using
 from steersman.parallel import RankGroup, rank_and_world_size, use_local_accelerator
 from steersman.progress import progress
-from steersman.sae import SAE, BatchTopKSAE, SAEConfig
+from steersman.sae import SAE, AuxTerm, BatchTopKSAE, SAEConfig
 from steersman.sae.metrics import collect_feature_stats, measure_reconstruction
 from steersman.train.reports.plots import plot_run
 from steersman.train.run.checkpoints import Checkpoints
 from steersman.train.run.graph import GraphedStep
 from steersman.train.run.metrics_log import Journal
-from steersman.train.run.optim import AuxTerm, Updater, make_updater, parameters_of
+from steersman.train.run.optim import Updater, make_updater, parameters_of
 from steersman.train.run.preemption import Preemption
 from steersman.train.run.recipe import Recipe, TrainConfig, resolve, training_batches
 from steersman.train.run.run_folder import RunFolder
@@ -96,7 +96,7 @@ class Trainer:
         return parameters_of(self.sae)
 
     def _rebuild(self, x: Tensor) -> Tensor:
-        return self.sae.decode_training(self.sae.training_code(x))
+        return self.sae.decode_training(self.sae.encode_training(x))
 
     def _total(self, sums: Tensor) -> Tensor:
         """Sums over this process's rows -> over the whole batch."""
@@ -145,8 +145,8 @@ class Trainer:
             active = (code.values.detach() > 0).float()
             fired.scatter_add_(0, code.order.indices.flatten().long(), active.flatten())
             self.sums += torch.stack([squared_error, aux, active.sum()]).double()
-            if isinstance(sae, BatchTopKSAE) and code.smallest is not None:
-                self._track_threshold(sae, code.smallest)
+            if isinstance(sae, BatchTopKSAE) and code.min_selected is not None:
+                self._track_threshold(sae, code.min_selected)
         self.updater.apply(recipe.lr * recipe.lr_factor(self.n_steps_done))
         for average, parameter in zip(self.ema, self.parameters):
             average.lerp_(parameter.detach(), 1 - self.config.ema)
@@ -162,7 +162,7 @@ class Trainer:
         n_candidates = min(self.sae.cfg.d_sae, max(4 * recipe.k_aux, 64))
         candidates = longest_silent(self.silent_steps, n_candidates)
         weight = (dead.sum() / recipe.k_aux).clamp(max=1.0)
-        return AuxTerm(candidates, ~dead[candidates], weight, recipe.k_aux)
+        return AuxTerm(candidates, ~dead[candidates], weight, recipe.k_aux, self.config.aux_coefficient)
 
     @torch.no_grad()
     def _track_threshold(self, sae: BatchTopKSAE, smallest: Tensor) -> None:
@@ -306,7 +306,7 @@ def prepare(source: ActivationSource, config: TrainConfig) -> Plan:
         d_in=source.d_in,
         d_sae=config.d_sae,
         k=config.k,
-        activation=config.activation,
+        architecture=config.activation,
         hook_name=source.hook_name,
         model_name=source.model_name,
         metadata={

@@ -1,0 +1,92 @@
+"""AuxK (arXiv 2406.04093, app. A.2): dead latents learn to rebuild what the live ones leave over.
+
+Shape letters: N tokens, L latents, D width, A candidates.
+"""
+
+import torch
+from torch import Tensor
+
+from steersman.kernels import AuxRows
+from steersman.sae.base import SAE
+from steersman.sae.training import Step, TrainingState
+
+
+class AuxKSAE(SAE):
+    """An SAE whose dead latents are trained by AuxK: the squared error and, while latents are dead, `aux`."""
+
+    def training_step(self, x: Tensor, target: Tensor, state: TrainingState) -> Step:
+        code = self.encode_training(x)
+        residual = target - self.decode_training(code)
+        losses, logged = {"squared_error": residual.square().sum()}, {}
+        if (aux := state.aux) is not None:
+            loss = aux.weight * auxk_loss(self, x, residual, aux.candidates, aux.alive, aux.k, aux.width)
+            losses["aux"], logged["aux"] = aux.coefficient * loss, loss.detach()
+        return Step(code, losses, logged)
+
+
+def auxk_loss(
+    sae: SAE, x: Tensor, residual: Tensor, candidates: Tensor, alive: Tensor, k_aux: int, width: int | None = None
+) -> Tensor:
+    """The squared error, summed over tokens, of the residual rebuilt from dead latents alone (app. A.2).
+
+    x [N, D]; residual = x - x_hat [N, D], taken as a constant; candidates [A] feature ids; alive [A] is True for those
+    that take no part; width as in `AuxTerm`. Only the candidates' rows of the encoder are multiplied: N*A*D work, no
+    N x L matrix.
+    """
+    rows = sae.W_enc.T[candidates]
+    centred = x if sae.input_bias is None else x - sae.input_bias.detach()
+    Z = torch.addmm(sae.b_enc[candidates], centred, rows.T)
+    values, chosen = _largest(sae, Z, alive, k_aux, width)
+    code = torch.zeros_like(Z).scatter(1, chosen, values)
+    rebuilt = sae.latents.sum(code @ sae.W_dec[candidates])
+    return (rebuilt - residual.detach()).square().sum()
+
+
+def _largest(sae: SAE, Z: Tensor, alive: Tensor, k: int, width: int | None) -> tuple[Tensor, Tensor]:
+    """The activations [N, P] of the dead latents that a token uses, and where they stand in Z [N, A]."""
+    Z = Z.masked_fill(alive, float("-inf"))
+    values, chosen = Z.topk(min(k if width is None else width, Z.shape[1]), dim=1, sorted=width is not None)
+    if width is not None:
+        proposals = torch.full((len(Z), width), float("-inf"), device=Z.device)
+        proposals[:, : values.shape[1]] = values.detach()
+        kept = sae.latents.keep_topk(proposals, k)
+        if kept is not None:
+            values = torch.where(kept[:, : values.shape[1]], values, torch.zeros_like(values))
+    return values.relu(), chosen
+
+
+@torch.no_grad()
+def auxk_gradients(
+    sae: SAE,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    centred: Tensor,
+    residual: Tensor,
+    candidates: Tensor,
+    alive: Tensor,
+    k_aux: int,
+    scale: Tensor,
+) -> tuple[Tensor, AuxRows]:
+    """`auxk_loss`, and the gradients of `scale` times it for the candidates' rows, without autograd.
+
+    W_enc, W_dec [L, D] and centred [N, D] are in the dtype of the products; residual [N, D] is fp32. Latents that are
+    alive come back as L, which counts for nothing.
+    """
+    enc, dec = W_enc[candidates], W_dec[candidates]
+    Z = _product(centred, enc.T) + sae.b_enc[candidates]
+    values, chosen = _largest(sae, Z, alive, k_aux, None)
+    code = torch.zeros_like(Z).scatter(1, chosen, values)
+    small = code.to(centred.dtype)
+    error = _product(small, dec) - residual
+    g = (error * (2 * scale)).to(centred.dtype)
+    d_code = _product(g, dec.T).masked_fill(code <= 0, 0.0)
+    latents = torch.where(alive, sae.cfg.d_sae, candidates)
+    dW_enc = _product(d_code.to(centred.dtype).T, centred)
+    return error.square().sum(), AuxRows(latents, dW_enc, d_code.sum(dim=0), _product(small.T, g))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32, from operands in fp32 or less."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)

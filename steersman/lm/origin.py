@@ -1,0 +1,113 @@
+"""Where an SAE, a vector, an effect map or a store comes from, and whether it fits a model or another of them.
+
+Each records the model and the hook point it was made from; an empty record fits any. This is the one rule: same model,
+same hook point, same width.
+"""
+
+import re
+from typing import Any, NamedTuple, Protocol, Self
+
+from steersman.errors import SteersmanError
+
+
+class HookedModel(Protocol):
+    """What is asked of a `LanguageModel` here."""
+
+    name: str
+
+    def resolve_hook(self, name: str) -> str:
+        """The canonical name of a hook point."""
+        ...
+
+    def hook_width(self, name: str) -> int:
+        """The width of the states there."""
+        ...
+
+
+class Origin(NamedTuple):
+    """Model, hook point and width that something was made from; what is not known is empty or None."""
+
+    model_name: str = ""
+    hook_name: str = ""
+    width: int | None = None
+
+    @classmethod
+    def of_sae(cls, sae: Any) -> Self:
+        """What an `SAE` records."""
+        return cls(sae.cfg.model_name, sae.cfg.hook_name, sae.cfg.d_in)
+
+
+def same_model(a: str, b: str) -> bool:
+    """Whether two recorded names mean one model; an empty name means any.
+
+    Folders and organisations are left out of the comparison, so that `google/gemma-2-2b`, `gemma-2-2b` and
+    `models/gemma-2-2b` are one, as is TransformerLens's `gpt2-small` and the hub's `gpt2`.
+
+    >>> same_model("google/gemma-2-2b", "models/Gemma-2-2b/"), same_model("gpt2", "gpt2-medium")
+    (True, False)
+    """
+    return not a or not b or _plain(a) == _plain(b)
+
+
+def _plain(name: str) -> str:
+    plain = name.rstrip("/").rpartition("/")[2].lower()
+    return {"gpt2-small": "gpt2"}.get(plain, plain)
+
+
+def canonical_hook(name: str) -> str:
+    """The name of a hook point without a model to ask: a block's module path is its output, other names stay.
+
+    >>> canonical_hook("model.layers.6"), canonical_hook("blocks.6.hook_mlp_out")
+    ('blocks.6.hook_resid_post', 'blocks.6.hook_mlp_out')
+    """
+    block = re.fullmatch(r"(?:\w+\.)*(?:layers|layer|h|blocks)\.(\d+)", name)
+    return name if block is None else f"blocks.{block[1]}.hook_resid_post"
+
+
+def check_fits(
+    lm: HookedModel, *, what: str, model_name: str, hook_name: str, width: int | None, hook: str | None = None
+) -> str:
+    """The canonical hook point of something made for `model_name` at `hook_name`, once it is known to fit `lm`.
+
+    Args:
+        lm: the model it is to be used with.
+        what: what to call it in messages, such as "this SAE".
+        model_name: the model it records; empty for any.
+        hook_name: the hook point it records; empty if it records none, and then `hook` is needed.
+        width: entries of its states or vectors; None where that is checked elsewhere.
+        hook: where it is to be used, if that is asked for: must be the same hook point.
+
+    Raises SteersmanError, naming both sides, for another model, hook point or width.
+    """
+    if not same_model(model_name, lm.name):
+        raise SteersmanError(f"{what} was made for {model_name!r}, the model is {lm.name!r}: load {model_name}")
+    if not hook_name and not hook:
+        raise SteersmanError(f"{what} records no hook point: name the one it was made at with hook=")
+    name = lm.resolve_hook(hook or hook_name)
+    if hook_name and lm.resolve_hook(hook_name) != name:
+        raise SteersmanError(f"{what} was made at {hook_name!r}, not at {name!r}: leave out the hook point")
+    if width is not None and width != lm.hook_width(name):
+        raise SteersmanError(
+            f"{what} has width {width}, {name} of {lm.name} has width {lm.hook_width(name)}: it was made for another "
+            "model or hook point"
+        )
+    return name
+
+
+def check_sae_fits(lm: HookedModel, sae: Any, hook: str | None = None) -> str:
+    """`check_fits` of an `SAE`: the hook point of `lm` that it reads, `hook` where it records none."""
+    return check_fits(lm, what="this SAE", **Origin.of_sae(sae)._asdict(), hook=hook)
+
+
+def check_same_origin(what: str, a: Origin, other: str, b: Origin) -> None:
+    """Check that two things were made from one model, at one hook point, of one width.
+
+    Raises SteersmanError that names both: `what` is what to call the first, `other` the second.
+    """
+    fix = "use two that belong together"
+    if not same_model(a.model_name, b.model_name):
+        raise SteersmanError(f"{what} was made for {a.model_name!r}, {other} for {b.model_name!r}: {fix}")
+    if a.hook_name and b.hook_name and canonical_hook(a.hook_name) != canonical_hook(b.hook_name):
+        raise SteersmanError(f"{what} was made at {a.hook_name!r}, {other} at {b.hook_name!r}: {fix}")
+    if None not in (a.width, b.width) and a.width != b.width:
+        raise SteersmanError(f"{what} has width {a.width}, {other} has width {b.width}: {fix}")
