@@ -4,6 +4,8 @@ from steersman.text import TextSource, open_text
 from steersman.train.capture.cache import CacheConfig, cache_activations
 from steersman.train.capture.capture import CaptureConfig
 from steersman.train.capture.stream import ActivationStream, StreamConfig, stream_activations
+from steersman.train.reports.evaluate import EvaluateConfig, Evaluation, evaluate_sae
+from steersman.train.reports.features import FeatureReport, FeaturesConfig, summarize_features
 from steersman.train.run.recipe import Recipe, TrainConfig, resolve
 from steersman.train.run.trainer import Trainer, train_sae
 from steersman.train.store.batch import ActivationBatch, ActivationSource, RowInfo
@@ -19,6 +21,10 @@ __all__ = [
     "ActivationStream",
     "CacheConfig",
     "CaptureConfig",
+    "EvaluateConfig",
+    "Evaluation",
+    "FeatureReport",
+    "FeaturesConfig",
     "HookView",
     "Recipe",
     "RowInfo",
@@ -27,9 +33,11 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "cache_activations",
+    "evaluate_sae",
     "open_text",
     "resolve",
     "stream_activations",
+    "summarize_features",
     "train_sae",
 ]
 
