@@ -321,11 +321,6 @@ class SAE(nn.Module):
                 f"{purpose} needs an SAE that writes where it reads; this is a transcoder from "
                 f"{cfg.hook_name or 'one hook point'} to {out}: it can encode and decode"
             )
-        if cfg.reshape_heads or cfg.hook_name.endswith("hook_z"):
-            raise SteersmanError(
-                f"{purpose} works on hidden states; this SAE reads {cfg.hook_name or 'attention heads'}, the outputs "
-                "of the single heads before they are mixed: it can encode and decode"
-            )
 
     def neuronpedia_url(self, feature: int) -> str:
         """The page of a feature on Neuronpedia. Raises SteersmanError where the SAE's origin does not say which."""

@@ -12,7 +12,7 @@ from steersman.steer.decompose import (
     plot_decompositions,
 )
 from steersman.steer.edit_report import EditReport, FeatureOutcome
-from steersman.steer.edits import MODES, UNITS
+from steersman.steer.edits import MODES, UNITS, AttentionBiasEdit, Edit, FunctionEdit, LogitsEdit, VectorEdit, blend
 from steersman.steer.effects.collect import collect_effects
 from steersman.steer.effects.config import EffectsConfig
 from steersman.steer.effects.fgaa import fgaa_targets
@@ -30,18 +30,22 @@ __all__ = [
     "METHODS",
     "MODES",
     "UNITS",
+    "AttentionBiasEdit",
     "CalibrateConfig",
     "Calibration",
     "Comparison",
     "ContrastConfig",
     "DecomposeConfig",
     "Decomposition",
+    "Edit",
     "EditReport",
     "EffectMap",
     "Effects",
     "EffectsConfig",
     "EvaluationConfig",
     "FeatureOutcome",
+    "FunctionEdit",
+    "LogitsEdit",
     "Retention",
     "ScaleSearch",
     "Scope",
@@ -52,7 +56,9 @@ __all__ = [
     "SteeringVector",
     "TextPair",
     "Trace",
+    "VectorEdit",
     "Verification",
+    "blend",
     "calibrate",
     "collect_effects",
     "contrast",

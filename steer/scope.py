@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ class Scope:
         return cls(kind="mask", mask=mask.bool())
 
     @classmethod
-    def of(cls, given: Any, *, include_bos: bool = False) -> "Scope":
+    def of(cls, given: "ScopeLike", *, include_bos: bool = False) -> "Scope":
         """A scope from what a user writes: a `Scope`, a name, "2:10" or slice or (2, 10), a set of ids, or a mask."""
         if isinstance(given, cls):
             return given
@@ -146,3 +145,7 @@ class Scope:
         part = mask[..., fwd.past : fwd.past + fwd.length]
         chosen[:, : part.shape[-1]] = part
         return chosen & fwd.real
+
+
+ScopeLike = Scope | str | slice | tuple[int, int | None] | set[int] | frozenset[int] | Tensor
+"""What `Scope.of` takes: a `Scope`, a name, "2:10" or a slice or (2, 10), a set of token ids, or a mask."""

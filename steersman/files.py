@@ -1,6 +1,6 @@
 """Files that are either whole or absent, and folders that are there or said not to be.
 
-A file is written under a temporary name beside its own, `NAME.tmp`, synced, and renamed; then its folder is synced. A
+A file is written under a temporary name beside its own, `.NAME.tmp`, synced, and renamed; then its folder is synced. A
 reader, and a power cut, find the old file or the new one, never a part of either. What a killed process leaves behind
 under the temporary name is taken over by the next one that writes the file.
 """
@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from steersman.errors import SteersmanError
+
+
+def temporary_path(path: Path) -> Path:
+    """Where a file is written before it gets the name `path`."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
@@ -27,7 +32,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> N
 
 def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """`write_whole` with the operating system's own errors, for callers who can say what to do about a full disk."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = temporary_path(path)
     try:
         temporary.unlink(missing_ok=True)
         temporary.touch()
@@ -75,14 +80,14 @@ def fsync_folder(folder: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def format_bytes(n: float) -> str:
-    """Bytes as people read them, in powers of 1000.
+def format_bytes(n: float, digits: int = 3) -> str:
+    """Bytes as people read them, in powers of 1000 and to so many significant digits.
 
-    >>> format_bytes(1_536_000_000)
-    '1.54 GB'
+    >>> format_bytes(1_536_000_000), format_bytes(12)
+    ('1.54 GB', '12 B')
     """
-    for unit in ("bytes", "kB", "MB", "GB"):
+    for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
-            return f"{n:.3g} {unit}"
+            return f"{n:.{digits}g} {unit}"
         n /= 1000
-    return f"{n:.3g} TB"
+    return f"{n:.{digits}g} TB"

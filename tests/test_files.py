@@ -25,7 +25,7 @@ def test_what_is_written(tmp_path: Path) -> None:
 
 def test_the_mode_is_that_of_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
-    (tmp_path / "weights.tmp").touch(mode=0o600)  # left by a process that was killed
+    (tmp_path / ".weights.tmp").touch(mode=0o600)  # left by a process that was killed
     write_whole(tmp_path / "weights", lambda path: save_file({"x": torch.zeros(3)}, path))
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "weights")]
     assert modes[0] == modes[1]

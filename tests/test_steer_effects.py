@@ -68,7 +68,7 @@ def test_interrupted_work_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch:
     with pytest.raises(SteersmanError, match="2 of 3 shards are not measured yet"):
         Effects.open(broken)
     monkeypatch.setattr(module, "_shard", make)
-    (tmp_path / "broken" / "00001.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / "broken" / ".00001.safetensors.tmp").write_bytes(b"half")
     collect_effects(lm, sae, TEXTS, quick(out=broken, **options))
     assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
     monkeypatch.setattr(module, "_shard", lambda *args: pytest.fail("measured again"))

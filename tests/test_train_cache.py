@@ -204,7 +204,7 @@ def test_files_that_an_interruption_left_are_removed(lm: LanguageModel, tmp_path
     from dataclasses import replace
 
     replace(store.manifest, complete=False, statistics=None, shards=store.manifest.shards[:2]).save(store.path)
-    (store.path / HOOK / "00003.safetensors.tmp").write_bytes(b"part of a shard")
+    (store.path / HOOK / ".00003.safetensors.tmp").write_bytes(b"part of a shard")
     assert b'"complete": false' in manifest.read_bytes()
     cached(lm, tmp_path / "acts", tokens=900)
     assert digests(whole.path) == digests(store.path)

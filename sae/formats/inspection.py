@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from steersman.files import format_bytes
 from steersman.sae.config import SAEConfig
 from steersman.sae.formats.base import Parts, recognise
 from steersman.sae.formats.source import open_source
@@ -60,7 +61,7 @@ class Inspection:
             "b_dec": f"{'' if cfg.apply_b_dec_to_input else 'not '}subtracted from the input; "
             f"length {self.b_dec_norm:.4g}",
             "input": {"none": "as it is"}.get(cfg.input_norm, f"normalised: {cfg.input_norm}"),
-            "weights": f"{self.n_parameters:,} ({', '.join(self.dtypes)}, {_size(self.n_bytes)})",
+            "weights": f"{self.n_parameters:,} ({', '.join(self.dtypes)}, {format_bytes(self.n_bytes)})",
             "|W_dec| rows": "min {:.4g}, median {:.4g}, max {:.4g}".format(*self.decoder_norms),
             "|W_enc| columns": "min {:.4g}, median {:.4g}, max {:.4g}".format(*self.encoder_norms),
         }
@@ -135,10 +136,3 @@ def _warnings(parts: Parts, decoder: Tensor, encoder: Tensor) -> list[str]:
     elif cfg.reshape_heads:
         said.append("it reads the outputs of single attention heads: it encodes and decodes, and cannot steer")
     return said
-
-
-def _size(n_bytes: int) -> str:
-    size, units = float(n_bytes), ["B", "kB", "MB", "GB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"

@@ -27,7 +27,7 @@ PromptLength = int | Sequence[int] | Tensor
 
 
 class PassDone(Exception):
-    """Ends a pass after the last hook point that was asked for; whoever raises it in a hook catches it around the pass."""
+    """Ends a pass after the last hook point that was asked for; who raises it in a hook catches it around the pass."""
 
 
 class GenerationRun:

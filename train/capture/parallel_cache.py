@@ -99,7 +99,7 @@ class SharedStore:
 
     def disk_advice(self) -> str:
         """What to do when the disk is full."""
-        return f"{len(self.records())} finished shards are intact: free space and run the same command again to go on"
+        return f"{len(self.records())} finished shards are intact: free space and run the same command again to resume"
 
     def begin_shard(self, number: int, rows_before: int) -> StoreWriter:
         """A writer of shard `number` alone; its first batch has `rows_before` rows that belong to earlier shards."""

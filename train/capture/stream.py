@@ -86,7 +86,7 @@ class ActivationStream:
         self._heldout_rows = wanted if expected is None else min(wanted, int(expected * _HELDOUT_FRACTION))
         self._part, self._n_parts = 0, 1
         self.n_passed = 0
-        """Forward batches gone past until now, run or not: while it rises, reading goes on."""
+        """Forward batches gone past until now, run or not: while it rises, reading advances."""
 
     def run_part(self, part: int, n_parts: int) -> None:
         """From now on run the model over every `n_parts`-th forward batch alone, beginning with batch `part`.

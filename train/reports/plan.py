@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from steersman.errors import SteersmanError
+from steersman.files import format_bytes
 from steersman.kernels.torch_ops import BLOCK_BYTES
 from steersman.parallel import Mesh
 
@@ -98,12 +99,12 @@ class RunPlan:
         """The tables as lines."""
         mesh = self.mesh
         lines = [f"mesh: {mesh.data} data x {mesh.latent} latent ranks", "memory per rank:"]
-        lines += [f"  {name:<28}{_size(n):>12}" for name, n in self.memory.items()]
-        lines += [f"  {'together':<28}{_size(self.memory_bytes):>12}"]
-        lines += [f"  {'host, during a checkpoint':<28}{_size(self.checkpoint):>12}", "sent per step and rank:"]
-        lines += [f"  {name:<28}{_size(n):>12}" for name, n in self.network.items()]
+        lines += [f"  {name:<28}{_bytes(n):>12}" for name, n in self.memory.items()]
+        lines += [f"  {'together':<28}{_bytes(self.memory_bytes):>12}"]
+        lines += [f"  {'host, during a checkpoint':<28}{_bytes(self.checkpoint):>12}", "sent per step and rank:"]
+        lines += [f"  {name:<28}{_bytes(n):>12}" for name, n in self.network.items()]
         lines += [
-            f"  {'together':<28}{_size(self.network_bytes):>12}",
+            f"  {'together':<28}{_bytes(self.network_bytes):>12}",
             *self._streamed(),
             "time per step, nothing overlapped:",
         ]
@@ -111,15 +112,11 @@ class RunPlan:
         return "\n".join([*lines, f"  {'together':<28}{1e3 * sum(self.seconds.values()):>9.3g} ms"])
 
     def _streamed(self) -> list[str]:
-        return [f"sent per step by a model rank:{_size(self.from_model):>12}"] if self.from_model else []
+        return [f"sent per step by a model rank:{_bytes(self.from_model):>12}"] if self.from_model else []
 
 
-def _size(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.4g} {unit}"
-        n /= 1000
-    return f"{n:.4g} TB"
+def _bytes(n: float) -> str:
+    return format_bytes(n, digits=4)
 
 
 def plan_run(config: PlanConfig) -> RunPlan:

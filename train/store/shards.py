@@ -21,7 +21,7 @@ import safetensors.numpy
 import torch
 
 from steersman.errors import SteersmanError
-from steersman.files import replace_whole
+from steersman.files import replace_whole, temporary_path
 
 DATA_OFFSET = 65536
 """Bytes before a shard's tensor: a multiple of the page size of x86 (4 KiB) and of Arm (up to 64 KiB)."""
@@ -79,7 +79,7 @@ class ShardWriter:
     def __init__(self, path: Path, name: str, width: int, dtype: str) -> None:
         self.path, self.name, self.width = path, name, width
         self._torch_dtype, self._header_dtype = DTYPES[dtype]
-        self._temporary = path.with_name(path.name + ".tmp")
+        self._temporary = temporary_path(path)
         self._file = open(self._temporary, "wb", buffering=0)  # noqa: SIM115 - open across calls, closed in close
         self._file.seek(DATA_OFFSET)
         self._crc = 0

@@ -14,12 +14,15 @@ import torch
 
 from steersman.config import differences
 from steersman.errors import SteersmanError
-from steersman.files import fsync_folder
+from steersman.files import fsync_folder, temporary_path
 from steersman.train.store.manifest import MANIFEST, ROWS, STATISTICS, Manifest, ShardRecord
 from steersman.train.store.shards import DTYPES, ShardWriter, disk_errors, load_arrays, write_arrays
 from steersman.train.store.statistics import ActivationStats, StatsSums, nonfinite_error, row_norms
 
 log = logging.getLogger(__name__)
+
+_UNFINISHED = [name for file in (MANIFEST, STATISTICS) for name in (temporary_path(Path(file)).name, f"{file}.tmp")]
+"""What a killed process may leave in the store's folder; version 0.1 left it under the second names."""
 
 ROW_BYTES = 16
 """Bytes of a row's token id, document id and position."""
@@ -53,7 +56,7 @@ class StoreWriter:
     """Appends rows to a store, shard by shard; use `begin`, then `append` until done, then `finish` (or `abandon`).
 
     Every shard but the last has exactly `shard_rows` rows. A shard's cursor names the forward batch in which it ended
-    and how many rows of that batch are stored; a run that goes on there computes the same batch again, so its numbers,
+    and how many rows of that batch are stored; a run that resumes there computes the same batch again, so its numbers,
     and the files, are those of an uninterrupted run.
     """
 
@@ -128,8 +131,8 @@ class StoreWriter:
             for file in (self.folder / name).iterdir():
                 if file.name not in known:
                     file.unlink()
-        for file in (self.folder / f"{MANIFEST}.tmp", self.folder / STATISTICS, self.folder / f"{STATISTICS}.tmp"):
-            file.unlink(missing_ok=True)
+        for name in (*_UNFINISHED, STATISTICS):
+            (self.folder / name).unlink(missing_ok=True)
         if not self.manifest.shards:
             self.manifest.save(self.folder)
 
@@ -161,7 +164,7 @@ class StoreWriter:
         rows are to be skipped.
         """
         if self._failed:
-            raise SteersmanError(f"{self.folder}: an earlier write failed; begin again to go on")
+            raise SteersmanError(f"{self.folder}: an earlier write failed; begin again to resume")
         if self.full:
             return
         self._failed = True  # until all of it is written: half a batch must never become part of a shard
@@ -208,7 +211,7 @@ class StoreWriter:
 
     def _disk_errors(self) -> Any:
         done = len(self.manifest.shards)
-        advice = f"{done} finished shards are intact: free space and run the same command again to go on"
+        advice = f"{done} finished shards are intact: free space and run the same command again to resume"
         return disk_errors(self.folder, advice)
 
     def _start_shard(self) -> None:
@@ -283,7 +286,7 @@ def _only_begun(folder: Path, manifest: Manifest) -> bool:
     folders = (ROWS, *manifest.folders().values())
     for child in folder.iterdir():
         empty = child.name in folders and child.is_dir() and not any(child.iterdir())
-        if not empty and child.name != f"{MANIFEST}.tmp":
+        if not empty and child.name not in _UNFINISHED:
             return False
     return True
 

@@ -1,4 +1,4 @@
-"""The edits: what happens to a hidden state h at the steered tokens.
+"""Editing features of an SAE at the steered tokens.
 
 With f_j the SAE's encoder and d_j row j of its decoder, fp32 throughout:
 
@@ -20,133 +20,26 @@ Shape letters: B rows of the batch, S tokens of the pass, D width; R rows of par
 prompt), M features named in any row, n steered tokens.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.lm import ForwardPass
+from steersman.lm import ForwardPass, HookPoint, LanguageModel
 from steersman.sae import SAE
+from steersman.steer.edits.base import Edit, PerRow, blend, common_rows, per_row
+from steersman.steer.edits.vector import VectorEdit
 
 MODES = ("add", "clamp", "floor", "scale", "project_out")
 UNITS = ("raw", "max_act", "norm_frac")
 
-
-class Edit:
-    """Something that turns h into h'. `rows` is R; `active` [R] says which rows it can change at all."""
-
-    rows: int
-    active: Tensor
-
-    def apply(self, h: Tensor, fwd: ForwardPass, where: Tensor | bool) -> Tensor:
-        """h' [B, S, D], equal to h outside `where` ([B, S] bool, or True for every token)."""
-        raise NotImplementedError  # each edit defines it
-
-    def narrow(self, where: Tensor | bool, fwd: ForwardPass) -> Tensor | bool:
-        """Of the tokens in scope, those this edit can change."""
-        return where
-
-    def expand(self, table: Tensor, fwd: ForwardPass) -> Tensor:
-        """A table [R, ...] as [B, ...], or [1, ...] when one row serves all."""
-        if self.rows == 1:
-            return table
-        index = fwd.row_index(self.rows)
-        return table if index is None else table[index]
+Features = Mapping[int, float] | Sequence[Mapping[int, float]]
+"""Strengths by feature id, for all rows or a list of those with one entry per row."""
 
 
-def per_row(value: Any, what: str, device: torch.device) -> Tensor:
-    """A number or one per row as a tensor [1] or [R] of fp32. Raises SteersmanError unless finite."""
-    tensor = torch.as_tensor(value, dtype=torch.float32, device=device)
-    tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
-    if tensor.ndim != 1 or tensor.numel() == 0:
-        raise SteersmanError(f"{what} must be a number or one number per row, got shape {tuple(tensor.shape)}")
-    if not bool(torch.isfinite(tensor).all()):
-        raise SteersmanError(f"{what} must be finite, got {tensor.tolist()}")
-    return tensor
-
-
-def common_rows(**sizes: int) -> int:
-    """The number of rows that all parameters share; those of one row serve every row."""
-    rows = max(sizes.values())
-    if any(n not in (1, rows) for n in sizes.values()):
-        raise SteersmanError("rows disagree: " + ", ".join(f"{k} has {n}" for k, n in sizes.items()))
-    return rows
-
-
-def blend(h: Tensor, new: Tensor, where: Tensor | bool) -> Tensor:
-    """`new` where steered, and exactly h elsewhere."""
-    return new if isinstance(where, bool) else torch.where(where[..., None], new, h)
-
-
-class VectorEdit(Edit):
-    """h + scale gate v: `vector` [D] or [B, D], `scale` and `gate` a number or [B].
-
-    The product is formed once in fp32 and cast to h's dtype; with `vector.requires_grad` it is formed in every pass, so
-    that gradients flow to the vector.
-    """
-
-    def __init__(self, vector: Tensor, scale: Any = 1.0, gate: Any = 1.0) -> None:
-        device = vector.device
-        if vector.ndim not in (1, 2) or vector.numel() == 0:
-            raise SteersmanError(f"a steering vector must be [D] or [B, D], got {tuple(vector.shape)}")
-        if not bool(torch.isfinite(vector).all()):
-            raise SteersmanError("the steering vector holds NaN or infinite values")
-        self.vector = vector[None] if vector.ndim == 1 else vector
-        scales, gates = per_row(scale, "scale", device), per_row(gate, "gate", device)
-        self.rows = common_rows(vector=len(self.vector), scale=len(scales), gate=len(gates))
-        self.factor = scales * gates
-        self.active = (self.factor != 0).expand(self.rows)
-        self._ready: tuple[Any, Tensor] | None = None
-
-    def delta(self, fwd: ForwardPass, h: Tensor) -> Tensor:
-        """What is added to h: [B or 1, 1, D] in h's dtype and on its device."""
-        key = (fwd.batch, None if fwd.run is None else fwd.run.rows, h.dtype, h.device)
-        if self._ready is not None and self._ready[0] == key:
-            return self._ready[1]
-        table = (self.factor[:, None] * self.vector.float()).to(device=h.device)
-        delta = self.expand(table, fwd).to(h.dtype)[:, None]
-        if not self.vector.requires_grad:
-            self._ready = (key, delta)
-        return delta
-
-    def apply(self, h: Tensor, fwd: ForwardPass, where: Tensor | bool) -> Tensor:
-        return blend(h, h + self.delta(fwd, h), where)
-
-
-class PositionEdit(Edit):
-    """h_p + scale gate v_p at absolute position p < P, nothing after: `vector` [P, D], `scale` and `gate` a number or
-    [B]."""
-
-    def __init__(self, vector: Tensor, scale: Any = 1.0, gate: Any = 1.0) -> None:
-        if vector.ndim != 2 or vector.numel() == 0:
-            raise SteersmanError(f"a vector added position by position must be [P, D], got {tuple(vector.shape)}")
-        if not bool(torch.isfinite(vector).all()):
-            raise SteersmanError("the steering vector holds NaN or infinite values")
-        self.vector = vector.float()
-        scales, gates = per_row(scale, "scale", vector.device), per_row(gate, "gate", vector.device)
-        self.rows = common_rows(scale=len(scales), gate=len(gates))
-        self.factor = scales * gates
-        self.active = (self.factor != 0).expand(self.rows)
-        self.used = vector.abs().sum(1) > 0  # [P]: a position whose row is zero is not steered
-
-    def narrow(self, where: Tensor | bool, fwd: ForwardPass) -> Tensor | bool:
-        if isinstance(where, bool) and not where:
-            return False
-        position = fwd.positions.to(self.used.device)
-        inside = (position >= 0) & (position < len(self.used))
-        inside &= self.used[position.clamp(0, len(self.used) - 1)]
-        return inside.to(fwd.device) & fwd.real if isinstance(where, bool) else inside.to(where.device) & where
-
-    def apply(self, h: Tensor, fwd: ForwardPass, where: Tensor | bool) -> Tensor:
-        position = fwd.positions.clamp(0, len(self.vector) - 1).to(self.vector.device)
-        factor = self.expand(self.factor, fwd)[:, None, None]
-        delta = (factor * self.vector[position]).to(h.dtype).to(h.device)
-        return blend(h, h + delta, where)
-
-
-def feature_rows(features: Mapping[int, float] | Sequence[Mapping[int, float]]) -> list[dict[int, float]]:
+def feature_rows(features: Features) -> list[dict[int, float]]:
     """The features and strengths of each row: one mapping for all rows, or a list of them, one per row."""
     rows = [features] if isinstance(features, Mapping) else list(features)
     if not rows or not all(isinstance(row, Mapping) for row in rows):
@@ -199,7 +92,7 @@ class FeatureEdit(Edit):
     the row names the feature, and `on` [R, M] whether its strength there changes anything.
     """
 
-    def __init__(self, sae: SAE, features: Any, *, mode: str, units: str = "raw", gate: Any = 1.0) -> None:
+    def __init__(self, sae: SAE, features: Features, *, mode: str, units: str = "raw", gate: PerRow = 1.0) -> None:
         if mode not in MODES:
             raise SteersmanError(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")
         self.sae, self.mode = sae, mode
@@ -223,15 +116,29 @@ class FeatureEdit(Edit):
         self.asked = asked.to(device)
         self.on = (asked if neutral is None else asked & (amount != neutral)).to(device)
         self.directions = sae.W_dec[self.ids].detach().float()  # [M, D]
-        self.gate = per_row(gate, "gate", device)
-        self.rows = common_rows(features=len(given), gate=len(self.gate))
-        self.weight = self.on * self.gate[:, None]  # [R, M]: 0 where a row leaves a feature alone
-        self.active = (self.on.any(1) & (self.gate != 0)).expand(self.rows)
-        self._added: VectorEdit | None = None
-        if mode == "add" and sae.cfg.input_norm == "none":  # needs no encoding: a constant vector per row
-            self._added = VectorEdit((self.amount * self.on) @ self.directions, 1.0, self.gate)
         if mode == "project_out":
             self.dual = self._dual()
+        self._open_gate(per_row(gate, "gate", device))
+
+    def _open_gate(self, gate: Tensor) -> None:
+        self.gate = gate
+        self.rows = common_rows(features=len(self.amount), gate=len(gate))
+        self.weight = self.on * gate[:, None]  # [R, M]: 0 where a row leaves a feature alone
+        self.active = (self.on.any(1) & (gate != 0)).expand(self.rows)
+        self._added: VectorEdit | None = None
+        if self.mode == "add" and self.sae.cfg.input_norm == "none":  # needs no encoding: a constant vector per row
+            self._added = VectorEdit((self.amount * self.on) @ self.directions, 1.0, gate)
+
+    def check(self, lm: LanguageModel, point: HookPoint) -> None:
+        if not point.holds_states:
+            raise SteersmanError(f"{point.name} holds no hidden states: no SAE's features can be edited there")
+
+    def scaled(self, factor: PerRow) -> "FeatureEdit":
+        edit = copy.copy(self)
+        factors = per_row(factor, "factor", self.gate.device)
+        common_rows(gate=len(self.gate), factor=len(factors))
+        edit._open_gate(self.gate * factors)
+        return edit
 
     def _dual(self) -> Tensor:
         """[R, M, D]: rows p_m with p_m . d_k = (m == k) within what a row names, 0 for the rest. d / |d|^2 for one."""

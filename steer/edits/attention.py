@@ -1,0 +1,117 @@
+"""Editing what attention looks at: a bias on chosen keys, in chosen heads.
+
+A bias log a multiplies a key's attention weight by a before the weights are normalised again; -inf takes the key away.
+
+Shape letters: B rows, H heads, S queries (the tokens of the pass), K keys, P positions; R rows of parameters.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from steersman.errors import SteersmanError
+from steersman.lm import ForwardPass, HookPoint, LanguageModel
+from steersman.steer.edits.base import Edit, PerRow, blend, common_rows, per_row
+
+Window = tuple[int, int | None]
+"""A half-open window of absolute positions; None as its end is open."""
+Keys = Window | Sequence[Window] | Tensor
+"""Which keys: a window or several, or a bool table [P] or [R, P] of positions, of which those behind its end are not
+chosen. Positions count real tokens, the BOS at 0."""
+
+
+class AttentionBiasEdit(Edit):
+    """scores[b, n, q, k] + bias_b for the heads n in `heads` and the keys k in `keys`, at a `hook_attn_mask`.
+
+    The tokens in scope are the queries q whose attention is changed. Heads are query heads, also where several share
+    their keys and values. A query that -inf would leave without any key keeps the attention it has.
+
+    Args:
+        bias: a number or one per row; -inf is allowed.
+        keys: see `Keys`.
+        heads: which heads; None for all.
+
+    >>> edit = AttentionBiasEdit(-4.6, keys=[(1, 5), (9, None)], heads=[0, 3])  # a hundredth of the weight
+    """
+
+    def __init__(self, bias: PerRow, keys: Keys, heads: Sequence[int] | None = None) -> None:
+        given = torch.as_tensor(bias, dtype=torch.float32)
+        removed = given == -torch.inf
+        finite = per_row(given.masked_fill(removed, 0.0), "bias", given.device)
+        self.removed = removed.reshape(-1)  # [1] or [R]: rows of which the keys are taken away
+        self.bias = finite.masked_fill(self.removed, -torch.inf)
+        self.heads = None if heads is None else sorted({int(head) for head in heads})
+        self.table: Tensor | None = None
+        self.windows: list[Window] = []
+        if isinstance(keys, Tensor):
+            if keys.ndim not in (1, 2):
+                raise SteersmanError(f"a table of keys must be [P] or [R, P], got {tuple(keys.shape)}")
+            self.table = keys.bool().reshape(-1, keys.shape[-1])
+        else:
+            self.windows = _windows(keys)
+        if self.heads == []:
+            raise SteersmanError("an attention bias needs at least one head: leave out heads= for all of them")
+        self.rows = common_rows(bias=len(self.bias), keys=1 if self.table is None else len(self.table))
+        self.active = (self.bias != 0).expand(self.rows)
+        self.removes = bool(self.removed.any())
+
+    def check(self, lm: LanguageModel, point: HookPoint) -> None:
+        if point.kind != "hook_attn_mask":
+            raise SteersmanError(f"an attention bias is added at a hook_attn_mask, not at {point.name}")
+        if self.heads is not None and not 0 <= self.heads[0] <= self.heads[-1] < point.width:
+            raise SteersmanError(f"heads {self.heads}: {lm.name} has {point.width} (0 to {point.width - 1})")
+
+    def scaled(self, factor: PerRow) -> "AttentionBiasEdit":
+        factors = per_row(factor, "factor", self.bias.device)
+        common_rows(bias=len(self.bias), factor=len(factors))
+        removed = self.removed & (factors != 0)  # at every other factor a key taken away is so
+        bias = (self.bias.masked_fill(self.removed, 0.0) * factors).masked_fill(removed, -torch.inf)
+        return AttentionBiasEdit(bias, self.windows if self.table is None else self.table, self.heads)
+
+    def chosen(self, fwd: ForwardPass, n_keys: int) -> Tensor:
+        """[B, K] bool: the keys that are biased."""
+        position = fwd.key_positions
+        # A layer with a window may keep its last keys alone; a static cache has room behind those so far.
+        position = position[:, -n_keys:]
+        position = pad(position, (0, n_keys - position.shape[1]), value=-1)
+        if self.table is not None:
+            table = self.table.to(position.device)
+            table = table if len(table) == 1 else self.expand(table, fwd)
+            inside = (position >= 0) & (position < table.shape[1])
+            return inside & table.expand(len(position), -1).gather(1, position.clamp(0, table.shape[1] - 1))
+        chosen = torch.zeros_like(position, dtype=torch.bool)
+        for start, stop in self.windows:
+            inside = position >= start
+            chosen |= inside if stop is None else inside & (position < stop)
+        return chosen
+
+    def apply(self, h: Tensor, fwd: ForwardPass, where: Tensor | bool) -> Tensor:
+        chosen = self.chosen(fwd, h.shape[-1]).to(h.device)[:, None, None]
+        bias = self.bias.to(h.device, h.dtype)
+        bias = (bias if len(bias) == 1 else self.expand(bias, fwd))[:, None, None, None]
+        if self.heads is not None:
+            in_heads = torch.zeros(h.shape[1], dtype=torch.bool, device=h.device)
+            in_heads[self.heads] = True
+            chosen = chosen & in_heads[:, None, None]
+        least = torch.finfo(h.dtype).min
+        new = (h + torch.where(chosen, bias, 0.0)).clamp(min=least)
+        if self.removes:
+            new = torch.where((new > least).any(-1, keepdim=True), new, h)
+        return blend(h, new, where)
+
+
+def _windows(keys: Window | Sequence[Window]) -> list[Window]:
+    one = isinstance(keys, tuple) and len(keys) == 2 and isinstance(keys[0], int)
+    given: list[Any] = [keys] if one else list(keys)
+    for window in given:
+        if not (isinstance(window, tuple) and len(window) == 2 and isinstance(window[0], int)):
+            raise SteersmanError(f"keys must be windows (start, stop) or a bool table [P] or [R, P], got {window!r}")
+        start, stop = window
+        if start < 0 or (stop is not None and stop <= start):
+            raise SteersmanError(f"window {start}:{stop} is empty: positions are counted from 0, start before stop")
+    if not given:
+        raise SteersmanError("an attention bias needs at least one window of keys")
+    return given
