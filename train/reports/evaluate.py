@@ -44,9 +44,10 @@ class SplicedLoss:
     n_predictions: int
     """Tokens predicted."""
 
-
-_WRITTEN = {"ce_clean": "ce_unsteered", "ce_with_sae": "ce_spliced", "ce_loss_score": "ce_recovered"}
-"""Names of fields where they differ in files and tables, whose readers must not break."""
+    def record(self) -> dict[str, float]:
+        """The figures as files and tables have them: under the names that they always had."""
+        on_disk = {"ce_clean": "ce_unsteered", "ce_with_sae": "ce_spliced", "ce_loss_score": "ce_recovered"}
+        return {on_disk.get(name, name): value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +72,8 @@ class Evaluation:
     """On the model's predictions; None without a model."""
 
     def to_json(self) -> dict[str, Any]:
-        """As `eval --out` writes it, with the names that the loss's fields had first."""
-        loss = asdict(self.loss) if self.loss else None
-        if loss is not None:
-            loss = {_WRITTEN.get(name, name): value for name, value in loss.items()}
-        return {"reconstruction": asdict(self.reconstruction), "loss": loss}
+        """As `eval --out` writes it."""
+        return {"reconstruction": self.reconstruction.record(), "loss": self.loss.record() if self.loss else None}
 
     def to_text(self) -> str:
         """A two-column table."""

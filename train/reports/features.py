@@ -3,7 +3,6 @@
 Shape letters: L latents.
 """
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from steersman.config import merged
-from steersman.files import write_text
+from steersman.files import write_json
 from steersman.lm import LanguageModel
 from steersman.lm.lens import logit_lens
 from steersman.lm.origin import Origin, check_sae_fits
@@ -87,8 +86,7 @@ class FeatureReport:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the features as a JSON list."""
-        content = [asdict(feature) for feature in self.features]
-        write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_json(path, [asdict(feature) for feature in self.features], indent=1, ensure_ascii=False)
 
 
 def summarize_features(
@@ -127,7 +125,7 @@ def _described(
     described = []
     for feature, (promotes, suppresses) in zip(ids, writes):
         values, rows = summary.example_values[feature], summary.example_rows[feature]
-        found = values > 0
+        found = values != 0
         described.append(
             Feature(
                 id=feature,
