@@ -1,7 +1,6 @@
 """From text to rows of activations: the part that caching and streaming share."""
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
+from steersman.device import usable_cores
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.load import Quantization
@@ -257,8 +257,7 @@ def side_executor(lm: LanguageModel, name: str) -> Executor:
     On a CPU whose every core computes the passes a thread more makes each of their parallel steps wait for the core
     that it took, which costs more than doing its work in between.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if lm.device.type == "cpu" and torch.get_num_threads() >= cores:
+    if lm.device.type == "cpu" and torch.get_num_threads() >= usable_cores():
         return InlineExecutor()
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
 
