@@ -3,22 +3,18 @@
 from dataclasses import dataclass
 from itertools import islice
 
-from steersman.commands.options import on_kernels
+from steersman.commands.options import ComputeOptions, on_kernels
 from steersman.config import part_of
-from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.files import write_json
-from steersman.kernels import Implementation
-from steersman.lm import LanguageModel
 from steersman.lm.origin import Origin, check_sae_fits
-from steersman.sae import SAE
 from steersman.text import TextSource, open_text
 from steersman.train import ActivationStore
 from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalCommand(EvaluateConfig):
+class EvalCommand(EvaluateConfig, ComputeOptions):
     """Measure an SAE on a store's held-out rows and, with --model and --text, its effect on the model's loss."""
 
     sae: str
@@ -33,23 +29,18 @@ class EvalCommand(EvaluateConfig):
     """Documents of the text, at most."""
     out: str | None = None
     """Also write the figures to this JSON file."""
-    device: str = "auto"
-    """Where to run: auto, cpu, cuda, ..."""
-    kernels: Implementation = "auto"
-    """Implementation of the SAE's arithmetic: triton (NVIDIA GPUs), torch, or auto, the faster that the device has."""
 
 
 @on_kernels
 def run(config: EvalCommand) -> None:
     """`steersman eval`."""
-    device = pick_device(config.device)
-    sae, store = SAE.load(config.sae, device), ActivationStore.open(config.store)
+    sae, store = config.load_sae(config.sae), ActivationStore.open(config.store)
     hook = store.hook_of("the SAE", Origin.of_sae(sae))
     lm, texts = None, None
     if config.model is not None:
         if config.text is None:
             raise SteersmanError("--model needs --text: the text to measure its loss on")
-        lm = LanguageModel.load(config.model, device=device)
+        lm = config.load_model(config.model)
         check_sae_fits(lm, sae, hook)
         source = open_text(config.text)
         texts = list(islice(source.documents(_first_document(store, source, config)), config.documents))

@@ -4,19 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from steersman.commands.options import on_kernels
-from steersman.device import pick_device
-from steersman.kernels import Implementation
-from steersman.lm import LanguageModel
+from steersman.commands.options import ComputeOptions, on_kernels
 from steersman.lm.origin import Origin, check_sae_fits
-from steersman.sae import SAE
 from steersman.sae.formats.saelens import save_statistics
 from steersman.train import ActivationStore
 from steersman.train.reports.features import features_to_text, summarize_features
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesCommand:
+class FeaturesCommand(ComputeOptions):
     """See what features fire on and which tokens they promote, from one pass over a store."""
 
     sae: str
@@ -35,19 +31,14 @@ class FeaturesCommand:
     """Contexts of each feature."""
     out: str | None = None
     """Write all features as JSON to this file; by default features.json in the SAE's folder."""
-    device: str = "auto"
-    """Where to run: auto, cpu, cuda, ..."""
-    kernels: Implementation = "auto"
-    """Implementation of the SAE's arithmetic: triton (NVIDIA GPUs), torch, or auto, the faster that the device has."""
 
 
 @on_kernels
 def run(config: FeaturesCommand) -> None:
     """`steersman features`."""
-    device = pick_device(config.device)
-    sae, store = SAE.load(config.sae, device), ActivationStore.open(config.store)
+    sae, store = config.load_sae(config.sae), ActivationStore.open(config.store)
     hook = store.hook_of("the SAE", Origin.of_sae(sae))
-    lm = LanguageModel.load(config.model, device=device)
+    lm = config.load_model(config.model)
     check_sae_fits(lm, sae, hook)
     for feature in config.feature:
         sae.check_feature(feature)
