@@ -2,7 +2,10 @@
 
 from steersman.text import TextSource, open_text
 from steersman.train.capture.cache import CacheConfig, cache_activations
-from steersman.train.capture.stream import ActivationStream
+from steersman.train.capture.capture import CaptureConfig
+from steersman.train.capture.stream import ActivationStream, StreamConfig, stream_activations
+from steersman.train.reports.evaluate import EvaluateConfig, Evaluation, evaluate_sae
+from steersman.train.reports.features import FeatureReport, FeaturesConfig, summarize_features
 from steersman.train.run.recipe import Recipe, TrainConfig, resolve
 from steersman.train.run.run import train_sae
 from steersman.train.run.sweep import SweepConfig, SweepRun, train_many
@@ -19,17 +22,26 @@ __all__ = [
     "ActivationStore",
     "ActivationStream",
     "CacheConfig",
+    "CaptureConfig",
+    "EvaluateConfig",
+    "Evaluation",
+    "FeatureReport",
+    "FeaturesConfig",
     "HookView",
     "Recipe",
     "RowInfo",
+    "StreamConfig",
     "SweepConfig",
     "SweepRun",
     "TextSource",
     "TrainConfig",
     "Trainer",
     "cache_activations",
+    "evaluate_sae",
     "open_text",
     "resolve",
+    "stream_activations",
+    "summarize_features",
     "train_many",
     "train_sae",
 ]

@@ -30,7 +30,8 @@ from torch import Tensor
 from steersman.errors import LostRankError, PreemptedError, SteersmanError
 from steersman.parallel import RankGroup, comm_errors, process_group, rank_and_world_size, use_local_accelerator
 from steersman.train.capture.capture import in_background
-from steersman.train.capture.stream import ActivationStream, StreamRows, batch_of
+from steersman.train.capture.stream import ActivationStream
+from steersman.train.capture.stream_rows import StreamRows, batch_of
 from steersman.train.mesh.preemption import Preemption
 from steersman.train.store.batch import ActivationBatch, ActivationSource
 from steersman.train.store.statistics import ActivationStats
