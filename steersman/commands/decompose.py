@@ -8,6 +8,7 @@ from steersman.commands.options import ComputeOptions, on_kernels
 from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.files import write_json
+from steersman.lm.origin import Origin
 from steersman.sae import SAE
 from steersman.steer import (
     DecomposeConfig,
@@ -20,7 +21,6 @@ from steersman.steer import (
 from steersman.steer.decompose import Decomposition, plot_decompositions
 from steersman.text import read_texts
 from steersman.train import ActivationStore, HookView
-from steersman.train.reports.features import check_same_origin
 
 RETENTION_TEXTS = 64
 
@@ -115,4 +115,4 @@ def _labels(config: DecomposeCommand) -> dict[int, str] | None:
 
 def _activations(path: str, sae: SAE) -> HookView:
     store = ActivationStore.open(path)
-    return HookView(store, check_same_origin(sae, store))
+    return HookView(store, store.hook_of("the SAE", Origin.of_sae(sae)))

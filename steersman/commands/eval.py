@@ -2,30 +2,25 @@
 
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
 from steersman.commands.options import ComputeOptions, on_kernels
+from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.files import write_json
-from steersman.lm.origin import check_sae_fits
+from steersman.lm.origin import Origin, check_sae_fits
 from steersman.text import TextSource, open_text
 from steersman.train import ActivationStore
-from steersman.train.reports.evaluate import evaluate_sae
-from steersman.train.reports.features import check_same_origin
+from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalCommand(ComputeOptions):
+class EvalCommand(EvaluateConfig, ComputeOptions):
     """Measure an SAE on a store's held-out rows and, with --model and --text, its effect on the model's loss."""
 
     sae: str
     """Folder of the SAE."""
     store: str
     """Folder of a store of the SAE's hook point."""
-    split: Literal["heldout", "train", "all"] = "heldout"
-    """Which rows: those of the last documents, the others, or all."""
-    heldout_fraction: float = 0.05
-    """Share of the rows that is held out."""
     model: str | None = None
     """Folder or hub id of the model; without it only the reconstruction is measured."""
     text: str | None = None
@@ -40,7 +35,7 @@ class EvalCommand(ComputeOptions):
 def run(config: EvalCommand) -> None:
     """`steersman eval`."""
     sae, store = config.load_sae(config.sae), ActivationStore.open(config.store)
-    hook = check_same_origin(sae, store)
+    hook = store.hook_of("the SAE", Origin.of_sae(sae))
     lm, texts = None, None
     if config.model is not None:
         if config.text is None:
@@ -49,7 +44,7 @@ def run(config: EvalCommand) -> None:
         check_sae_fits(lm, sae, hook)
         source = open_text(config.text)
         texts = list(islice(source.documents(_first_document(store, source, config)), config.documents))
-    result = evaluate_sae(sae, store, lm, texts, split=config.split, heldout_fraction=config.heldout_fraction)
+    result = evaluate_sae(sae, store, lm, texts, part_of(EvaluateConfig, config))
     print(result.to_text())
     if config.out is not None:
         write_json(config.out, result.to_json())
