@@ -72,6 +72,8 @@ def capture_settings(
     names = tuple(lm.resolve_hook(hook) for hook in ([hooks] if isinstance(hooks, str) else hooks))
     if not names or len(set(names)) != len(names):
         raise SteersmanError(f"hook must name one or several different hook points, got {hooks!r}")
+    if rowless := [name for name in names if lm.hook_point(name).kind == "hook_attn_mask"]:
+        raise SteersmanError(f"{rowless[0]} holds an attention mask, which has no row for each token: it is not stored")
     limit = lm.context_length
     length = min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT) if context_length is None else context_length
     if length < 2 or (limit is not None and length > limit):
