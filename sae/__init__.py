@@ -1,5 +1,6 @@
-"""Sparse autoencoders: the module and its architectures, checkpoints, metrics and feature summaries."""
+"""Sparse autoencoders: the module and its architectures, files, metrics and feature summaries."""
 
+from steersman.sae.architectures.abs_topk import AbsTopKSAE
 from steersman.sae.architectures.auxk import auxk_gradients, auxk_loss
 from steersman.sae.architectures.batch_topk import BatchTopKSAE
 from steersman.sae.architectures.gated import GatedSAE
@@ -10,10 +11,17 @@ from steersman.sae.architectures.relu import ReLUSAE
 from steersman.sae.architectures.topk import TopKSAE
 from steersman.sae.base import SAE, FeatureStats, SparseCode
 from steersman.sae.config import SAEConfig
+from steersman.sae.formats import load
+from steersman.sae.formats.saelens import save
 from steersman.sae.training import AuxTerm, Latents, Step, TrainingCode, TrainingState
+
+# Here, because the formats build on the SAE.
+SAE.save = save  # pyright: ignore[reportAttributeAccessIssue]
+SAE.load = staticmethod(load)
 
 __all__ = [
     "SAE",
+    "AbsTopKSAE",
     "AuxTerm",
     "BatchTopKSAE",
     "FeatureStats",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from einops import pack, unpack
@@ -85,7 +85,7 @@ class SAE(nn.Module):
     name: ClassVar[str] = ""
     """What `SAEConfig.architecture` calls it. A class without one is a base that architectures share."""
     saelens_name: ClassVar[str] = ""
-    """What SAELens calls it; `name` if nothing else is said. SAELens opens only what it has itself."""
+    """What SAELens calls one that computes the same; `name`, which SAELens may not know, if nothing else is said."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings of its own, by name, with their defaults: what `SAEConfig.options` may hold."""
     uses_k: ClassVar[bool] = False
@@ -107,11 +107,13 @@ class SAE(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.saelens_name = cls.saelens_name or cls.name
+        if "name" in cls.__dict__ and "saelens_name" not in cls.__dict__:
+            cls.saelens_name = cls.name  # what computes something else than its base must not pass for it
         SAE.architectures.register(cls, cls)
 
     def __new__(cls, cfg: SAEConfig, *_args: Any, **_kwargs: Any) -> SAE:
-        return super().__new__(SAE.architectures[cfg.architecture] if cls is SAE else cls)
+        kind: Any = SAE.architectures[cfg.architecture] if cls is SAE else cls
+        return super().__new__(kind)
 
     @classmethod
     def check(cls, cfg: SAEConfig) -> None:
@@ -224,7 +226,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseCode:
-        """The active features of x [N, D]: values and indices [N, K], largest first."""
+        """The active features of x [N, D]: values and indices [N, K], largest magnitude first."""
         rows, _ = self._rows(x)
         values, indices = self._select(rows)
         return SparseCode(values, indices.long())
@@ -250,7 +252,7 @@ class SAE(nn.Module):
         hit = sorted_features[column] == indices
         out = torch.zeros(len(values), len(features), device=values.device)
         out.scatter_add_(1, column, torch.where(hit, values, torch.zeros_like(values)))
-        # A feature named twice is found once: give every copy the value of the first.
+        # The search hits one copy of a feature that is named twice: give every copy the value of the first.
         first = torch.searchsorted(sorted_features, features)
         return out[:, first]
 
@@ -356,26 +358,19 @@ class SAE(nn.Module):
             raise SteersmanError("this SAE carries no feature statistics; run `steersman features` on it first")
         return float(self.feature_stats.max_act[feature]) <= 0
 
-    def save(self, path: str | Path) -> None:
-        """Write the folder `path`: cfg.json, sae_weights.safetensors and the feature statistics, each atomically."""
-        from steersman.sae.checkpoint import save
+    def weights(self) -> dict[str, Tensor]:
+        """What files hold of it, by name: all parameters and buffers."""
+        return self.state_dict()
 
-        save(self, Path(path))
+    if TYPE_CHECKING:  # the package's __init__ puts them here: `formats` builds on this module
 
-    @staticmethod
-    def load(
-        path: str | Path,
-        device: str | torch.device = "cpu",
-        *,
-        format: str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> SAE:
-        """Read an SAE from a folder, a file, or the hub (`repo-id[/subfolder][@revision]`), in any format of
-        `steersman.sae.formats`; `format` names one where the files alone would mean another.
+        def save(self, path: str | Path) -> None: ...
 
-        Weights go to `device` as `dtype`, block by block, so that a file of a million features is never held twice.
-        Raises SteersmanError for what is no SAE, saying what was found, and for files that are malformed.
-        """
-        from steersman.sae.formats import load
-
-        return load(path, torch.device(device), format=format, dtype=dtype)
+        @staticmethod
+        def load(
+            path: str | Path,
+            device: str | torch.device = "cpu",
+            *,
+            format: str | None = None,
+            dtype: torch.dtype = torch.float32,
+        ) -> SAE: ...

@@ -81,8 +81,8 @@ class SAEConfig:
     @property
     def hook_layer(self) -> int | None:
         """The block its hook point lies in, as SAEBench asks for it; None where the name holds no number."""
-        found = re.search(r"\.(\d+)(?:\.|$)", self.hook_name)
-        return None if found is None else int(found[1])
+        match = re.search(r"\.(\d+)(?:\.|$)", self.hook_name)
+        return None if match is None else int(match[1])
 
     def record(self) -> dict[str, Any]:
         """The configuration as files hold it, without its metadata: under the names that it always had."""

@@ -16,7 +16,7 @@ from steersman.sae.base import SAE, FeatureStats, SparseCode
 from steersman.sae.metrics import FeatureSums
 
 _BINS_PER_OCTAVE, _OCTAVES = 16, 16
-_LOWEST = -10  # log2 of the smallest activation told apart, in units of the median |x| / sqrt(d_in)
+_LOWEST = -10  # log2 of the smallest activation resolved, in units of the median |x| / sqrt(d_in)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +29,14 @@ class FeatureSummary:
     """[L] fp32: 99.9th percentile of the activations over the tokens where the feature is active, from a histogram with
     16 bins an octave (so within 4.4 %); 0 for a dead feature."""
     example_values: Tensor
-    """[L, M] fp32: the largest activations, largest first; 0 where there are fewer."""
+    """[L, M] fp32: the largest activations (of a signed code those of largest magnitude, with their signs), largest
+    first; 0 where there are fewer."""
     example_rows: Tensor
     """[L, M] int64: the store's rows they are on; -1 where there are fewer."""
 
 
 class TopExamples:
-    """The M largest activations of every feature and the rows they are on."""
+    """The M largest activations (by magnitude) of every feature and the rows they are on."""
 
     def __init__(self, n_latents: int, n_examples: int, device: torch.device):
         self.values = torch.zeros(n_latents, n_examples, device=device)
@@ -44,13 +45,13 @@ class TopExamples:
     def add(self, code: SparseCode, rows: Tensor) -> None:
         """Merge in the code [N, K] of the tokens at `rows` [N]."""
         M = self.values.shape[1]
-        active = code.values > 0
+        active = code.active
         values, latents = code.values[active], code.indices[active]
         rows = rows[:, None].expand_as(code.indices)[active]
         # Only what beats a feature's smallest kept value can matter: after the first batches, almost nothing.
-        better = values > self.values[latents, -1]
+        better = values.abs() > self.values[latents, -1].abs()
         values, latents, rows = values[better], latents[better], rows[better]
-        order = torch.argsort(values, descending=True, stable=True)
+        order = torch.argsort(values.abs(), descending=True, stable=True)
         order = order[torch.argsort(latents[order], stable=True)]
         values, latents, rows = values[order], latents[order], rows[order]
         touched, counts = torch.unique_consecutive(latents, return_counts=True)
@@ -64,13 +65,13 @@ class TopExamples:
         new_rows[place, rank[kept]] = rows[kept]
         all_values = torch.cat([self.values[touched], new_values], dim=1)
         all_rows = torch.cat([self.rows[touched], new_rows], dim=1)
-        best = torch.sort(all_values, dim=1, descending=True, stable=True)
-        self.values[touched] = best.values[:, :M]
-        self.rows[touched] = all_rows.gather(1, best.indices[:, :M])
+        best = torch.sort(all_values.abs(), dim=1, descending=True, stable=True).indices[:, :M]
+        self.values[touched] = all_values.gather(1, best)
+        self.rows[touched] = all_rows.gather(1, best)
 
 
 class Levels:
-    """A histogram of every feature's activations on a logarithmic scale."""
+    """A histogram of every feature's activations (of a signed code their magnitudes) on a logarithmic scale."""
 
     def __init__(self, n_latents: int, unit: float, device: torch.device):
         self.unit = unit
@@ -78,17 +79,17 @@ class Levels:
         self.counts = torch.zeros(n_latents * self.n_bins, dtype=torch.int32, device=device)
 
     def add(self, code: SparseCode) -> None:
-        active = code.values > 0
-        values, latents = code.values[active], code.indices[active]
+        active = code.active
+        values, latents = code.values[active].abs(), code.indices[active]
         level = ((values / self.unit).log2() - _LOWEST) * _BINS_PER_OCTAVE
         bins = level.floor().clamp(0, self.n_bins - 1).long()
         self.counts.scatter_add_(0, latents * self.n_bins + bins, torch.ones_like(bins, dtype=torch.int32))
 
-    def percentile(self, share: float, largest: Tensor) -> Tensor:
+    def percentile(self, fraction: float, largest: Tensor) -> Tensor:
         """[L]: the upper edge of the bin that holds the percentile, at most the largest activation seen."""
         counts = self.counts.view(-1, self.n_bins).long()
         total = counts.sum(dim=1, keepdim=True)
-        reached = counts.cumsum(dim=1) >= (share * total).ceil().clamp_min(1)
+        reached = counts.cumsum(dim=1) >= (fraction * total).ceil().clamp_min(1)
         edge = torch.exp2((reached.int().argmax(dim=1) + 1) / _BINS_PER_OCTAVE + _LOWEST) * self.unit
         return torch.where(total[:, 0] > 0, torch.minimum(edge, largest), torch.zeros_like(largest))
 

@@ -13,7 +13,7 @@ from steersman.errors import SteersmanError
 from steersman.sae.base import SAE, FeatureStats, SparseCode
 
 DENSE = 0.1
-"""A feature active on more than this share of the tokens counts as dense."""
+"""A feature active on more than this fraction of the tokens counts as dense."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class ReconstructionSums:
                 (norm_hat / norm.clamp_min(tiny)).double().sum(),
             ]
         )
-        active = (code.values > 0).double()
+        active = code.active.double()
         self.counts.scatter_add_(0, code.indices.flatten(), active.flatten())
         self.n_tokens += len(x)
 
@@ -119,9 +119,9 @@ class FeatureSums:
     def add(self, code: SparseCode) -> None:
         """Add the code [N, K] of N tokens."""
         values, flat = code.values.flatten(), code.indices.flatten()
-        self.largest.scatter_reduce_(0, flat, values, "amax")
+        self.largest.scatter_reduce_(0, flat, values.abs(), "amax")
         self.total.scatter_add_(0, flat, values.double())
-        self.counts.scatter_add_(0, flat, (values > 0).double())
+        self.counts.scatter_add_(0, flat, code.active.flatten().double())
         self.n_tokens += len(code.values)
 
     def stats(self, median_norm: float) -> FeatureStats:

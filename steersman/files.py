@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from steersman.errors import SteersmanError
 
 
@@ -26,8 +28,8 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> N
     """
     try:
         replace_whole(Path(path), write)
-    except OSError as error:
-        raise SteersmanError(f"{path} could not be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said
+        raise SteersmanError(f"{path} could not be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -58,9 +60,9 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     write_whole(path, lambda temporary: temporary.write_bytes(data))
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as JSON indented by two and ended by a newline, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: str | os.PathLike[str], value: Any, *, indent: int = 2, **options: Any) -> None:
+    """Write `value` as JSON ended by a newline, whole or not at all; `options` are those of `json.dumps`."""
+    write_text(path, json.dumps(value, indent=indent, **options) + "\n")
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:

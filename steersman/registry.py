@@ -4,7 +4,6 @@ A base class holds a `Registry`; a subclass that says its `name` is found under 
 """
 
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from typing import Any, TypeVar
 
 from steersman.errors import SteersmanError, near_names
@@ -25,14 +24,10 @@ class Registry(Mapping[str, T]):
     (['otter'], True)
     """
 
-    def __init__(self, what: str, *, package: str = "", modules: tuple[str, ...] = ()) -> None:
-        """`what` names a part in messages; `modules` of `package` register theirs, and are imported at the first look.
-
-        Example: Registry("format", package="steersman.sae.formats", modules=("saelens", "sparsify")).
-        """
+    def __init__(self, what: str) -> None:
+        """`what` names a part in messages."""
         self.what = what
         self._parts: dict[str, T] = {}
-        self._waiting = [f"{package}.{module}" for module in modules]
 
     def register(self, cls: type[Any], part: T) -> None:
         """Keep `part` under the `name` that the class `cls` itself says; a class without one is a base for others.
@@ -48,26 +43,20 @@ class Registry(Mapping[str, T]):
         self._parts[name] = part
 
     def __getitem__(self, name: str) -> T:
-        parts = self._loaded()
-        if name not in parts:
-            near = near_names(name, list(parts), limit=1)
+        if name not in self._parts:
+            near = near_names(name, list(self._parts), limit=1)
             hint = f"; the nearest is {near!r}" if near else ""
-            raise SteersmanError(f"unknown {self.what} {name!r}; have {', '.join(parts)}{hint}")
-        return parts[name]
+            raise SteersmanError(f"unknown {self.what} {name!r}; have {', '.join(self._parts)}{hint}")
+        return self._parts[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._loaded()
+        return name in self._parts
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._loaded())
+        return iter(self._parts)
 
     def __len__(self) -> int:
-        return len(self._loaded())
-
-    def _loaded(self) -> dict[str, T]:
-        while self._waiting:
-            import_module(self._waiting.pop(0))
-        return self._parts
+        return len(self._parts)
 
 
 def _place(part: Any) -> tuple[str, str]:

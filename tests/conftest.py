@@ -23,3 +23,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item in items:
                 if item.path.name.startswith("test_kernels_triton_") or "runs_on_triton" in item.name:
                     item.add_marker(pytest.mark.skip(reason="this Triton's interpreter needs NumPy before 2.5"))
+
+
+@pytest.fixture
+def seeded() -> None:
+    """PyTorch's own generator starts from 0."""
+    torch.manual_seed(0)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from support.power_cut import PowerCut, power_cut_after
 
@@ -83,3 +84,11 @@ def test_folders(tmp_path: Path) -> None:
         make_folder(tmp_path / "file")
     with pytest.raises(SteersmanError, match="file/in cannot be made: Not a directory"):
         make_folder(tmp_path / "file" / "in")
+
+
+def test_what_safetensors_says_is_told(tmp_path: Path) -> None:
+    def fail(_: Path) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    with pytest.raises(SteersmanError, match="file could not be written: .*No space left on device"):
+        write_whole(tmp_path / "file", fail)

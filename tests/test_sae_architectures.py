@@ -1,6 +1,7 @@
 """What an architecture owns: its name, its rules, its training step; and that one from outside the package is like any
 other."""
 
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -11,7 +12,22 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.kernels import sparse_decode, topk_encode, with_gradient
 from steersman.kernels.torch_ops import batch_topk_encode
-from steersman.sae import SAE, AuxTerm, BatchTopKSAE, ReLUSAE, SAEConfig, Step, TopKSAE, TrainingState
+from steersman.sae import (
+    SAE,
+    AuxTerm,
+    BatchTopKSAE,
+    ReLUSAE,
+    SAEConfig,
+    SparseCode,
+    Step,
+    TopKSAE,
+    TrainingState,
+    auxk_gradients,
+    auxk_loss,
+)
+from steersman.sae.features import Rows, summarize_features
+from steersman.sae.formats import convert
+from steersman.sae.metrics import measure_reconstruction
 
 
 def seeded(*shape: int, seed: int = 1) -> Tensor:
@@ -159,3 +175,158 @@ def test_the_old_name_of_the_architecture_still_works() -> None:
         assert cfg.activation == "relu"  # pyright: ignore[reportAttributeAccessIssue]
     assert SAEConfig.from_record(cfg.record()) == cfg
     assert cfg.record()["activation"] == "relu"
+
+
+# AbsTopK (arXiv 2510.00404)
+
+
+def dense_abs_topk(x: Tensor, sae: SAE) -> Tensor:
+    """The definition: the K pre-activations of largest magnitude, with their signs; the others 0."""
+    Z = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    kept = torch.zeros_like(Z).scatter(1, Z.abs().topk(sae.cfg.k, dim=1).indices, 1.0)
+    return Z * kept
+
+
+@pytest.mark.parametrize(("n", "d_sae", "k"), [(1, 64, 5), (33, 64, 1), (20, 7, 7), (50, 300, 12)])
+def test_abs_topk_is_its_definition(n: int, d_sae: int, k: int) -> None:
+    sae, x = make_sae("abs_topk", d_sae=d_sae, k=k), seeded(n, 8)
+    want = dense_abs_topk(x, sae).detach()
+    assert bool((want < 0).any())
+    torch.testing.assert_close(sae.encode(x), want, rtol=1e-5, atol=1e-5)
+    code = sae.encode_sparse(x)
+    assert code.active.sum() == n * k
+    assert bool((code.values[:, :-1].abs() >= code.values[:, 1:].abs()).all())
+    torch.testing.assert_close(sae(x), (want @ sae.W_dec + sae.b_dec).detach(), rtol=1e-4, atol=1e-4)
+    ids = torch.tensor([d_sae - 1, 0, 3, 3])
+    assert torch.equal(sae.encode_features(x, ids), sae.encode(x)[:, ids])
+
+
+def test_abs_topk_selects_for_single_features_as_for_all() -> None:
+    sae, x = make_sae("abs_topk", d_sae=400), seeded(2000, 8)
+    ids = torch.tensor([7, 399, 0, 12, 90, 200])
+    torch.testing.assert_close(sae.encode_features(x, ids), sae.encode(x)[:, ids], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_aux", [False, True])
+def test_abs_topk_has_the_gradients_of_its_definition(with_aux: bool) -> None:
+    x, target, upstream = seeded(40, 8), seeded(40, 8, seed=2), 0.7
+    dead, alive = torch.tensor([3, 60, 11, 40]), torch.tensor([7, 12])
+    candidates = torch.cat([dead, alive])
+    aux = AuxTerm(candidates, torch.arange(6) >= 4, torch.tensor(0.5), 2, 0.3) if with_aux else None
+    mine, plain = make_sae("abs_topk"), make_sae("abs_topk")
+    step = mine.training_step(x, target, TrainingState(aux=aux))
+    (upstream * step.loss).backward()
+    residual = target - dense_abs_topk(x, plain) @ plain.W_dec - plain.b_dec
+    loss = residual.square().sum()
+    torch.testing.assert_close(step.losses["squared_error"], loss, rtol=1e-5, atol=1e-4)
+    if with_aux:
+        Z = ((x - plain.b_dec.detach()) @ plain.W_enc + plain.b_enc)[:, dead]
+        code = Z * torch.zeros_like(Z).scatter(1, Z.abs().topk(2, dim=1).indices, 1.0)
+        rebuilt = (code @ plain.W_dec[dead] - residual.detach()).square().sum()
+        torch.testing.assert_close(step.losses["aux"], 0.15 * rebuilt, rtol=1e-5, atol=1e-4)
+        loss = loss + 0.15 * rebuilt
+    (upstream * loss).backward()
+    for (name, got), want in zip(mine.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("name", ["topk", "abs_topk"])
+def test_the_gradients_of_auxk_without_autograd(name: str) -> None:
+    sae, x = make_sae(name), seeded(40, 8)
+    residual, candidates = seeded(40, 8, seed=2), torch.tensor([3, 60, 11, 40, 7, 12])
+    alive, scale = torch.arange(6) >= 4, torch.tensor(0.3)
+    loss = auxk_loss(sae, x, residual, candidates, alive, 2)
+    (scale * loss).backward()
+    rows = sae.W_enc.detach().T, sae.W_dec.detach()
+    got, parts = auxk_gradients(sae, *rows, x - sae.b_dec.detach(), residual, candidates, alive, 2, scale)
+    torch.testing.assert_close(got, loss.detach())
+    assert parts.latents.tolist() == [3, 60, 11, 40, 64, 64]
+    grads = sae.W_enc.grad, sae.b_enc.grad, sae.W_dec.grad
+    for mine, whole in zip(parts[1:], grads, strict=True):
+        assert whole is not None
+        by_latent = whole.T if whole.shape == (8, 64) else whole
+        torch.testing.assert_close(mine[:4], by_latent[candidates[:4]], rtol=1e-4, atol=1e-5)
+        assert not bool(mine[4:].any())
+
+
+def test_statistics_of_a_signed_code() -> None:
+    sae, x = make_sae("abs_topk", k=3), seeded(200, 8)
+    f = sae.encode(x)
+    fired = (f != 0).double()
+    measured = measure_reconstruction(sae, [x[:120], x[120:]])
+    assert measured.l0 == pytest.approx(3)
+    summary = summarize_features(sae, [Rows(x, torch.arange(200))], median_norm=2.0, n_examples=4)
+    stats = summary.stats
+    torch.testing.assert_close(stats.max_act, f.abs().amax(0))
+    torch.testing.assert_close(stats.density, fired.mean(0).float())
+    torch.testing.assert_close(stats.mean_act, (f.sum(0) / fired.sum(0).clamp_min(1)).float())
+    best = f.abs().topk(4, dim=0).indices.T
+    torch.testing.assert_close(summary.example_values.abs(), f.abs().T.gather(1, best))
+    there = summary.example_rows >= 0
+    latent = torch.arange(64)[:, None].expand_as(there)[there]
+    assert torch.equal(summary.example_values[there], f[summary.example_rows[there], latent])
+    assert bool((summary.example_values < 0).any())
+    assert bool((summary.p999 <= stats.max_act).all())
+
+
+def test_entries_that_are_no_numbers_are_not_active() -> None:
+    values = torch.tensor([[2.0, -1.0, 0.0, float("nan")]])
+    assert SparseCode(values, torch.zeros(1, 4, dtype=torch.int64)).active.tolist() == [[True, True, False, False]]
+
+
+# Files
+
+
+class Scaled(TopKSAE):
+    """An architecture with a parameter, a buffer of its own shape and one number as a buffer."""
+
+    name = "scaled"
+    shift: Tensor
+    counted: Tensor
+
+    def __init__(self, cfg: SAEConfig, generator: torch.Generator | None = None):
+        super().__init__(cfg, generator)
+        self.gain = torch.nn.Parameter(torch.ones(cfg.d_sae))
+        self.register_buffer("shift", torch.zeros(cfg.d_in))
+        self.register_buffer("counted", torch.tensor(0))
+
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, indices = super()._select(x - self.shift)
+        return values * self.gain[indices.long()], indices
+
+
+def test_an_architecture_from_outside_is_saved_with_all_it_has(tmp_path: Path) -> None:
+    sae = SAE(SAEConfig(d_in=8, d_sae=32, k=3, architecture="scaled"), torch.Generator().manual_seed(0))
+    assert isinstance(sae, Scaled)
+    with torch.no_grad():
+        sae.gain.copy_(seeded(32).abs())
+        sae.shift.copy_(seeded(8, seed=2))
+        sae.counted.fill_(7)
+    sae.save(tmp_path / "sae")
+    back = SAE.load(tmp_path / "sae", dtype=torch.bfloat16)
+    assert isinstance(back, Scaled)
+    assert back.gain.dtype == torch.bfloat16
+    back = SAE.load(tmp_path / "sae")
+    assert back.cfg == sae.cfg
+    for name, value in sae.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
+    x = seeded(10, 8, seed=3)
+    assert torch.equal(back(x), sae(x))
+    for target in ("saelens", "sparsify", "dictionary_learning"):
+        with pytest.raises(SteersmanError, match="scaled"):
+            convert(sae, tmp_path / target, to=target)
+
+
+def test_options_are_saved(tmp_path: Path) -> None:
+    cfg = SAEConfig(d_in=8, d_sae=32, architecture="sparse_relu", options={"l1": 0.5}, metadata={"a": 1})
+    SAE(cfg).save(tmp_path)
+    assert SAE.load(tmp_path).cfg == cfg
+    assert "options" not in make_sae().cfg.record()
+
+
+def test_files_of_an_architecture_that_nobody_defined_name_those_there_are(tmp_path: Path) -> None:
+    make_sae().save(tmp_path)
+    text = (tmp_path / "cfg.json").read_text()
+    (tmp_path / "cfg.json").write_text(text.replace('"activation": "topk"', '"activation": "top_q"'))
+    with pytest.raises(SteersmanError, match=r"cfg.json: unknown architecture 'top_q'; have .*topk.* import"):
+        SAE.load(tmp_path)

@@ -13,7 +13,9 @@ from steersman.errors import SteersmanError
 from steersman.sae import SAE, FeatureStats
 
 
-@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu", "relu", "gated", "matryoshka", "groupmax"])
+@pytest.mark.parametrize(
+    "activation", ["topk", "batch_topk", "jumprelu", "relu", "gated", "matryoshka", "groupmax", "abs_topk"]
+)
 def test_save_and_load_give_the_same_sae(activation: str, tmp_path: Path) -> None:
     sae = make_sae(activation)
     sae.feature_stats = FeatureStats(

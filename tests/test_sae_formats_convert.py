@@ -8,14 +8,9 @@ from support.helpers import make_sae
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE
-from steersman.sae.formats.convert import convert
+from steersman.sae.formats import convert
 
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
+pytestmark = pytest.mark.usefixtures("seeded")
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
 
 FITTING = [
@@ -56,6 +51,9 @@ UNFIT = [
     ("saelens", "groupmax", {}, "SAELens has no groupmax"),
     ("saelens", "topk", {"transcoder": True}, "SAELens has no topk transcoder"),
     ("saelens", "relu", {"skip_connection": True}, "SAELens has no relu with a skip connection"),
+    ("saelens", "abs_topk", {}, "SAELens has no abs_topk architecture"),
+    ("dictionary_learning", "abs_topk", {}, "dictionary_learning cannot express abs_topk"),
+    ("sparsify", "abs_topk", {}, "sparsify cannot express activation 'abs_topk'"),
     ("sparsify", "jumprelu", {}, "sparsify cannot express activation 'jumprelu'"),
     ("sparsify", "topk", {"input_norm": "layer_norm"}, "input normalisation 'layer_norm'"),
     ("sparsify", "topk", {"apply_b_dec_to_input": False}, "an input that keeps b_dec"),

@@ -8,16 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.sae_files import assert_computes
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE
 
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
+pytestmark = pytest.mark.usefixtures("seeded")
 D, L = 6, 40
 RELEASE = "models--google--gemma-scope-2b-pt-res/gemma-scope-2b-pt-{kind}/layer_7/width_16k/average_l0_71"
 
@@ -50,9 +46,7 @@ def expected(a: dict[str, np.ndarray], x: np.ndarray) -> tuple[np.ndarray, np.nd
 def check(sae: SAE, a: dict[str, np.ndarray]) -> None:
     x = np.random.default_rng(1).normal(size=(50, D))
     f, x_hat = expected(a, x)
-    assert (f > 0).any()
-    torch.testing.assert_close(sae.encode(torch.tensor(x)), torch.tensor(f).float(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sae(torch.tensor(x)), torch.tensor(x_hat).float(), rtol=1e-5, atol=1e-5)
+    assert_computes(sae, torch.tensor(x), torch.tensor(f), torch.tensor(x_hat))
 
 
 @pytest.mark.parametrize("packed", [False, True])

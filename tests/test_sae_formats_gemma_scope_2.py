@@ -1,21 +1,15 @@
 """Gemma Scope 2: files by the rules of the release, computed a second time here."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from support.sae_files import assert_computes, write_files
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE
 
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
+pytestmark = pytest.mark.usefixtures("seeded")
 D, L, D_OUT = 6, 40, 6
 
 
@@ -27,11 +21,7 @@ def tensors(**further: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def write(folder: Path, content: dict[str, torch.Tensor], config: dict | None = None) -> Path:
-    folder.mkdir(parents=True)
-    save_file(content, folder / "params.safetensors")
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return write_files(folder, {"params.safetensors": content} | ({} if config is None else {"config.json": config}))
 
 
 def code(t: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -49,8 +39,7 @@ def test_an_sae_with_and_without_its_configuration(tmp_path: Path) -> None:
     without = SAE.load(write(tmp_path / "b" / place, t))
     for sae in (with_config, without):
         assert (sae.cfg.hook_name, sae.cfg.model_name) == ("blocks.9.hook_resid_post", "google/gemma-3-1b-pt")
-        torch.testing.assert_close(sae.encode(x), code(t, x), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(sae(x), code(t, x) @ t["w_dec"] + t["b_dec"], rtol=1e-5, atol=1e-5)
+        assert_computes(sae, x, code(t, x), code(t, x) @ t["w_dec"] + t["b_dec"])
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.sae_files import assert_computes, write_files
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE
 
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
+pytestmark = pytest.mark.usefixtures("seeded")
 D, L, NORM, THRESHOLD = 6, 40, 11.0, 0.8
 HYPERPARAMETERS = {
     "d_model": D,
@@ -35,10 +31,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def write(folder: Path, fields: dict, content: dict[str, torch.Tensor]) -> Path:
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "hyperparams.json").write_text(json.dumps(fields))
-    save_file(content, folder / "checkpoints" / "final.safetensors")
-    return folder
+    return write_files(folder, {"hyperparams.json": fields, "checkpoints/final.safetensors": content})
 
 
 def expected(t: dict[str, torch.Tensor], x: torch.Tensor, s: float, threshold: torch.Tensor | float):
@@ -52,10 +45,7 @@ def test_an_sae_of_the_release(tmp_path: Path) -> None:
     sae = SAE.load(write(tmp_path / "Llama3_1-8B-Base-L15R-8x", HYPERPARAMETERS, t))
     assert (sae.cfg.hook_name, sae.cfg.model_name) == ("blocks.15.hook_resid_post", "meta-llama/Llama-3.1-8B")
     assert sae.neuronpedia_url(9) == "https://www.neuronpedia.org/llama3.1-8b/15-llamascope-res-32k/9"
-    f, x_hat = expected(t, x, s, THRESHOLD * s)
-    assert (f > 0).any()
-    torch.testing.assert_close(sae.encode(x), f, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sae(x), x_hat, rtol=1e-5, atol=1e-5)
+    assert_computes(sae, x, *expected(t, x, s, THRESHOLD * s))
 
 
 def test_bfloat16_files_and_dtypes(tmp_path: Path) -> None:
@@ -77,9 +67,7 @@ def test_the_saes_of_the_distilled_model(tmp_path: Path) -> None:
     )
     save_file(t | {"log_jumprelu_threshold": log_threshold}, tmp_path / "sae_weights.safetensors")
     sae, x = SAE.load(tmp_path), torch.randn(60, D)
-    f, x_hat = expected(t, x, 1.0, log_threshold.exp())
-    torch.testing.assert_close(sae.encode(x), f, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sae(x), x_hat, rtol=1e-5, atol=1e-5)
+    assert_computes(sae, x, *expected(t, x, 1.0, log_threshold.exp()))
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from support.sae_files import assert_computes, write_files
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE
 
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
+pytestmark = pytest.mark.usefixtures("seeded")
 D, L, K, NORM_IN, NORM_OUT = 6, 40, 5, 9.0, 4.0
 IN, OUT = "blocks.2.hook_resid_mid", "blocks.2.hook_mlp_out"
 CONFIG = {
@@ -47,13 +42,9 @@ def tensors(config: dict) -> dict[str, torch.Tensor]:
 
 
 def write(folder: Path, config: dict, content: dict[str, torch.Tensor], pickled: bool = False) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    if pickled:
-        torch.save({"sae": content, "version": "2.0.0"}, folder / "sae_weights.pt")
-    else:
-        save_file(content, folder / "sae_weights.safetensors")
-    return folder
+    pickle = {"sae_weights.pt": {"sae": content, "version": "2.0.0"}}
+    weights = pickle if pickled else {"sae_weights.safetensors": content}
+    return write_files(folder, {"config.json": config, **weights})
 
 
 def expected(config: dict, t: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,10 +82,7 @@ def test_saes(activation: str, norm: str, by_norm: bool, pickled: bool, tmp_path
     sae = SAE.load(write(tmp_path, config, t, pickled))
     assert (sae.cfg.hook_name, sae.cfg.architecture) == (IN, activation)
     x = torch.randn(60, D) * 3
-    f, x_hat = expected(config, t, x)
-    assert (f > 0).any()
-    torch.testing.assert_close(sae.encode(x), f.float(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sae(x), x_hat.float(), rtol=1e-5, atol=2e-5)
+    assert_computes(sae, x, *expected(config, t, x), atol=2e-5)
 
 
 def test_topk_ranked_by_decoder_norm_rebuilds_the_same(tmp_path: Path) -> None:
@@ -111,9 +99,7 @@ def test_a_transcoder_between_two_scales_without_a_bias(tmp_path: Path) -> None:
     t = tensors(config)
     sae, x = SAE.load(write(tmp_path, config, t)), torch.randn(60, D) * 3
     assert (sae.cfg.transcoder, sae.cfg.hook_name_out) == (True, OUT)
-    f, y = expected(config, t, x)
-    torch.testing.assert_close(sae.encode(x), f.float(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sae(x), y.float(), rtol=1e-5, atol=2e-5)
+    assert_computes(sae, x, *expected(config, t, x), atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 from support.helpers import make_sae
+from support.sae_files import write_files
 
 from steersman.errors import SteersmanError
-from steersman.sae import SAE
-from steersman.sae.formats.source import inside, open_source
+from steersman.sae import SAE, SAEConfig
+from steersman.sae.formats import Format, convert
+from steersman.sae.formats.base import Parts
+from steersman.sae.formats.source import Source, inside, open_source
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -44,6 +48,33 @@ def test_names_that_are_nothing(name: str, tmp_path: Path, monkeypatch: pytest.M
         SAE.load(name)
     with pytest.raises(SteersmanError, match="no such folder or file"):
         SAE.load(tmp_path / "none" / "x")
+
+
+class Plain(Format):
+    """A format from outside: `plain.safetensors` with the names of a TopK SAE."""
+
+    name = "plain"
+    needs = "plain.safetensors"
+
+    def matches(self, source: Source) -> bool:
+        return source.has("plain.safetensors")
+
+    def read(self, source: Source) -> Parts:
+        file = source.tensors("plain.safetensors")
+        tensors = {name: file.entry(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        d_in, d_sae = tensors["W_enc"].shape
+        return Parts(cfg=SAEConfig(d_in=d_in, d_sae=d_sae, k=5), tensors=tensors, file=file)
+
+    def write(self, sae: SAE, path: Path) -> None:
+        write_files(path, {"plain.safetensors": {n: t.contiguous() for n, t in sae.weights().items()}})
+
+
+def test_a_format_from_outside_is_read_and_written_as_the_others_are(tmp_path: Path) -> None:
+    sae, x = make_sae(), torch.randn(10, 8)
+    convert(sae, tmp_path / "new", to="plain")
+    back = SAE.load(tmp_path / "new")
+    assert torch.equal(back(x), sae(x))
+    assert back.cfg.metadata["origin"]["format"] == "plain"
 
 
 def test_an_unrecognised_folder_says_what_it_has_and_what_formats_need(tmp_path: Path) -> None:

@@ -7,13 +7,12 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from support.helpers import make_sae
+from support.sae_files import write_files
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE
@@ -21,20 +20,7 @@ from steersman.sae.formats import tensors as module
 from steersman.sae.formats.inspection import row_norms
 from steersman.sae.formats.tensors import open_tensors
 
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
-def write(path: Path, content: dict[str, torch.Tensor]) -> Path:
-    if path.suffix == ".safetensors":
-        save_file(content, path)
-    elif path.suffix == ".npz":
-        np.savez(path, **{name: tensor.numpy() for name, tensor in content.items()})  # pyright: ignore[reportArgumentType]
-    else:
-        torch.save(content, path)
-    return path
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".npz", ".pt"])
@@ -44,7 +30,7 @@ def test_entries_in_blocks_of_any_size(
 ) -> None:
     monkeypatch.setattr(module, "BLOCK_BYTES", block_bytes)
     content = {"m": torch.randn(7, 5), "v": torch.randn(9), "s": torch.tensor(2.5)}
-    file = open_tensors(write(tmp_path / f"x{ending}", content))
+    file = open_tensors(write_files(tmp_path, {f"x{ending}": content}) / f"x{ending}")
     target = torch.empty(7, 5)
     file.entry("m").copy_into(target)
     assert torch.equal(target, content["m"])
@@ -68,7 +54,9 @@ def test_entries_in_blocks_of_any_size(
 
 def test_only_a_block_is_held_beside_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 18)
-    path = write(tmp_path / "x.npz", {"m": torch.randn(1000, 2000)})  # NumPy's memory is traced, torch's is not
+    path = (
+        write_files(tmp_path, {"x.npz": {"m": torch.randn(1000, 2000)}}) / "x.npz"
+    )  # NumPy's memory is traced, torch's is not
     target = torch.empty(2000, 1000)
     file = open_tensors(path)
     tracemalloc.start()
@@ -142,7 +130,7 @@ def test_damaged_files_load_or_are_an_error_of_ours(
 ) -> None:
     whole = tmp_path / f"whole_{name}"
     if not whole.exists():
-        write(whole, {"W_enc": torch.randn(4, 6), "b_enc": torch.randn(6)})
+        write_files(tmp_path, {whole.name: {"W_enc": torch.randn(4, 6), "b_enc": torch.randn(6)}})
     data = bytearray(whole.read_bytes())
     for place, value in changes:
         data[place % len(data)] = value

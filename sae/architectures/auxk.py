@@ -43,16 +43,18 @@ def auxk_loss(
 
 
 def _largest(sae: SAE, Z: Tensor, alive: Tensor, k: int, width: int | None) -> tuple[Tensor, Tensor]:
-    """The activations [N, P] of the dead latents that a token uses, and where they stand in Z [N, A]."""
-    Z = Z.masked_fill(alive, float("-inf"))
-    values, chosen = Z.topk(min(k if width is None else width, Z.shape[1]), dim=1, sorted=width is not None)
+    """The activations [N, P] of the dead latents that a token uses, and where they stand in Z [N, A]: the k largest, of
+    a signed code those of largest magnitude."""
+    size = (Z.abs() if sae.signed else Z).masked_fill(alive, float("-inf"))
+    n = min(k if width is None else width, Z.shape[1])
+    values, chosen = size.topk(n, dim=1, sorted=width is not None)
+    kept = None
     if width is not None:
         proposals = torch.full((len(Z), width), float("-inf"), device=Z.device)
-        proposals[:, : values.shape[1]] = values.detach()
+        proposals[:, :n] = values.detach()
         kept = sae.latents.keep_topk(proposals, k)
-        if kept is not None:
-            values = torch.where(kept[:, : values.shape[1]], values, torch.zeros_like(values))
-    return values.relu(), chosen
+    values = Z.masked_fill(alive, 0.0).gather(1, chosen) if sae.signed else values.relu()
+    return values if kept is None else torch.where(kept[:, :n], values, torch.zeros_like(values)), chosen
 
 
 @torch.no_grad()
@@ -79,7 +81,7 @@ def auxk_gradients(
     small = code.to(centred.dtype)
     error = _product(small, dec) - residual
     g = (error * (2 * scale)).to(centred.dtype)
-    d_code = _product(g, dec.T).masked_fill(code <= 0, 0.0)
+    d_code = _product(g, dec.T).masked_fill(code == 0 if sae.signed else code <= 0, 0.0)
     latents = torch.where(alive, sae.cfg.d_sae, candidates)
     dW_enc = _product(d_code.to(centred.dtype).T, centred)
     return error.square().sum(), AuxRows(latents, dW_enc, d_code.sum(dim=0), _product(small.T, g))

@@ -64,6 +64,10 @@ class BatchTopKSAE(AuxKSAE, ElementwiseSAE):
         self._check_threshold()
         return choose(x.device).threshold_select(x, self.W_enc.T, self.b_enc, self.threshold, self.input_bias)
 
+    def weights(self) -> dict[str, Tensor]:
+        """As a JumpReLU SAE has them: the threshold for each latent."""
+        return super().weights() | {"threshold": self.threshold.expand(self.cfg.d_sae)}
+
     @torch.no_grad()
     def fold_input_scale(self, scale: float) -> None:
         super().fold_input_scale(scale)

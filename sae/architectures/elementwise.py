@@ -1,4 +1,4 @@
-"""What the architectures share in which each latent decides alone whether it is active.
+"""What the architectures share whose latents are independent of each other.
 
 Shape letters: N tokens, L latents, D width, M chosen features.
 """

@@ -14,7 +14,7 @@ from steersman.sae.base import SAE
 class MatryoshkaSAE(BatchTopKSAE):
     """Encodes as BatchTopK does, by one threshold; `cfg.group_sizes` says where each nested SAE ends."""
 
-    name = "matryoshka"
+    name, saelens_name = "matryoshka", "jumprelu"
     uses_groups = True
     trainable = False
     encode_training = SAE.encode_training  # which refuses

@@ -12,13 +12,15 @@ _SMALL = 1 << 22
 
 
 class TopKSAE(AuxKSAE):
-    """`f = ReLU(TopK((x - b_dec) W_enc + b_enc))` (eq. 2)."""
+    """`f = ReLU(TopK((x - b_dec) W_enc + b_enc))` (eq. 2). A `signed` subclass takes the K largest |z| as they are."""
 
     name = "topk"
     uses_k = exact_k = trainable = fused = True
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return choose(x.device).topk_encode(x, self.W_enc.T, self.b_enc, self.cfg.k, self.input_bias)
+        return choose(x.device).topk_encode(
+            x, self.W_enc.T, self.b_enc, self.cfg.k, self.input_bias, signed=self.signed
+        )
 
     @torch.no_grad()
     def encode_features(self, x: Tensor, features: Tensor) -> Tensor:
@@ -31,16 +33,18 @@ class TopKSAE(AuxKSAE):
         rows = rows.float() if self.input_bias is None else rows.float() - self.input_bias.float()
         Z = torch.addmm(self.b_enc.float(), rows, self.W_enc.float())
         chosen = Z.index_select(1, features)
+        size, bar = (Z.abs(), chosen.abs()) if self.signed else (Z, chosen)
         lower = torch.arange(L, device=Z.device) < features[:, None]
-        ahead = torch.where(lower, Z[:, None] >= chosen[..., None], Z[:, None] > chosen[..., None])
-        return torch.where(ahead.sum(dim=-1) < k, chosen.relu(), torch.zeros_like(chosen))
+        ahead = torch.where(lower, size[:, None] >= bar[..., None], size[:, None] > bar[..., None])
+        code = chosen if self.signed else chosen.relu()
+        return torch.where(ahead.sum(dim=-1) < k, code, torch.zeros_like(code))
 
     def encode_training(self, x: Tensor, W_enc: Tensor | None = None) -> TrainingCode:
         rows, bias = self.W_enc.T if W_enc is None else W_enc, self.input_bias
         with torch.no_grad():
-            values, order = topk_encode(x, rows, self.b_enc, self.cfg.k, bias)
-            kept = self.latents.keep_topk(values, self.whole_cfg.k)
+            values, order = topk_encode(x, rows, self.b_enc, self.cfg.k, bias, signed=self.signed)
+            kept = self.latents.keep_topk(values.abs() if self.signed else values, self.whole_cfg.k)
             values, indices = keep_only(values, order.indices, kept)
         bias = None if bias is None else self.latents.uses(bias)
-        values, order = with_gradient(x, rows, self.b_enc, bias, values, indices)
+        values, order = with_gradient(x, rows, self.b_enc, bias, values, indices, signed=self.signed)
         return TrainingCode(values, order)

@@ -1,4 +1,4 @@
-"""What a format is, the registry of all, and how an SAE is put together from what one found."""
+"""What a format is, the registry of all, and how an SAE is put together from what one reads."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
+from steersman.registry import Registry
 from steersman.sae.base import SAE, FeatureStats
 from steersman.sae.config import SAEConfig
 from steersman.sae.formats.source import Source
@@ -18,13 +19,13 @@ from steersman.sae.formats.tensors import Entry, TensorFile
 
 @dataclass(kw_only=True)
 class Parts:
-    """An SAE as a format found it: the configuration, and where each weight lies."""
+    """An SAE as a format reads it: the configuration, and where each weight lies."""
 
     cfg: SAEConfig
     """The configuration."""
     tensors: dict[str, Entry]
-    """The weights by their names in the SAE. `b_enc`, `b_dec` may be missing: they are zero then. `threshold` may be
-    one number where the SAE has one for each latent."""
+    """The weights by their names in the SAE. `b_enc`, `b_dec` may be missing: they are zero then. A buffer, such as a
+    threshold, may be one number where the SAE has one for each latent, and the other way round if all are equal."""
     file: TensorFile
     """The file they are in, for the check that nothing in it was overlooked."""
     ignored: frozenset[str] = frozenset()
@@ -41,8 +42,8 @@ class Parts:
     """Whether these lengths are those of the rows in the file, not of the rows after `output_scale` is folded in."""
     decoder_factor: Entry | None = None
     """[L]: what the code is multiplied by before decoding."""
-    constant_threshold: float | None = None
-    """The threshold of every latent, where the file holds none."""
+    constants: dict[str, float] = field(default_factory=dict)
+    """Buffers that are one number for all latents and that the file does not hold."""
     stats: FeatureStats | None = None
     """Statistics of the features."""
     warnings: list[str] = field(default_factory=list)
@@ -54,7 +55,7 @@ class Parts:
 class Format(ABC):
     """One layout of SAE files. A subclass registers itself; the first that recognises the files reads them."""
 
-    registry: ClassVar[dict[str, "Format"]] = {}
+    registry: ClassVar[Registry["Format"]] = Registry("format")
     name: ClassVar[str]
     """What `format=` calls it."""
     needs: ClassVar[str]
@@ -62,7 +63,7 @@ class Format(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Format.registry[cls.name] = cls()
+        Format.registry.register(cls, cls())
 
     @abstractmethod
     def matches(self, source: Source) -> bool:
@@ -80,8 +81,6 @@ class Format(ABC):
 def recognise(source: Source, name: str | None = None) -> Format:
     """The format called `name`, or the one that the files are in."""
     if name is not None:
-        if name not in Format.registry:
-            raise SteersmanError(f"unknown format {name!r}; have {', '.join(Format.registry)}")
         return Format.registry[name]
     for known in Format.registry.values():
         if known.matches(source):
@@ -100,17 +99,13 @@ def build(parts: Parts, device: torch.device, dtype: torch.dtype) -> SAE:
     """The SAE, its weights read straight to where they stay: memory is the SAE and one block of a file."""
     cfg = parts.cfg
     _check_names(parts)
-    try:
-        with torch.device("meta"):
-            sae = SAE(cfg)
-    except (RuntimeError, OverflowError, TypeError) as error:
-        raise SteersmanError(f"{parts.file.path}: no SAE has widths {cfg.d_in} and {cfg.d_sae}") from error
+    sae = without_weights(cfg, parts.file.path)
     wanted = dict(sae.named_parameters())
     _check_shapes(parts, wanted)
     sae.to_empty(device=device)
-    for name, parameter in list(sae.named_parameters()):
+    for parameter in sae.parameters():
         if parameter.dtype != dtype:
-            sae.register_parameter(name, torch.nn.Parameter(torch.empty_like(parameter, dtype=dtype)))
+            parameter.data = torch.empty_like(parameter, dtype=dtype)
     s_in = parts.input_scale
     s_out = s_in if parts.output_scale is None else parts.output_scale
     factors = {"W_enc": s_in, "W_dec": 1 / s_out, "b_dec": 1 / s_out, "W_skip": s_in / s_out}
@@ -121,7 +116,8 @@ def build(parts: Parts, device: torch.device, dtype: torch.dtype) -> SAE:
                 parameter.zero_()
             else:
                 entry.scaled(factors.get(name, 1.0)).copy_into(parameter)
-        _set_threshold(sae, parts, device)
+        for name, buffer in sae.named_buffers():
+            _fill(buffer, name, parts, sae)
         if parts.decoder_factor is not None:
             sae.W_dec.mul_(parts.decoder_factor.read().to(sae.W_dec)[:, None])
         norms = None
@@ -164,28 +160,35 @@ def _check_shapes(parts: Parts, wanted: Mapping[str, Tensor]) -> None:
             )
 
 
-def _set_threshold(sae: SAE, parts: Parts, device: torch.device) -> None:
-    if not hasattr(sae, "threshold"):
-        return
-    entry, L = parts.tensors.get("threshold"), sae.cfg.d_sae
+def _fill(buffer: Tensor, name: str, parts: Parts, sae: SAE) -> None:
+    entry, per_latent = parts.tensors.get(name), (sae.cfg.d_sae,)
     if entry is None:
-        if parts.constant_threshold is None:
-            raise SteersmanError(f"{parts.file.path} lacks the threshold")
-        values = torch.full((L,), parts.constant_threshold)
+        if name not in parts.constants:
+            raise SteersmanError(f"{parts.file.path} lacks the {name}")
+        buffer.fill_(parts.constants[name])
     elif entry.shape in ((), (1,)):
-        values = torch.full((L,), entry.number())
-    elif entry.shape == (L,):
-        values = torch.empty(L)
+        buffer.fill_(entry.number())
+    elif entry.shape == (tuple(buffer.shape) or per_latent):
+        values = torch.empty(entry.shape)
         entry.copy_into(values, allow_infinite=True)  # an infinite threshold switches a latent off
+        if not buffer.ndim and bool((values != values[0]).any()):
+            kind = sae.cfg.architecture
+            raise SteersmanError(f"{parts.file.path}: a {kind} SAE has one {name}, not one a latent")
+        buffer.copy_(values if buffer.ndim else values[0])
     else:
+        wanted = list(buffer.shape or per_latent)
         raise SteersmanError(
-            f"{entry.file.path}: {entry.name} has shape {list(entry.shape)}, the configuration says {[L]}"
+            f"{entry.file.path}: {entry.name} has shape {list(entry.shape)}, the configuration says {wanted}"
         )
-    if sae.cfg.architecture in ("batch_topk", "matryoshka"):
-        if bool((values != values[0]).any()):
-            raise SteersmanError(f"{parts.file.path}: a {sae.cfg.architecture} SAE has one threshold, not one a latent")
-        values = values[0].clone()
-    sae.threshold = values.to(device)
+
+
+def without_weights(cfg: SAEConfig, path: Path) -> SAE:
+    """The SAE of a configuration that the file `path` holds, its tensors without memory."""
+    try:
+        with torch.device("meta"):
+            return SAE(cfg)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise SteersmanError(f"{path}: no SAE has widths {cfg.d_in} and {cfg.d_sae}") from error
 
 
 def first_of(file: TensorFile, names: Iterable[str]) -> Entry:

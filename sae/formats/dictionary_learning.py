@@ -90,7 +90,7 @@ class DictionaryLearning(Format):
             tensors=tensors,
             file=file,
             ignored=frozenset({"k", "threshold", "group_sizes"}),
-            constant_threshold=0.0 if unset else None,
+            constants={"threshold": 0.0} if unset else {},
             warnings=warnings,
         )
 
@@ -160,7 +160,7 @@ def _is_number(file: TensorFile, name: str) -> bool:
 
 
 def _k(kind: str, numbers: dict[str, float], trainer: dict[str, Any], file: TensorFile) -> int:
-    if CLASSES[kind] not in ("topk", "batch_topk", "matryoshka"):
+    if not SAE.architectures[CLASSES[kind]].uses_k:
         return 0
     k = numbers.get("k", trainer.get("k"))
     if k is None:
@@ -213,7 +213,7 @@ def _class_for(sae: SAE) -> str:
         "skip connections": cfg.skip_connection,
         f"input normalisation {cfg.input_norm!r}": cfg.input_norm != "none",
         "inputs per attention head": cfg.reshape_heads,
-        "groupmax": cfg.architecture == "groupmax",
+        cfg.architecture: cfg.architecture not in CLASSES.values(),
     }
     unfit = [what for what, holds in reasons.items() if holds]
     if unfit:
@@ -227,7 +227,7 @@ def _class_for(sae: SAE) -> str:
         raise SteersmanError(
             f"dictionary_learning cannot express a {cfg.architecture} SAE that keeps b_dec in its input"
         )
-    return {activation: kind for kind, activation in CLASSES.items()}[cfg.architecture]
+    return {ours: kind for kind, ours in CLASSES.items()}[cfg.architecture]
 
 
 def _tensors_of(kind: str, sae: Any) -> dict[str, Tensor]:

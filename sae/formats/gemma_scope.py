@@ -71,8 +71,8 @@ class GemmaScope(Format):
 
 
 def _model(place: str) -> str:
-    found = re.findall(r"gemma-scope-(\d+b)-(pt|it)", place)
-    return f"google/gemma-2-{found[-1][0]}{'-it' if found[-1][1] == 'it' else ''}" if found else ""
+    matches = re.findall(r"gemma-scope-(\d+b)-(pt|it)", place)
+    return f"google/gemma-2-{matches[-1][0]}{'-it' if matches[-1][1] == 'it' else ''}" if matches else ""
 
 
 def _hook(place: str, layer: str | None, transcoder: bool, embedding: bool) -> str:

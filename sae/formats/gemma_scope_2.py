@@ -83,7 +83,7 @@ def _hook(place: str, path: str, layer: str | None, transcoder: bool) -> str:
 
 def _model(name: str, place: str) -> str:
     if not name:
-        found = re.search(r"gemma-scope-2-([\w]+-(?:pt|it))", place)
-        name = f"gemma-3-{found[1]}" if found else ""
+        match = re.search(r"gemma-scope-2-([\w]+-(?:pt|it))", place)
+        name = f"gemma-3-{match[1]}" if match else ""
     name = to_model_name(name.replace("-v3", "-3"))
     return name.replace("-pt", "") if "270m" in name else name

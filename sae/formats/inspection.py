@@ -77,8 +77,8 @@ def inspect(path: str | Path, format: str | None = None) -> Inspection:
     warning here.
     """
     source = open_source(path)
-    found = recognise(source, format)
-    parts = found.read(source)
+    layout = recognise(source, format)
+    parts = layout.read(source)
     where = source.label
     if "repo_id" in source.origin:
         where += f" at {source.origin['revision']}"
@@ -89,7 +89,7 @@ def inspect(path: str | Path, format: str | None = None) -> Inspection:
     bias = parts.tensors.get("b_dec")
     return Inspection(
         source=where,
-        format=found.name,
+        format=layout.name,
         cfg=parts.cfg,
         dtypes=tuple(sorted({str(header.dtype).removeprefix("torch.") for header in used.values()})),
         n_bytes=sum(header.n_bytes for header in used.values()),
@@ -116,23 +116,23 @@ def _spread(norms: Tensor) -> tuple[float, float, float]:
 
 
 def _warnings(parts: Parts, decoder: Tensor, encoder: Tensor) -> list[str]:
-    cfg, said = parts.cfg, []
+    cfg, warnings = parts.cfg, []
     broken = int((~decoder.isfinite() | ~encoder.isfinite()).sum())
     if broken:
-        said.append(f"{broken:,} latents have weights that are not finite: the SAE cannot be loaded")
+        warnings.append(f"{broken:,} latents have weights that are not finite: the SAE cannot be loaded")
     empty = int((decoder == 0).sum())
     if empty:
-        said.append(f"{empty:,} latents have a decoder row of zeros")
+        warnings.append(f"{empty:,} latents have a decoder row of zeros")
     if parts.fold_decoder_norm:
-        said.append("activations are ranked by decoder norm: loading makes the decoder rows unit vectors")
+        warnings.append("activations are ranked by decoder norm: loading makes the decoder rows unit vectors")
     elif not bool(((decoder - 1).abs() < 1e-2).all()):
-        said.append("decoder rows are not unit vectors: activations of different features have different units")
+        warnings.append("decoder rows are not unit vectors: activations of different features have different units")
     if not cfg.hook_name:
-        said.append("no hook point is recorded: name it when steering")
+        warnings.append("no hook point is recorded: name it when steering")
     if not cfg.model_name:
-        said.append("no model is recorded")
+        warnings.append("no model is recorded")
     if cfg.transcoder:
-        said.append("a transcoder encodes and decodes; steering needs an SAE that writes where it reads")
+        warnings.append("a transcoder encodes and decodes; steering needs an SAE that writes where it reads")
     elif cfg.reshape_heads:
-        said.append("it reads the outputs of single attention heads: it encodes and decodes, and cannot steer")
-    return said
+        warnings.append("it reads the outputs of single attention heads: it encodes and decodes, and cannot steer")
+    return warnings

@@ -43,7 +43,7 @@ class LlamaScope(Format):
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
             raise SteersmanError(f"{path}: jump_relu_threshold is {threshold!r}, not a number")
         cfg = _config(source, fields, file)
-        return Parts(cfg=cfg, tensors=_tensors(file), file=file, input_scale=s, constant_threshold=threshold * s)
+        return Parts(cfg=cfg, tensors=_tensors(file), file=file, input_scale=s, constants={"threshold": threshold * s})
 
 
 class LlamaScopeDistill(Format):
@@ -95,9 +95,9 @@ def norm_scale(fields: dict[str, Any], path: Path) -> float | None:
 
 def _config(source: Source, fields: dict[str, Any], file: TensorFile) -> SAEConfig:
     d_sae, d_in = matrix(file.entry("encoder.weight"))
-    for what, found in (("d_model", d_in), ("d_sae", d_sae)):
-        if fields.get(what, found) != found:
-            raise SteersmanError(f"{file.path}: the weights have {what} {found}, the configuration says {fields[what]}")
+    for what, width in (("d_model", d_in), ("d_sae", d_sae)):
+        if fields.get(what, width) != width:
+            raise SteersmanError(f"{file.path}: the weights have {what} {width}, the configuration says {fields[what]}")
     hook = to_hook_name(str(fields.get("hook_point_in") or ""))
     distill = "R1-Distill" in source.place
     cfg = SAEConfig(
@@ -120,8 +120,8 @@ def _config(source: Source, fields: dict[str, Any], file: TensorFile) -> SAEConf
 
 def _neuronpedia(place: str) -> str | None:
     """The page of an SAE of the release: every one of layers and sizes has one."""
-    found = re.search(r"Llama3_1-8B-Base-L(\d+)([RAM])-(8|32)x", place)
-    if found is None:
+    match = re.search(r"Llama3_1-8B-Base-L(\d+)([RAM])-(8|32)x", place)
+    if match is None:
         return None
-    kind = {"R": "res", "A": "att", "M": "mlp"}[found[2]]
-    return f"llama3.1-8b/{found[1]}-llamascope-{kind}-{'32k' if found[3] == '8' else '131k'}"
+    kind = {"R": "res", "A": "att", "M": "mlp"}[match[2]]
+    return f"llama3.1-8b/{match[1]}-llamascope-{kind}-{'32k' if match[3] == '8' else '131k'}"

@@ -79,10 +79,10 @@ def _k(others: dict[str, Any], path: Path) -> int | None:
 
 def _place(path: str) -> tuple[str, str | None]:
     """Hook point, and page on Neuronpedia, from a path of the release."""
-    found = re.search(r"/(\w+?)(?:_(v4|v5_32k|v5_128k))?/autoencoders/(\d+)\.pt$", path)
-    if found is None or found[1] not in _LOCATIONS:
+    match = re.search(r"/(\w+?)(?:_(v4|v5_32k|v5_128k))?/autoencoders/(\d+)\.pt$", path)
+    if match is None or match[1] not in _LOCATIONS:
         return "", None
-    kind, short = _LOCATIONS[found[1]]
-    version = found[2] or ""
-    page = f"gpt2-small/{found[3]}-{short}_{version[3:]}-oai" if version.startswith("v5") and short else None
-    return f"blocks.{found[3]}.{kind}", page
+    kind, short = _LOCATIONS[match[1]]
+    version = match[2] or ""
+    page = f"gpt2-small/{match[3]}-{short}_{version[3:]}-oai" if version.startswith("v5") and short else None
+    return f"blocks.{match[3]}.{kind}", page

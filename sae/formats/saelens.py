@@ -7,21 +7,25 @@ and by architecture `threshold [L]` (jumprelu), `b_gate, b_mag, r_mag [L]` (gate
 transcoders). Training checkpoints hold `topk_threshold` (BatchTopK) or `log_threshold`, decoder norms that are not
 folded yet, and in `activation_scaler.json` an input scale that is not.
 
+What SAELens has no field for, Steersman writes under `metadata.steersman` and in `feature_stats.safetensors`, which
+others ignore. A BatchTopK SAE is written as a JumpReLU one whose thresholds are all its own, as SAELens does.
+
 Source: sae_lens 6, `saes/*.py`, `loading/pretrained_sae_loaders.py` (`handle_pre_6_0_config`,
 `read_sae_components_from_disk`), `training/activation_scaler.py`.
 """
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from steersman.errors import SteersmanError
+from steersman.files import make_folder, write_json, write_whole
 from steersman.sae.base import SAE, FeatureStats
 from steersman.sae.config import SAEConfig
-from steersman.sae.formats.base import Format, Parts, integer, text
+from steersman.sae.formats.base import Format, Parts, integer, text, without_weights
 from steersman.sae.formats.names import to_hook_name, to_model_name
 from steersman.sae.formats.source import Source
 from steersman.sae.formats.tensors import Entry, SafetensorsFile, TensorFile
@@ -48,6 +52,7 @@ ARCHITECTURES = {
 NORMS = {"none": "none", "expected_average_only_in": "none", "layer_norm": "layer_norm"} | {
     "constant_norm_rescale": "constant_norm"
 }
+_NORM_NAMES = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}
 _OLD_NAMES = {
     "hook_point": "hook_name",
     "hook_point_head_index": "hook_head_index",
@@ -84,14 +89,12 @@ class SAELens(Format):
 
     def write(self, sae: SAE, path: Path) -> None:
         """The architectures that SAELens lacks are refused; `SAE.save` writes them for Steersman alone."""
-        from steersman.sae.checkpoint import saelens_architecture
-
-        if saelens_architecture(sae.cfg) not in ARCHITECTURES:
-            kind = sae.cfg.architecture + (" transcoder" if sae.cfg.transcoder else " with a skip connection")
-            raise SteersmanError(
-                f"SAELens has no {kind if sae.cfg.architecture != 'groupmax' else 'groupmax'} architecture"
-            )
-        sae.save(path)
+        cfg = sae.cfg
+        if architecture_name(cfg) not in ARCHITECTURES:
+            what = " transcoder" * cfg.transcoder or " with a skip connection" * cfg.skip_connection
+            known = SAE.architectures[cfg.architecture].saelens_name in ARCHITECTURES
+            raise SteersmanError(f"SAELens has no {cfg.architecture}{what if known else ''} architecture")
+        save(sae, path)
 
 
 def _read_own(source: Source, own: Any, file: TensorFile) -> Parts:
@@ -101,23 +104,20 @@ def _read_own(source: Source, own: Any, file: TensorFile) -> Parts:
         settings = dict(own.pop("config"))
         for name in ("d_in", "d_sae", "k"):
             settings[name] = integer(settings.get(name, 0), name, path)
+        kind = settings.get("activation")
+        if isinstance(kind, str) and kind not in SAE.architectures:
+            raise SteersmanError(
+                f"{path}: unknown architecture {kind!r}; have {', '.join(SAE.architectures)}. One from outside the "
+                "package is known once its module is imported: import that first"
+            )
         cfg = SAEConfig.from_record(settings, metadata=own)
     except SteersmanError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SteersmanError(f"{path} is not a readable SAE configuration: {error!r}") from error
-    tensors = {name: file.entry(name) for name in _names(cfg)}
-    if "threshold" in file:
-        tensors["threshold"] = file.entry("threshold")
+    tensors = {name: file.entry(name) for name in without_weights(cfg, path).state_dict()}
     stats = _read_stats(source.path(STATS), cfg.d_sae) if source.has(STATS) else None
     return Parts(cfg=cfg, tensors=tensors, file=file, stats=stats, native=True)
-
-
-def _names(cfg: SAEConfig) -> list[str]:
-    """The weights that an SAE of this configuration has; its widths do not matter."""
-    small = replace(cfg, d_in=1, d_out=None, d_sae=max(1, cfg.k), group_sizes=(max(1, cfg.k),) * bool(cfg.group_sizes))
-    with torch.device("meta"):
-        return [name for name, _ in SAE(small).named_parameters()]
 
 
 def _modern(fields: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -164,15 +164,15 @@ def _read_saelens(source: Source, fields: dict[str, Any], file: TensorFile) -> P
         if what not in fields:
             raise SteersmanError(f"{path} is not a readable SAE configuration: it has no {what}")
     d_sae = integer(fields["d_sae"], "d_sae", path)
-    activation = ARCHITECTURES[architecture]
-    k = fields.get("k", 0) if activation in ("topk", "batch_topk", "matryoshka") else 0
-    if isinstance(k, float) and activation != "topk" and math.isfinite(k):
+    kind = SAE.architectures[ARCHITECTURES[architecture]]
+    k = fields.get("k", 0) if kind.uses_k else 0
+    if isinstance(k, float) and not kind.exact_k and math.isfinite(k):
         k = max(1, round(k))  # an average, and only used in training
     cfg = SAEConfig(
         d_in=integer(fields["d_in"], "d_in", path),
         d_sae=d_sae,
         k=integer(k, "k", path),
-        architecture=activation,
+        architecture=kind.name,
         hook_name=to_hook_name(str(metadata.get("hook_name") or "")),
         model_name=to_model_name(str(metadata.get("model_name") or "")),
         apply_b_dec_to_input=bool(fields.get("apply_b_dec_to_input", True)) and not transcoder,
@@ -182,12 +182,12 @@ def _read_saelens(source: Source, fields: dict[str, Any], file: TensorFile) -> P
         d_out=integer(fields["d_out"], "d_out", path) if transcoder and "d_out" in fields else None,
         hook_name_out=to_hook_name(str(metadata.get("hook_name_out") or "")) if transcoder else "",
         skip_connection="skip" in architecture,
-        group_sizes=_group_sizes(fields, d_sae, path) if activation == "matryoshka" else (),
+        group_sizes=_group_sizes(fields, d_sae, path) if kind.uses_groups else (),
         metadata=_kept(metadata),
     )
     tensors, factor, ignored = _find(cfg, file, bool(fields.get("finetuning_scaling_factor")))
     by_norm = bool(fields.get("rescale_acts_by_decoder_norm"))
-    if scale is not None and by_norm and activation in ("batch_topk", "matryoshka"):
+    if scale is not None and by_norm and "topk_threshold" in file:
         # Its unit is the pre-activation times the decoder row's length, which folding the input scale shortens.
         tensors["threshold"] = tensors["threshold"].scaled(1 / scale)
     return Parts(
@@ -204,8 +204,8 @@ def _read_saelens(source: Source, fields: dict[str, Any], file: TensorFile) -> P
 
 def _kept(metadata: dict[str, Any]) -> dict[str, Any]:
     kept = {key: metadata[key] for key in _KEPT if metadata.get(key) is not None}
-    found = {"saelens": kept} if kept else {}
-    return found | ({"neuronpedia_id": kept["neuronpedia_id"]} if "neuronpedia_id" in kept else {})
+    ours = {"saelens": kept} if kept else {}
+    return ours | ({"neuronpedia_id": kept["neuronpedia_id"]} if "neuronpedia_id" in kept else {})
 
 
 def _input_scale(source: Source) -> float | None:
@@ -230,12 +230,11 @@ def _group_sizes(fields: dict[str, Any], d_sae: int, path: Path) -> tuple[int, .
 
 
 def _find(cfg: SAEConfig, file: TensorFile, finetuned: bool) -> tuple[dict[str, Entry], Entry | None, frozenset[str]]:
-    tensors = {name: file.entry(name) for name in _names(cfg)}
+    theirs = {"threshold": next((name for name in ("topk_threshold", "log_threshold") if name in file), "threshold")}
+    tensors = {name: file.entry(theirs.get(name, name)) for name in without_weights(cfg, file.path).state_dict()}
+    if "threshold" in tensors and theirs["threshold"] == "log_threshold":
+        tensors["threshold"] = tensors["threshold"].exp()
     ignored: set[str] = set()
-    if cfg.architecture in ("batch_topk", "matryoshka"):
-        tensors["threshold"] = file.entry("topk_threshold")
-    elif cfg.architecture == "jumprelu":
-        tensors["threshold"] = file.entry("log_threshold").exp() if "log_threshold" in file else file.entry("threshold")
     factor = next((file.entry(name) for name in ("finetuning_scaling_factor", "scaling_factor") if name in file), None)
     if factor is not None and bool(torch.allclose(factor.read().float(), torch.ones(factor.shape))):
         ignored.add(factor.name)  # written by some versions, and never used
@@ -257,3 +256,64 @@ def _read_stats(path: Path, d_sae: int) -> FeatureStats:
     except (KeyError, ValueError) as error:
         raise SteersmanError(f"{path} lacks n_tokens or median_norm in its header") from error
     return FeatureStats(**arrays, n_tokens=n_tokens, median_norm=median)
+
+
+def save(sae: SAE, path: str | Path) -> None:
+    """Write the folder `path`: sae_weights.safetensors, the feature statistics and last, so that a folder with one is
+    complete, cfg.json; each of them whole or not at all."""
+    path = Path(path)
+    make_folder(path)
+    tensors = {name: value.detach().float().contiguous() for name, value in sae.weights().items()}
+    write_whole(path / WEIGHTS, lambda temporary: save_file(tensors, temporary))
+    if sae.feature_stats is None:
+        (path / STATS).unlink(missing_ok=True)
+    else:
+        save_statistics(sae.feature_stats, path)
+    write_json(path / CONFIG, _config_to_json(sae.cfg))
+
+
+def save_statistics(stats: FeatureStats, path: Path) -> None:
+    """Write the feature statistics into the SAE folder `path`."""
+    arrays = {name: getattr(stats, name).contiguous() for name in ("max_act", "density", "mean_act")}
+    header = {"n_tokens": str(stats.n_tokens), "median_norm": repr(stats.median_norm)}
+    write_whole(path / STATS, lambda temporary: save_file(arrays, temporary, metadata=header))
+
+
+def architecture_name(cfg: SAEConfig) -> str:
+    """What SAELens calls an SAE of this configuration; a name that it does not know for one that it lacks.
+
+    >>> architecture_name(SAEConfig(d_in=4, d_sae=8, k=2, architecture="batch_topk"))
+    'jumprelu'
+    """
+    plain = SAE.architectures[cfg.architecture].saelens_name
+    if cfg.transcoder and plain in ("jumprelu", "standard"):
+        kind = "skip_transcoder" if cfg.skip_connection else "transcoder"
+        return f"jumprelu_{kind}" if plain == "jumprelu" else kind
+    return f"{plain}{'_skip' * cfg.skip_connection}{'_transcoder' * cfg.transcoder}"
+
+
+def _config_to_json(cfg: SAEConfig) -> dict[str, Any]:
+    fields = {
+        "architecture": architecture_name(cfg),
+        "d_in": cfg.d_in,
+        "d_sae": cfg.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
+        "normalize_activations": _NORM_NAMES[cfg.input_norm],
+        "reshape_activations": "hook_z" if cfg.reshape_heads else "none",
+    }
+    if SAE.architectures[cfg.architecture].saelens_name == "topk":
+        fields |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
+    if cfg.transcoder:
+        fields |= {"d_out": cfg.out_width}
+    own = {"config": cfg.record(), **cfg.metadata}
+    kept = cfg.metadata.get("saelens")
+    metadata = {**kept} if isinstance(kept, dict) else {}
+    metadata |= {"model_name": cfg.model_name, "hook_name": cfg.hook_name, "steersman": own}
+    if cfg.transcoder:
+        metadata["hook_name_out"] = cfg.hook_name_out
+    if "neuronpedia_id" in cfg.metadata:
+        metadata["neuronpedia_id"] = cfg.metadata["neuronpedia_id"]
+    metadata["sae_lens_version"] = "6.0.0"  # without the layout's version SAELens takes the file for an older one
+    return fields | {"metadata": metadata}

@@ -24,7 +24,7 @@ class Source(ABC):
     label: str
     """What the user named, for messages."""
     place: str
-    """The full path of the folder (on the hub: repository and folder), from which layers and models can be told."""
+    """The full path of the folder (on the hub: repository and folder), from which layer and model are read."""
     names: list[str]
     """Files of the folder and of the folders below it, sorted."""
     only: str | None = None
@@ -45,8 +45,8 @@ class Source(ABC):
         """The file at the top that matches a regular expression: the one that the user named, or the only one."""
         if self.only is not None:
             return self.only if re.fullmatch(pattern, self.only) else None
-        found = [name for name in self.names if re.fullmatch(pattern, name)]
-        return found[0] if len(found) == 1 else None
+        matching = [name for name in self.names if re.fullmatch(pattern, name)]
+        return matching[0] if len(matching) == 1 else None
 
     def json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file. Raises SteersmanError where it is missing or malformed."""

@@ -257,10 +257,10 @@ class NpzFile(TensorFile):
         self._members[name] = (dtype.str, start, fortran and len(shape) > 1)
 
     def entry(self, name: str) -> "Entry":
-        found = super().entry(name)
+        entry = super().entry(name)
         if self._members[name][2]:
             raise SteersmanError(f"{self.path}: {name} is stored in Fortran order, which is not supported")
-        return found
+        return entry
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         header, (dtype, start, _) = self.headers[name], self._members[name]

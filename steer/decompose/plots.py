@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from steersman.errors import SteersmanError
+from steersman.files import write_bytes
 from steersman.steer.decompose.record import Decomposition
 
 _LOWEST = -1.0  # an explained variance below this says no more than this does
@@ -30,8 +30,5 @@ def plot_decompositions(found: Mapping[str, Decomposition] | Sequence[Decomposit
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
     if path:
-        try:
-            Path(path).write_bytes(png.getvalue())
-        except OSError as error:
-            raise SteersmanError(f"{path} could not be written: {error.strerror}") from error
+        write_bytes(path, png.getvalue())
     return png.getvalue()

@@ -16,7 +16,7 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.origin import check_sae_fits
-from steersman.sae import SAE
+from steersman.sae import SAE, SparseCode
 
 
 def fgaa_targets(
@@ -76,10 +76,11 @@ class _Means:
     def mean(self) -> Tensor:
         return self.sums / max(1, self.tokens)
 
-    def add(self, values: Tensor, indices: Tensor) -> None:
-        self.sums.index_add_(0, indices.flatten(), values.flatten().double())
-        self.fired.index_add_(0, indices.flatten(), (values > 0).flatten().double())
-        self.tokens += len(values)
+    def add(self, code: SparseCode) -> None:
+        indices = code.indices.flatten().cpu()
+        self.sums.index_add_(0, indices, code.values.flatten().cpu().double())
+        self.fired.index_add_(0, indices, code.active.flatten().cpu().double())
+        self.tokens += len(code.values)
 
 
 @torch.no_grad()
@@ -96,11 +97,10 @@ def _means(
         first = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
         if lm.bos_token_id is not None:
             first = batch.input_ids == lm.bos_token_id
-        code = sae.encode_sparse(h[batch.attention_mask.bool() & ~first])
-        means.add(code.values.cpu(), code.indices.cpu())
+        means.add(sae.encode_sparse(h[batch.attention_mask.bool() & ~first]))
         if bool(first.any()) and start == 0:
             at_bos = sae.encode_sparse(h[first][:1])
-            bos[at_bos.indices.cpu()[at_bos.values.cpu() > 0]] = True
+            bos[at_bos.indices[at_bos.active].cpu()] = True
     if not means.tokens:
         raise SteersmanError("the texts hold no token besides BOS")
     return means, bos

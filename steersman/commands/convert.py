@@ -5,7 +5,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from steersman.sae.formats.convert import convert
+from steersman.sae.formats import convert
 from steersman.train.run.checkpoints import checkpoint_to_sae, is_unfinished_run
 
 

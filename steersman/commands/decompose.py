@@ -1,6 +1,5 @@
 """`steersman decompose`."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from steersman.config import part_of
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
-from steersman.files import write_text
+from steersman.files import write_json
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
 from steersman.steer import (
@@ -106,7 +105,7 @@ def run(config: DecomposeCommand) -> None:
         plot_decompositions(names, config.plot)
         print(f"curves drawn to {config.plot}")
     if config.out is not None:
-        write_text(config.out, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+        write_json(config.out, records, indent=1, ensure_ascii=False)
         print(f"written to {config.out}")
 
 

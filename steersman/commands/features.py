@@ -10,7 +10,7 @@ from steersman.kernels import Implementation
 from steersman.lm import LanguageModel
 from steersman.lm.origin import check_sae_fits
 from steersman.sae import SAE
-from steersman.sae.checkpoint import save_statistics
+from steersman.sae.formats.saelens import save_statistics
 from steersman.train import ActivationStore
 from steersman.train.reports.features import (
     check_same_origin,

@@ -5,7 +5,6 @@ them does to text, take a vector apart. On the bundled model the grammar's exact
 which concept; on another model the tokens that a feature promotes take the place of a concept's words.
 """
 
-import json
 import logging
 import time
 from collections import Counter
@@ -26,6 +25,7 @@ from steersman.demo.targets import Target, word_rate
 from steersman.demo.vectors import take_apart, target_feature
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
+from steersman.files import write_json
 from steersman.lm import LanguageModel
 from steersman.progress import progress
 from steersman.sae import SAE
@@ -164,7 +164,7 @@ def quickstart(config: QuickstartConfig) -> Results:
     figures = {"evaluation": evaluation.to_json(), "concepts": [asdict(c) for c in concepts]}
     figures |= {"steered": [asdict(s) for s in steered], "targeted": None if targeted is None else asdict(targeted)}
     figures |= {"contrast": None if contrast is None else contrast.to_dict(), "seconds": results.seconds}
-    (out / "results.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "results.json", figures, indent=1, ensure_ascii=False)
     return results
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from steersman.demo.results import Results, SteeredTarget
-from steersman.errors import SteersmanError
+from steersman.files import write_text
 from steersman.steer import plot_decompositions
 
 STYLE = """
@@ -31,10 +31,7 @@ def write_report(results: Results, path: Path) -> None:
     head = f"<h1>Steersman on {escape(results.model_name)}</h1><p>{escape(results.hook_name)}</p>"
     page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Steersman</title><style>{STYLE}</style>"
     page += f"<meta name='viewport' content='width=device-width'><body>{head}{body}</body></html>\n"
-    try:
-        path.write_text(page)
-    except OSError as error:
-        raise SteersmanError(f"{path} could not be written: {error.strerror}") from error
+    write_text(path, page)
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> str:

@@ -14,7 +14,7 @@ from support.helpers import make_sae
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE
-from steersman.sae.formats.convert import convert
+from steersman.sae.formats import convert
 
 D, L, K = 12, 48, 6
 GROUPS = [8, 16, 24]

@@ -9,7 +9,7 @@ import torch
 from support.helpers import make_sae
 
 from steersman.sae import SAE
-from steersman.sae.formats.convert import convert
+from steersman.sae.formats import convert
 
 D, L, K = 12, 48, 6
 

@@ -6,15 +6,13 @@ import torch
 
 from steersman.sae import SAE, GatedSAE, SAEConfig
 
-_USES_K = ("topk", "batch_topk", "matryoshka", "groupmax")
 
-
-def make_sae(activation: str = "topk", d_in: int = 8, d_sae: int = 64, k: int = 5, **options: Any) -> SAE:
+def make_sae(architecture: str = "topk", d_in: int = 8, d_sae: int = 64, k: int = 5, **options: Any) -> SAE:
     """A small SAE of any architecture with biases that are not zero, and a threshold where it has one."""
     g = torch.Generator().manual_seed(0)
-    k = 4 if activation == "groupmax" and d_sae % k else k
-    options |= {"architecture": activation, "k": k if activation in _USES_K else 0}
-    if activation == "matryoshka":
+    k = 4 if architecture == "groupmax" and d_sae % k else k
+    options |= {"architecture": architecture, "k": k if SAE.architectures[architecture].uses_k else 0}
+    if architecture == "matryoshka":
         options.setdefault("group_sizes", (d_sae // 4, d_sae - d_sae // 4))
     if options.get("transcoder"):
         options.setdefault("apply_b_dec_to_input", False)
@@ -28,9 +26,9 @@ def make_sae(activation: str = "topk", d_in: int = 8, d_sae: int = 64, k: int = 
         sae.b_dec.normal_(0, 0.5, generator=g)
         if sae.cfg.skip_connection:
             sae.W_skip.normal_(0, 0.3, generator=g)
-        if activation in ("batch_topk", "matryoshka"):
+        if architecture in ("batch_topk", "matryoshka"):
             sae.threshold = torch.tensor(0.4)
-        elif activation == "jumprelu":
+        elif architecture == "jumprelu":
             sae.threshold = torch.rand(d_sae, generator=g)
     return sae
 

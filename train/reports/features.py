@@ -3,7 +3,6 @@
 Shape letters: L latents.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from steersman.errors import SteersmanError
+from steersman.files import write_json
 from steersman.lm import LanguageModel, origin
 from steersman.lm.lens import logit_lens
 from steersman.lm.origin import Origin, canonical_hook
@@ -91,7 +91,7 @@ def describe_features(
     described = []
     for feature, (promotes, suppresses) in zip(ids, writes):
         values, rows = summary.example_values[feature], summary.example_rows[feature]
-        found = values > 0
+        found = values != 0
         described.append(
             Feature(
                 id=feature,
@@ -144,10 +144,7 @@ def _contexts(
 
 def features_to_json(features: list[Feature], path: Path) -> None:
     """Write features as a JSON list."""
-    try:
-        path.write_text(json.dumps([asdict(feature) for feature in features], indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise SteersmanError(f"{path} could not be written: {error.strerror}") from error
+    write_json(path, [asdict(feature) for feature in features], indent=1, ensure_ascii=False)
 
 
 def features_to_text(features: list[Feature]) -> str:

@@ -27,7 +27,7 @@ from steersman.errors import SteersmanError
 from steersman.files import fsync_folder, write_json, write_whole
 from steersman.parallel import RankGroup
 from steersman.sae import SAE, SAEConfig
-from steersman.sae.checkpoint import CONFIG
+from steersman.sae.formats.saelens import CONFIG
 
 STATE = "state.json"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from steersman.errors import SteersmanError
 from steersman.files import write_json, write_whole
-from steersman.sae.checkpoint import CONFIG
+from steersman.sae.formats.saelens import CONFIG
 
 
 class RunFolder:
