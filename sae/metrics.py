@@ -4,11 +4,12 @@ Shape letters: N tokens, L latents, D width, K active latents a token.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.sae.base import SAE, FeatureStats, SparseCode
 
@@ -16,6 +17,7 @@ DENSE = 0.1
 """A feature active on more than this fraction of the tokens counts as dense."""
 
 
+@renamed_fields(dead_share="dead_fraction", dense_share="dense_fraction")
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
     """Reconstruction metrics over a set of `n_tokens` tokens."""
@@ -26,16 +28,21 @@ class Reconstruction:
     """1 - fvu."""
     l0: float
     """Mean number of active features a token."""
-    dead_share: float
-    """Share of the features that never fired on the set."""
-    dense_share: float
-    """Share of the features that fired on more than a tenth of the tokens."""
+    dead_fraction: float
+    """Fraction of the features that never fired on the set."""
+    dense_fraction: float
+    """Fraction of the features that fired on more than a tenth of the tokens."""
     cosine: float
     """Mean cosine of x and x_hat."""
     relative_norm: float
     """Mean of |x_hat| / |x|."""
     n_tokens: int
     """Size of the set: rare features need many tokens before silence means death."""
+
+    def record(self) -> dict[str, float]:
+        """The figures as files and tables have them: under the names that they always had."""
+        on_disk = {"dead_fraction": "dead_share", "dense_fraction": "dense_share"}
+        return {on_disk.get(name, name): value for name, value in asdict(self).items()}
 
 
 class ReconstructionSums:
@@ -81,8 +88,8 @@ class ReconstructionSums:
             fvu=fvu,
             explained_variance=1 - fvu,
             l0=float(self.counts.sum()) / self.n_tokens,
-            dead_share=float((density == 0).double().mean()),
-            dense_share=float((density > DENSE).double().mean()),
+            dead_fraction=float((density == 0).double().mean()),
+            dense_fraction=float((density > DENSE).double().mean()),
             cosine=cosine / self.n_tokens,
             relative_norm=ratio / self.n_tokens,
             n_tokens=self.n_tokens,

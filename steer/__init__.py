@@ -1,7 +1,7 @@
 """Interventions: steer a language model by features of an SAE or by vectors."""
 
-from steersman.steer.calibrate import CalibrateConfig, Calibration, ScaleSearch, calibrate, search_scale
-from steersman.steer.compare import Comparison, SteerConfig, TextPair, parse_features, steer_and_compare
+from steersman.steer.calibrate import CalibrateConfig, Calibration, calibrate, calibrated
+from steersman.steer.compare import Comparison, SteerConfig, TextPair, steer_and_compare
 from steersman.steer.decompose import (
     DecomposeConfig,
     Decomposition,
@@ -11,6 +11,7 @@ from steersman.steer.decompose import (
     measure_retention,
     plot_decompositions,
 )
+from steersman.steer.dose import steered
 from steersman.steer.edit_report import EditReport, FeatureOutcome
 from steersman.steer.edits import MODES, UNITS, AttentionBiasEdit, Edit, FunctionEdit, LogitsEdit, VectorEdit, blend
 from steersman.steer.effects.collect import collect_effects
@@ -20,7 +21,9 @@ from steersman.steer.effects.folder import Effects
 from steersman.steer.effects.map import EffectMap
 from steersman.steer.effects.verify import Verification, verify_effect
 from steersman.steer.evaluation import EvaluationConfig, SteeringEvaluation, evaluate_steering
+from steersman.steer.feature_values import parse_features
 from steersman.steer.methods import METHODS, ContrastConfig, contrast
+from steersman.steer.scale_search import ScaleSearch, search_scale
 from steersman.steer.scope import Scope
 from steersman.steer.steerer import Steerer, Steering
 from steersman.steer.trace import Trace
@@ -73,3 +76,8 @@ __all__ = [
     "steer_and_compare",
     "verify_effect",
 ]
+
+# Conveniences of a class whose functions need the class: declared in it for type checkers, and given to it here.
+setattr(SteeringVector, "contrast", staticmethod(contrast))  # noqa: B010
+setattr(SteeringVector, "calibrate", calibrated)  # noqa: B010
+setattr(SteeringVector, "apply", steered)  # noqa: B010

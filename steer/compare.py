@@ -8,34 +8,31 @@ degeneration, so the repetition rate and the share of distinct bigrams stand bes
 
 import json
 import textwrap
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor
 
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
-from steersman.kernels import Implementation
 from steersman.lm import Generation, LanguageModel
 from steersman.sae import SAE
 from steersman.steer.edit_report import EditReport
+from steersman.steer.feature_values import parse_features
 from steersman.steer.measures import distinct, generated_tokens, repetition_rate, token_kl, token_nll
 from steersman.steer.steerer import Steerer
 
 DEFAULT_PROMPTS = ("Once upon a time",)  # not the field's default: a flag that may be repeated adds to its default
 
 
+@renamed_fields(model="", sae="", device="", kernels="", dtype="")
 @dataclass(frozen=True, kw_only=True)
 class SteerConfig:
-    """One steering run: a model, an SAE, what to do to its features, and prompts."""
+    """What to do to an SAE's features, and on which prompts to look at it."""
 
-    model: str
-    """Model folder or hub id."""
-    sae: str
-    """SAE folder or file."""
     feature: tuple[str, ...]
-    """Features and strengths as `id=strength`; several are edited at once."""
+    """Features with their strengths, as `id=strength` (or `id` for strength 1); several are edited at once."""
     prompt: tuple[str, ...] = ()
     """Prompts to continue, in one batch; without any, "Once upon a time"."""
     mode: str = "add"
@@ -59,12 +56,6 @@ class SteerConfig:
     """Seed of the sampling, the same for both texts."""
     compare: bool = True
     """Also generate without steering."""
-    device: str = "auto"
-    """Device of the model and the SAE."""
-    kernels: Implementation = "auto"
-    """Implementation of the SAE's arithmetic: triton (NVIDIA GPUs), torch, or auto, the faster that the device has."""
-    dtype: str | None = None
-    """Dtype of the model: float32, bfloat16, ...; by default float32 on the CPU and the checkpoint's own elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,33 +129,10 @@ def _columns(left: str | None, right: str, width: int) -> list[str]:
     return [f"{'unsteered':<{half}} | steered", *(f"{a:<{half}} | {b}" for a, b in rows)]
 
 
-def parse_features(texts: Sequence[str]) -> dict[int, float]:
-    """`id=strength` texts as a mapping.
-
-    >>> parse_features(["12=8", "40=-2.5"])
-    {12: 8.0, 40: -2.5}
-    """
-    features: dict[int, float] = {}
-    for text in texts:
-        head, _, tail = text.partition("=")
-        try:
-            feature, strength = int(head), float(tail)
-        except ValueError:
-            message = f"feature {text!r} is not of the form id=strength, such as 12=8 or 40=-2.5"
-            raise SteersmanError(message) from None
-        if feature in features:
-            raise SteersmanError(f"feature {feature} is given twice")
-        features[feature] = strength
-    if not features:
-        raise SteersmanError("no feature to steer by: give --feature id=strength")
-    return features
-
-
 def steer_and_compare(lm: LanguageModel, sae: SAE, config: SteerConfig) -> Comparison:
     """Continue the prompts with the features edited (and, with `compare`, without) and measure the difference.
 
-    `lm` and `sae` are what `config.model` and `config.sae` name, already loaded. Raises SteersmanError for every
-    mistake `Steerer.features` knows, before anything is generated.
+    Raises SteersmanError for every mistake `Steerer.features` knows, before anything is generated.
     """
     settings: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
     if config.temperature > 0:

@@ -64,7 +64,7 @@ def merged(kind: type[T], config: T | None, settings: Mapping[str, Any]) -> T:
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     for name in settings:
-        if name not in fields:
+        if name not in fields and name not in getattr(kind, "old_fields", ()):
             raise SteersmanError(f"unknown setting {name!r}; near it: {near_names(name, list(fields), 3)}")
     if config is not None:
         return dataclasses.replace(config, **settings)  # pyright: ignore[reportArgumentType]

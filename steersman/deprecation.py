@@ -28,7 +28,8 @@ def moved(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
 
 def renamed_fields(**table: str) -> Callable[[C], C]:
-    """A decorator for a dataclass, outermost: fields by their old names, to set and to read.
+    """A decorator for a dataclass, outermost: fields by their old names, to set and to read. One that is gone has the
+    new name "", and what it is given is passed over.
 
     Example: `@renamed_fields(activation="architecture")`.
     """
@@ -40,12 +41,16 @@ def renamed_fields(**table: str) -> Callable[[C], C]:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             for old in table.keys() & kwargs.keys():
                 _warn(f"{cls.__name__}({old}=...)", table[old])
-                kwargs[table[old]] = kwargs.pop(old)
+                value = kwargs.pop(old)
+                if table[old]:
+                    kwargs[table[old]] = value
             make(self, *args, **kwargs)
 
         cls.__init__ = __init__
+        cls.old_fields = frozenset(table)
         for old, new in table.items():
-            setattr(cls, old, property(_reader(cls.__name__, old, new)))
+            if new:
+                setattr(cls, old, property(_reader(cls.__name__, old, new)))
         return cls
 
     return decorate
@@ -60,4 +65,4 @@ def _reader(owner: str, old: str, new: str) -> Callable[[Any], Any]:
 
 
 def _warn(old: str, new: str) -> None:
-    warnings.warn(f"{old} is {new} now", DeprecationWarning, stacklevel=3)
+    warnings.warn(f"{old} is {new} now" if new else f"{old} is read by nothing", DeprecationWarning, stacklevel=3)

@@ -7,8 +7,8 @@ from support.effect_toys import TEXTS, quick, toy
 from support.tiny_models import word_tokenizer
 
 from steersman.cli import main
-from steersman.commands.target import parse_targets
 from steersman.errors import SteersmanError
+from steersman.steer import parse_features
 from steersman.steer.effects.map import EffectMap
 from steersman.steer.vectors.vector import SteeringVector
 
@@ -81,7 +81,7 @@ def test_run_again_it_measures_nothing_again(files: Path, capsys: pytest.Capture
     main(flags(files, "twice", "--fit", "adam"))
     assert {p.name: p.stat().st_mtime_ns for p in (files / "twice").glob("0*")} == before
     assert EffectMap.load(files / "twice").provenance["method"] == "adam"
-    assert "rollouts (60 there, 61 now)" in complaint(capsys, flags(files, "twice", "--rollouts", "61"))
+    assert "rollouts was 60, now 61" in complaint(capsys, flags(files, "twice", "--rollouts", "61"))
 
 
 def test_targets_from_texts_and_by_rotation(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,4 +115,4 @@ def test_mistakes_are_one_line(files: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("given", [("a",), ("1=b",), ("1", "1=2")])
 def test_targets_that_cannot_be_read(given: tuple[str, ...]) -> None:
     with pytest.raises(SteersmanError, match=r"not of the form|given twice"):
-        parse_targets(given)
+        parse_features(given)

@@ -18,11 +18,14 @@ def test_metrics_equal_their_definitions_over_uneven_batches() -> None:
     assert got.fvu == pytest.approx(float(error / variance), rel=1e-5)
     assert got.explained_variance == pytest.approx(1 - got.fvu)
     assert got.l0 == pytest.approx(float((F > 0).double().sum(1).mean()))
-    assert got.dead_share == pytest.approx(float(((F > 0).sum(0) == 0).double().mean()))
-    assert got.dense_share == pytest.approx(float(((F > 0).double().mean(0) > 0.1).double().mean()))
+    assert got.dead_fraction == pytest.approx(float(((F > 0).sum(0) == 0).double().mean()))
+    assert got.dense_fraction == pytest.approx(float(((F > 0).double().mean(0) > 0.1).double().mean()))
     assert got.cosine == pytest.approx(float(torch.cosine_similarity(X, X_hat).mean()), rel=1e-5)
     assert got.relative_norm == pytest.approx(float((X_hat.norm(dim=1) / X.norm(dim=1)).mean()), rel=1e-5)
     assert got.n_tokens == 500
+    assert (got.record()["dead_share"], got.record()["dense_share"]) == (got.dead_fraction, got.dense_fraction)
+    with pytest.warns(DeprecationWarning, match="Reconstruction.dead_share is dead_fraction now"):
+        assert got.dead_share == got.dead_fraction  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_predicting_the_mean_scores_exactly_one() -> None:

@@ -12,7 +12,7 @@ from steersman import LanguageModel, Steerer, SteeringVector
 from steersman.demo import MODEL_PATH, texts
 from steersman.errors import SteersmanError
 from steersman.steer import calibrate, search_scale
-from steersman.steer.calibrate import CalibrateConfig, CostMeter, median_norms, own_texts
+from steersman.steer.measures import CostMeter, median_norms, own_texts
 
 HOOK = "blocks.2.hook_resid_post"
 LIMITS: dict[str, Any] = {"start": 0.5, "low": 1e-3, "high": 8.0}
@@ -135,7 +135,7 @@ def test_without_texts_the_model_writes_its_own(lm: LanguageModel, v: SteeringVe
 
 
 def test_scope_counts(lm: LanguageModel, v: SteeringVector) -> None:
-    meter = CostMeter(lm, texts(4, seed=3), CalibrateConfig(target_kl=1.0))
+    meter = CostMeter(lm, texts(4, seed=3))
     st = Steerer(lm)
     assert (
         meter.cost("kl", lambda: st.vector(v, scale=3.0))
@@ -169,7 +169,7 @@ def test_wrong_calibrations(lm: LanguageModel, v: SteeringVector) -> None:
             v.calibrate(lm, **options)
     with pytest.raises(SteersmanError, match="target_kl must be a number above 0"):
         v.calibrate(lm, target_kl=0.0)
-    with pytest.raises(SteersmanError, match="no setting 'kl'"):
+    with pytest.raises(SteersmanError, match="unknown setting 'kl'"):
         v.calibrate(lm, kl=1.0)
     with pytest.raises(SteersmanError, match="is zero"):
         (v - v).calibrate(lm, target_kl=0.5)

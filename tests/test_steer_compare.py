@@ -14,7 +14,7 @@ from steersman.steer import SteerConfig, Steerer, parse_features, steer_and_comp
 from steersman.steer.measures import distinct, repetition_rate, token_kl, token_nll
 
 CONFIG = SteerConfig(
-    model="m", sae="s", feature=("3=6", "8=-2"), prompt=("w5 w6 w7", "w9"), units="raw", max_new_tokens=6
+    feature=("3=6", "8=-2"), prompt=("w5 w6 w7", "w9"), units="raw", max_new_tokens=6
 )  # fmt: skip
 
 
@@ -90,14 +90,14 @@ def test_sampling_is_seeded(lm: LanguageModel) -> None:
         steer_and_compare(lm, toy_sae(), replace(CONFIG, top_p=0.9))
 
 
-@pytest.mark.parametrize("text", ["12", "a=1", "12=", "1.5=2", "=3"])
+@pytest.mark.parametrize("text", ["12.5", "a=1", "12=", "1.5=2", "=3", "a"])
 def test_wrong_features(text: str) -> None:
-    with pytest.raises(SteersmanError, match="not of the form id=strength"):
+    with pytest.raises(SteersmanError, match="not of the form id or id=value"):
         parse_features((text,))
 
 
 def test_parse_features() -> None:
-    assert parse_features(("12=8", "40=-2.5")) == {12: 8.0, 40: -2.5}
+    assert parse_features(("12=8", "40=-2.5", "7")) == {12: 8.0, 40: -2.5, 7: 1.0}
     with pytest.raises(SteersmanError, match="given twice"):
         parse_features(("12=8", "12=3"))
     with pytest.raises(SteersmanError, match="no feature"):

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_targets_may_be_written_in_many_ways() -> None:
         (torch.ones(L + 1), "one for each feature"),
     ],
 )
-def test_targets_that_are_none(targets: object, said: str) -> None:
+def test_targets_that_are_none(targets: Any, said: str) -> None:
     m, _, _, _ = toy_map()
     with pytest.raises(SteersmanError, match=said):
         m.solve(targets)
@@ -191,7 +192,7 @@ def test_another_sae_is_an_error() -> None:
         (SteeringVector.of(torch.randn(D), hook_name=HOOK, model_name="gpt2"), "was made for 'gpt2'"),
     ],
 )
-def test_vectors_that_do_not_fit(vector: object, said: str) -> None:
+def test_vectors_that_do_not_fit(vector: Any, said: str) -> None:
     m, _, _, _ = toy_map()
     with pytest.raises(SteersmanError, match=said):
         m.predict(vector)

@@ -80,9 +80,9 @@ def test_other_settings_in_the_same_folder_are_an_error(tmp_path: Path) -> None:
     out = str(tmp_path / "e")
     collect_effects(lm, sae, config=quick(out=out))
     for changes, said in (
-        ({"seed": 1}, r"seed \(0 there, 1 now\)"),
+        ({"seed": 1}, r"seed was 0, now 1"),
         ({"rollouts": 8}, "rollouts"),
-        ({"scope": "generation"}, r"scope \('all' there, 'generation' now\)"),
+        ({"scope": "generation"}, "scope was 'all', now 'generation'"),
         ({"n_vectors": 5}, "n_vectors"),
     ):
         with pytest.raises(SteersmanError, match=said):

@@ -133,6 +133,4 @@ def _warnings(parts: Parts, decoder: Tensor, encoder: Tensor) -> list[str]:
         warnings.append("no model is recorded")
     if cfg.transcoder:
         warnings.append("a transcoder encodes and decodes; steering needs an SAE that writes where it reads")
-    elif cfg.reshape_heads:
-        warnings.append("it reads the outputs of single attention heads: it encodes and decodes, and cannot steer")
     return warnings

@@ -172,7 +172,7 @@ def main(args: Args) -> None:
             result = measure_reconstruction(sae, [heldout])
             name = "steersman (default)" if factor == 1 else "steersman"
             row = {"library": name, "lr": recipe.lr * factor, "batch": recipe.batch_size, "fvu": result.fvu}
-            row |= {"dead": result.dead_share, "recovery": recovery(dictionary, sae.W_dec)}
+            row |= {"dead": result.dead_fraction, "recovery": recovery(dictionary, sae.W_dec)}
             report(row | {"seconds": time.monotonic() - start})
         for name in args.peers if args.peers != ("none",) else ():
             for batch_size in sorted({recipe.batch_size, 4096}):

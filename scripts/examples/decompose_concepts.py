@@ -102,7 +102,7 @@ def main() -> None:
     )
     for a, b in concept_pairs(named, args.least, args.pairs):
         plus, minus = concept_texts(a, args.examples, 7), concept_texts(b, args.examples, 8)
-        v = SteeringVector.contrast(lm, plus, minus, hook=hook, method="diffmean", tokens="last")
+        v = SteeringVector.contrast(lm, plus, minus, hook=hook, method="diffmean", positions="last")
         v = calibrate(v, lm, texts=unseen, target_kl=args.kl).vector
         found = decompose(v, sae, method="omp", k=args.features, labels=labels)
         parts = found.as_features()

@@ -4,33 +4,45 @@ What the biases alone switch on is on in both codes and cancels (if it does not 
 k). Read at the norm of real activations, as arXiv 2411.08790 asks of any input to the encoder.
 """
 
+from torch import Tensor
+
 from steersman.errors import SteersmanError
+from steersman.steer.decompose.base import DecomposeConfig, Method, Null, Problem
 from steersman.steer.decompose.encode import encoder_input
-from steersman.steer.decompose.task import Task
 from steersman.steer.decompose.terms import Terms, largest
 
 
-def natural_scale(task: Task, row: int, median_norm: float | None = None) -> float:
-    """The `a` at which |a v| is the median norm of the SAE's activations, unless the task sets one."""
-    if task.config.scale is not None:
-        return task.config.scale
-    stats = task.sae.feature_stats
+def natural_scale(problem: Problem, v: Tensor, median_norm: float | None = None) -> float:
+    """The `a` at which |a v| is the median norm of the SAE's activations, unless the settings name one."""
+    if problem.config.scale is not None:
+        return problem.config.scale
+    stats = problem.sae.feature_stats
     median = median_norm or (stats.median_norm if stats is not None else 0.0)
     if not median > 0:
         raise SteersmanError(
-            f"method {task.config.method!r} reads v at the median norm of the SAE's activations, and this SAE has no "
-            "statistics: run `steersman features` on it, or give scale="
+            f"method {problem.config.method!r} reads v at the median norm of the SAE's activations, and this SAE has "
+            "no statistics: run `steersman features` on it, or give scale="
         )
-    return median / float(task.vectors[row].norm())
+    return median / float(v.norm())
 
 
-def antipodal(task: Task) -> list[Terms]:
-    """The antipodal code of every vector, at most k largest in size."""
-    terms = []
-    for row, v in enumerate(task.vectors):
-        a = natural_scale(task, row)
-        codes = task.sae.encode(encoder_input(task.sae, v * v.new_tensor([[1.0], [-1.0]]), a)).double()
-        values = (codes[0] - codes[1]) * task.atoms.norms / a
-        ids = largest(values, task.config.k)
-        terms.append(Terms(features=ids, coefficients=values[ids], details={"scale": a}))
-    return terms
+class Antipodal(Method):
+    """The difference of the codes of a v and -a v."""
+
+    name = "antipodal"
+    source = "arXiv 2411.08790 (its requirements)"
+    settings = ("scale",)
+    null = Null.EQUAL_NORM
+
+    def zero_scale(self, config: DecomposeConfig) -> float:
+        return 1.0
+
+    def terms(self, problem: Problem) -> list[Terms]:
+        terms = []
+        for v in problem.vectors:
+            a = natural_scale(problem, v)
+            codes = problem.sae.encode(encoder_input(problem.sae, v * v.new_tensor([[1.0], [-1.0]]), a)).double()
+            values = (codes[0] - codes[1]) * problem.atoms.norms / a
+            ids = largest(values, problem.config.k)
+            terms.append(Terms(features=ids, coefficients=values[ids], details={"scale": a}))
+        return terms

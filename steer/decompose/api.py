@@ -5,52 +5,93 @@ must be known to believe them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from steersman.config import merged
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.origin import Origin, check_same_origin
 from steersman.sae import SAE
 from steersman.steer.decompose.atoms import Atoms
-from steersman.steer.decompose.contrast import sides
-from steersman.steer.decompose.diagnostics import Null, jaccard, negative_energy, warnings_of, zero_features
+from steersman.steer.decompose.base import (
+    GIVEN,
+    METHODS,
+    Activations,
+    DecomposeConfig,
+    LinearEffect,
+    Method,
+    Problem,
+    Sources,
+)
+from steersman.steer.decompose.diagnostics import NullCurves, warnings_of, zero_features
 from steersman.steer.decompose.labels import labels_of
-from steersman.steer.decompose.methods import METHODS
 from steersman.steer.decompose.record import Decomposition
-from steersman.steer.decompose.response import some_rows
-from steersman.steer.decompose.task import DATA, DecomposeConfig, Task
-from steersman.steer.decompose.terms import Terms, added_up, refit
-
-UNITS = "coefficients in units of v"
-EFFECT_UNITS = "coefficients are predicted changes of mean activations in text steered by v at unit length"
+from steersman.steer.decompose.terms import Terms, cumulative_ev, jaccard, negative_energy
+from steersman.steer.vectors.vector import VectorLike
 
 
+@overload
 def decompose(
-    v: Any,
+    vectors: Tensor | VectorLike | None,
     sae: SAE,
-    *,
     config: DecomposeConfig | None = None,
+    *,
     labels: Mapping[int, str] | None = None,
     lm: LanguageModel | None = None,
     texts: Sequence[str] | None = None,
-    positive: Any = None,
-    negative: Any = None,
-    activations: Any = None,
-    effect_map: Any = None,
+    positive: Sequence[str] | Activations | None = None,
+    negative: Sequence[str] | Activations | None = None,
+    activations: Activations | None = None,
+    effect_map: LinearEffect | None = None,
     hook: str = "",
     **settings: Any,
-) -> Any:
+) -> Decomposition: ...
+
+
+@overload
+def decompose(
+    vectors: Sequence[Tensor | VectorLike],
+    sae: SAE,
+    config: DecomposeConfig | None = None,
+    *,
+    labels: Mapping[int, str] | None = None,
+    lm: LanguageModel | None = None,
+    texts: Sequence[str] | None = None,
+    positive: Sequence[str] | Activations | None = None,
+    negative: Sequence[str] | Activations | None = None,
+    activations: Activations | None = None,
+    effect_map: LinearEffect | None = None,
+    hook: str = "",
+    **settings: Any,
+) -> list[Decomposition]: ...
+
+
+def decompose(
+    vectors: Tensor | VectorLike | Sequence[Tensor | VectorLike] | None,
+    sae: SAE,
+    config: DecomposeConfig | None = None,
+    *,
+    labels: Mapping[int, str] | None = None,
+    lm: LanguageModel | None = None,
+    texts: Sequence[str] | None = None,
+    positive: Sequence[str] | Activations | None = None,
+    negative: Sequence[str] | Activations | None = None,
+    activations: Activations | None = None,
+    effect_map: LinearEffect | None = None,
+    hook: str = "",
+    **settings: Any,
+) -> Decomposition | list[Decomposition]:
     """Take a steering vector apart into signed features of `sae`.
 
     Args:
-        v: a tensor [D], a `SteeringVector` (or anything with `hook_name` and `vector`), or many: a tensor [B, D] or a
-            list. None with method `contrast`: the difference of the texts' means.
+        vectors: a tensor [D], a `SteeringVector` (or anything with `hook_name` and `vector`), or several: a list, or a
+            tensor [B, D] (for which a type checker expects one result). None with method `contrast`: the difference
+            of the texts' means.
         sae: the SAE, of the vector's model and hook point.
-        config, **settings: see `DecomposeConfig`; `method="omp", k=16` are the defaults.
+        config: the settings; `**settings` are fields of it, over those of `config`.
         labels: names of features by id (see `load_labels`). With `lm`, others get the tokens that they promote.
         lm: the model; `behaviour` and `contrast` of texts need it.
         texts: for `behaviour`: texts to compare the steered model on.
@@ -59,7 +100,7 @@ def decompose(
         effect_map: for `effect`: what `collect_effects(...).fit()` gives.
         hook: the vector's hook point, for an SAE that records none.
 
-    Returns a `Decomposition`, or a list of them for many vectors.
+    Returns a `Decomposition`, or a list of them for several vectors.
 
     Raises SteersmanError for a vector that is zero, not finite, or of another width, model or hook point; k out of
     range; data that the method needs and did not get, or got and does not read.
@@ -71,7 +112,8 @@ def decompose(
     >>> found.features.tolist(), [round(c, 3) for c in found.coefficients.tolist()]
     ([5, 40], [2.0, -1.0])
     """
-    config = _config(config, settings)
+    config = merged(DecomposeConfig, config, settings)
+    method = METHODS[config.method]()
     given = {
         "texts": texts,
         "positive": positive,
@@ -79,74 +121,47 @@ def decompose(
         "activations": activations,
         "effect_map": effect_map,
     }
-    _check_data(config.method, {**given, "lm": lm})
-    many = isinstance(v, list | tuple) or (isinstance(v, Tensor) and v.ndim == 2)
-    hook = _hook(v if not many else (list(v) or [None])[0], sae, lm, hook)
-    task = Task(
-        vectors=torch.zeros(0, sae.cfg.d_in, dtype=torch.float64, device=sae.device),
+    _check_given(method, {**given, "lm": lm})
+    several = isinstance(vectors, list | tuple) or (isinstance(vectors, Tensor) and vectors.ndim == 2)
+    each: list[Any] = list(vectors) if several else [vectors]  # pyright: ignore[reportArgumentType]
+    if not each:
+        raise SteersmanError("no vector to take apart: the list is empty")
+    hook = _hook(each[0], sae, lm, hook)
+    data = method.read(Sources(sae=sae, config=config, lm=lm, hook=hook, **given))
+    if vectors is None and method.makes_vector:
+        each = [method.own_vector(data)]
+    rows = [_row(one, i if several else None, sae, lm, hook) for i, one in enumerate(each)]
+    sae.check_residual("decompose")
+    _check_k(method, config, sae)
+    problem = Problem(
+        vectors=torch.stack(rows).to(sae.device),
         sae=sae,
         atoms=Atoms.of(sae, config.exclude_dead),
         config=config,
+        data=data,
         lm=lm,
         hook=hook,
-        **{**given, "texts": list(texts or ())},
     )
-    # Sources that can be read only once are read here: the method and its null both need them.
-    if config.method == "contrast":
-        plus, minus = sides(task)
-        task = replace(task, positive=plus, negative=minus)
-        v = plus.centre - minus.centre if v is None else v
-    elif config.method == "response":
-        task = replace(task, activations=some_rows(task))
-    each: Sequence[Any] = list(v) if many and v is not None else [v]
-    rows = [_row(one, i if many else None, sae, lm, hook) for i, one in enumerate(each)]
-    if not rows:
-        raise SteersmanError("no vector to take apart: the list is empty")
-    sae.check_residual("decompose")
-    _check_k(config, sae)
-    task = replace(task, vectors=torch.stack(rows).to(sae.device))
-    found = list(_records(task, labels))
-    return found if many else found[0]
+    records = list(_records(method, problem, labels))
+    return records if several else records[0]
 
 
-def _config(config: DecomposeConfig | None, settings: dict[str, Any]) -> DecomposeConfig:
-    if config is not None and settings:
-        raise SteersmanError(f"give config or single settings, not both: {', '.join(settings)}")
-    try:
-        return config or DecomposeConfig(**settings)
-    except TypeError:
-        known = list(DecomposeConfig.__dataclass_fields__)
-        unknown = next(name for name in settings if name not in known)
-        raise SteersmanError(f"decompose has no setting {unknown!r}; it has {', '.join(known)}") from None
-
-
-def _check_k(config: DecomposeConfig, sae: SAE) -> None:
-    k_most = sae.cfg.d_in if config.method in ("omp", "lasso", "nnls", "behaviour") else sae.cfg.d_sae
+def _check_k(method: Method, config: DecomposeConfig, sae: SAE) -> None:
+    k_most = sae.cfg.d_in if method.independent else sae.cfg.d_sae
     if config.k is not None and not 1 <= config.k <= k_most:
         what = "d_in, more directions are not independent" if k_most == sae.cfg.d_in else "d_sae"
         raise SteersmanError(f"k = {config.k} is out of range: 1 to {k_most} ({what})")
 
 
-def _check_data(method: str, given: dict[str, Any]) -> None:
+def _check_given(method: Method, given: Mapping[str, object]) -> None:
     """Needed data is there, and none is given that would not be read (a model is always welcome, for labels)."""
-    reads = DATA.get(method, ())
     for name, value in given.items():
-        if value is not None and name not in reads and name != "lm":
-            needs = [other for other, names in DATA.items() if name in names]
-            raise SteersmanError(f"method {method!r} does not read {name}=; {' and '.join(needs)} would")
-    missing = [name for name in reads if given[name] is None and name != "lm"]
-    if method == "behaviour" and given["lm"] is None:
-        missing.append("lm")
+        if value is not None and name not in method.reads and name != "lm":
+            readers = [other.name for other in METHODS.values() if name in other.reads]
+            raise SteersmanError(f"method {method.name!r} does not read {name}=; {' and '.join(readers)} would")
+    missing = [f"{name}= ({GIVEN[name]})" for name in method.reads if given[name] is None]
     if missing:
-        what = {
-            "activations": "a store, or activations [N, d_in]",
-            "effect_map": "what collect_effects(...).fit() gives",
-            "texts": "texts to compare the steered model on",
-            "positive": "texts (with lm=) or activations [N, d_in]",
-            "negative": "texts (with lm=) or activations [N, d_in]",
-            "lm": "the model",
-        }
-        raise SteersmanError(f"method {method!r} needs {' and '.join(f'{n}= ({what[n]})' for n in missing)}")
+        raise SteersmanError(f"method {method.name!r} needs {' and '.join(missing)}")
 
 
 def _hook(v: Any, sae: SAE, lm: LanguageModel | None, hook: str) -> str:
@@ -169,7 +184,8 @@ def _row(v: Any, index: int | None, sae: SAE, lm: LanguageModel | None, hook: st
         check_same_origin(name, origin, "the SAE", Origin.of_sae(sae)._replace(hook_name=hook))
         v = v.vector
     if v is None:
-        raise SteersmanError("no vector to take apart: only method 'contrast' can do without one")
+        able = " and ".join(repr(method.name) for method in METHODS.values() if method.makes_vector)
+        raise SteersmanError(f"no vector to take apart: only method {able} can do without one")
     try:
         row = torch.as_tensor(v).detach().to(device=sae.device, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -183,50 +199,54 @@ def _row(v: Any, index: int | None, sae: SAE, lm: LanguageModel | None, hook: st
     return row
 
 
-def _records(task: Task, labels: Mapping[int, str] | None) -> Iterator[Decomposition]:
-    found = METHODS[task.config.method](task)
-    zero, null = zero_features(task), Null(task)
-    for v, terms in zip(task.vectors, found):
-        yield _record(task, v, terms, zero, null, labels)
+def _records(method: Method, problem: Problem, labels: Mapping[int, str] | None) -> Iterator[Decomposition]:
+    found = method.terms(problem)
+    zero, null = zero_features(method, problem), NullCurves(method, problem)
+    for v, terms in zip(problem.vectors, found):
+        yield _record(method, problem, v, terms, zero, null.of(v, terms), labels)
 
 
 def _record(
-    task: Task, v: Tensor, terms: Terms, zero: set[int], null: Null, labels: Mapping[int, str] | None
+    method: Method,
+    problem: Problem,
+    v: Tensor,
+    terms: Terms,
+    zero: set[int],
+    null: Tensor,
+    labels: Mapping[int, str] | None,
 ) -> Decomposition:
-    config, sae, ids = task.config, task.sae, terms.features
-    directions = task.atoms.unit(ids)
-    # The effect's coefficients are no parts of v: v is fitted by the same features instead.
-    parts = refit(v, task.atoms, ids) if config.method == "effect" else terms.coefficients
+    sae, ids = problem.sae, terms.features
+    directions = problem.atoms.unit(ids)
+    parts = method.parts(problem, v, terms)
     reconstruction = parts @ directions
     residual = v - reconstruction
-    curve = added_up(v, task.atoms, terms) if terms.curve is None else terms.curve
+    curve = cumulative_ev(v, problem.atoms, terms) if terms.curve is None else terms.curve
     explained = float(1 - residual.square().sum() / v.square().sum())
-    randoms = null.curves(v, terms)
     features = ids.tolist()
     return Decomposition(
-        method=config.method,
-        config=config,
+        method=method.name,
+        config=problem.config,
         features=ids.cpu(),
         coefficients=terms.coefficients.cpu(),
-        strengths=(parts / task.atoms.norms[ids]).cpu(),
+        strengths=(parts / problem.atoms.norms[ids]).cpu(),
         cosines=(directions @ v / v.norm()).cpu(),
         densities=None if sae.feature_stats is None else sae.feature_stats.density[ids.cpu()],
-        labels=labels_of(features, sae, labels, task.lm),
+        labels=labels_of(features, sae, labels, problem.lm),
         t=None if terms.t is None else terms.t.cpu(),
-        units=EFFECT_UNITS if config.method == "effect" else UNITS,
+        units=method.units,
         vector=v.float().cpu(),
         reconstruction=reconstruction.float().cpu(),
         residual=residual.float().cpu(),
         explained_variance=explained,
         cosine=float(reconstruction @ v / (reconstruction.norm() * v.norm()).clamp_min(1e-300)),
         curve=curve.cpu(),
-        null_curve=randoms.mean(dim=0).cpu(),
-        null_high=(randoms.max(dim=0).values if len(features) else randoms.new_zeros(0)).cpu(),
+        null_curve=null.mean(dim=0).cpu(),
+        null_high=(null.max(dim=0).values if len(features) else null.new_zeros(0)).cpu(),
         zero_overlap=jaccard(set(features), zero),
         negative_energy=negative_energy(terms.coefficients),
-        warnings=warnings_of(task, v, terms, explained, zero, randoms),
+        warnings=warnings_of(method, problem, v, terms, explained, zero, null),
         path=terms.path,
         details=terms.details,
-        hook_name=task.hook,
+        hook_name=problem.hook,
         model_name=sae.cfg.model_name,
     )

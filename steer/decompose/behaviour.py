@@ -19,8 +19,8 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.steer.decompose.base import Method, Problem, Sources
 from steersman.steer.decompose.omp import matching_pursuit
-from steersman.steer.decompose.task import Task
 from steersman.steer.decompose.terms import Terms, largest
 from steersman.steer.steerer import Steerer
 
@@ -28,22 +28,36 @@ L1, STEPS, RATE = 0.01, 60, 0.03
 _TOKENS = 128  # of each text
 
 
-def behaviour(task: Task) -> list[Terms]:
-    """Refined coefficients of every vector, at most k, largest first."""
-    if task.lm is None or not task.texts:
-        raise SteersmanError("method 'behaviour' needs the model and texts to compare on: give lm= and texts=")
-    return [_refine(task, task.lm, v) for v in task.vectors]
+class Behaviour(Method):
+    """Coefficients refined by gradient descent on what they do."""
+
+    name = "behaviour"
+    source = "arXiv 2411.08790 (its requirements)"
+    reads = ("texts", "lm")
+    settings = ("scale", "l1", "steps")
+    needs_k = True
+    independent = True
+
+    def read(self, sources: Sources) -> list[str]:
+        texts = list(sources.texts or ())
+        if sources.lm is None or not texts:
+            raise SteersmanError("method 'behaviour' needs the model and texts to compare on: give lm= and texts=")
+        return texts
+
+    def terms(self, problem: Problem) -> list[Terms]:
+        assert problem.lm is not None
+        return [_refine(problem, problem.lm, v) for v in problem.vectors]
 
 
-def _refine(task: Task, lm: LanguageModel, v: Tensor) -> Terms:
-    config, atoms = task.config, task.atoms
+def _refine(problem: Problem, lm: LanguageModel, v: Tensor) -> Terms:
+    config, atoms = problem.config, problem.atoms
     assert config.k is not None
     start = matching_pursuit(v[None], atoms, min(2 * config.k, len(v)))[0]
     directions = atoms.unit(start.features).float().to(lm.device)
     size, a = float(v.norm()), config.scale or 1.0
     steps, l1 = config.steps or STEPS, L1 if config.l1 is None else config.l1
-    batch = lm.encode(list(task.texts), max_length=min(_TOKENS, lm.context_length or _TOKENS))
-    match = _Match(lm, task.hook, batch, a * v.float().to(lm.device))
+    batch = lm.encode(problem.data, max_length=min(_TOKENS, lm.context_length or _TOKENS))
+    match = _Match(lm, problem.hook, batch, a * v.float().to(lm.device))
     c = (start.coefficients / size).float().to(lm.device).requires_grad_()
     optimizer = torch.optim.Adam([c], lr=RATE)
     kept = torch.ones_like(c, dtype=torch.bool)

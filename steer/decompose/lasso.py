@@ -6,53 +6,62 @@ are then fitted again without it, as it shrinks every coefficient (Tibshirani 19
 features, as a share of the largest lambda.
 """
 
+from typing import ClassVar
+
 from torch import Tensor
 
+from steersman.sae import SAE
 from steersman.steer.decompose.atoms import Atoms
+from steersman.steer.decompose.base import Method, Null, Problem
 from steersman.steer.decompose.homotopy import Solution, walk_path
-from steersman.steer.decompose.task import Task
 from steersman.steer.decompose.terms import Terms, refit
 
 TOGETHER = 32  # vectors that walk together: each holds its active rows and inverse Gram matrix
 _TOLERANCE = 1e-6
 
 
-def lasso(task: Task) -> list[Terms]:
-    """The lasso solution of every vector."""
-    return convex(task, positive=False)
-
-
-def convex(task: Task, positive: bool) -> list[Terms]:
+class Lasso(Method):
     """The end of each vector's path as terms, largest coefficient first."""
-    config = task.config
-    penalty = config.penalty
-    again = config.refit if config.refit is not None else penalty is None
-    k = config.k
-    terms = []
-    for V in task.vectors.split(TOGETHER):
-        solutions = walk_path(V, task.atoms, k=k, penalty=penalty, positive=positive)
-        for v, solution in zip(V, solutions):
-            coefficients = solution.coefficients
-            if again:
-                coefficients = _without_penalty(v, task.atoms, solution, positive)
-            order = coefficients.abs().argsort(descending=True, stable=True)
-            order = order[coefficients[order] != 0]
-            warnings = []
-            if solution.violation > _TOLERANCE:
-                warnings.append(
-                    f"the path ended {solution.violation:.1e} of the largest penalty away from the optimum: features "
-                    "that are almost copies of one another blur it"
+
+    name = "lasso"
+    source = "Tibshirani 1996"
+    settings = ("penalty", "refit")
+    independent = True
+    null = Null.SCALE_FREE
+    positive: ClassVar[bool] = False
+    """Whether all coefficients are at least 0."""
+
+    def expresses_negative(self, sae: SAE) -> bool:
+        return not self.positive
+
+    def terms(self, problem: Problem) -> list[Terms]:
+        config, positive = problem.config, self.positive
+        again = config.refit if config.refit is not None else config.penalty is None
+        terms = []
+        for V in problem.vectors.split(TOGETHER):
+            solutions = walk_path(V, problem.atoms, k=config.k, penalty=config.penalty, positive=positive)
+            for v, solution in zip(V, solutions):
+                coefficients = solution.coefficients
+                if again:
+                    coefficients = _without_penalty(v, problem.atoms, solution, positive)
+                order = coefficients.abs().argsort(descending=True, stable=True)
+                order = order[coefficients[order] != 0]
+                warnings = []
+                if solution.violation > _TOLERANCE:
+                    warnings.append(
+                        f"the path ended {solution.violation:.1e} of the largest penalty away from the optimum: "
+                        "features that are almost copies of one another blur it"
+                    )
+                terms.append(
+                    Terms(
+                        features=solution.features[order],
+                        coefficients=coefficients[order],
+                        path=solution.path,
+                        details={"penalty": solution.penalty, "kkt_violation": solution.violation},
+                        warnings=warnings,
+                    )
                 )
-            terms.append(
-                Terms(
-                    features=solution.features[order],
-                    coefficients=coefficients[order],
-                    path=solution.path,
-                    details={"penalty": solution.penalty, "kkt_violation": solution.violation},
-                    warnings=warnings,
-                )
-            )
-    return terms
+        return terms
 
 
 def _without_penalty(v: Tensor, atoms: Atoms, solution: Solution, positive: bool) -> Tensor:

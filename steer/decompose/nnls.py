@@ -4,11 +4,12 @@ With `k=None` the path runs to its end, the unpenalised NNLS solution (Lawson an
 rebuild v almost exactly, and are mostly not the features it was made of. A reconstruction cosine alone says nothing.
 """
 
-from steersman.steer.decompose.lasso import convex
-from steersman.steer.decompose.task import Task
-from steersman.steer.decompose.terms import Terms
+from steersman.steer.decompose.lasso import Lasso
 
 
-def nnls(task: Task) -> list[Terms]:
-    """The non-negative solution of every vector."""
-    return convex(task, positive=True)
+class NNLS(Lasso):
+    """The non-negative solution."""
+
+    name = "nnls"
+    source = "Lawson and Hanson 1974"
+    positive = True

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from steersman.steer.decompose.atoms import Atoms
-from steersman.steer.decompose.task import Task
+from steersman.steer.decompose.base import Method, Null, Problem
+from steersman.steer.decompose.gradient_pursuit import gradient_pursuit
 from steersman.steer.decompose.terms import Terms
 
 TOGETHER = 128  # vectors that step together: the product is efficient, and B * k * D float64 rows stay small
@@ -20,18 +21,21 @@ _LEFT = 1e-7  # share of |v| below which nothing is left to explain
 _DEPENDENT = 1e-10  # squared distance of a unit row from the chosen ones' span below which it adds nothing
 
 
-def omp(task: Task) -> list[Terms]:
-    """Matching pursuit of every vector of the task; `pursuit="gradient"` takes gradient steps instead of refitting."""
-    assert task.config.k is not None
-    terms: list[Terms] = []
-    for V in task.vectors.split(TOGETHER):
-        if task.config.pursuit == "gradient":
-            from steersman.steer.decompose.gradient_pursuit import gradient_pursuit
+class OMP(Method):
+    """Matching pursuit; `pursuit="gradient"` takes gradient steps instead of fitting anew."""
 
-            terms += gradient_pursuit(V, task.atoms, task.config.k)
-        else:
-            terms += matching_pursuit(V, task.atoms, task.config.k)
-    return terms
+    name = "omp"
+    source = "Pati, Rezaiifar and Krishnaprasad 1993"
+    settings = ("pursuit",)
+    needs_k = True
+    independent = True
+    null = Null.SCALE_FREE
+
+    def terms(self, problem: Problem) -> list[Terms]:
+        assert problem.config.k is not None
+        pursue = gradient_pursuit if problem.config.pursuit == "gradient" else matching_pursuit
+        parts = problem.vectors.split(TOGETHER)
+        return [terms for V in parts for terms in pursue(V, problem.atoms, problem.config.k)]
 
 
 def matching_pursuit(V: Tensor, atoms: Atoms, k: int) -> list[Terms]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steersman.steer.decompose.task import DecomposeConfig
+from steersman.steer.decompose.base import DecomposeConfig
 from steersman.steer.decompose.terms import PathPoint
 
 
@@ -114,7 +114,12 @@ class Decomposition:
             "warnings": self.warnings,
             "path": None if self.path is None else [vars(point) for point in self.path],
             "details": self.details,
-            "settings": {name: value for name, value in vars(self.config).items() if value is not None},
+            # files have `positions` under an older name
+            "settings": {
+                "read" if name == "positions" else name: value
+                for name, value in vars(self.config).items()
+                if value is not None
+            },
         }
 
     def to_json(self) -> str:

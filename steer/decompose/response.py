@@ -13,46 +13,54 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.sae import SAE, SparseCode
 from steersman.steer.decompose.antipodal import natural_scale
-from steersman.steer.decompose.task import Task, batches_of
+from steersman.steer.decompose.base import Method, Null, Problem, Sources, batches_of
 from steersman.steer.decompose.terms import Terms, largest
 
 ROWS = 512
 _CHUNK = 128  # tokens whose dense codes are held at once
 
 
-def response(task: Task) -> list[Terms]:
-    """The mean response of every vector, at most k features, largest in size."""
-    X = some_rows(task)
-    median = float(X.norm(dim=1).median())
-    terms = []
-    for row, v in enumerate(task.vectors):
-        a = natural_scale(task, row, median)
-        mean, t = _mean_change(task.sae, X, a * v.float())
-        values = mean * task.atoms.norms / a
-        ids = largest(values, task.config.k)
-        terms.append(
-            Terms(features=ids, coefficients=values[ids], t=t[ids], details={"scale": a, "rows": float(len(X))})
-        )
-    return terms
+class Response(Method):
+    """The mean change of real activations' codes."""
 
+    name = "response"
+    source = "arXiv 2411.08790 (its requirements)"
+    reads = ("activations",)
+    settings = ("scale", "rows")
+    null = Null.EQUAL_NORM
+    null_directions = 4  # each is a mean over hundreds of activations already
 
-def some_rows(task: Task) -> Tensor:
-    """The first `rows` activations [N, D] of the source: shuffled, if it shuffles."""
-    wanted, D = task.config.rows or ROWS, task.sae.cfg.d_in
-    parts, n = [], 0
-    for x in batches_of(task.activations):
-        if x.ndim != 2 or x.shape[1] != D:
-            raise SteersmanError(f"activations of shape {tuple(x.shape)} do not fit an SAE of d_in {D}")
-        parts.append(x[: wanted - n].to(task.sae.device).float())
-        n += len(parts[-1])
-        if n >= wanted:
-            break
-    if n < 2:
-        raise SteersmanError(f"{n} activations are too few for a mean response: give a store or at least 2 rows")
-    X = torch.cat(parts)
-    if not bool(X.isfinite().all()):
-        raise SteersmanError("the activations hold NaN or infinite values")
-    return X
+    def read(self, sources: Sources) -> Tensor:
+        """The first `rows` activations [N, D] of the source: shuffled, if it shuffles."""
+        assert sources.activations is not None
+        wanted, D = sources.config.rows or ROWS, sources.sae.cfg.d_in
+        parts, n = [], 0
+        for x in batches_of(sources.activations):
+            if x.ndim != 2 or x.shape[1] != D:
+                raise SteersmanError(f"activations of shape {tuple(x.shape)} do not fit an SAE of d_in {D}")
+            parts.append(x[: wanted - n].to(sources.sae.device).float())
+            n += len(parts[-1])
+            if n >= wanted:
+                break
+        if n < 2:
+            raise SteersmanError(f"{n} activations are too few for a mean response: give a store or at least 2 rows")
+        X = torch.cat(parts)
+        if not bool(X.isfinite().all()):
+            raise SteersmanError("the activations hold NaN or infinite values")
+        return X
+
+    def terms(self, problem: Problem) -> list[Terms]:
+        X: Tensor = problem.data
+        median = float(X.norm(dim=1).median())
+        terms = []
+        for v in problem.vectors:
+            a = natural_scale(problem, v, median)
+            mean, t = _mean_change(problem.sae, X, a * v.float())
+            values = mean * problem.atoms.norms / a
+            ids = largest(values, problem.config.k)
+            details = {"scale": a, "rows": float(len(X))}
+            terms.append(Terms(features=ids, coefficients=values[ids], t=t[ids], details=details))
+        return terms
 
 
 def _mean_change(sae: SAE, X: Tensor, push: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,17 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.origin import check_fits
-from steersman.steer.calibrate import CalibrateConfig, CostMeter, search_scale
 from steersman.steer.decompose.record import Decomposition
-from steersman.steer.measures import token_kl
+from steersman.steer.measures import CostMeter, token_kl
+from steersman.steer.scale_search import search_scale
 from steersman.steer.steerer import Steerer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class Variant:
     """One way of steering, measured on the same texts as the others."""
 
     name: str
@@ -49,33 +50,35 @@ class Kept:
     """The same as a share of the vector's."""
 
 
+@renamed_fields(kept="variants")
 @dataclass(frozen=True, kw_only=True)
 class Retention:
     """What a decomposition keeps of its vector's effect."""
 
-    kept: list[Kept]
+    variants: list[Variant]
     """By way of steering; the first is the vector itself."""
     scale: float
     """Multiples of the vector that everything is measured at."""
     n_tokens: int
     """Tokens that each figure is over."""
 
-    def __getitem__(self, name: str) -> Kept:
-        return next(kept for kept in self.kept if kept.name == name)
+    def __getitem__(self, name: str) -> Variant:
+        return next(variant for variant in self.variants if variant.name == name)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
-        return {"scale": self.scale, "n_tokens": self.n_tokens, "kept": [vars(kept) for kept in self.kept]}
+        variants = [vars(variant) for variant in self.variants]
+        return {"scale": self.scale, "n_tokens": self.n_tokens, "kept": variants}  # an older name, kept in files
 
     def to_text(self) -> str:
         """A table for a terminal."""
-        words = self.kept[0].rise is not None
+        words = self.variants[0].rise is not None
         head = f"{'steering with':<28} {'norm':>8} {'KL':>7} {'retained':>9} {'agreement':>10}"
         lines = [head + (f" {'rise':>8} {'retained':>9}" if words else "")]
-        for kept in self.kept:
-            line = f"{kept.name:<28} {kept.norm:>8.3f} {kept.kl:>7.3f} {kept.retained:>9.3f} {kept.agreement:>10.3f}"
-            if kept.rise is not None and kept.rise_retained is not None:
-                line += f" {kept.rise:>+8.4f} {kept.rise_retained:>9.3f}"
+        for one in self.variants:
+            line = f"{one.name:<28} {one.norm:>8.3f} {one.kl:>7.3f} {one.retained:>9.3f} {one.agreement:>10.3f}"
+            if one.rise is not None and one.rise_retained is not None:
+                line += f" {one.rise:>+8.4f} {one.rise_retained:>9.3f}"
             lines.append(line)
         return "\n".join(lines)
 
@@ -104,7 +107,7 @@ def measure_retention(
         raise SteersmanError("this decomposition has no feature, so nothing to steer with")
     origin = {"model_name": found.model_name, "hook_name": found.hook_name, "width": len(found.vector)}
     where = check_fits(lm, what="this decomposition", **origin, hook=hook)
-    meter = CostMeter(lm, texts, CalibrateConfig(max_length=max_length, batch_size=batch_size))
+    meter = CostMeter(lm, texts, max_length=max_length, batch_size=batch_size)
     steerer, v, rebuilt = Steerer(lm), scale * found.vector, scale * found.reconstruction
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(v.shape, generator=generator)
@@ -140,14 +143,16 @@ def measure_retention(
             figures = [token_kl(steered, base).sum(), (change * reference).sum(), change.square().sum(), rise]
             sums[name] += torch.stack([figure.double().cpu() for figure in figures])
     n = sum(int(batch.attention_mask.sum()) for batch in meter.batches)
-    kept = [_kept(name, push, sums[name], sums["vector"], n, bool(toward or away)) for name, push in pushes.items()]
-    return Retention(kept=kept, scale=scale, n_tokens=n)
+    variants = [
+        _variant(name, push, sums[name], sums["vector"], n, bool(toward or away)) for name, push in pushes.items()
+    ]
+    return Retention(variants=variants, scale=scale, n_tokens=n)
 
 
-def _kept(name: str, push: Tensor, sums: Tensor, vector: Tensor, n: int, words: bool) -> Kept:
+def _variant(name: str, push: Tensor, sums: Tensor, vector: Tensor, n: int, words: bool) -> Variant:
     kl, dot, square, rise = sums.tolist()
     whole = float(vector[2])
-    return Kept(
+    return Variant(
         name=name,
         norm=float(push.norm()),
         kl=kl / n,

@@ -56,7 +56,7 @@ def largest(values: Tensor, k: int | None, by: Tensor | None = None) -> Tensor:
     return ids if k is None else ids[:k]
 
 
-def added_up(v: Tensor, atoms: Atoms, terms: Terms) -> Tensor:
+def cumulative_ev(v: Tensor, atoms: Atoms, terms: Terms) -> Tensor:
     """Explained variance [M] of the first m terms with the coefficients as they are: `1 - |v - sum|^2 / |v|^2`."""
     parts = atoms.unit(terms.features) * terms.coefficients[:, None]
     errors = v - parts.cumsum(dim=0)
@@ -72,7 +72,7 @@ def span_of(atoms: Atoms, features: Tensor) -> Tensor:
     return torch.where(r.diagonal().abs() > 1e-9, q, 0.0).T[: len(features)]
 
 
-def fitted(v: Tensor, span: Tensor) -> Tensor:
+def projected_ev(v: Tensor, span: Tensor) -> Tensor:
     """Explained variance [M] (or [B, M]) of v [D] (or [B, D]) by least squares on the first m features of a span."""
     shares = (v @ span.T).square() / v.square().sum(dim=-1, keepdim=True)
     return shares.cumsum(dim=-1)
@@ -84,3 +84,18 @@ def refit(v: Tensor, atoms: Atoms, features: Tensor) -> Tensor:
         return torch.zeros(0, dtype=torch.float64, device=v.device)
     rows = atoms.unit(features)
     return (torch.linalg.pinv(rows.T, rtol=1e-10) @ v[:, None])[:, 0]
+
+
+def jaccard(a: set[int], b: set[int]) -> float:
+    """Size of the intersection over that of the union; 0 for two empty sets.
+
+    >>> jaccard({1, 2, 3}, {2, 3, 4})
+    0.5
+    """
+    return len(a & b) / len(a | b) if a | b else 0.0
+
+
+def negative_energy(coefficients: Tensor) -> float:
+    """Share of the squared coefficients that is negative; 0 without coefficients."""
+    energy = coefficients.square()
+    return float(energy[coefficients < 0].sum() / energy.sum()) if float(energy.sum()) > 0 else 0.0

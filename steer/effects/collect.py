@@ -8,13 +8,14 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from steersman.errors import SteersmanError, near_names
+from steersman.config import differences, merged
+from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.origin import check_sae_fits
 from steersman.parallel import Mesh, Ranks, rank_and_world_size
@@ -23,21 +24,24 @@ from steersman.sae import SAE
 from steersman.steer.effects.config import EffectsConfig
 from steersman.steer.effects.folder import (
     BASELINE,
-    MANIFEST,
-    Baseline,
     Effects,
-    EffectShard,
-    EffectsManifest,
     read_baseline,
-    sae_identity,
     shard_path,
-    tensor_hash,
     write_baseline,
     write_tensors,
+)
+from steersman.steer.effects.measured import (
+    MANIFEST,
+    Baseline,
+    EffectShard,
+    EffectsManifest,
+    sae_identity,
+    tensor_hash,
 )
 from steersman.steer.effects.rollouts import RolloutMeter
 from steersman.steer.effects.scales import ScaleRule
 from steersman.steer.effects.vectors import given_vectors, make_vectors
+from steersman.steer.vectors.vector import VectorLike
 
 log = logging.getLogger(__name__)
 
@@ -51,20 +55,20 @@ def collect_effects(
     texts: Iterable[str] = (),
     config: EffectsConfig | None = None,
     *,
-    vectors: Any = None,
+    vectors: str | Tensor | Iterable[VectorLike] | None = None,
     rows_of: SAE | None = None,
-    **overrides: Any,
+    **settings: Any,
 ) -> Effects:
     """Measure the effect of many steering vectors on every feature of `sae`.
 
     Under `torchrun` the shards are shared out over the ranks; the numbers, and the files, are those of one process.
-    When interrupted, the same call with the same `out` goes on after the finished shards and leaves the same bytes.
+    When interrupted, the same call with the same `out` resumes after the finished shards and leaves the same bytes.
 
     Args:
         lm: the model.
         sae: whose features are measured; it must record its hook point.
         texts: held-out texts, for the scale rules `loss` and `kl`.
-        config: an `EffectsConfig`; `overrides` are fields of it, over those of `config`.
+        config: the settings; `**settings` are fields of it, over those of `config`.
         vectors: a kind (see `EffectsConfig.vectors`), or the vectors themselves: [n, D], or `SteeringVector`s.
         rows_of: another SAE at the same hook point, to take decoder rows from.
 
@@ -73,7 +77,7 @@ def collect_effects(
             zero or not finite; no held-out texts where the rule needs them; a rule that no vector reaches; a folder
             that holds something else, or effects measured with other settings (naming them).
     """
-    config = _config(config, {**overrides, **({"vectors": vectors} if isinstance(vectors, str) else {})})
+    config = merged(EffectsConfig, config, settings | ({"vectors": vectors} if isinstance(vectors, str) else {}))
     read_at = check_sae_fits(lm, sae)
     hook = read_at if config.hook is None else lm.resolve_hook(config.hook)
     if vectors is None or isinstance(vectors, str):
@@ -82,14 +86,14 @@ def collect_effects(
         directions = make_vectors(config, source, lm.hook_width(hook))
     else:
         directions = given_vectors(vectors, lm, hook)
-    kept = _first_texts(texts, config) if config.needs_texts else []
+    heldout = _first_texts(texts, config) if config.needs_texts else []
     manifest = EffectsManifest(
         model_name=lm.name,
         hook_name=hook,
         sae=sae_identity(sae),
         n_vectors=len(directions),
         vectors_hash=tensor_hash(directions),
-        texts_hash=hashlib.sha256("\0".join(kept).encode()).hexdigest()[:16] if kept else "",
+        texts_hash=hashlib.sha256("\0".join(heldout).encode()).hexdigest()[:16] if heldout else "",
         settings={**config.identity(), "hook": hook, "vectors": config.vectors if _made(vectors) else "given"},
     )
     rank, world_size = rank_and_world_size()
@@ -98,9 +102,9 @@ def collect_effects(
         raise SteersmanError("several processes share their work through a folder: give out=")
     with Ranks(Mesh(data=world_size, rank=rank), config.timeout_seconds) as ranks:
         if folder is not None:  # nobody may look before the folder is known to be the right one
-            ranks.on_rank_zero(lambda: _begin(folder, manifest))
+            ranks.on_rank_zero(lambda: _claim(folder, manifest))
         meter = RolloutMeter(lm, sae, hook, config)
-        return _collect(meter, directions, kept, manifest, folder, ranks)
+        return _collect(meter, directions, heldout, manifest, folder, ranks)
 
 
 def _collect(
@@ -117,18 +121,18 @@ def _collect(
     waiting = [shard for shard in mine if folder is None or not shard_path(folder, shard[0]).is_file()]
     total = sum(stop - start for _, (start, stop) in mine)
     done = total - sum(stop - start for _, (start, stop) in waiting)
-    kept = []
+    finished = []
     options: dict[str, Any] = {"initial": done, "unit": "vector"} | ({} if ranks.is_rank_zero else {"disable": True})
     with progress(desc="measuring effects", total=total, **options) as bar:
         for number, (start, stop) in waiting:
             shard = _shard(meter, rule, vectors[start:stop], start, baseline)
             if folder is None:
-                kept.append(shard)
+                finished.append(shard)
             else:
                 write_tensors(shard_path(folder, number), shard._asdict(), manifest)
             bar.update(stop - start)
     ranks.control.barrier()
-    effects = Effects(manifest, baseline, shards=kept) if folder is None else Effects.open(folder)
+    effects = Effects(manifest, baseline, shards=finished) if folder is None else Effects.open(folder)
     _check_reached(effects, meter.config, baseline)
     return effects
 
@@ -136,14 +140,14 @@ def _collect(
 def _shard(meter: RolloutMeter, rule: ScaleRule, vectors: Tensor, first: int, baseline: Baseline) -> EffectShard:
     """The effects of the vectors [n, D] that are the `first`-th and following."""
     config = meter.config
-    found = rule.find(vectors, None if math.isnan(baseline.typical_scale) else baseline.typical_scale)
+    scales = rule.find(vectors, None if math.isnan(baseline.typical_scale) else baseline.typical_scale)
     numbers = range(first, first + len(vectors))
-    averages = meter.measure(vectors, found.scale, numbers, config.rollouts, config.seed)
+    averages = meter.measure(vectors, scales.scale, numbers, config.rollouts, config.seed)
     return EffectShard(
         vectors=vectors,
-        scale=found.scale,
-        achieved=found.achieved,
-        reached=found.reached,
+        scale=scales.scale,
+        achieved=scales.achieved,
+        reached=scales.reached,
         effect=(averages.mean - baseline.mean.double()).float(),
         standard_error=averages.standard_error.float(),
         positions=averages.positions,
@@ -165,9 +169,9 @@ def _baseline(
 
     def measured() -> tuple[Baseline, ScaleRule]:
         averages, median_norm = meter.base()
-        found = rule(median_norm)
-        typical = found.typical(vectors[:_PILOTS]) if meter.config.needs_texts else math.nan
-        return Baseline(averages.mean[0].float(), averages.standard_error[0].float(), median_norm, typical), found
+        scales = rule(median_norm)
+        typical = scales.typical(vectors[:_PILOTS]) if meter.config.needs_texts else math.nan
+        return Baseline(averages.mean[0].float(), averages.standard_error[0].float(), median_norm, typical), scales
 
     def write_missing() -> None:
         if folder is not None and not (folder / BASELINE).is_file():
@@ -198,15 +202,7 @@ def _check_reached(effects: Effects, config: EffectsConfig, baseline: Baseline) 
     )
 
 
-def _config(config: EffectsConfig | None, overrides: dict[str, Any]) -> EffectsConfig:
-    names = [field.name for field in fields(EffectsConfig)]
-    for name in overrides:
-        if name not in names:
-            raise SteersmanError(f"unknown setting {name!r}; near it: {near_names(name, names, 3)}")
-    return replace(config or EffectsConfig(), **overrides)
-
-
-def _made(vectors: Any) -> bool:
+def _made(vectors: object) -> bool:
     return vectors is None or isinstance(vectors, str)
 
 
@@ -225,12 +221,18 @@ def _first_texts(texts: Iterable[str], config: EffectsConfig) -> list[str]:
     return kept
 
 
-def _begin(folder: Path, manifest: EffectsManifest) -> None:
-    """Make the folder, or check that it was begun with the same settings."""
+def _settings(manifest: EffectsManifest) -> dict[str, Any]:
+    """Everything in a manifest, the settings under the names that a user knows."""
+    data = asdict(manifest)
+    return data.pop("settings") | data
+
+
+def _claim(folder: Path, manifest: EffectsManifest) -> None:
+    """Make the folder, or check that what is in it was started with the same settings."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).exists():
-            if difference := EffectsManifest.load(folder).differences(manifest):
+            if difference := differences(_settings(EffectsManifest.load(folder)), _settings(manifest)):
                 raise SteersmanError(
                     f"{folder}: holds effects measured with other settings: {difference}; choose another folder, or "
                     "delete this one"

@@ -11,13 +11,9 @@ A file exists only when it is whole, so the folder itself says what is done. Eac
 and nothing in any of them depends on when, in how many attempts or by how many processes they were written.
 """
 
-import hashlib
-import json
-import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,143 +21,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.files import write_json, write_whole
+from steersman.files import write_whole
 from steersman.sae import SAE
+from steersman.steer.effects.map import EffectMap
+from steersman.steer.effects.measured import (
+    FORMAT,
+    Baseline,
+    EffectShard,
+    EffectsManifest,
+    sae_identity,
+    tensor_hash,
+)
 
-if TYPE_CHECKING:
-    from steersman.steer.effects.map import EffectMap
-
-FORMAT, VERSION = "steersman.effects", 1
-MANIFEST, BASELINE = "manifest.json", "baseline.safetensors"
-
-
-def tensor_hash(*tensors: Tensor) -> str:
-    """Sixteen hexadecimal digits that change when any number of the tensors changes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        x = tensor.detach().cpu().contiguous()
-        digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
-        digest.update(x.view(torch.uint8).numpy().data if x.numel() else b"")
-    return digest.hexdigest()[:16]
-
-
-def sae_identity(sae: SAE) -> dict[str, Any]:
-    """What tells an SAE from others: its shape, where it reads, and a hash of its weights."""
-    cfg = sae.cfg
-    weights = [value for _, value in sorted(sae.state_dict().items())]
-    return {
-        "d_in": cfg.d_in,
-        "d_sae": cfg.d_sae,
-        "k": cfg.k,
-        "activation": cfg.architecture,
-        "hook_name": cfg.hook_name,
-        "hash": tensor_hash(*weights),
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
-class EffectsManifest:
-    """What was measured, on what, and how."""
-
-    model_name: str
-    """The model."""
-    hook_name: str
-    """Hook point the vectors are added at."""
-    sae: dict[str, Any]
-    """The SAE whose features are measured: see `sae_identity`."""
-    n_vectors: int
-    """Number of vectors."""
-    vectors_hash: str
-    """Hash of the unit vectors."""
-    texts_hash: str
-    """Hash of the held-out texts that the scale rule measures on; empty when it needs none."""
-    settings: dict[str, Any]
-    """`EffectsConfig.identity()`."""
-
-    @property
-    def shards(self) -> list[tuple[int, int]]:
-        """First and last + 1 vector of each shard."""
-        size = self.settings["shard_vectors"]
-        return [(start, min(start + size, self.n_vectors)) for start in range(0, self.n_vectors, size)]
-
-    @property
-    def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that change when anything in it changes."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
-
-    def save(self, folder: Path) -> None:
-        """Write `manifest.json`."""
-        write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **asdict(self)})
-
-    @classmethod
-    def load(cls, folder: Path) -> "EffectsManifest":
-        """Read `folder`'s manifest. Raises SteersmanError when there is none or it is not one of ours."""
-        path = folder / MANIFEST
-        try:
-            data = json.loads(path.read_text())
-            if data.pop("format") != FORMAT:
-                raise KeyError("format")
-            version = data.pop("version")
-            if version != VERSION:
-                raise SteersmanError(
-                    f"{path}: written in version {version} of the format, this program reads {VERSION}"
-                )
-            if {field.name for field in fields(cls)} != set(data):
-                raise KeyError("its fields")
-            return cls(**data)
-        except (FileNotFoundError, NotADirectoryError):
-            raise SteersmanError(
-                f"{folder}: no effects here (there is no {MANIFEST}); measure them with collect_effects or "
-                "`steersman effects`"
-            ) from None
-        except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise SteersmanError(f"{path}: not a readable manifest of effects ({error})") from error
-
-    def differences(self, other: "EffectsManifest") -> str:
-        """In what `other` differs, as text; empty if in nothing."""
-        a, b = _flat(asdict(self)), _flat(asdict(other))
-        names = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
-        return ", ".join(f"{name} ({a.get(name)!r} there, {b.get(name)!r} now)" for name in names)
-
-
-def _flat(data: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for name, value in data.items():
-        flat |= value if name == "settings" else {f"{name}.{k}": v for k, v in value.items()} if name == "sae" else {}
-        flat |= {} if isinstance(value, dict) else {name: value}
-    return flat
-
-
-class Baseline(NamedTuple):
-    """The unsteered rollouts."""
-
-    mean: Tensor
-    """[L] fp32: average activation of each feature."""
-    standard_error: Tensor
-    """[L] fp32."""
-    median_norm: float
-    """Median norm of the states where vectors are added."""
-    typical_scale: float = math.nan
-    """Median scale of the first few vectors, where the search for each scale starts; NaN where none is searched for."""
-
-
-class EffectShard(NamedTuple):
-    """The effects of n vectors."""
-
-    vectors: Tensor
-    """[n, D] fp32, unit norm."""
-    scale: Tensor
-    """[n] fp32: the norm of what was added."""
-    achieved: Tensor
-    """[n] fp32: what the scale rule measured there; NaN for rules that measure nothing."""
-    reached: Tensor
-    """[n] bool: whether the rule's target was reached."""
-    effect: Tensor
-    """[n, L] fp32: average activation of each feature minus that of the unsteered rollouts."""
-    standard_error: Tensor
-    """[n, L] fp32: of the steered average; the unsteered one's is in the baseline, the same for all."""
-    positions: Tensor
-    """[n] int64: positions averaged over."""
+BASELINE = "baseline.safetensors"
 
 
 class Effects:
@@ -172,7 +44,12 @@ class Effects:
     """
 
     def __init__(
-        self, manifest: EffectsManifest, baseline: Baseline, *, folder: Path | None = None, shards: Any = ()
+        self,
+        manifest: EffectsManifest,
+        baseline: Baseline,
+        *,
+        folder: Path | None = None,
+        shards: Iterable[EffectShard] = (),
     ) -> None:
         self.manifest, self.baseline, self.folder = manifest, baseline, folder
         self._shards: list[EffectShard] = list(shards)
@@ -244,10 +121,8 @@ class Effects:
         paths = [shard_path(self.folder, i) for i in range(len(self.manifest.shards))]
         return torch.cat([_read(path, self.manifest, [name])[name] for path in paths])
 
-    def fit(self, **options: Any) -> "EffectMap":
+    def fit(self, **options: Any) -> EffectMap:
         """The effect map of these effects: see `EffectMap.fit`."""
-        from steersman.steer.effects.map import EffectMap
-
         return EffectMap.fit(self, **options)
 
     def to_text(self) -> str:
@@ -291,9 +166,9 @@ def _read(path: Path, manifest: EffectsManifest, names: list[str]) -> dict[str, 
 
 def read_baseline(folder: Path, manifest: EffectsManifest) -> Baseline:
     """The folder's `baseline.safetensors`."""
-    found = _read(folder / BASELINE, manifest, list(Baseline._fields))
-    numbers = {name: float(found[name]) for name in ("median_norm", "typical_scale")}
-    return Baseline(found["mean"], found["standard_error"], **numbers)
+    tensors = _read(folder / BASELINE, manifest, list(Baseline._fields))
+    numbers = {name: float(tensors[name]) for name in ("median_norm", "typical_scale")}
+    return Baseline(tensors["mean"], tensors["standard_error"], **numbers)
 
 
 def write_baseline(folder: Path, baseline: Baseline, manifest: EffectsManifest) -> None:

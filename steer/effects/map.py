@@ -15,22 +15,27 @@ Shape letters: D width, L latents.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
 from steersman.lm.origin import Origin, check_same_origin
 from steersman.sae import SAE
-from steersman.steer.effects.fit import LinearFit, adam_fit, check_enough, ridge_fit, score
-from steersman.steer.effects.folder import Baseline, Effects, sae_identity
+from steersman.steer.effects import map_file
+from steersman.steer.effects.fit import adam_fit, check_enough, ridge_fit, score
+from steersman.steer.effects.measured import Baseline, Measured, sae_identity
+from steersman.steer.effects.targets import Targets, weights_of
 from steersman.steer.effects.vectors import unit_rows
-from steersman.steer.vectors.vector import SteeringVector
+from steersman.steer.effects.verification import Verification
+from steersman.steer.vectors.vector import SteeringVector, VectorLike
 
+_COLUMNS = ("b", "signal", "noise", "r2", "ceiling")
 WEAK = 2.0
 """Signal below which a column of M is taken for noise; see `LinearFit.signal`."""
 
@@ -65,7 +70,7 @@ class EffectMap:
     @classmethod
     def fit(
         cls,
-        effects: Effects,
+        effects: Measured,
         *,
         method: str = "closed",
         ridge: float | None = None,
@@ -120,23 +125,17 @@ class EffectMap:
             "vectors_hash": effects.manifest.vectors_hash,
             "effects": effects.manifest.settings,
         }
-        return cls.of(fitted, effects, notes, scored.r2, scored.ceiling)
-
-    @classmethod
-    def of(cls, fitted: LinearFit, effects: Effects, notes: dict[str, Any], r2: Tensor, ceiling: Tensor) -> "EffectMap":
-        """The map of a fit."""
-        manifest = effects.manifest
         return cls(
             M=fitted.M.float(),
             b=fitted.b.float(),
             signal=fitted.signal,
             noise=fitted.noise,
-            r2=r2,
-            ceiling=ceiling,
+            r2=scored.r2,
+            ceiling=scored.ceiling,
             baseline=effects.baseline,
-            model_name=manifest.model_name,
-            hook_name=manifest.hook_name,
-            sae=manifest.sae,
+            model_name=effects.manifest.model_name,
+            hook_name=effects.manifest.hook_name,
+            sae=effects.manifest.sae,
             provenance=notes,
         )
 
@@ -169,7 +168,7 @@ class EffectMap:
             differences = [f"{k} {wanted[k]!r} there, {found[k]!r} here" for k in found if found[k] != wanted.get(k)]
             raise SteersmanError(f"this effect map was made with another SAE: {', '.join(differences)}")
 
-    def direction(self, vector: Any) -> Tensor:
+    def direction(self, vector: Tensor | VectorLike) -> Tensor:
         """A vector [D] or `SteeringVector` as a unit direction. Raises SteersmanError for another width, model or hook
         point, and for a zero vector."""
         x = torch.as_tensor(getattr(vector, "vector", vector)).detach().float().cpu()
@@ -182,19 +181,19 @@ class EffectMap:
             raise SteersmanError("the vector is zero or not finite: it has no direction")
         return unit_rows(x)
 
-    def predict(self, vector: Any) -> Tensor:
+    def predict(self, vector: Tensor | VectorLike) -> Tensor:
         """The effect [L] of a vector (or [n, L] of n rows), at the scale the map was measured at."""
         return self.direction(vector) @ self.M + self.b
 
     # What brings an effect about
 
-    def targets(self, targets: Any, min_signal: float = WEAK) -> Tensor:
+    def targets(self, targets: Targets, min_signal: float = WEAK) -> Tensor:
         """Target weights as t [L] float64: from {feature: weight}, one feature, several of weight 1, or a tensor [L].
 
         Raises SteersmanError for an id out of range, for no target at all, and for one whose column of M is weaker
         than `min_signal` times noise.
         """
-        weights = _weights(targets, self.d_sae)
+        weights = weights_of(targets, self.d_sae)
         t = torch.zeros(self.d_sae, dtype=torch.float64)
         for feature, weight in weights.items():
             if not 0 <= feature < self.d_sae:
@@ -238,7 +237,7 @@ class EffectMap:
 
     def solve(
         self,
-        targets: Any,
+        targets: Targets,
         *,
         ridge: float = math.inf,
         bias_weight: float = 1.0,
@@ -313,14 +312,14 @@ class EffectMap:
         return U @ Vh
 
     def solve_rotated(
-        self, targets: Any, sae: SAE, *, of: SAE | None = None, min_signal: float = WEAK
+        self, targets: Targets, sae: SAE, *, of: SAE | None = None, min_signal: float = WEAK
     ) -> SteeringVector:
         """R applied to the targets' decoder directions: for features that the map itself never measured well.
 
         `of` is the SAE that the targets' ids belong to, where it is not the map's: any SAE at the map's hook point.
         """
         source = sae if of is None else of
-        weights = _weights(targets, source.cfg.d_sae)
+        weights = weights_of(targets, source.cfg.d_sae)
         for feature in weights:
             source.check_feature(feature)
         if source.cfg.d_in != self.d_in:
@@ -334,11 +333,24 @@ class EffectMap:
         notes = {} if of is None else {"targets_of": sae_identity(of)}
         return self._vector(self.rotation(sae, min_signal) @ x, t, "sae_ts_rotation", **notes)
 
-    def verify(self, lm: Any, sae: SAE, vector: Any, targets: Any = None, **options: Any) -> Any:
-        """Steer with a vector, measure what it does and compare with what the map predicts: see `verify_effect`."""
-        from steersman.steer.effects.verify import verify_effect
+    if TYPE_CHECKING:  # `steersman.steer.effects` gives the class this, whose function needs the class
 
-        return verify_effect(self, lm, sae, vector, targets, **options)
+        def verify(
+            self,
+            lm: LanguageModel,
+            sae: SAE,
+            vector: Tensor | VectorLike,
+            targets: Targets | None = None,
+            *,
+            texts: Sequence[str] = (),
+            scale: float | None = None,
+            rollouts: int | None = None,
+            seed: int = 1,
+            side_effects: int = 10,
+            batch_rows: int = 1024,
+        ) -> Verification:
+            """Steer with a vector, measure what it does and compare it with the prediction: see `verify_effect`."""
+            ...
 
     # What is known of it
 
@@ -358,37 +370,26 @@ class EffectMap:
         )
         return "\n".join(lines)
 
-    def with_provenance(self, **notes: Any) -> "EffectMap":
-        """The same map with further notes."""
-        return replace(self, provenance={**self.provenance, **notes})
-
     # Files
 
     def save(self, path: str | Path) -> None:
-        """Write it as one safetensors file with a JSON header, atomically."""
-        from steersman.steer.effects.map_file import write
-
-        write(self, Path(path))
+        """Write it as one safetensors file with a JSON header, whole or not at all."""
+        tensors = {"M": self.M, **{name: getattr(self, name) for name in _COLUMNS}}
+        tensors |= {"baseline_mean": self.baseline.mean, "baseline_standard_error": self.baseline.standard_error}
+        about = {
+            "model_name": self.model_name,
+            "hook_name": self.hook_name,
+            "sae": dict(self.sae),
+            "median_norm": self.baseline.median_norm,
+            "provenance": dict(self.provenance),
+        }
+        map_file.write(Path(path), tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> "EffectMap":
         """Read a file that `save` wrote, or the map in a folder of `steersman effects`. Raises SteersmanError, naming
         the file, when it is not one."""
-        from steersman.steer.effects.map_file import read
-
-        return read(Path(path))
-
-
-def _weights(targets: Any, d_sae: int) -> dict[int, float]:
-    """Target weights by feature, from what a user writes."""
-    if isinstance(targets, Mapping):
-        return {int(j): float(w) for j, w in targets.items()}
-    if isinstance(targets, Tensor):
-        if targets.shape != (d_sae,):
-            raise SteersmanError(f"target weights must be [{d_sae}], one for each feature, got {tuple(targets.shape)}")
-        return {int(j): float(targets[j]) for j in targets.nonzero()[:, 0]}
-    if isinstance(targets, int):
-        return {targets: 1.0}
-    if isinstance(targets, Sequence) and not isinstance(targets, str):
-        return {int(j): 1.0 for j in targets}
-    raise SteersmanError(f"targets are {{feature: weight}}, feature ids or a tensor [{d_sae}], got {targets!r}")
+        tensors, about = map_file.read(Path(path))
+        mean, standard_error = tensors.pop("baseline_mean"), tensors.pop("baseline_standard_error")
+        baseline = Baseline(mean, standard_error, about.pop("median_norm"))
+        return cls(**tensors, baseline=baseline, **about)

@@ -6,6 +6,7 @@ all fp32. The header's metadata holds `format` = `steersman.effect_map`, `versio
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +15,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.files import write_whole
-from steersman.steer.effects.folder import Baseline
-from steersman.steer.effects.map import EffectMap
+from steersman.files import make_folder, write_whole
 
 FORMAT, VERSION = "steersman.effect_map", 1
 NAME = "map.safetensors"
 """Its name inside a folder of effects."""
-_COLUMNS = ("b", "signal", "noise", "r2", "ceiling")
+COLUMNS = ("b", "signal", "noise", "r2", "ceiling", "baseline_mean", "baseline_standard_error")
+ABOUT = ("model_name", "hook_name", "sae", "median_norm", "provenance")
 
 
-def write(m: EffectMap, path: Path) -> None:
-    """Write the map to `path`, atomically; folders on the way are made."""
-    tensors = {"M": m.M, **{name: getattr(m, name) for name in _COLUMNS}}
-    tensors |= {"baseline_mean": m.baseline.mean, "baseline_standard_error": m.baseline.standard_error}
-    tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
-    about = {
-        "model_name": m.model_name,
-        "hook_name": m.hook_name,
-        "sae": dict(m.sae),
-        "median_norm": m.baseline.median_norm,
-        "provenance": dict(m.provenance),
-    }
+def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write a map to `path`, whole or not at all; folders on the way are made."""
+    data = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
     header = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=header))
-    except OSError as error:
-        raise SteersmanError(f"{path.parent} cannot be made: {error.strerror}") from error
+        write_whole(path, lambda temporary: save_file(data, temporary, metadata=header))
     except SafetensorError as error:  # safetensors wraps what the system said
         raise SteersmanError(f"{path} could not be written: {error}") from error
 
 
-def read(path: Path) -> EffectMap:
-    """Read the map at `path`. Raises SteersmanError, naming the file, when it holds none."""
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of the map at `path` and what is known about it. Raises SteersmanError, naming the file, when it
+    holds none, or one that contradicts itself."""
     if path.is_dir():
         path = path / NAME
     if not path.is_file():
@@ -56,34 +46,22 @@ def read(path: Path) -> EffectMap:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
-                found = header.get("format", "no format of ours")
-                raise SteersmanError(f"{path} is a safetensors file but no effect map: its header names {found}")
+                named = header.get("format", "no format of ours")
+                raise SteersmanError(f"{path} is a safetensors file but no effect map: its header names {named}")
             if header.get("version") != str(VERSION):
                 raise SteersmanError(
                     f"{path} is an effect map of version {header.get('version')}; this program reads {VERSION}"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        return _build(path, tensors, json.loads(header["about"]))
+            tensors = {name: file.get_tensor(name) for name in ("M", *COLUMNS)}
+        about = {name: json.loads(header["about"])[name] for name in ABOUT}
+        about["median_norm"] = float(about["median_norm"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SteersmanError(f"{path}: the map in it cannot be read ({error!r})") from error
     except (SafetensorError, OSError) as error:
         raise SteersmanError(f"{path} is truncated or not a safetensors file: {error}") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise SteersmanError(f"{path}: the map in it cannot be read ({error!r})") from error
-
-
-def _build(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> EffectMap:
     M = tensors["M"]
-    columns = {name: tensors[name] for name in _COLUMNS}
-    mean, standard_error = tensors["baseline_mean"], tensors["baseline_standard_error"]
-    if M.ndim != 2 or any(c.shape != M.shape[1:] for c in (*columns.values(), mean, standard_error)):
+    if M.ndim != 2 or any(tensors[name].shape != M.shape[1:] for name in COLUMNS):
         raise SteersmanError(f"{path}: the shapes of its tensors contradict each other")
-    if not bool(M.isfinite().all()) or not bool(columns["b"].isfinite().all()):
+    if not bool(M.isfinite().all()) or not bool(tensors["b"].isfinite().all()):
         raise SteersmanError(f"{path}: M or b holds values that are not finite")
-    return EffectMap(
-        M=M,
-        **columns,
-        baseline=Baseline(mean, standard_error, float(about["median_norm"])),
-        model_name=about["model_name"],
-        hook_name=about["hook_name"],
-        sae=about["sae"],
-        provenance=about["provenance"],
-    )
+    return tensors, about

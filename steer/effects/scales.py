@@ -1,16 +1,14 @@
-"""The scale of each vector: all of them bracketed and bisected at once (arXiv 2411.02193, sec. 3).
+"""The scale of each vector, by rule (arXiv 2411.02193, sec. 3).
 
 With g(s) the rise in loss on held-out text (or the KL divergence there) when s times the unit vector is added, the
-scale is the smallest s with g(s) = target: g is followed upwards from a small s until it passes the target, then the
-bracket is narrowed, with s guessed from the line through its ends in log-log coordinates. A vector that does not pass
-the target up to the largest scale allowed is reported as not reached; nothing is extrapolated.
+scale is the smallest s with g(s) = target. A vector that does not pass the target up to the largest scale allowed is
+reported as not reached.
 
-Shape letters: G vectors, n of them still searched for, S texts, C tokens of a text, V vocabulary.
+Shape letters: G vectors, n of them in a batch, S texts, C tokens of a text, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,85 +16,13 @@ from torch.nn.functional import cross_entropy
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.steer.compare import token_kl
 from steersman.steer.effects.config import EffectsConfig
+from steersman.steer.measures import token_kl
+from steersman.steer.scale_search import Scales, search_scales
 from steersman.steer.steerer import Steerer
 
 _LOGITS = 1 << 25
 """Numbers of one pass's logits, at most: 128 MiB of fp32."""
-
-
-class Scales(NamedTuple):
-    """What the search found for G vectors."""
-
-    scale: Tensor
-    """[G] fp32: the scale; where the target lies beyond the limit, the limit."""
-    achieved: Tensor
-    """[G] fp32: the rule's measure at that scale; NaN for rules that measure nothing."""
-    reached: Tensor
-    """[G] bool: whether the measure came within the tolerance of the target."""
-
-
-def search_scales(
-    measure: Callable[[Tensor, Tensor], Tensor],
-    n_vectors: int,
-    *,
-    target: float,
-    start: float,
-    limit: float,
-    tolerance: float = 0.05,
-    evaluations: int = 14,
-) -> Scales:
-    """Find the smallest scale at which each vector's measure equals `target`, within `tolerance` as a share of it.
-
-    `measure(which [n], scales [n])` gives the measure [n] of the vectors `which` at those scales; at 0 it is 0. The
-    search starts at `start` and never goes beyond `limit`.
-
-    >>> found = search_scales(lambda which, s: (which + 1) * s**2, 3, target=4.0, start=0.1, limit=3.0)
-    >>> [round(float(s), 1) for s in found.scale], found.reached.tolist()
-    ([2.0, 1.4, 1.1], [True, True, True])
-    """
-    s = torch.full((n_vectors,), min(start, limit), dtype=torch.float64)
-    low, high = torch.zeros_like(s), torch.full_like(s, float("inf"))
-    g_low, g_high = torch.zeros_like(s), torch.full_like(s, float("nan"))
-    best, achieved = s.clone(), torch.full_like(s, float("nan"))
-    done = torch.zeros(n_vectors, dtype=torch.bool)
-    reached = torch.zeros(n_vectors, dtype=torch.bool)
-    for _ in range(evaluations):
-        which = (~done).nonzero()[:, 0]
-        if not len(which):
-            break
-        g = measure(which, s[which].float()).double().cpu().nan_to_num(nan=float("inf"))
-        now = s[which]
-        under = g < target
-        better = achieved[which].isnan() | ((g - target).abs() < (achieved[which] - target).abs())
-        best[which] = torch.where(better, now, best[which])
-        achieved[which] = torch.where(better, g, achieved[which])
-        low[which], g_low[which] = torch.where(under, now, low[which]), torch.where(under, g, g_low[which])
-        high[which], g_high[which] = torch.where(under, high[which], now), torch.where(under, g_high[which], g)
-        close = (g - target).abs() <= tolerance * target
-        reached[which] = close
-        out = under & (now >= limit)
-        best[which], achieved[which] = torch.where(out, now, best[which]), torch.where(out, g, achieved[which])
-        done[which] = close | out
-        s[which] = _next(low[which], high[which], g_low[which], g_high[which], target, limit)
-    return Scales(best.float(), achieved.float(), reached)
-
-
-def _next(low: Tensor, high: Tensor, g_low: Tensor, g_high: Tensor, target: float, limit: float) -> Tensor:
-    """The next scale to try for each bracket; `high` is infinite and `low` 0 where that end is not known."""
-    # Without an upper end: up by at most a factor of 2.5, aiming a little beyond the target by the square law of
-    # small scales. Without a lower end: down by the same law.
-    ratio = (target / g_low.clamp_min(1e-12)).sqrt()
-    up = (low * (1.1 * ratio).clamp(1.25, 2.5)).clamp(max=limit)
-    down = high * (target / g_high).sqrt().clamp(0.1, 0.8)
-    # log g against log s between the ends, kept away from both so that the bracket shrinks in any case
-    x, y = low.clamp_min(1e-30).log(), g_low.clamp_min(1e-12).log()
-    dx, dy = high.log() - x, g_high.log() - y
-    share = ((torch.log(torch.tensor(target)) - y) / dy).nan_to_num(nan=0.5).clamp(0.15, 0.85)
-    between = (x + share * dx).exp()
-    unbounded, bare = high.isinf(), low <= 0
-    return torch.where(unbounded, up, torch.where(bare, down, between))
 
 
 @dataclass

@@ -7,48 +7,51 @@ the prompts (the even ones) choose an arm's scale, the other half report what it
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
+from steersman.config import merged
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.progress import progress
 from steersman.sae import SAE
+from steersman.steer.dose import Dosed, steered
 from steersman.steer.evaluation.config import EvaluationConfig
-from steersman.steer.evaluation.forced import as_continuations, heldout_loss, margins
+from steersman.steer.evaluation.forced import ContinuationLike, as_continuations, heldout_loss, margins
 from steersman.steer.evaluation.report import ArmReport, Point, SteeringEvaluation, choose_scale
 from steersman.steer.evaluation.rollouts import Arm, Judge, Targets, roll_out, unsteered
 from steersman.steer.methods import contrast
-from steersman.steer.methods.examples import as_examples
+from steersman.steer.methods.examples import ExamplesLike, as_examples
 from steersman.steer.steerer import Steerer
 from steersman.steer.vectors.vector import SteeringVector
 
 
 def evaluate_steering(
     lm: LanguageModel,
-    vector: SteeringVector,
+    vector: Dosed,
     prompts: Sequence[str],
+    config: EvaluationConfig | None = None,
     *,
     words: Sequence[str] = (),
     texts: Sequence[str] = (),
-    continuations: Sequence[Any] = (),
-    positive: Any = (),
-    negative: Any = (),
+    continuations: Sequence[ContinuationLike] = (),
+    positive: ExamplesLike = (),
+    negative: ExamplesLike = (),
     prompt_prefix: str | None = None,
     sae: SAE | None = None,
     features: Sequence[int] = (),
     judge: Judge | None = None,
     criterion: str = "",
-    config: EvaluationConfig | None = None,
+    **settings: Any,
 ) -> SteeringEvaluation:
-    """Measure a steering vector against its baselines, with no judge unless one is given.
+    """Measure a vector, or another way of steering, against its baselines, with no judge unless one is given.
 
     Args:
         lm: the model, unsteered.
-        vector: the vector; scales multiply it.
+        vector: a vector, {hook point: edit}, or a function from a scale to a context manager; scales multiply it.
         prompts: what is continued; at least two, better twenty.
+        config: scales, sampling and the rest; `**settings` are fields of it, over those of `config`.
         words: words that should become more frequent.
         texts: held-out texts for the loss while steering.
         continuations: (prompt, positive, negative) for the log-likelihood of whole continuations.
@@ -56,19 +59,20 @@ def evaluate_steering(
         prompt_prefix: what the prompting baseline puts before each prompt; by default the first positive example.
         sae, features: an SAE and the features that should rise, for target rise, side effects and specificity.
         judge, criterion: marks completions from 0 to 1.
-        config: scales, sampling and the rest.
 
     A scale is chosen by the first of these that is measured: judge, word rate, margin of the continuations, target
     rise; without any of them the largest scale that costs no more than `max_nll_rise`. Raises SteersmanError for empty
     prompts and texts, a vector that is zero or does not fit the model, and an SAE of another one.
     """
-    config = config or EvaluationConfig()
+    config = merged(EvaluationConfig, config, settings)
     st = Steerer(lm)
     prompts = _checked_texts(prompts, "prompt", least=2)
     texts = _checked_texts(texts, "text") if texts else []
     items = as_continuations(continuations)
-    vector.check_not_zero("its effect")
-    st.vector(vector, scope=config.scope)
+    is_vector = isinstance(vector, SteeringVector)
+    if is_vector:
+        vector.check_not_zero("its effect")
+    steered(vector, st, scope=config.scope)  # refuses what does not fit before anything is run
     if sae is not None:
         st.features(sae, dict.fromkeys(features or (0,), 0.0))  # checks model, hook point, width and ids
     elif features:
@@ -76,11 +80,15 @@ def evaluate_steering(
     targets = Targets(words=tuple(words), sae=sae, features=tuple(features), judge=judge, criterion=criterion)
 
     missing: dict[str, str] = {}
-    arms: dict[str, SteeringVector] = {"vector": vector, "random": vector.random_like(config.seed)}
-    if positive and negative:
+    arms: dict[str, Dosed] = {"vector": vector}
+    if is_vector:
+        arms["random"] = vector.random_like(config.seed)
+    else:
+        missing["random"] = missing["diffmean"] = "what is evaluated is no vector, so nothing has an equal norm"
+    if is_vector and positive and negative:
         other = contrast(lm, positive, negative, hook=vector.hook_names, method="diffmean", diagnostics=False)
         arms["diffmean"] = _as_long_as(other, vector)
-    else:
+    elif is_vector:
         missing["diffmean"] = "no positive and negative examples were given"
     if prompt_prefix is None and positive:
         prompt_prefix = as_examples(positive, "positive")[0].text.strip() + " "
@@ -102,24 +110,25 @@ def evaluate_steering(
 
     with bar:
         plain = measure(unsteered, 0.0)
-        found = {"unsteered": ArmReport(name="unsteered", points=[plain], norm=0.0)}
-        for name, v in arms.items():
+        reports = {"unsteered": ArmReport(name="unsteered", points=[plain], norm=0.0)}
+        for name, what in arms.items():
             points = [
-                measure(_steered(st, v, scale, config.scope), scale, baseline=plain.activations)
+                measure(_arm(st, what, scale, config.scope), scale, baseline=plain.activations)
                 for scale in config.steered_scales
             ]
             points = sorted([plain, *points], key=lambda point: point.scale)
-            found[name] = ArmReport(name=name, points=points, norm=v.norm())
+            norm = what.norm() if isinstance(what, SteeringVector) else None
+            reports[name] = ArmReport(name=name, points=points, norm=norm)
         if prompt_prefix:
             point = measure(unsteered, 0.0, prompt_prefix, plain.activations)
-            found["prompt"] = ArmReport(name="prompt", points=[point], norm=0.0)
+            reports["prompt"] = ArmReport(name="prompt", points=[point], norm=0.0)
     objective = _objective(targets, bool(items))
-    chosen = {name: choose_scale(arm, plain, objective, config.max_nll_rise) for name, arm in found.items()}
+    chosen = {name: choose_scale(arm, plain, objective, config.max_nll_rise) for name, arm in reports.items()}
     return SteeringEvaluation(
         model_name=lm.name,
-        vector=vector.provenance() | {"hook_names": vector.hook_names, "norm": vector.norm()},
+        vector=_about(vector),
         prompts=prompts,
-        arms=found,
+        arms=reports,
         chosen=chosen,
         missing=missing,
         objective=objective,
@@ -128,11 +137,16 @@ def evaluate_steering(
     )
 
 
-def _steered(st: Steerer, v: SteeringVector, scale: float, scope: str) -> Arm:
-    def arm(_rows: int) -> AbstractContextManager[Any]:
-        return st.vector(v, scale=scale, scope=scope)
+def _arm(st: Steerer, what: Dosed, scale: float, scope: str) -> Arm:
+    return lambda _rows: steered(what, st, scale=scale, scope=scope)
 
-    return arm
+
+def _about(what: Dosed) -> dict[str, Any]:
+    """Provenance, hook points and norm of what is evaluated, as far as it has them."""
+    if isinstance(what, SteeringVector):
+        return what.provenance() | {"hook_names": what.hook_names, "norm": what.norm()}
+    kind = getattr(what, "__qualname__", type(what).__name__)
+    return {"method": kind} if callable(what) else {"method": "edits", "hook_names": list(what)}
 
 
 def _after(prefix: str, item: Any) -> Any:

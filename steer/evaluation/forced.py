@@ -7,7 +7,6 @@ steerable the item is, and the share of items with a negative slope how many mov
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ import torch
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.steer.evaluation.rollouts import Arm
-from steersman.steer.measures import token_nll
+from steersman.steer.measures import common_prefix, token_nll
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,11 @@ class Continuations:
     """The one it should make less likely."""
 
 
-def as_continuations(given: Sequence[Any]) -> list[Continuations]:
+ContinuationLike = Continuations | Mapping[str, str] | Sequence[str]
+"""`Continuations`, a mapping with its fields, or (prompt, positive, negative)."""
+
+
+def as_continuations(given: Sequence[ContinuationLike]) -> list[Continuations]:
     """From `Continuations`, mappings with their fields, or (prompt, positive, negative). Raises SteersmanError."""
     found = []
     for i, entry in enumerate(given):
@@ -73,10 +76,7 @@ def margins(lm: LanguageModel, items: Sequence[Continuations], arm: Arm, batch_s
         batch = lm.encode(part)
         starts = []
         for row, prompt in enumerate(prompts[start : start + batch_size]):
-            ids = batch.input_ids[row].tolist()
-            same = 0
-            while same < min(len(prompt), int(batch.lengths[row]) - 1) and ids[same] == prompt[same]:
-                same += 1
+            same = min(common_prefix(batch.input_ids[row].tolist(), prompt), int(batch.lengths[row]) - 1)
             starts.append(max(same, 1))  # a token that holds the end of the prompt counts as the continuation's
         first = torch.tensor(starts, device=batch.input_ids.device)[:, None]
         with arm(len(part)):

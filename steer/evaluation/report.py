@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from steersman.errors import SteersmanError
-from steersman.files import write_whole
+from steersman.files import make_folder, write_text, write_whole
 from steersman.steer.evaluation.bootstrap import Estimate, bootstrap
 from steersman.steer.evaluation.config import EvaluationConfig
 from steersman.steer.evaluation.forced import slopes
@@ -55,8 +54,8 @@ class ArmReport:
     """vector, random, diffmean, prompt or unsteered."""
     points: list[Point]
     """By rising scale."""
-    norm: float
-    """Norm of its vector at scale 1."""
+    norm: float | None
+    """Norm of its vector at scale 1; None where it is no vector."""
 
     def slope(self) -> np.ndarray | None:
         """Slope over the scale of every continuation item's margin; None without items or scales."""
@@ -108,7 +107,7 @@ class SteeringEvaluation:
     model_name: str
     """The model."""
     vector: dict[str, Any]
-    """Provenance, hook points and norm of the vector."""
+    """Provenance, hook points and norm of the vector, or what is known of another way of steering."""
     prompts: list[str]
     """What was continued."""
     arms: dict[str, ArmReport]
@@ -179,13 +178,10 @@ class SteeringEvaluation:
     def save(self, folder: str | Path) -> None:
         """Write `evaluation.json`, `evaluation.txt` and `curves.png` to a folder."""
         folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SteersmanError(f"{folder} cannot be made: {error.strerror}") from error
+        make_folder(folder)
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        write_whole(folder / "evaluation.json", lambda temporary: temporary.write_text(text))
-        write_whole(folder / "evaluation.txt", lambda temporary: temporary.write_text(self.to_text() + "\n"))
+        write_text(folder / "evaluation.json", text)
+        write_text(folder / "evaluation.txt", self.to_text() + "\n")
         self.plot(folder / "curves.png")
 
     def plot(self, path: str | Path) -> None:

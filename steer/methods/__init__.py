@@ -1,8 +1,18 @@
 """Steering vectors from examples: one file per method, each with its equation and source."""
 
 from steersman.deprecation import moved
-from steersman.steer.methods.base import ContrastConfig
-from steersman.steer.methods.contrast import METHODS, contrast
+from steersman.steer.methods import (  # noqa: F401 (a method is there when its file was read)
+    actadd,
+    caa,
+    diffmean,
+    lat,
+    mean_centred,
+    optimised,
+    pca,
+    probe,
+)
+from steersman.steer.methods.base import METHODS, ContrastConfig, Method
+from steersman.steer.methods.contrast import contrast
 from steersman.steer.methods.examples import Example, Examples, as_examples, read_examples
 
 __all__ = [
@@ -10,6 +20,7 @@ __all__ = [
     "ContrastConfig",
     "Example",
     "Examples",
+    "Method",
     "as_examples",
     "contrast",
     "read_examples",

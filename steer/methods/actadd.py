@@ -22,7 +22,7 @@ class ActAdd(Method):
 
     name = "actadd"
     source = "arXiv 2308.10248"
-    tokens = "position by position"
+    positions = "one by one"
 
     def make(
         self,
@@ -33,8 +33,8 @@ class ActAdd(Method):
         means: Mapping[str, Tensor] | None,
     ) -> Made:
         examples.check_pairs(self.name)
-        if config.tokens is not None:
-            raise SteersmanError("method 'actadd' reads every position: leave out tokens")
+        if config.positions is not None:
+            raise SteersmanError("method 'actadd' reads every position: leave out positions")
         space = space_token(lm)
         totals: dict[str, Tensor] = {}
         size: dict[str, float] = {}  # the largest norm of a prompt's states, to tell a difference from rounding

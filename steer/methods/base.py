@@ -19,8 +19,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.registry import Registry
 from steersman.steer.methods.diagnostics import Agreement, Projections
 from steersman.steer.methods.examples import Examples
 from steersman.steer.methods.moments import RunningMean
@@ -30,13 +32,14 @@ ROUNDING = 1e-5
 """Share of the states' length up to which a difference of states is rounding."""
 
 
+@renamed_fields(tokens="positions")
 @dataclass(frozen=True, kw_only=True)
 class ContrastConfig:
     """How a vector is made from examples."""
 
     method: str = "diffmean"
     """actadd, caa, diffmean, mean_centred, pca, lat, probe or optimised."""
-    tokens: str | None = None
+    positions: str | None = None
     """Which tokens are read: all, mean, last, answer or index:N; by default what the method's paper reads."""
     batch_size: int = 16
     """Examples (or pairs of them) per forward pass."""
@@ -58,7 +61,7 @@ class ContrastConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """What a method found."""
+    """What a method made."""
 
     directions: dict[str, Tensor]
     """Hook point -> [D], or [P, D]."""
@@ -68,12 +71,26 @@ class Made:
     """What else should be known about how it was made."""
 
 
+METHODS: Registry[type["Method"]] = Registry("method")
+"""Every way to make a vector from examples, by name."""
+
+
 class Method(ABC):
-    """A way to make a vector from examples."""
+    """A way to make a vector from examples. A subclass is found by its `name`."""
 
     name: ClassVar[str]
+    """What `ContrastConfig.method` calls it."""
     source: ClassVar[str]
-    tokens: ClassVar[str]
+    """Paper."""
+    positions: ClassVar[str]
+    """Which tokens it reads where the settings do not say."""
+    needs_negative: ClassVar[bool] = True
+    """Whether it can do nothing without negative examples."""
+    takes_means: ClassVar[bool] = False
+    """Whether the states' means may stand in for negative examples."""
+
+    def __init_subclass__(cls) -> None:
+        METHODS.register(cls, cls)
 
     @abstractmethod
     def make(
@@ -142,13 +159,13 @@ class StreamedMethod(Method):
     ) -> Made:
         if self.order == "pairs":
             examples.check_pairs(self.name)
-            if config.tokens == "all":
+            if config.positions == "all":
                 raise SteersmanError(
-                    f"method {self.name!r} compares pairs and needs one state per text: not tokens='all'"
+                    f"method {self.name!r} compares pairs and needs one state per text: not positions='all'"
                 )
-        tokens = config.tokens or self.tokens
+        positions = config.positions or self.positions
         reader = Reader(
-            lm, hooks, tokens=tokens, batch_size=config.batch_size, max_length=config.max_length, seed=config.seed
+            lm, hooks, positions=positions, batch_size=config.batch_size, max_length=config.max_length, seed=config.seed
         )
         halves = {hook: (self.estimator(config), self.estimator(config)) for hook in hooks}
         agreement = {hook: Agreement() for hook in hooks}
@@ -168,7 +185,7 @@ class StreamedMethod(Method):
             size = max(float(side.mean.norm()) for side in (estimator.positive, estimator.negative))
             check_differ(estimator.difference(), size, self.name, hook)
         directions = {hook: _checked(estimator.direction(), self.name, hook) for hook, estimator in whole.items()}
-        notes: dict[str, Any] = {"tokens": tokens}
+        notes: dict[str, Any] = {"tokens": positions}
         for hook, estimator in whole.items():
             if estimator.notes():
                 notes.setdefault("found", {})[hook] = estimator.notes()
@@ -190,10 +207,10 @@ def _half_directions(halves: tuple[Estimator, Estimator], examples: Examples) ->
     if min(len(examples.positive), max(len(examples.negative), 2)) < 2:
         return None
     try:
-        found = halves[0].direction(), halves[1].direction()
+        directions = halves[0].direction(), halves[1].direction()
     except SteersmanError:
         return None
-    return found if all(bool(v.isfinite().all()) and float(v.norm()) > 0 for v in found) else None
+    return directions if all(bool(v.isfinite().all()) and float(v.norm()) > 0 for v in directions) else None
 
 
 def check_differ(difference: Tensor, size: float, method: str, hook: str) -> None:

@@ -13,6 +13,6 @@ class CAA(StreamedMethod):
 
     name = "caa"
     source = "arXiv 2312.06681"
-    tokens = "answer"
+    positions = "answer"
     order = "pairs"
     estimator = MeanDifference  # the mean of the differences is the difference of the means

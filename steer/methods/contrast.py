@@ -3,42 +3,30 @@
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from steersman.config import merged
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.steer.methods.actadd import ActAdd
-from steersman.steer.methods.base import ContrastConfig, Method
-from steersman.steer.methods.caa import CAA
+from steersman.steer.methods.base import METHODS, ContrastConfig, Method
 from steersman.steer.methods.diagnostics import warnings
-from steersman.steer.methods.diffmean import DiffMean
-from steersman.steer.methods.examples import Examples, as_examples
-from steersman.steer.methods.lat import LAT
-from steersman.steer.methods.mean_centred import MeanCentred
-from steersman.steer.methods.optimised import Optimised
-from steersman.steer.methods.pca import PCA
-from steersman.steer.methods.probe import Probe
+from steersman.steer.methods.examples import Examples, ExamplesLike, as_examples
 from steersman.steer.vectors.vector import SteeringVector
 
 log = logging.getLogger(__name__)
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (ActAdd(), CAA(), DiffMean(), MeanCentred(), PCA(), LAT(), Probe(), Optimised())
-}
-"""Every way to make a vector from examples, by name."""
-
 
 def contrast(
     lm: LanguageModel,
-    positive: Any,
-    negative: Any = (),
+    positive: ExamplesLike,
+    negative: ExamplesLike | Mapping[str, Tensor] = (),
     *,
     hook: str | Sequence[str],
     config: ContrastConfig | None = None,
-    **options: Any,
+    **settings: Any,
 ) -> SteeringVector:
     """The vector that points from the negative examples to the positive ones.
 
@@ -47,7 +35,7 @@ def contrast(
         positive: texts, (prompt, answer) pairs, or mappings with those (see `steersman.steer.methods.examples`).
         negative: the same; {hook point: mean state [D]} for `mean_centred`; may be left out for `optimised`.
         hook: hook point, or several for one vector at all of them.
-        config: the settings; or give them by name, as in `method="caa", tokens="last"`.
+        config: the settings; `**settings` are fields of it, over those of `config`.
 
     The result's metadata hold the settings, the number of examples, and per hook point the figures that predict whether
     it will steer (see `steersman.steer.methods.diagnostics`); what they warn of is logged.
@@ -55,10 +43,8 @@ def contrast(
     Raises SteersmanError for an unknown method or setting, empty texts or sides, sides of different length where pairs
     are asked, states that are not finite, and a vector that comes out zero.
     """
-    config = _settings(config, options)
-    if config.method not in METHODS:
-        raise SteersmanError(f"unknown method {config.method!r}: use one of {', '.join(METHODS)}")
-    method = METHODS[config.method]
+    config = merged(ContrastConfig, config, settings)
+    method = METHODS[config.method]()
     hooks = [lm.resolve_hook(name) for name in ([hook] if isinstance(hook, str) else hook)]
     if not hooks or len(set(hooks)) != len(hooks):
         raise SteersmanError(f"name each hook point once, and at least one; got {hooks}")
@@ -68,7 +54,7 @@ def contrast(
     )
     if not examples.positive:
         raise SteersmanError("there are no positive examples")
-    if not examples.negative and means is None and method.name != "optimised":
+    if not examples.negative and means is None and method.needs_negative:
         raise SteersmanError("there are no negative examples")
     made = method.make(lm, examples, hooks, config, means)
     metadata = {
@@ -76,7 +62,10 @@ def contrast(
         "model_type": getattr(lm.config, "model_type", ""),
         "n_positive": len(examples.positive),
         "n_negative": len(examples.negative),
-        "settings": {k: v for k, v in dataclasses.asdict(config).items() if k != "method"},
+        # files have `positions` under an older name
+        "settings": {
+            "tokens" if k == "positions" else k: v for k, v in dataclasses.asdict(config).items() if k != "method"
+        },
         **made.notes,
     }
     if made.diagnostics:
@@ -87,25 +76,18 @@ def contrast(
     return SteeringVector(directions=made.directions, model_name=lm.name, method=method.name, metadata=metadata)
 
 
-def _settings(config: ContrastConfig | None, options: Mapping[str, Any]) -> ContrastConfig:
-    known = {f.name for f in dataclasses.fields(ContrastConfig)}
-    for name in options:
-        if name not in known:
-            raise SteersmanError(f"no setting {name!r} of a contrast: there are {', '.join(sorted(known))}")
-    return dataclasses.replace(config or ContrastConfig(), **options)
-
-
-def _is_means(negative: Any) -> bool:
+def _is_means(negative: object) -> TypeGuard[Mapping[str, Tensor]]:
     return isinstance(negative, Mapping) and not {"text", "prompt"} & set(negative)
 
 
-def _means(lm: LanguageModel, given: Mapping[str, Any], hooks: Sequence[str], method: Method) -> dict[str, Tensor]:
-    if method.name not in ("mean_centred", "diffmean"):
-        raise SteersmanError(f"method {method.name!r} needs negative examples; only mean_centred takes their mean")
-    found = {lm.resolve_hook(name): torch.as_tensor(mean).float().cpu() for name, mean in given.items()}
+def _means(lm: LanguageModel, given: Mapping[str, Tensor], hooks: Sequence[str], method: Method) -> dict[str, Tensor]:
+    if not method.takes_means:
+        able = " and ".join(other.name for other in METHODS.values() if other.takes_means)
+        raise SteersmanError(f"method {method.name!r} needs negative examples; only {able} take their mean")
+    by_hook = {lm.resolve_hook(name): torch.as_tensor(mean).float().cpu() for name, mean in given.items()}
     for hook in hooks:
-        if hook not in found or found[hook].shape != (lm.hook_width(hook),):
+        if hook not in by_hook or by_hook[hook].shape != (lm.hook_width(hook),):
             raise SteersmanError(
                 f"the means in place of negatives must hold a vector [{lm.hook_width(hook)}] for {hook}"
             )
-    return found
+    return by_hook

@@ -20,6 +20,7 @@ class DiffMean(StreamedMethod):
 
     name = "diffmean"
     source = "arXiv 2501.17148"
-    tokens = "all"
+    positions = "all"
     order = "sides"
     estimator = MeanDifference
+    takes_means = True

@@ -26,6 +26,11 @@ class Example:
     """The beginning of the text before its answer; empty where the text has no answer."""
 
 
+ExampleLike = str | Example | Sequence[str] | Mapping[str, str]
+"""A text, a (prompt, answer) pair, or a mapping with `text`, or with `prompt` and `answer`."""
+ExamplesLike = ExampleLike | Iterable[ExampleLike]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Examples:
     """Both sides. Where a method compares pairs, entry i of one belongs to entry i of the other."""
@@ -44,7 +49,7 @@ class Examples:
             )
 
 
-def as_examples(given: Any, side: str) -> list[Example]:
+def as_examples(given: ExamplesLike, side: str) -> list[Example]:
     """Examples from texts, (prompt, answer) pairs, mappings with `text` or `prompt` and `answer`, or `Example`s.
 
     Raises SteersmanError, naming the side and the number of the entry, for an empty text or one of another kind.
@@ -53,7 +58,7 @@ def as_examples(given: Any, side: str) -> list[Example]:
     'Is it good? Yes'
     """
     if isinstance(given, str | Example | Mapping):
-        given = [given]
+        return [_example(given, f"{side} example 0")]
     if not isinstance(given, Iterable):
         raise SteersmanError(f"the {side} examples must be a list of texts, got {type(given).__name__}")
     return [_example(entry, f"{side} example {i}") for i, entry in enumerate(given)]

@@ -33,6 +33,6 @@ class LAT(StreamedMethod):
 
     name = "lat"
     source = "arXiv 2310.01405"
-    tokens = "last"
+    positions = "last"
     order = "shuffled"
     estimator = RandomPairComponent

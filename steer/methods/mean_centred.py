@@ -14,6 +14,7 @@ class MeanCentred(StreamedMethod):
 
     name = "mean_centred"
     source = "arXiv 2312.03813"
-    tokens = "all"
+    positions = "all"
     order = "sides"
     estimator = MeanDifference
+    takes_means = True

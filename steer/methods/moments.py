@@ -64,7 +64,7 @@ class SecondMoment:
         return vectors[:, -1], float(values[-1] / values.sum())
 
 
-class Spill:
+class SampleFile:
     """Samples with labels in a temporary file, for methods that go over them many times."""
 
     def __init__(self) -> None:
@@ -81,9 +81,9 @@ class Spill:
         except OSError as error:
             raise SteersmanError(f"no room in {tempfile.gettempdir()} for the states: {error.strerror}") from error
 
-    def merged(self, other: "Spill") -> "Spill":
+    def merged(self, other: "SampleFile") -> "SampleFile":
         """Both sets of samples; the files are shared, not copied."""
-        both = Spill.__new__(Spill)
+        both = SampleFile.__new__(SampleFile)
         both._files, both._labels = self._files + other._files, self._labels + other._labels
         both.width = self.width or other.width
         return both

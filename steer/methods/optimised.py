@@ -16,9 +16,11 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.progress import progress
+from steersman.steer.measures import median_norms
 from steersman.steer.methods.base import ContrastConfig, Made, Method
 from steersman.steer.methods.examples import Example, Examples
 from steersman.steer.methods.reading import prompt_tokens
+from steersman.steer.steerer import Steerer
 
 STEP = 0.05  # of the bound, per gradient step
 
@@ -28,7 +30,8 @@ class Optimised(Method):
 
     name = "optimised"
     source = "arXiv 2205.05124, 2502.18862"
-    tokens = "the completions"
+    positions = "the completions"
+    needs_negative = False
 
     def make(
         self,
@@ -38,10 +41,8 @@ class Optimised(Method):
         config: ContrastConfig,
         means: Mapping[str, Tensor] | None,
     ) -> Made:
-        from steersman.steer.calibrate import median_norms
-
-        if config.tokens is not None:
-            raise SteersmanError("method 'optimised' reads the completions: leave out tokens")
+        if config.positions is not None:
+            raise SteersmanError("method 'optimised' reads the completions: leave out positions")
         if config.steps < 1 or not config.max_norm_frac > 0:
             raise SteersmanError("steps must be at least 1 and max_norm_frac above 0")
         texts = [e.text for e in (*examples.positive, *examples.negative)]
@@ -90,8 +91,6 @@ def _loss(
     lm: LanguageModel, u: Mapping[str, Tensor], bound: Mapping[str, float], part: Sequence[Example], sign: int
 ) -> Tensor:
     """Mean over the examples of the mean over their completion tokens of -log p (sign 1) or -log(1 - p) (sign -1)."""
-    from steersman.steer.steerer import Steerer
-
     batch = lm.encode([e.text for e in part])
     starts = [prompt_tokens(lm, e, "an example") if e.prompt else 1 for e in part]
     with Steerer(lm).vector({hook: bound[hook] * x for hook, x in u.items()}):

@@ -41,6 +41,6 @@ class PCA(StreamedMethod):
 
     name = "pca"
     source = "arXiv 2310.01405"
-    tokens = "last"
+    positions = "last"
     order = "pairs"
     estimator = PairedComponent

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from steersman.errors import SteersmanError
 from steersman.steer.methods.base import ContrastConfig, Estimator, StreamedMethod
-from steersman.steer.methods.moments import Spill
+from steersman.steer.methods.moments import SampleFile
 
 NEWTON_STEPS = 30
 TOLERANCE = 1e-9  # of the decrease that a Newton step promises, relative to the loss
@@ -32,17 +32,17 @@ class LogisticWeight(Estimator):
             raise SteersmanError(
                 f"l2 must be above 0, got {config.l2}: separable examples have no finite weight without"
             )
-        self.spill = Spill()
+        self.samples = SampleFile()
         self.squares = 0.0
 
     def update(self, x: Tensor, positive: Tensor) -> None:
         super().update(x, positive)
         self.squares += float(x.double().square().sum())
-        self.spill.add(x, positive)
+        self.samples.add(x, positive)
 
     def merged(self, other: Any) -> Any:
         both = super().merged(other)
-        both.spill, both.squares = self.spill.merged(other.spill), self.squares + other.squares
+        both.samples, both.squares = self.samples.merged(other.samples), self.squares + other.squares
         return both
 
     def direction(self) -> Tensor:
@@ -82,7 +82,7 @@ class LogisticWeight(Estimator):
         penalty[-1] = 1e-12  # the bias is free; this keeps the Hessian invertible
         loss = float(0.5 * (penalty * w) @ w)
         gradient, hessian = penalty * w, torch.diag(penalty)
-        for x, positive in self.spill.chunks():
+        for x, positive in self.samples.chunks():
             z = torch.cat([(x.double() - centre) / scale, x.new_ones(len(x), 1).double()], 1)
             y = positive.double() * 2 - 1
             weight = torch.where(positive, 0.5 / self.positive.n, 0.5 / self.negative.n).double()
@@ -100,6 +100,6 @@ class Probe(StreamedMethod):
 
     name = "probe"
     source = "arXiv 2501.17148"
-    tokens = "all"
+    positions = "all"
     order = "sides"
     estimator = LogisticWeight

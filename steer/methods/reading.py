@@ -1,6 +1,6 @@
 """Reading a model's states on examples, a batch at a time: which tokens of each text count.
 
-| tokens | samples of a text |
+| positions | samples of a text |
 |---|---|
 | `all` | every token but the BOS, each a sample of its own |
 | `mean` | one: their mean |
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.steer.measures import common_prefix
 from steersman.steer.methods.examples import Example, Examples
 
-TOKENS = ("all", "mean", "last", "answer", "index:N")
+POSITIONS = ("all", "mean", "last", "answer", "index:N")
 
 Order = Literal["sides", "pairs", "shuffled"]
 """`sides`: all positives, then all negatives. `pairs`: each positive followed by its negative. `shuffled`: both sides
@@ -51,14 +52,14 @@ class _Item:
     where: str
 
 
-def check_tokens(tokens: str) -> int | None:
+def check_positions(positions: str) -> int | None:
     """The N of `index:N`, None for the other choices. Raises SteersmanError for an unknown one."""
-    if tokens in TOKENS[:-1]:
+    if positions in POSITIONS[:-1]:
         return None
-    head, _, number = tokens.partition(":")
+    head, _, number = positions.partition(":")
     if head == "index" and number.lstrip("-").isdecimal():
         return int(number)
-    raise SteersmanError(f"unknown tokens {tokens!r}: use one of {', '.join(TOKENS)}, such as index:-2")
+    raise SteersmanError(f"unknown positions {positions!r}: use one of {', '.join(POSITIONS)}, such as index:-2")
 
 
 class Reader:
@@ -69,15 +70,15 @@ class Reader:
         lm: LanguageModel,
         hooks: Sequence[str],
         *,
-        tokens: str,
+        positions: str,
         batch_size: int = 16,
         max_length: int | None = None,
         seed: int = 0,
     ) -> None:
         if batch_size < 1:
             raise SteersmanError(f"batch_size must be at least 1, got {batch_size}")
-        self.lm, self.hooks, self.tokens = lm, list(hooks), tokens
-        self.index = check_tokens(tokens)
+        self.lm, self.hooks, self.positions = lm, list(hooks), positions
+        self.index = check_positions(positions)
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
 
     def samples(self, examples: Examples, order: Order) -> Iterator[Samples]:
@@ -123,11 +124,11 @@ class Reader:
                 row = int(sample[bad]) // batch.input_ids.shape[1]
                 raise SteersmanError(f"{lm.name} gives NaN or infinite states at {hook} on {items[row].where}")
             flat = flat.cpu()
-            if self.tokens != "all":
+            if self.positions != "all":
                 rows = torch.repeat_interleave(torch.arange(len(items)), counts)
                 flat = torch.zeros(len(items), flat.shape[1]).index_add_(0, rows, flat * weights[:, None])
             found[hook] = flat
-        each = counts if self.tokens == "all" else torch.ones_like(counts)
+        each = counts if self.positions == "all" else torch.ones_like(counts)
         return Samples(
             states=found,
             positive=torch.tensor([item.positive for item in items]).repeat_interleave(each),
@@ -155,9 +156,9 @@ class Reader:
             return at, at + 1
         if length <= bos:
             raise SteersmanError(f"{item.where} has no token besides the BOS")
-        if self.tokens == "last":
+        if self.positions == "last":
             return length - 1, length
-        if self.tokens == "answer":
+        if self.positions == "answer":
             return min(prompt_tokens(self.lm, item.example, item.where), length - 1), length
         return bos, length
 
@@ -169,10 +170,6 @@ def prompt_tokens(lm: LanguageModel, example: Example, where: str) -> int:
     """
     if not example.prompt:
         raise SteersmanError(
-            f"{where} has no answer to read: give (prompt, answer) examples, or choose tokens='last' or 'mean'"
+            f"{where} has no answer to read: give (prompt, answer) examples, or choose positions='last' or 'mean'"
         )
-    whole, prompt = lm.token_ids(example.text, bos=True), lm.token_ids(example.prompt, bos=True)
-    same = 0
-    while same < min(len(whole), len(prompt)) and whole[same] == prompt[same]:
-        same += 1
-    return same
+    return common_prefix(lm.token_ids(example.text, bos=True), lm.token_ids(example.prompt, bos=True))

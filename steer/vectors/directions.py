@@ -1,7 +1,7 @@
 """What may be given as a steering vector, and the one parser of it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,27 +9,11 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.origin import check_fits
-from steersman.steer.vectors.vector import SteeringVector
-
-
-@runtime_checkable
-class RecordedVector(Protocol):
-    """An object that says where its vector belongs (and may have a `model_name`)."""
-
-    @property
-    def hook_name(self) -> str:
-        """The hook point."""
-        ...
-
-    @property
-    def vector(self) -> Tensor:
-        """[D]."""
-        ...
-
+from steersman.steer.vectors.vector import SteeringVector, VectorLike
 
 Direction = Tensor | Sequence[float] | Sequence[Sequence[float]]
 """[D], or [B, D] with a vector for each row."""
-VectorInput = SteeringVector | Sequence[SteeringVector] | RecordedVector | Direction | Mapping[str, Direction]
+VectorInput = SteeringVector | Sequence[SteeringVector] | VectorLike | Direction | Mapping[str, Direction]
 """A `SteeringVector` (or a list of them, one per row), an object with `hook_name` and `vector`, a tensor, which needs
 `hook`, or a mapping {hook: tensor}."""
 
@@ -58,7 +42,7 @@ def _parts(lm: LanguageModel, vector: Any, hook: str | None) -> Mapping[str, Any
         if hook is None:
             raise SteersmanError("name the hook point of the vector with hook=, such as 'blocks.2.hook_resid_post'")
         return {lm.resolve_hook(hook): vector}
-    if isinstance(vector, RecordedVector):
+    if isinstance(vector, VectorLike):
         return _recorded(lm, {vector.hook_name: vector.vector}, vector, hook)
     raise SteersmanError(f"a vector is a tensor, a mapping of them, or has .hook_name and .vector; got {vector!r}")
 

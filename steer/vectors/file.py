@@ -6,9 +6,9 @@ and `metadata`. A file with another format or a later version is refused; so are
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -16,60 +16,29 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.files import write_whole
-from steersman.steer.vectors.vector import SteeringVector
 
 FORMAT, VERSION = "steersman.vector", 1
 
 
-def writer_and_reader(path: Path) -> tuple[Callable[[SteeringVector, Path], None], Callable[[Path], SteeringVector]]:
-    """How a vector is written to and read from `path`, by its ending."""
-    if path.suffix.lower() == ".gguf":
-        from steersman.steer.vectors.gguf import read_gguf, write_gguf
+class Parts(NamedTuple):
+    """A steering vector as files hold it."""
 
-        return _prepared(write_gguf), _found(read_gguf)
-    return _prepared(write), _found(read)
-
-
-def _prepared(write: Callable[[SteeringVector, Path], None]) -> Callable[[SteeringVector, Path], None]:
-    def prepared(v: SteeringVector, path: Path) -> None:
-        make_parent(path)
-        write(v, path)
-
-    return prepared
+    directions: dict[str, Tensor]
+    """Hook point -> [D] or [P, D]."""
+    provenance: Mapping[str, Any]
+    """`model_name`, `method` and `metadata`."""
 
 
-def _found(read: Callable[[Path], SteeringVector]) -> Callable[[Path], SteeringVector]:
-    def found(path: Path) -> SteeringVector:
-        if not path.is_file():
-            missing = "no such file" if not path.exists() else "a folder, not a vector file"
-            raise SteersmanError(f"{path}: {missing}")
-        return read(path)
-
-    return found
-
-
-def write(v: SteeringVector, path: Path) -> None:
-    """Write the vector to `path`, atomically."""
-    header = {"format": FORMAT, "version": str(VERSION), "provenance": json.dumps(v.provenance())}
-    write_whole(path, lambda temporary: _save(v.directions, temporary, header))
-
-
-def _save(directions: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
+def write(parts: Parts, path: Path) -> None:
+    """Write the vector to `path`, whole or not at all."""
+    header = {"format": FORMAT, "version": str(VERSION), "provenance": json.dumps(parts.provenance)}
     try:
-        save_file(directions, path, metadata=header)
+        write_whole(path, lambda temporary: save_file(parts.directions, temporary, metadata=header))
     except SafetensorError as error:  # safetensors wraps what the system said
         raise SteersmanError(f"{path.parent} cannot be written to: {error}") from error
 
 
-def make_parent(path: Path) -> None:
-    """Make the folder of `path`. Raises SteersmanError where that cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SteersmanError(f"{path.parent} cannot be made: {error.strerror}") from error
-
-
-def read(path: Path) -> SteeringVector:
+def read(path: Path) -> Parts:
     """Read the vector in `path`. Raises SteersmanError, naming the file, when it holds none."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -78,18 +47,14 @@ def read(path: Path) -> SteeringVector:
             directions = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise SteersmanError(f"{path} is truncated or not a safetensors file: {error}") from error
-    known = _provenance(path, header)
-    try:
-        return SteeringVector(directions=directions, **known)
-    except SteersmanError as error:
-        raise SteersmanError(f"{path}: {error}") from None
+    return Parts(directions, _provenance(path, header))
 
 
 def check_header(path: Path, header: dict[str, str]) -> None:
     """Raise SteersmanError unless the header says that this is a vector this version can read."""
     if header.get("format") != FORMAT:
-        found = header.get("format", "no format of ours")
-        raise SteersmanError(f"{path} is a safetensors file but no steering vector: its header names {found}")
+        named = header.get("format", "no format of ours")
+        raise SteersmanError(f"{path} is a safetensors file but no steering vector: its header names {named}")
     version = header.get("version", "")
     if not version.isdecimal() or not 1 <= int(version) <= VERSION:
         raise SteersmanError(f"{path} is a steering vector of version {version!r}; this program reads up to {VERSION}")

@@ -16,7 +16,7 @@ import torch
 
 from steersman.errors import SteersmanError
 from steersman.files import write_whole
-from steersman.steer.vectors.vector import SteeringVector
+from steersman.steer.vectors.file import Parts
 
 ARCHITECTURE, PROVENANCE = "controlvector", "steersman.provenance"
 
@@ -29,13 +29,13 @@ def _package() -> Any:
     return gguf
 
 
-def write_gguf(v: SteeringVector, path: Path) -> None:
-    """Write the vector as a control vector, atomically. Raises SteersmanError where the format cannot hold it."""
+def write_gguf(parts: Parts, path: Path) -> None:
+    """Write a control vector, whole or not at all. Raises SteersmanError where the format cannot hold the vector."""
     gguf = _package()
     directions = {}
-    for hook, direction in v.directions.items():
-        found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook)
-        if found is None or int(found[1]) == 0:
+    for hook, direction in parts.directions.items():
+        place = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook)
+        if place is None or int(place[1]) == 0:
             raise SteersmanError(
                 f"a GGUF control vector holds outputs of blocks from 1 on (blocks.1.hook_resid_post, ...), not {hook}"
             )
@@ -43,13 +43,13 @@ def write_gguf(v: SteeringVector, path: Path) -> None:
             raise SteersmanError(
                 "a GGUF control vector is the same at every position: use .mean_over_positions() first"
             )
-        directions[int(found[1])] = direction.numpy()
+        directions[int(place[1])] = direction.numpy()
 
     def save(temporary: Path) -> None:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
-        writer.add_string(f"{ARCHITECTURE}.model_hint", str(v.metadata.get("model_type", "")))
+        writer.add_string(f"{ARCHITECTURE}.model_hint", str(parts.provenance["metadata"].get("model_type", "")))
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(directions))
-        writer.add_string(PROVENANCE, json.dumps(v.provenance()))
+        writer.add_string(PROVENANCE, json.dumps(parts.provenance))
         for layer, direction in sorted(directions.items()):
             writer.add_tensor(f"direction.{layer}", direction)
         writer.write_header_to_file()
@@ -60,7 +60,7 @@ def write_gguf(v: SteeringVector, path: Path) -> None:
     write_whole(path, save)
 
 
-def read_gguf(path: Path) -> SteeringVector:
+def read_gguf(path: Path) -> Parts:
     """Read a control vector. Raises SteersmanError, naming the file, for another architecture or a damaged file."""
     gguf = _package()
     try:
@@ -75,13 +75,13 @@ def read_gguf(path: Path) -> SteeringVector:
         raise SteersmanError(f"{path} holds a model of architecture {architecture!r}, not a control vector")
     directions = {}
     for name, data in tensors.items():
-        found = re.fullmatch(r"direction\.(\d+)", name)
-        if found is None:
+        layer = re.fullmatch(r"direction\.(\d+)", name)
+        if layer is None:
             raise SteersmanError(
                 f"{path}: a control vector's tensors are direction.1, direction.2, ...; found {name!r}"
             )
         direction = torch.from_numpy(np.array(data, dtype=np.float32)).flatten()
-        directions[f"blocks.{found[1]}.hook_resid_post"] = direction
+        directions[f"blocks.{layer[1]}.hook_resid_post"] = direction
     widths = sorted({len(d) for d in directions.values()})
     if len(widths) > 1:
         raise SteersmanError(f"{path}: its directions have different widths: {', '.join(map(str, widths))}")
@@ -94,7 +94,4 @@ def read_gguf(path: Path) -> SteeringVector:
     hint = fields.get(f"{ARCHITECTURE}.model_hint")
     if isinstance(hint, str) and hint:
         known["metadata"]["model_type"] = hint
-    try:
-        return SteeringVector(directions=directions, **known)
-    except SteersmanError as error:
-        raise SteersmanError(f"{path}: {error}") from None
+    return Parts(directions, known)

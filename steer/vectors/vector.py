@@ -9,17 +9,47 @@ Shape letters: D width, P positions.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError, near_names
+from steersman.files import make_folder
+from steersman.lm import LanguageModel
 from steersman.lm.origin import same_model
 from steersman.sae import SAE
+from steersman.steer.vectors import file as vector_file
+from steersman.steer.vectors.gguf import read_gguf, write_gguf
+
+if TYPE_CHECKING:
+    from steersman.steer.methods.examples import ExamplesLike
+
+
+@runtime_checkable
+class VectorLike(Protocol):
+    """A direction that says where it belongs (and may have a `model_name`): accepted where a `SteeringVector` is."""
+
+    @property
+    def hook_name(self) -> str:
+        """Its hook point."""
+        ...
+
+    @property
+    def vector(self) -> Tensor:
+        """[D]."""
+        ...
+
+
+class Steers(Protocol):
+    """What a `Steerer` is to a vector."""
+
+    lm: LanguageModel
+    """The model that it steers."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,19 +115,6 @@ class SteeringVector:
             method="feature",
             metadata={"feature": int(feature), "d_sae": sae.cfg.d_sae},
         )
-
-    @classmethod
-    def contrast(
-        cls, lm: Any, positive: Any, negative: Any = (), *, hook: Any, method: str = "diffmean", **options: Any
-    ) -> "SteeringVector":
-        """The vector that points from the negative examples to the positive ones, by any method of
-        `steersman.steer.methods` (actadd, caa, diffmean, mean_centred, pca, lat, probe, optimised).
-
-        `hook` is a hook point, or a list of them. Arguments, settings and errors as for `steersman.steer.contrast`.
-        """
-        from steersman.steer.methods import contrast  # which makes vectors of this class
-
-        return contrast(lm, positive, negative, hook=hook, method=method, **options)
 
     def random_like(self, seed: int = 0) -> "SteeringVector":
         """A random direction of the same shape and, at each hook point, the same norm: the null to compare with."""
@@ -259,25 +276,35 @@ class SteeringVector:
                 f"these vectors belong to different models: {self.model_name!r} and {other.model_name!r}"
             )
 
-    # Use
+    # Use: `steersman.steer` gives the class these, whose functions need the class
 
-    def apply(self, where: Any, *, scale: Any = 1.0, **options: Any) -> Any:
-        """The steering context of this vector for a `Steerer` or a `LanguageModel`: see `Steerer.vector`."""
-        from steersman.steer.steerer import Steerer  # which takes vectors itself
+    if TYPE_CHECKING:
 
-        steerer = where if isinstance(where, Steerer) else Steerer(where)
-        return steerer.vector(self, scale=scale, **options)
+        @classmethod
+        def contrast(
+            cls,
+            lm: LanguageModel,
+            positive: "ExamplesLike",
+            negative: "ExamplesLike | Mapping[str, Tensor]" = (),
+            *,
+            hook: str | Sequence[str],
+            method: str = "diffmean",
+            **settings: Any,
+        ) -> "SteeringVector":
+            """See `steersman.steer.contrast`."""
+            ...
 
-    def calibrate(self, st: Any, *, texts: Any = None, **options: Any) -> "SteeringVector":
-        """This vector times the scale at which steering costs a budget, such as `target_kl=0.5` (nats per token).
+        def apply(
+            self, where: "Steers | LanguageModel", *, scale: float | Sequence[float] | Tensor = 1.0, **options: Any
+        ) -> AbstractContextManager[Any]:
+            """The steering context of this vector for a `Steerer` or a `LanguageModel`: see `Steerer.vector`."""
+            ...
 
-        `st` is a `Steerer` or a `LanguageModel`; budgets and settings as for `steersman.steer.calibrate`, whose record
-        is in the result's metadata. Raises SteersmanError when no scale meets the budget; a search that ran out of
-        evaluations is only logged, and recorded as `converged: false`.
-        """
-        from steersman.steer.calibrate import calibrate, refuse_unmet
-
-        return refuse_unmet(calibrate(self, st, texts=texts, **options))
+        def calibrate(
+            self, st: "Steers | LanguageModel", *, texts: Sequence[str] | None = None, **settings: Any
+        ) -> "SteeringVector":
+            """See `steersman.steer.calibrate.calibrated`."""
+            ...
 
     # Files
 
@@ -286,19 +313,25 @@ class SteeringVector:
         return {"model_name": self.model_name, "method": self.method, "metadata": self.metadata}
 
     def save(self, path: str | Path) -> None:
-        """Write it to a file, atomically: safetensors with its provenance, or a GGUF control vector for `.gguf`."""
-        self._format(Path(path))[0](self, Path(path))
+        """Write it to a file, whole or not at all: safetensors with its provenance, or a GGUF control vector for
+        `.gguf`. Folders on the way are made."""
+        path = Path(path)
+        write = write_gguf if path.suffix.lower() == ".gguf" else vector_file.write
+        make_folder(path.parent)
+        write(vector_file.Parts(self.directions, self.provenance()), path)
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":
         """Read a file that `save` wrote, or a GGUF control vector. Raises a one-line SteersmanError that names it."""
-        return cls._format(Path(path))[1](Path(path))
-
-    @staticmethod
-    def _format(path: Path) -> tuple[Callable[..., None], Callable[[Path], "SteeringVector"]]:
-        from steersman.steer.vectors import file as vector_file
-
-        return vector_file.writer_and_reader(path)
+        path = Path(path)
+        if not path.is_file():
+            raise SteersmanError(f"{path}: {'a folder, not a vector file' if path.exists() else 'no such file'}")
+        read = read_gguf if path.suffix.lower() == ".gguf" else vector_file.read
+        directions, provenance = read(path)
+        try:
+            return cls(directions=directions, **provenance)
+        except SteersmanError as error:
+            raise SteersmanError(f"{path}: {error}") from None
 
 
 def _direction(hook: str, given: Any) -> Tensor:

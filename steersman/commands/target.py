@@ -7,9 +7,7 @@ from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
-from steersman.steer import (
-    EffectMap,
-)
+from steersman.steer import EffectMap, parse_features
 from steersman.steer.effects.fgaa import fgaa_targets
 from steersman.steer.effects.map import WEAK
 from steersman.text import read_texts
@@ -77,7 +75,7 @@ def run(config: TargetCommand) -> None:
         raise SteersmanError(
             f"--{'rotation' if config.rotation else 'verify' if config.verify else 'positive'} needs --sae"
         )
-    targets = parse_targets(config.feature) if config.feature else {}
+    targets = parse_features(config.feature) if config.feature else {}
     effect_map = EffectMap.load(config.effects)
     device = pick_device(config.device)
     sae = None if config.sae is None else SAE.load(config.sae, device)
@@ -107,27 +105,8 @@ def run(config: TargetCommand) -> None:
     scale = effect_map.median_scale
     print(f"{config.out}: {vector.method}, unit norm; the map's vectors had a median scale of {scale:.4g}")
     if config.verify:
+        assert lm is not None
         assert sae is not None
         texts = read_texts(config.text, 4096) if config.text is not None else []
         options = {"scale": config.scale, "rollouts": config.rollouts, "seed": config.seed}
         print(effect_map.verify(lm, sae, vector, targets, texts=texts, **options).to_text())
-
-
-def parse_targets(given: tuple[str, ...]) -> dict[int, float]:
-    """Target weights from `id` and `id=weight` texts.
-
-    >>> parse_targets(("12", "40=-0.5"))
-    {12: 1.0, 40: -0.5}
-    """
-    targets: dict[int, float] = {}
-    for text in given:
-        head, mark, tail = text.partition("=")
-        try:
-            feature, weight = int(head), float(tail) if mark else 1.0
-        except ValueError:
-            message = f"target {text!r} is not of the form id or id=weight, such as 12 or 40=-0.5"
-            raise SteersmanError(message) from None
-        if feature in targets:
-            raise SteersmanError(f"target {feature} is given twice")
-        targets[feature] = weight
-    return targets

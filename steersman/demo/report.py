@@ -132,7 +132,7 @@ def _contrast(results: Results) -> str:
             found.features.tolist(), found.coefficients.tolist(), found.cosines.tolist(), found.labels
         )
     ]
-    ways = [[way.name, way.norm, way.kl, way.retained, way.rise or 0.0] for way in kept.kept]
+    ways = [[way.name, way.norm, way.kl, way.retained, way.rise or 0.0] for way in kept.variants]
     warnings = "".join(f"<li>{escape(warning)}</li>" for warning in found.warnings)
     return "\n".join(
         [

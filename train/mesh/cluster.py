@@ -8,7 +8,6 @@ Shape letters: N tokens, L latents, D width, K active latents a token, R ranks o
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +155,8 @@ def _finish(trainer: ShardedTrainer, source: ActivationSource, folder: RunFolder
         if whole is not None:
             result = heldout.result()
             whole.feature_stats = features.stats(source.stats().median_norm)
-            whole.cfg.metadata["heldout"] = asdict(result)
-            log.info("held out: FVU %.4f, L0 %.1f, dead %.2f %%", result.fvu, result.l0, 100 * result.dead_share)
+            whole.cfg.metadata["heldout"] = result.record()
+            log.info("held out: FVU %.4f, L0 %.1f, dead %.2f %%", result.fvu, result.l0, 100 * result.dead_fraction)
             plot_run(folder.metrics(), whole.feature_stats, folder.path)
             whole.save(folder.path)
 

@@ -52,11 +52,11 @@ class Evaluation:
     """On the model's predictions; None without a model."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"reconstruction": self.reconstruction.record(), "loss": asdict(self.loss) if self.loss else None}
 
     def to_text(self) -> str:
         """A two-column table."""
-        rows = asdict(self.reconstruction)
+        rows = self.reconstruction.record()
         rows |= asdict(self.loss) if self.loss else {}
         width = max(map(len, rows))
         return "\n".join(

@@ -257,7 +257,13 @@ class FusedUpdater(_WithRule):
             self.set_rate(lr)
         inward = self.sae.input_bias is not None
         ops.backward_update(
-            self.state_of_rule, self.rule, self.lr, self.bias_lr, *self._learned, centred_by_b_dec=inward
+            self.state_of_rule,
+            self.rule,
+            self.lr,
+            self.bias_lr,
+            *self._learned,
+            centred_by_b_dec=inward,
+            signed=self.sae.signed,
         )
         self._learned = None
         self._weights_changed()

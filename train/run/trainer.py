@@ -381,8 +381,8 @@ def finish_run(trainer: Trainer, source: ActivationSource, folder: RunFolder) ->
     counted = (batch.x for batch, _ in zip(bar, range(n_batches)))
     sae.feature_stats = collect_feature_stats(sae, counted, source.stats().median_norm)
     bar.close()
-    sae.cfg.metadata["heldout"] = asdict(heldout)
-    log.info("held out: FVU %.4f, L0 %.1f, dead %.2f %%", heldout.fvu, heldout.l0, 100 * heldout.dead_share)
+    sae.cfg.metadata["heldout"] = heldout.record()
+    log.info("held out: FVU %.4f, L0 %.1f, dead %.2f %%", heldout.fvu, heldout.l0, 100 * heldout.dead_fraction)
     plot_run(folder.metrics(), sae.feature_stats, folder.path)
     sae.save(folder.path)
     return sae

@@ -9,7 +9,6 @@ Shape letters: N samples, L latents, D width.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
+from steersman.steer.decompose.base import Method, Problem, Sources, batches_of
 from steersman.steer.decompose.response import dense, t_statistic
-from steersman.steer.decompose.task import Task, batches_of
 from steersman.steer.decompose.terms import Terms, largest
 
 _CHUNK = 128
@@ -59,66 +58,70 @@ class Side:
         return (self.squares / self.n - self.mean.square()).clamp_min(0) / (self.n - 1)
 
 
-def contrast(task: Task) -> list[Terms]:
-    """The contrast at the length of every vector, at most k features, largest in size."""
-    plus, minus = sides(task)
-    difference, t = plus.mean - minus.mean, t_statistic(plus.mean - minus.mean, plus.variance + minus.variance)
-    delta = plus.centre - minus.centre
-    terms = []
-    for v in task.vectors:
-        cosine = float(v @ delta / (v.norm() * delta.norm()))
-        stretch = float(v @ delta / delta.square().sum())
-        values = difference * task.atoms.norms * stretch
-        values = torch.where(task.atoms.usable, values, 0.0)
-        ids = largest(values, task.config.k)
-        warnings = []
-        if cosine < 0.9:
-            warnings.append(
-                f"v is not the difference of these texts (cosine {cosine:.2f}): contrast takes the texts apart, not v"
-            )
-        if min(plus.n, minus.n) < 8:
-            warnings.append(f"{plus.n} positive and {minus.n} negative samples are few: distrust |t| below 4")
-        details = {"cosine_to_difference": cosine, "n_positive": float(plus.n), "n_negative": float(minus.n)}
-        terms.append(Terms(features=ids, coefficients=values[ids], t=t[ids], details=details, warnings=warnings))
-    return terms
+class ContrastCodes(Method):
+    """The difference of mean codes, at the length of v."""
+
+    name = "contrast"
+    source = "arXiv 2411.08790 (its requirements); Welch 1947"
+    reads = ("positive", "negative")
+    settings = ("positions",)
+    makes_vector = True
+
+    def read(self, sources: Sources) -> tuple[Side, Side]:
+        plus, minus = (Side(sources.sae, _samples(sources, name), name) for name in ("positive", "negative"))
+        return plus, minus
+
+    def own_vector(self, data: tuple[Side, Side]) -> Tensor:
+        plus, minus = data
+        return plus.centre - minus.centre
+
+    def terms(self, problem: Problem) -> list[Terms]:
+        plus, minus = problem.data
+        difference, t = plus.mean - minus.mean, t_statistic(plus.mean - minus.mean, plus.variance + minus.variance)
+        delta = plus.centre - minus.centre
+        terms = []
+        for v in problem.vectors:
+            cosine = float(v @ delta / (v.norm() * delta.norm()))
+            stretch = float(v @ delta / delta.square().sum())
+            values = difference * problem.atoms.norms * stretch
+            values = torch.where(problem.atoms.usable, values, 0.0)
+            ids = largest(values, problem.config.k)
+            warnings = []
+            if cosine < 0.9:
+                warnings.append(
+                    f"v is not the difference of these texts (cosine {cosine:.2f}): contrast takes the texts apart, "
+                    "not v"
+                )
+            if min(plus.n, minus.n) < 8:
+                warnings.append(f"{plus.n} positive and {minus.n} negative samples are few: distrust |t| below 4")
+            details = {"cosine_to_difference": cosine, "n_positive": float(plus.n), "n_negative": float(minus.n)}
+            terms.append(Terms(features=ids, coefficients=values[ids], t=t[ids], details=details, warnings=warnings))
+        return terms
 
 
-def sides(task: Task) -> tuple[Side, Side]:
-    """The sums of the positive and of the negative samples, read unless the task holds them already."""
-    found = []
-    for name in ("positive", "negative"):
-        source = getattr(task, name)
-        if source is None:
-            raise SteersmanError(
-                "method 'contrast' needs positive= and negative=: texts (with lm=) or activations [N, d_in]"
-            )
-        read = isinstance(source, Side)
-        found.append(source if read else Side(task.sae, _samples(task, source, name), name))
-    return found[0], found[1]
-
-
-def _samples(task: Task, source: Any, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Codes [n, L] float64 and activations [n, D] of a few samples at a time."""
+def _samples(sources: Sources, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Codes [n, L] float64 and activations [n, D] of a few samples of one side at a time."""
+    sae, source = sources.sae, getattr(sources, name)
     if isinstance(source, str):
         raise SteersmanError(f"the {name} texts must be a list, not one text")
     if isinstance(source, Sequence) and source and all(isinstance(text, str) for text in source):
-        if task.lm is None:
+        if sources.lm is None:
             raise SteersmanError("contrast of texts needs the model: give lm=")
-        if not all(text.strip() for text in source):  # pyright: ignore[reportAttributeAccessIssue]
+        if not all(text.strip() for text in source):
             raise SteersmanError(f"one of the {name} texts is empty")
-        yield from _text_samples(task, task.lm, source)
+        yield from _text_samples(sources, sources.lm, source)
         return
     for x in batches_of(source):
-        if x.ndim != 2 or x.shape[1] != task.sae.cfg.d_in:
-            raise SteersmanError(
-                f"{name} activations of shape {tuple(x.shape)} do not fit an SAE of d_in {task.sae.cfg.d_in}"
-            )
-        for part in x.to(task.sae.device).split(_CHUNK):
-            yield dense(task.sae.encode_sparse(part.float()), task.sae), part
+        if x.ndim != 2 or x.shape[1] != sae.cfg.d_in:
+            shape = tuple(x.shape)
+            raise SteersmanError(f"{name} activations of shape {shape} do not fit an SAE of d_in {sae.cfg.d_in}")
+        for part in x.to(sae.device).split(_CHUNK):
+            yield dense(sae.encode_sparse(part.float()), sae), part
 
 
-def _text_samples(task: Task, lm: LanguageModel, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
-    hook = task.sae.cfg.hook_name or task.hook
+def _text_samples(sources: Sources, lm: LanguageModel, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    sae = sources.sae
+    hook = sae.cfg.hook_name or sources.hook
     if not hook:
         raise SteersmanError("this SAE records no hook point: name the one to read the texts at with hook=")
     for start in range(0, len(texts), _TEXTS):
@@ -126,7 +129,7 @@ def _text_samples(task: Task, lm: LanguageModel, texts: Sequence[str]) -> Iterat
         h = lm.capture(batch.input_ids, batch.attention_mask, hooks=[hook])[hook]
         for row, ids, mask in zip(h, batch.input_ids, batch.attention_mask.bool()):
             real = row[mask & (ids != lm.bos_token_id)] if lm.bos_token_id is not None else row[mask]
-            real = real[-1:] if task.config.read == "last" else real
-            real = real.to(task.sae.device).float()
-            codes = torch.stack([dense(task.sae.encode_sparse(part), task.sae).sum(dim=0) for part in real.split(256)])
+            real = real[-1:] if sources.config.positions == "last" else real
+            real = real.to(sae.device).float()
+            codes = torch.stack([dense(sae.encode_sparse(part), sae).sum(dim=0) for part in real.split(256)])
             yield (codes.sum(dim=0) / len(real))[None], real.mean(dim=0)[None]

@@ -1,0 +1,50 @@
+"""What can be given in doses: a vector, edits at hook points, or any function from a scale to a context manager.
+
+Calibration and evaluation ask nothing else of a way of steering than that it has a strength.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from steersman.lm import LanguageModel
+from steersman.steer.edits import Edit, PerRow
+from steersman.steer.scope import Scope, ScopeLike
+from steersman.steer.steerer import Steerer, Steering
+from steersman.steer.vectors.vector import SteeringVector
+
+Dosed = SteeringVector | Mapping[str, Edit] | Callable[[Any], AbstractContextManager[Any]]
+"""A vector, {hook point: edit}, or a function that opens the steering of a given scale."""
+
+D = TypeVar("D", bound=Dosed)
+
+
+def as_steerer(st: Steerer | LanguageModel) -> Steerer:
+    """A steerer for what may be a model."""
+    return st if isinstance(st, Steerer) else Steerer(st)
+
+
+def steered(
+    what: Dosed, st: Steerer | LanguageModel, *, scale: PerRow = 1.0, scope: ScopeLike = "all", **options: Any
+) -> AbstractContextManager[Any]:
+    """The context in which a model is steered by `scale` times `what`; `options` as for `Steerer.vector`.
+
+    A function opens what it will: `scope` and `options` are for vectors and edits.
+    """
+    if isinstance(what, SteeringVector):
+        return as_steerer(st).vector(what, scale=scale, scope=scope, **options)
+    if isinstance(what, Mapping):
+        edits = {hook: edit.scaled(scale) for hook, edit in what.items()}
+        return Steering(as_steerer(st).lm, edits, Scope.of(scope, **options))
+    return what(scale)
+
+
+def scaled(what: D, factor: float, **notes: Any) -> D:
+    """`factor` times `what`: at scale 1 it does what `what` does at scale `factor`. A vector keeps `notes` about it."""
+    if isinstance(what, SteeringVector):
+        part = what * factor
+        return replace(part, metadata={**what.metadata, **notes})  # pyright: ignore[reportReturnType]
+    if isinstance(what, Mapping):
+        return {hook: edit.scaled(factor) for hook, edit in what.items()}  # pyright: ignore[reportReturnType]
+    return lambda scale: what(factor * scale)  # pyright: ignore[reportReturnType]

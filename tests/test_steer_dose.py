@@ -1,0 +1,61 @@
+"""Anything that has a strength is calibrated and evaluated: a vector, edits at hook points, a function of the scale."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import D, with_text
+
+from steersman import LanguageModel, Steerer, SteeringVector, SteersmanError
+from steersman.steer import calibrate, evaluate_steering
+from steersman.steer.edits import VectorEdit
+
+HOOK = "blocks.1.hook_resid_post"
+DIRECTION = torch.randn(D, generator=torch.Generator().manual_seed(0))
+VECTOR = SteeringVector.of(DIRECTION, hook_name=HOOK)
+TEXTS = ["w5 w6 w7 w8", "w9 w10 w11"]
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return with_text("llama")
+
+
+def ways(lm: LanguageModel) -> dict[str, Any]:
+    """The same steering as a vector, as edits and as a function."""
+    steerer = Steerer(lm)
+
+    @contextmanager
+    def steer(scale: float) -> Iterator[None]:
+        with steerer.vector(VECTOR, scale=scale):
+            yield
+
+    return {"vector": VECTOR, "edits": {HOOK: VectorEdit(DIRECTION)}, "function": steer}
+
+
+@pytest.mark.parametrize("way", ["edits", "function"])
+def test_calibration_finds_the_scale_of_anything(lm: LanguageModel, way: str) -> None:
+    what = ways(lm)[way]
+    calibration = calibrate(what, lm, texts=TEXTS, target_kl=0.02)
+    assert calibration.search.converged
+    reference = calibrate(VECTOR, lm, texts=TEXTS, target_kl=0.02)
+    assert calibration.search.scale == pytest.approx(reference.search.scale, rel=0.05)
+    again = calibrate(calibration.vector, lm, texts=TEXTS, target_kl=calibration.search.value, tolerance=0.01)
+    assert again.search.scale == pytest.approx(1, rel=0.01), "what is returned is already scaled"
+    with pytest.raises(SteersmanError, match="target_norm is for vectors"):
+        calibrate(what, lm, target_norm=0.5)
+
+
+def test_evaluation_measures_the_same_for_anything(lm: LanguageModel) -> None:
+    settings: dict[str, Any] = {"scale": (1.0, 2.0), "max_new_tokens": 4}
+    reports = {name: evaluate_steering(lm, what, TEXTS, texts=TEXTS, **settings) for name, what in ways(lm).items()}
+    for name in ("edits", "function"):
+        assert set(reports[name].arms) == {"unsteered", "vector"}
+        assert "no vector" in reports[name].missing["random"]
+        for a, b in zip(reports[name].arms["vector"].points, reports["vector"].arms["vector"].points):
+            assert a.texts == b.texts
+            assert a.forced["heldout_loss"].tolist() == pytest.approx(b.forced["heldout_loss"].tolist())
+        assert reports[name].to_json()["arms"]["vector"]["norm"] is None
+        assert "vector" in reports[name].to_text()
