@@ -3,9 +3,15 @@
 `reference` defines the results, `torch_ops` computes them fast with PyTorch and `triton_ops` with fused kernels on
 NVIDIA GPUs, `dispatch` chooses, `autograd` gives them gradients, and `ops` makes operators of them that `torch.compile`
 knows. `update` defines the fused backward pass and update of a training step, `rounding` how its state is kept in fewer
-bits.
+bits. A function has the same signature wherever it exists; `signed` codes (AbsTopK) may be negative.
+
+Names in the Triton kernels: `x_ptr` points to the first element of the tensor x; `x` and `w` of a product are tensor
+descriptors where the copy engine loads them, else such pointers. Capital letters are sizes, by each file's shape
+letters; capitals declared `tl.constexpr` are known when a kernel is compiled: tiles (BM, BN, BK, BLOCK_D, ...) and
+switches (MODE, SIGNED, ...). Kernels are launched by keyword, by the plain function below them.
 """
 
+from steersman.deprecation import moved
 from steersman.kernels.autograd import Order, sparse_decode, topk_encode, with_gradient
 from steersman.kernels.dispatch import Implementation, choose, using
 from steersman.kernels.operands import precision
@@ -26,3 +32,7 @@ __all__ = [
     "using",
     "with_gradient",
 ]
+
+__getattr__ = moved(
+    __name__, {"Fused": "steersman.kernels.update:UpdateState", "Rule": "steersman.kernels.update:UpdateRule"}
+)

@@ -93,6 +93,16 @@ def _padded(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def versions(*tensors: Tensor) -> tuple[int, ...]:
+    """How often each tensor's memory has been written to: whoever keeps a copy of weights asks whether it is stale.
+
+    The counter is PyTorch's own and private (`Tensor._version`); autograd raises "modified by an inplace operation" by
+    it, so it counts every in-place operation, and what custom operators declare as `mutates_args`. Views share their
+    base's counter. Not counted: a write through `.data`, and in inference mode, whose tensors have no counter.
+    """
+    return tuple(tensor._version for tensor in tensors)
+
+
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -100,7 +110,7 @@ def weights(W: Tensor, dtype: torch.dtype) -> Tensor:
     """W [L, D] as an operand in `dtype`: itself where it fits, else a copy that is kept while W does not change.
 
     The copy belongs to the tensor that owns the storage (a module's `W_enc.T` is a new view each time) and to its
-    version, which every in-place change raises. While a CUDA graph is captured the copy is made in any case, so that
+    version (see `versions`). While a CUDA graph is captured the copy is made in any case, so that
     replays see the weights of their time.
     """
     if W.dtype == dtype and W.is_contiguous() and W.shape[1] % UNIT == 0 and W.data_ptr() % 16 == 0:
@@ -111,10 +121,10 @@ def weights(W: Tensor, dtype: torch.dtype) -> Tensor:
     key = (dtype, tuple(W.shape), W.stride(), W.storage_offset(), W.data_ptr())
     capturing = W.is_cuda and torch.cuda.is_current_stream_capturing()
     kept = _copies.get(owner)
-    if kept is None or kept[0] != key or kept[1] != owner._version or capturing:
+    if kept is None or kept[0] != key or kept[1] != versions(owner) or capturing:
         copy = _padded(W.detach(), dtype)
         if capturing:
             return copy
-        kept = (key, owner._version, copy)
+        kept = (key, versions(owner), copy)
         _copies[owner] = kept
     return kept[2]

@@ -45,9 +45,9 @@ def encode_gradients(
         dW_enc = order().scatter_rows(dz, centred)
     if needs[2] or needs[3]:
         db_enc = order().scatter(dz)
-    if b_dec is not None and needs[3]:
-        # sum_n dz_n W_enc = (sum_n dz_n) W_enc: one vector-matrix product in place of an N*K*D gather.
-        db_dec = -(db_enc @ W_enc.float())
+        if b_dec is not None and needs[3]:
+            # sum_n dz_n W_enc = (sum_n dz_n) W_enc: one vector-matrix product in place of an N*K*D gather.
+            db_dec = -(db_enc @ W_enc.float())
     return dx, dW_enc, db_enc, db_dec
 
 

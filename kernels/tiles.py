@@ -58,6 +58,13 @@ WAVE: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
 PLAIN = {(100, torch.bfloat16): 1}
 """The entry of `WAVE` for modes other than FILTER, where the rule's choice would need more registers than there are."""
 
+SIGNED = {
+    (90, torch.bfloat16): (Tile(BM=128, BN=128, BK=64, warps=8, stages=4), WAVE[90, torch.bfloat16][0]),
+    (100, torch.bfloat16): (WAVE[100, torch.bfloat16][1], WAVE[100, torch.bfloat16][1]),
+}
+"""The tiles of the modes FIRST and FILTER for a signed code, where the other codes' need more shared memory or more
+registers than there are: a tile's 64-bit keys change their layout, and a candidate has a size and a sign."""
+
 SMALL_BATCH: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
     (80, torch.bfloat16): (
         Tile(BM=64, BN=16, BK=128, warps=4, stages=4, tma=False),
@@ -147,8 +154,9 @@ def entry(shape: Shape, cc: int, dtype: torch.dtype, tile: Tile, ms: float, devi
 
 
 @functools.lru_cache(maxsize=1024)
-def _find(shape: Shape, device: torch.device, dtype: torch.dtype) -> Tile:
-    return choice(shape, capability(device), _known(dtype))
+def _find(shape: Shape, device: torch.device, dtype: torch.dtype, signed: bool) -> Tile:
+    cc, dtype = capability(device), _known(dtype)
+    return SIGNED[cc, dtype][1] if signed and (cc, dtype) in SIGNED else choice(shape, cc, dtype)
 
 
 def _known(dtype: torch.dtype) -> torch.dtype:
@@ -156,17 +164,17 @@ def _known(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
-def find(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tile:
+def find(shape: Shape, dtype: torch.dtype, device: torch.device, signed: bool = False) -> Tile:
     """The tile of `wave_kernel` for a shape on a device."""
-    return INTERPRETED if device.type != "cuda" else _find(shape, device, dtype)
+    return INTERPRETED if device.type != "cuda" else _find(shape, device, dtype, signed)
 
 
-def find_plain(dtype: torch.dtype, device: torch.device) -> Tile:
+def find_plain(dtype: torch.dtype, device: torch.device, signed: bool = False) -> Tile:
     """The tile of `wave_kernel` for its modes FIRST, THRESHOLD and DENSE."""
     if device.type != "cuda":
         return INTERPRETED
-    cc = capability(device)
-    return WAVE[cc, _known(dtype)][PLAIN.get((cc, _known(dtype)), 0)]
+    key = capability(device), _known(dtype)
+    return SIGNED[key][0] if signed and key in SIGNED else WAVE[key][PLAIN.get(key, 0)]
 
 
 def find_small_batch(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tile:

@@ -7,7 +7,7 @@ Sums are fp32, operands bf16 or fp32. Nothing is asked of the host: tables have 
 
 Shape letters: N tokens, L latents, D width, K active latents a token, P pairs, C chunks.
 """
-# pyright: reportArgumentType=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
 # Triton's decorator does not show what types a kernel takes.
 
 import torch
@@ -22,25 +22,27 @@ PAIRS = 8
 
 
 @triton.jit
-def sum_rows(ROWS, tokens, weights, start, stop, cols, mask, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`sum_p weights[p] ROWS[tokens[p], cols]` over start <= p < stop, in a fixed order -> [BLOCK_D]."""
+def sum_rows(
+    rows_ptr, tokens_ptr, weights_ptr, start, stop, cols, mask, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """`sum_p weights[p] rows[tokens[p], cols]` over start <= p < stop, in a fixed order -> [BLOCK_D]."""
     total = tl.zeros([BLOCK_D], tl.float32)
     for first in range(start, stop, BLOCK_P):
         pair = first + tl.arange(0, BLOCK_P)
         there = pair < stop
-        token = tl.load(tokens + pair, mask=there, other=0).to(tl.int64)
-        weight = tl.load(weights + pair, mask=there, other=0.0)
+        token = tl.load(tokens_ptr + pair, mask=there, other=0).to(tl.int64)
+        weight = tl.load(weights_ptr + pair, mask=there, other=0.0)
         both = there[:, None] & mask[None, :]
-        row = tl.load(ROWS + token[:, None] * D + cols[None, :], mask=both, other=0.0).to(tl.float32)
+        row = tl.load(rows_ptr + token[:, None] * D + cols[None, :], mask=both, other=0.0).to(tl.float32)
         total += tl.sum(row * weight[:, None], axis=0)
     return total
 
 
 @triton.jit
-def sum_chunks(CHUNKS, first, stop, cols, mask, D, BLOCK_D: tl.constexpr):
-    """The rows first <= c < stop of CHUNKS [C, D], added in order -> [BLOCK_D]."""
+def sum_chunks(chunks_ptr, first, stop, cols, mask, D, BLOCK_D: tl.constexpr):
+    """The rows first <= c < stop of chunks [C, D], added in order -> [BLOCK_D]."""
     total = tl.zeros([BLOCK_D], tl.float32)
-    row = CHUNKS + first.to(tl.int64) * D
+    row = chunks_ptr + first.to(tl.int64) * D
     for _ in range(first, stop):
         total += tl.load(row + cols, mask=mask, other=0.0)
         row += D
@@ -48,81 +50,86 @@ def sum_chunks(CHUNKS, first, stop, cols, mask, D, BLOCK_D: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
-def pair_dots(G, W, tokens, latents, out, n_pairs, scale, L, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`scale <G[token], W[latent]>` of the sorted pairs; pairs of latent L (no latent) give 0.
+def pair_dots(
+    g_ptr, w_ptr, tokens_ptr, latents_ptr, out_ptr, n_pairs, scale, L, D,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """`scale <g[token], W[latent]>` of the sorted pairs; pairs of latent L (no latent) give 0.
 
     Pairs of one latent follow each other, so its row of W is read from memory once and then found in cache.
     """
     pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     there = pair < n_pairs
-    latent = tl.load(latents + pair, mask=there, other=L).to(tl.int64)
-    token = tl.load(tokens + pair, mask=there, other=0).to(tl.int64)
+    latent = tl.load(latents_ptr + pair, mask=there, other=L).to(tl.int64)
+    token = tl.load(tokens_ptr + pair, mask=there, other=0).to(tl.int64)
     total = tl.zeros([BLOCK_P], tl.float32)
     for d in range(0, D, BLOCK_D):
         cols = d + tl.arange(0, BLOCK_D)
         both = (latent < L)[:, None] & (cols < D)[None, :]
-        g = tl.load(G + token[:, None] * D + cols[None, :], mask=both, other=0.0).to(tl.float32)
-        w = tl.load(W + latent[:, None] * D + cols[None, :], mask=both, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + token[:, None] * D + cols[None, :], mask=both, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + latent[:, None] * D + cols[None, :], mask=both, other=0.0).to(tl.float32)
         total += tl.sum(g * w, axis=1)
-    tl.store(out + pair, total * scale, mask=there)
+    tl.store(out_ptr + pair, total * scale, mask=there)
 
 
 @triton.jit
 def chunk_sums(
-    ROWS, tokens, weights, starts, hot_starts, chunk_latents, chunks, L, D,
+    rows_ptr, tokens_ptr, weights_ptr, starts_ptr, hot_starts_ptr, chunk_latents_ptr, chunks_ptr, L, D,
     SIZE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Row c of chunks [C, D]: the weighted sum of one chunk of one hot latent. Chunks past the last do nothing."""
     c = tl.program_id(0)
-    if c < tl.load(hot_starts + L):
-        latent = tl.load(chunk_latents + c)
-        start = tl.load(starts + latent) + (c - tl.load(hot_starts + latent)) * SIZE
-        stop = tl.minimum(start + SIZE, tl.load(starts + latent + 1))
+    if c < tl.load(hot_starts_ptr + L):
+        latent = tl.load(chunk_latents_ptr + c)
+        start = tl.load(starts_ptr + latent) + (c - tl.load(hot_starts_ptr + latent)) * SIZE
+        stop = tl.minimum(start + SIZE, tl.load(starts_ptr + latent + 1))
         cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        total = sum_rows(ROWS, tokens, weights, start, stop, cols, cols < D, D, BLOCK_P, BLOCK_D)
-        tl.store(chunks + c.to(tl.int64) * D + cols, total, mask=cols < D)
+        total = sum_rows(rows_ptr, tokens_ptr, weights_ptr, start, stop, cols, cols < D, D, BLOCK_P, BLOCK_D)
+        tl.store(chunks_ptr + c.to(tl.int64) * D + cols, total, mask=cols < D)
 
 
 @triton.jit
 def row_sums(
-    ROWS, tokens, weights, starts, hot_starts, chunks, out, D,
+    rows_ptr, tokens_ptr, weights_ptr, starts_ptr, hot_starts_ptr, chunks_ptr, out_ptr, D,
     HOT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Row l of out [L, D]: the weighted sum over latent l's pairs."""
     latent = tl.program_id(0)
-    start, stop = tl.load(starts + latent), tl.load(starts + latent + 1)
+    start, stop = tl.load(starts_ptr + latent), tl.load(starts_ptr + latent + 1)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = cols < D
     if HOT:
-        first, last = tl.load(hot_starts + latent), tl.load(hot_starts + latent + 1)
-        total = sum_chunks(chunks, first, last, cols, mask, D, BLOCK_D)
+        first, last = tl.load(hot_starts_ptr + latent), tl.load(hot_starts_ptr + latent + 1)
+        total = sum_chunks(chunks_ptr, first, last, cols, mask, D, BLOCK_D)
         stop = tl.where(last > first, start, stop)
-        total += sum_rows(ROWS, tokens, weights, start, stop, cols, mask, D, BLOCK_P, BLOCK_D)
+        total += sum_rows(rows_ptr, tokens_ptr, weights_ptr, start, stop, cols, mask, D, BLOCK_P, BLOCK_D)
     else:
-        total = sum_rows(ROWS, tokens, weights, start, stop, cols, mask, D, BLOCK_P, BLOCK_D)
-    tl.store(out + latent.to(tl.int64) * D + cols, total, mask=mask)
+        total = sum_rows(rows_ptr, tokens_ptr, weights_ptr, start, stop, cols, mask, D, BLOCK_P, BLOCK_D)
+    tl.store(out_ptr + latent.to(tl.int64) * D + cols, total, mask=mask)
 
 
 @triton.jit
-def scalar_sums(a, b, starts, sums, product_sums, BOTH: tl.constexpr, BLOCK_P: tl.constexpr):
+def scalar_sums(a_ptr, b_ptr, starts_ptr, sums_ptr, product_sums_ptr, BOTH: tl.constexpr, BLOCK_P: tl.constexpr):
     """sums[l] = the sum of a over latent l's pairs; with BOTH also product_sums[l], that of a * b."""
     latent = tl.program_id(0)
-    start, stop = tl.load(starts + latent), tl.load(starts + latent + 1)
+    start, stop = tl.load(starts_ptr + latent), tl.load(starts_ptr + latent + 1)
     total = tl.zeros([BLOCK_P], tl.float32)
     product = tl.zeros([BLOCK_P], tl.float32)
     for first in range(start, stop, BLOCK_P):
         pair = first + tl.arange(0, BLOCK_P)
-        x = tl.load(a + pair, mask=pair < stop, other=0.0)
+        x = tl.load(a_ptr + pair, mask=pair < stop, other=0.0)
         total += x
         if BOTH:
-            product += x * tl.load(b + pair, mask=pair < stop, other=0.0)
-    tl.store(sums + latent, tl.sum(total))
+            product += x * tl.load(b_ptr + pair, mask=pair < stop, other=0.0)
+    tl.store(sums_ptr + latent, tl.sum(total))
     if BOTH:
-        tl.store(product_sums + latent, tl.sum(product))
+        tl.store(product_sums_ptr + latent, tl.sum(product))
 
 
 @triton.jit
-def vector_matrix_parts(v, W, parts, L, D, ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
+def vector_matrix_parts(
+    v_ptr, w_ptr, parts_ptr, L, D, ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Row i of parts: `sum_l v[l] W[l]` over the i-th ROWS latents."""
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
@@ -130,11 +137,11 @@ def vector_matrix_parts(v, W, parts, L, D, ROWS: tl.constexpr, BLOCK_L: tl.const
     for first in range(start, tl.minimum(start + ROWS, L), BLOCK_L):
         latent = first + tl.arange(0, BLOCK_L)
         there = latent < L
-        x = tl.load(v + latent, mask=there, other=0.0)
+        x = tl.load(v_ptr + latent, mask=there, other=0.0)
         both = there[:, None] & (cols < D)[None, :]
-        w = tl.load(W + latent.to(tl.int64)[:, None] * D + cols[None, :], mask=both, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + latent.to(tl.int64)[:, None] * D + cols[None, :], mask=both, other=0.0).to(tl.float32)
         total += tl.sum(x[:, None] * w, axis=0)
-    tl.store(parts + tl.program_id(0).to(tl.int64) * D + cols, total, mask=cols < D)
+    tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * D + cols, total, mask=cols < D)
 
 
 def width_block(D: int, largest: int = 512) -> int:
@@ -211,8 +218,9 @@ class LatentOrder:
         if C:
             block = width_block(D)
             chunk_sums[(C, triton.cdiv(D, block))](
-                rows, self.tokens, weights, self.starts, self.hot_starts, self.chunk_latents, chunks, self.n_latents, D,
-                SIZE=CHUNK, BLOCK_P=PAIRS, BLOCK_D=block, num_warps=4,
+                rows_ptr=rows, tokens_ptr=self.tokens, weights_ptr=weights, starts_ptr=self.starts,
+                hot_starts_ptr=self.hot_starts, chunk_latents_ptr=self.chunk_latents, chunks_ptr=chunks,
+                L=self.n_latents, D=D, SIZE=CHUNK, BLOCK_P=PAIRS, BLOCK_D=block, num_warps=4,
             )  # fmt: skip
         return chunks
 
@@ -223,7 +231,8 @@ class LatentOrder:
         out = torch.empty(self.n_latents, D, device=rows.device)
         chunks, block = self.chunk_table(weights, rows), width_block(D)
         row_sums[(self.n_latents, triton.cdiv(D, block))](
-            rows, self.tokens, weights, self.starts, self.hot_starts, chunks, out, D,
+            rows_ptr=rows, tokens_ptr=self.tokens, weights_ptr=weights, starts_ptr=self.starts,
+            hot_starts_ptr=self.hot_starts, chunks_ptr=chunks, out_ptr=out, D=D,
             HOT=len(chunks) > 0, BLOCK_P=PAIRS, BLOCK_D=block, num_warps=4,
         )  # fmt: skip
         return out
@@ -237,8 +246,9 @@ class LatentOrder:
         sums = torch.empty(self.n_latents, device=a.device)
         products = sums if b is None else torch.empty_like(sums)
         scalar_sums[(self.n_latents,)](
-            a, a if b is None else b, self.starts, sums, products, BOTH=b is not None, BLOCK_P=64, num_warps=1
-        )
+            a_ptr=a, b_ptr=a if b is None else b, starts_ptr=self.starts, sums_ptr=sums, product_sums_ptr=products,
+            BOTH=b is not None, BLOCK_P=64, num_warps=1,
+        )  # fmt: skip
         return sums, products
 
     def dots(self, g: Tensor, W: Tensor, scale: float = 1.0) -> Tensor:
@@ -246,8 +256,8 @@ class LatentOrder:
         out = torch.empty(len(self.pairs), device=g.device)
         block = width_block(g.shape[1])
         pair_dots[(triton.cdiv(len(out), PAIRS),)](
-            g.contiguous(), W, self.tokens, self.latents, out, len(out), scale, self.n_latents, g.shape[1],
-            BLOCK_P=PAIRS, BLOCK_D=block, num_warps=4,
+            g_ptr=g.contiguous(), w_ptr=W, tokens_ptr=self.tokens, latents_ptr=self.latents, out_ptr=out,
+            n_pairs=len(out), scale=scale, L=self.n_latents, D=g.shape[1], BLOCK_P=PAIRS, BLOCK_D=block, num_warps=4,
         )  # fmt: skip
         return out
 
@@ -269,6 +279,6 @@ def vector_matrix(v: Tensor, W: Tensor) -> Tensor:
     n_parts = triton.cdiv(L, 512)
     parts = torch.empty(n_parts, D, device=W.device)
     vector_matrix_parts[(n_parts, triton.cdiv(D, block))](
-        v, W, parts, L, D, ROWS=512, BLOCK_L=16, BLOCK_D=block, num_warps=4
+        v_ptr=v, w_ptr=W, parts_ptr=parts, L=L, D=D, ROWS=512, BLOCK_L=16, BLOCK_D=block, num_warps=4
     )
     return parts.sum(dim=0)

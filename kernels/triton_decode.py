@@ -67,8 +67,9 @@ def _launch(
     squares = torch.empty(grid if x is not None else (0,), device=values.device)
     if N:
         decode_kernel[grid](
-            values, indices, W_dec, out if b_dec is None else b_dec, out if x is None else x.contiguous(), out, squares,
-            D, K, BIAS=b_dec is not None, RESIDUAL=x is not None, KB=KB, BD=piece, num_warps=4 if piece > 128 else 1,
+            values_ptr=values, indices_ptr=indices, w_ptr=W_dec, bias_ptr=out if b_dec is None else b_dec,
+            x_ptr=out if x is None else x.contiguous(), out_ptr=out, squares_ptr=squares, D=D, K=K,
+            BIAS=b_dec is not None, RESIDUAL=x is not None, KB=KB, BD=piece, num_warps=4 if piece > 128 else 1,
         )  # fmt: skip
     return out, squares
 
@@ -81,6 +82,6 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
 def decode_residual(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `torch_ops.decode_residual`: x - x_hat [N, D] fp32 and each token's squared error [N]."""
+    """See `reference.decode_residual`."""
     residual, squares = _launch(values.detach(), indices, W_dec.detach(), None if b_dec is None else b_dec.detach(), x)
     return residual, squares.sum(dim=1)

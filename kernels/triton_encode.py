@@ -14,7 +14,8 @@ returns at once when it is empty. Its streaming selection is exact for any value
 A small batch (N <= SMALL_BATCH) is bound by reading W_enc, not by arithmetic: one kernel reads it once and writes the
 N x L pre-activations, which stay in the L2 cache, and `triton_select.reduce` picks.
 
-The result is `topk` of the fp32 accumulators, ties to the lower latent, ReLU after the selection.
+The result is `topk` of the fp32 accumulators, ties to the lower latent, ReLU after the selection. A signed code
+(AbsTopK) is the same with magnitudes: tau bounds them, keys order them and carry the sign, and there is no ReLU.
 Shape letters: N tokens, L latents, D width, K active latents a token, C slots, R rows of a program.
 """
 
@@ -37,11 +38,13 @@ SMALL_BATCH = 64
 """Tokens up to which W_enc's bytes, not the arithmetic, bound the encoder."""
 LARGEST_K = 512
 """Active latents a token up to which the kernels select; above it, PyTorch does."""
+MOST_SIGNED = 1 << 30
+"""Latents that the keys of a signed code can number."""
 LIMIT = 24
 """Candidates that a quarter of a tile's row may have; with more it would hold up the tile's other rows, and is
 rescued."""
 
-# What an epilogue does with a tile.
+# What an epilogue does with a tile; see `wave_kernel`.
 FIRST, FILTER, THRESHOLD, DENSE = (tl.constexpr(mode) for mode in range(4))
 
 
@@ -73,8 +76,8 @@ def product_tile(x, w, row0, column0, N, L, D, BM: tl.constexpr, BN: tl.constexp
 
 @triton.jit
 def append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-           LIMIT: tl.constexpr):  # fmt: skip
-    """Append to the rows' buffers what is above tau [BM] in acc [BM, BN].
+           LIMIT: tl.constexpr, SIGNED: tl.constexpr):  # fmt: skip
+    """Append to the rows' buffers what is above tau [BM] in acc [BM, BN], with SIGNED what is so in magnitude.
 
     A row is looked at as 4 quarters, columns 8j + 2q and 8j + 2q + 1 for all j: what one thread holds of a matrix
     unit's result (of `mma` and `wgmma`), so that maxima are taken within a thread. Each pass takes one candidate from
@@ -84,8 +87,12 @@ def append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C: tl.constexpr, B
     tau = tau[:, None]
     inside = (rows < N)[:, None]
     # Not "> tau": a NaN must be counted too, so that its row is seen to need the rescue.
-    n = tl.sum((~(quarters <= tau[:, :, None])).to(tl.int32), axis=2)
-    quarters = tl.maximum(quarters, float("-inf"))  # counted but never found, which marks its row as failed
+    # NaN is counted but never found, which marks its row as failed.
+    if SIGNED:
+        n = tl.sum((~(tl.abs(quarters) <= tau[:, :, None])).to(tl.int32), axis=2)
+    else:
+        n = tl.sum((~(quarters <= tau[:, :, None])).to(tl.int32), axis=2)
+        quarters = tl.maximum(quarters, float("-inf"))
     crowded = n > LIMIT
     wanted = tl.where(crowded, C + 1, n)  # one more than the buffer holds marks the row as failed
     n = tl.where(crowded, 0, n)
@@ -98,13 +105,21 @@ def append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C: tl.constexpr, B
     base = buffer_ptr + rows.to(tl.int64)[:, None] * C
     n_nan = tl.zeros_like(n)
     for i in range(passes):
-        value, best = tl.max(quarters, axis=2, return_indices=True, return_indices_tie_break_left=False)
-        quarters = tl.where(position == best[:, :, None], float("-inf"), quarters)
+        if SIGNED:  # one copy of the tile: what was taken becomes NaN, which `tl.maximum` passes over
+            sizes = tl.maximum(tl.abs(quarters), float("-inf"))
+            size, best = tl.max(sizes, axis=2, return_indices=True, return_indices_tie_break_left=False)
+            here = position == best[:, :, None]
+            value = tl.sum(tl.where(here, quarters, 0.0), axis=2)
+            quarters = tl.where(here, float("nan"), quarters)
+        else:
+            value, best = tl.max(quarters, axis=2, return_indices=True, return_indices_tie_break_left=False)
+            size = value
+            quarters = tl.where(position == best[:, :, None], float("-inf"), quarters)
         latent = column0 + best // 2 * 8 + quarter * 2 + best % 2
         live = inside & (i < n)
-        found = live & (value > tau)
+        found = live & (size > tau)
         n_nan += (live & ~found).to(tl.int32)
-        tl.store(base + slot + i, make_key(value, latent), mask=found & (slot + i < C))
+        tl.store(base + slot + i, make_key(value, latent, SIGNED), mask=found & (slot + i < C))
     if passes > 0:
         failed = tl.sum(n_nan, axis=1) > 0
         tl.atomic_add(count_ptr + rows, tl.where(failed, C + 1, 0), mask=(rows < N) & failed, sem="relaxed")
@@ -114,7 +129,7 @@ def append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C: tl.constexpr, B
 def wave_kernel(
     x, w, bias_ptr, tau_ptr, buffer_ptr, count_ptr, N, L, D, first, last,
     C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr,
-    LIMIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    LIMIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
     """One wave: a program computes the pre-activations of BM tokens and BN of the latents first <= l < last.
 
@@ -138,10 +153,12 @@ def wave_kernel(
     acc += tl.load(bias_ptr + columns, mask=inside, other=float("-inf"))[None, :]
     if MODE == FIRST:
         at = buffer_ptr + rows.to(tl.int64)[:, None] * C + (columns - first)[None, :]
-        tl.store(at, make_key(acc, columns[None, :]), mask=(rows < N)[:, None] & inside[None, :])
+        tl.store(at, make_key(acc, columns[None, :], SIGNED), mask=(rows < N)[:, None] & inside[None, :])
     elif MODE == FILTER:
         tau = tl.load(tau_ptr + rows, mask=rows < N, other=float("inf"))
-        append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C, BM, BN, LIMIT)
+        if SIGNED:  # no column past the last is above tau, which is no smaller than 0
+            acc = tl.where(inside[None, :], acc, 0.0)
+        append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C, BM, BN, LIMIT, SIGNED)
     else:
         threshold = tl.maximum(tl.load(tau_ptr + columns, mask=inside, other=float("inf")), 0.0)
         if MODE == DENSE:
@@ -151,7 +168,7 @@ def wave_kernel(
         else:
             acc = tl.where(acc <= threshold[None, :], float("-inf"), acc)
             tau = tl.where(rows < N, float("-inf"), float("inf"))
-            append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C, BM, BN, LIMIT)
+            append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C, BM, BN, LIMIT, SIGNED)
 
 
 @triton.jit(do_not_specialize=["N", "L", "D"])
@@ -192,7 +209,7 @@ def compact_row(base, n, W: tl.constexpr, K: tl.constexpr):
 def rescue_kernel(
     x_ptr, w_ptr, bias_ptr, failed_ptr, n_failed_ptr, buffer_ptr, L, D,
     C: tl.constexpr, W: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
     """Recompute the listed rows: the K largest of each of C/W stretches of the latents, into the row's own buffer.
 
@@ -223,7 +240,7 @@ def rescue_kernel(
                 b = tl.load(w_at + k, mask=there & (columns < L)[:, None], other=0.0)
                 acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
             acc += tl.load(bias_ptr + columns, mask=columns < L, other=0.0)[None, :]
-            keys = make_key(acc, columns[None, :])
+            keys = make_key(acc, columns[None, :], SIGNED)
             enters = (keys > floor[:, None]) & live_row[:, None] & (columns < stop)[None, :]
             place = base[:, None] + n[:, None] + tl.cumsum(enters.to(tl.int32), axis=1) - 1
             tl.store(buffer_ptr + place, keys, mask=enters)
@@ -279,22 +296,25 @@ def plan(L: int, k: int, growth: float = 4.0, smallest: int = 256, largest: int 
 def launch_wave(
     ops: Operands,
     tile: tiles.Tile,
-    mode: int,
+    mode: tl.constexpr,
     wave: tuple[int, int],
     tau: Tensor,
     buffer: Tensor,
     count: Tensor,
     C: int,
+    *,
+    signed: bool = False,
 ) -> None:
-    """Launch `wave_kernel` over the latents wave[0] <= l < wave[1]."""
+    """Launch `wave_kernel` in a mode (FIRST, FILTER, THRESHOLD, DENSE) over the latents wave[0] <= l < wave[1]."""
     N, D = ops.x.shape
     first, last = wave
     x, w = _sources(ops, (tile.BM, tile.BK), (tile.BN, tile.BK), tile.tma)
     grid = (triton.cdiv(N, tile.BM) * triton.cdiv(last - first, tile.BN),)
     wave_kernel[grid](
-        x, w, ops.bias, tau, buffer, count, N, len(ops.W), D, first, last,
-        C=C, BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=tile.group, MODE=mode, LIMIT=LIMIT, TMA=tile.tma,
-        PRECISION=ops.precision, num_warps=tile.warps, num_stages=tile.stages,
+        x=x, w=w, bias_ptr=ops.bias, tau_ptr=tau, buffer_ptr=buffer, count_ptr=count,
+        N=N, L=len(ops.W), D=D, first=first, last=last,
+        C=C, BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=tile.group, MODE=mode.value, LIMIT=LIMIT, TMA=tile.tma,
+        PRECISION=ops.precision, SIGNED=signed, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -317,14 +337,16 @@ class Candidates:
     """[1] int32: rows that were recomputed (by the rescue) or, for a caller that does not rescue, lost candidates."""
 
 
-def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None, *, signed: bool = False
+) -> tuple[Tensor, Tensor]:
     """See `reference.topk_encode`: values [N, K] fp32 and indices [N, K] int32, with bf16 products unless `operands`
-    is told otherwise. k is at most LARGEST_K."""
-    return topk_encode_counted(x, W_enc, b_enc, k, b_dec)[:2]
+    is told otherwise. k is at most LARGEST_K; a signed code has at most MOST_SIGNED latents."""
+    return topk_encode_counted(x, W_enc, b_enc, k, b_dec, signed=signed)[:2]
 
 
 def topk_encode_counted(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None, *, signed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`topk_encode`, and how many rows took the exact slow path: a [1] int32 tensor on the device."""
     N = len(x)
@@ -335,12 +357,13 @@ def topk_encode_counted(
         return values, indices, n_failed
     ops = prepare(x, W_enc, b_enc, b_dec)
     if N <= SMALL_BATCH:
-        keys = triton_select.reduce(small_batch_pre_activations(ops), k, chunk_of(k))
+        keys = triton_select.reduce(small_batch_pre_activations(ops), k, chunk_of(k), signed=signed)
     else:
-        candidates = collect(ops, k, n_failed, tiles.find(ops.shape(k), ops.dtype, x.device))
-        rescue(ops, candidates, k)
+        tile = tiles.find(ops.shape(k), ops.dtype, x.device, signed)
+        candidates = collect(ops, k, n_failed, tile, signed=signed)
+        rescue(ops, candidates, k, signed=signed)
         keys = candidates.buffer
-    triton_select.finish(keys, k, values, indices)
+    triton_select.finish(keys, k, values, indices, signed=signed)
     return values, indices, n_failed
 
 
@@ -357,13 +380,21 @@ def small_batch_pre_activations(ops: Operands) -> Tensor:
     out = torch.empty(N, L, device=ops.x.device)
     x, w = _sources(ops, (tile.BN, tile.BK), (tile.BM, tile.BK), tile.tma)
     small_batch_kernel[(triton.cdiv(L, tile.BM), triton.cdiv(N, tile.BN))](
-        x, w, ops.bias, out, N, L, D, BM=tile.BM, BN=tile.BN, BK=tile.BK, TMA=tile.tma, PRECISION=ops.precision,
-        num_warps=tile.warps, num_stages=tile.stages,
+        x=x, w=w, bias_ptr=ops.bias, out_ptr=out, N=N, L=L, D=D, BM=tile.BM, BN=tile.BN, BK=tile.BK, TMA=tile.tma,
+        PRECISION=ops.precision, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
 
-def collect(ops: Operands, k: int, n_failed: Tensor, tile: tiles.Tile, schedule: Plan | None = None) -> Candidates:
+def collect(
+    ops: Operands,
+    k: int,
+    n_failed: Tensor,
+    tile: tiles.Tile,
+    schedule: Plan | None = None,
+    *,
+    signed: bool = False,
+) -> Candidates:
     """Run all waves: each row's candidates, among them its K largest unless its count says that some were lost."""
     N = len(ops.x)
     schedule = schedule or plan(len(ops.W), k)
@@ -374,15 +405,16 @@ def collect(ops: Operands, k: int, n_failed: Tensor, tile: tiles.Tile, schedule:
     tau = torch.full((N,), float("-inf"), device=device)
     for i, wave in enumerate(schedule.waves):
         if i == 0:
-            launch_wave(ops, tiles.find_plain(ops.dtype, device), 0, wave, tau, buffer, count, C)
+            plain = tiles.find_plain(ops.dtype, device, signed)
+            launch_wave(ops, plain, FIRST, wave, tau, buffer, count, C, signed=signed)
         else:
-            launch_wave(ops, tile, 1, wave, tau, buffer, count, C)
+            launch_wave(ops, tile, FILTER, wave, tau, buffer, count, C, signed=signed)
         if i < len(schedule.waves) - 1:
             triton_select.tighten(buffer, count, tau, k)
     return Candidates(buffer, count, n_failed)
 
 
-def rescue(ops: Operands, candidates: Candidates, k: int) -> None:
+def rescue(ops: Operands, candidates: Candidates, k: int, *, signed: bool = False) -> None:
     """Recompute the rows that lost candidates, then keep every row's K largest at the front of its buffer."""
     N, D = ops.x.shape
     C = candidates.buffer.shape[1]
@@ -392,8 +424,9 @@ def rescue(ops: Operands, candidates: Candidates, k: int) -> None:
     tile = tiles.find_rescue(ops.dtype, ops.x.device)
     W = min(C, triton.next_power_of_2(k + tile.BN))
     rescue_kernel[(tiles.processors(ops.x.device),)](
-        ops.x, ops.W, ops.bias, failed, candidates.n_failed, candidates.buffer, len(ops.W), D,
-        C=C, W=W, K=k, BM=tile.BM, BN=tile.BN, BK=tile.BK, PRECISION=ops.precision,
+        x_ptr=ops.x, w_ptr=ops.W, bias_ptr=ops.bias, failed_ptr=failed, n_failed_ptr=candidates.n_failed,
+        buffer_ptr=candidates.buffer, L=len(ops.W), D=D,
+        C=C, W=W, K=k, BM=tile.BM, BN=tile.BN, BK=tile.BK, PRECISION=ops.precision, SIGNED=signed,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     triton_select.tighten(candidates.buffer, candidates.count, tau, k)

@@ -24,10 +24,9 @@ def on_device(function: F) -> F:
     """Launch on the device of the first argument, which need not be the current one."""
 
     @functools.wraps(function)
-    def launch(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not first.is_cuda:
-            return function(first, *args, **kwargs)
-        with torch.cuda.device(first.device):
+    def launch(first: Tensor | UpdateState, *args: Any, **kwargs: Any) -> Any:
+        device = first.device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             return function(first, *args, **kwargs)
 
     return launch  # pyright: ignore[reportReturnType]
@@ -40,9 +39,9 @@ def topk_encode(
     """See `reference.topk_encode`."""
     if not 1 <= k <= len(W_enc):
         raise SteersmanError(f"topk_encode: k = {k} must lie between 1 and the {len(W_enc)} latents of W_enc")
-    if k > triton_encode.LARGEST_K or signed:
+    if k > triton_encode.LARGEST_K or (signed and len(W_enc) > triton_encode.MOST_SIGNED):
         return torch_ops.topk_encode(x, W_enc, b_enc, k, b_dec, signed=signed)
-    return triton_encode.topk_encode(x, W_enc, b_enc, k, b_dec)
+    return triton_encode.topk_encode(x, W_enc, b_enc, k, b_dec, signed=signed)
 
 
 batch_topk_encode = on_device(triton_threshold.batch_topk_encode)
@@ -51,10 +50,4 @@ threshold_select = on_device(triton_threshold.threshold_select)
 sparse_decode = on_device(triton_decode.sparse_decode)
 decode_residual = on_device(triton_decode.decode_residual)
 value_gradient = on_device(triton_backward.value_gradient)
-
-
-def backward_update(state: UpdateState, *args: Any, **kwargs: Any) -> None:
-    """See `update.backward_update`."""
-    device = state.W_enc.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        triton_update.backward_update(state, *args, **kwargs)
+backward_update = on_device(triton_update.backward_update)

@@ -3,7 +3,8 @@
 
 A candidate is one 64-bit key: the value in its upper half, in an integer order that equals the order of numbers with
 NaN above all, and the latent in its lower half, so that of two equal values the lower latent has the larger key. No two
-keys are equal, so "the K largest keys" has exactly one answer. `EMPTY` is below every key.
+keys are equal, so "the K largest keys" has exactly one answer. `EMPTY` is below every key. With SIGNED the upper half
+orders magnitudes, and the lower half's last bit, which never decides, is the sign.
 
 A selection finds the K-th largest value by fixing one bit of it after the other, 32 counts over registers; a row's
 candidates never have to be sorted, only the K that remain.
@@ -25,25 +26,36 @@ SLOTS_PER_WARP = 1024
 
 
 @triton.jit
-def make_key(values, latents):
-    """fp32 values and int32 latents -> int64 keys."""
+def make_key(values, latents, SIGNED: tl.constexpr):
+    """fp32 values and int32 latents (of SIGNED keys below 2^30) -> int64 keys."""
     values = tl.where(values == 0.0, 0.0, values)  # -0.0 equals 0.0
     bits = tl.where(values != values, NAN_BITS, values.to(tl.int32, bitcast=True))
-    ordered = bits ^ ((bits >> 31) & LAST)
-    return (ordered.to(tl.int64) << 32) | (latents ^ LAST).to(tl.int64)
+    if SIGNED:
+        low = ((latents ^ (LAST >> 1)) << 1) | ((bits >> 31) & 1)
+        return ((bits & LAST).to(tl.int64) << 32) | low.to(tl.int64)
+    else:
+        ordered = bits ^ ((bits >> 31) & LAST)
+        return (ordered.to(tl.int64) << 32) | (latents ^ LAST).to(tl.int64)
 
 
 @triton.jit
-def key_value(keys):
+def key_value(keys, SIGNED: tl.constexpr):
     """The fp32 values of keys."""
     ordered = (keys >> 32).to(tl.int32)
-    return (ordered ^ ((ordered >> 31) & LAST)).to(tl.float32, bitcast=True)
+    if SIGNED:
+        return (ordered | (keys.to(tl.int32) << 31)).to(tl.float32, bitcast=True)
+    else:
+        return (ordered ^ ((ordered >> 31) & LAST)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def key_latent(keys):
+def key_latent(keys, SIGNED: tl.constexpr):
     """The int32 latents of keys."""
-    return (keys & LAST).to(tl.int32) ^ LAST
+    low = (keys & LAST).to(tl.int32)
+    if SIGNED:
+        return (low >> 1) ^ (LAST >> 1)
+    else:
+        return low ^ LAST
 
 
 @triton.jit
@@ -114,8 +126,9 @@ def tighten_kernel(buffer_ptr, count_ptr, tau_ptr, N, C: tl.constexpr, K: tl.con
 
 @triton.jit(do_not_specialize=["N", "M", "n_chunks"])
 def reduce_kernel(
-    source_ptr, out_ptr, N, M, n_chunks, K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, VALUES: tl.constexpr
-):
+    source_ptr, out_ptr, N, M, n_chunks,
+    K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, VALUES: tl.constexpr, SIGNED: tl.constexpr,
+):  # fmt: skip
     """The K largest of every C columns: source [N, M], fp32 values of latents 0..M-1 or keys -> keys [N, n_chunks * K].
 
     A chunk with fewer than K candidates is filled up with EMPTY.
@@ -126,7 +139,7 @@ def reduce_kernel(
     live = (rows < N)[:, None] & (columns < M)[None, :]
     at = source_ptr + rows.to(tl.int64)[:, None] * M + columns[None, :]
     if VALUES:
-        keys = tl.where(live, make_key(tl.load(at, mask=live, other=0.0), columns[None, :]), EMPTY)
+        keys = tl.where(live, make_key(tl.load(at, mask=live, other=0.0), columns[None, :], SIGNED), EMPTY)
     else:
         keys = tl.load(at, mask=live, other=EMPTY)
     chosen, _ = select_largest(keys, K)
@@ -145,10 +158,11 @@ def reduce_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def finish_kernel(
-    keys_ptr, values_ptr, indices_ptr, N, C: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, R: tl.constexpr
-):
-    """Sort the first K keys of each row of keys [N, C], largest first, and write values, after ReLU, and latents [N,
-    K].
+    keys_ptr, values_ptr, indices_ptr, N,
+    C: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, R: tl.constexpr, SIGNED: tl.constexpr,
+):  # fmt: skip
+    """Sort the first K keys of each row of keys [N, C], largest first, and write values, after ReLU unless SIGNED, and
+    latents [N, K].
 
     K2 is the next power of two. A row with fewer than K candidates ends in value 0, latent 0.
     """
@@ -157,9 +171,12 @@ def finish_kernel(
     inside = (rows < N)[:, None] & (slots < K)[None, :]
     keys = tl.load(keys_ptr + rows.to(tl.int64)[:, None] * C + slots[None, :], mask=inside, other=EMPTY)
     keys = tl.sort(keys, 1, descending=True)
-    values = key_value(keys)
-    values = tl.where((keys == EMPTY) | (values < 0.0), 0.0, values)  # a NaN stays
-    latents = tl.where(keys == EMPTY, 0, key_latent(keys))
+    values = key_value(keys, SIGNED)
+    if SIGNED:
+        values = tl.where(keys == EMPTY, 0.0, values)
+    else:
+        values = tl.where((keys == EMPTY) | (values < 0.0), 0.0, values)  # a NaN stays
+    latents = tl.where(keys == EMPTY, 0, key_latent(keys, SIGNED))
     at = rows.to(tl.int64)[:, None] * K + slots[None, :]
     tl.store(values_ptr + at, values, mask=inside)
     tl.store(indices_ptr + at, latents, mask=inside)
@@ -187,18 +204,20 @@ def tighten(buffer: Tensor, count: Tensor, tau: Tensor, k: int) -> None:
     """Launch `tighten_kernel` on buffer [N, C] int64, count [N] int32, tau [N] fp32."""
     N, C = buffer.shape
     R = rows_per_program(not buffer.is_cuda)
-    tighten_kernel[(triton.cdiv(N, R),)](buffer, count, tau, N, C=C, K=k, R=R, num_warps=max(1, C // SLOTS_PER_WARP))
+    tighten_kernel[(triton.cdiv(N, R),)](
+        buffer_ptr=buffer, count_ptr=count, tau_ptr=tau, N=N, C=C, K=k, R=R, num_warps=max(1, C // SLOTS_PER_WARP)
+    )
 
 
 def certify(count: Tensor, failed: Tensor, n_failed: Tensor, C: int) -> None:
     """Launch `certify_kernel` on count [N], failed [N] and n_failed [1], all int32."""
     block = 1024 if count.is_cuda else triton.next_power_of_2(len(count))
     certify_kernel[(triton.cdiv(len(count), block),)](
-        count, failed, n_failed, len(count), C=C, BLOCK=block, num_warps=4
+        count_ptr=count, failed_ptr=failed, n_failed_ptr=n_failed, N=len(count), C=C, BLOCK=block, num_warps=4
     )
 
 
-def reduce(source: Tensor, k: int, chunk: int) -> Tensor:
+def reduce(source: Tensor, k: int, chunk: int, *, signed: bool = False) -> Tensor:
     """The keys [N, M'] of the K largest of each row of source [N, M] (fp32 values or keys), M' at most `chunk`."""
     N = len(source)
     while True:
@@ -206,25 +225,21 @@ def reduce(source: Tensor, k: int, chunk: int) -> Tensor:
         out = source.new_empty((N, n_chunks * k), dtype=torch.int64)
         R = rows_per_program(not source.is_cuda)
         reduce_kernel[(triton.cdiv(N, R), n_chunks)](
-            source,
-            out,
-            N,
-            source.shape[1],
-            n_chunks,
-            K=k,
-            C=chunk,
-            R=R,
-            VALUES=source.dtype != torch.int64,
+            source_ptr=source, out_ptr=out, N=N, M=source.shape[1], n_chunks=n_chunks,
+            K=k, C=chunk, R=R, VALUES=source.dtype != torch.int64, SIGNED=signed,
             num_warps=max(1, chunk // SLOTS_PER_WARP),
-        )
+        )  # fmt: skip
         if n_chunks == 1:
             return out
         source = out
 
 
-def finish(keys: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
+def finish(keys: Tensor, k: int, values: Tensor, indices: Tensor, *, signed: bool = False) -> None:
     """Launch `finish_kernel`: the first k of keys [N, C] -> values fp32 and indices int32 [N, k]."""
     N, C = keys.shape
     R = rows_per_program(not keys.is_cuda)
     K2 = max(2, triton.next_power_of_2(k))
-    finish_kernel[(triton.cdiv(N, R),)](keys, values, indices, N, C=C, K=k, K2=K2, R=R, num_warps=max(1, K2 // 256))
+    finish_kernel[(triton.cdiv(N, R),)](
+        keys_ptr=keys, values_ptr=values, indices_ptr=indices, N=N,
+        C=C, K=k, K2=K2, R=R, SIGNED=signed, num_warps=max(1, K2 // 256),
+    )  # fmt: skip

@@ -17,8 +17,12 @@ from torch import Tensor
 from steersman.kernels import tiles, torch_ops, triton_select
 from steersman.kernels.operands import Operands, prepare
 from steersman.kernels.triton_encode import (
+    DENSE,
+    FILTER,
+    FIRST,
     LARGEST_K,
     SMALL_BATCH,
+    THRESHOLD,
     Candidates,
     chunk_of,
     launch_wave,
@@ -67,16 +71,16 @@ def rank_value(values: Tensor, rank: int) -> Tensor:
     block = 4096
     for shift in (24, 16, 8, 0):
         histogram_kernel[(triton.cdiv(len(bits), block),)](
-            bits, histogram, state, len(bits), SHIFT=shift, BLOCK=block, num_warps=4
+            bits_ptr=bits, histogram_ptr=histogram, state_ptr=state, M=len(bits), SHIFT=shift, BLOCK=block, num_warps=4
         )
-        digit_kernel[(1,)](histogram, state, num_warps=1)
+        digit_kernel[(1,)](histogram_ptr=histogram, state_ptr=state, num_warps=1)
     return state[:1].view(torch.float32)
 
 
 def batch_topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `torch_ops.batch_topk_encode`. A NaN among the proposals is passed on in the values."""
+    """See `reference.batch_topk_encode`. A NaN among the proposals is passed on in the values."""
     N, L = len(x), len(W_enc)
     ops = prepare(x, W_enc, b_enc, b_dec)
     width = min(L, LARGEST_K, 4 * k)
@@ -91,9 +95,9 @@ def batch_topk_encode(
         full, used = torch.stack([(selected & ~nan)[:, -1].any().int(), selected.sum(dim=1).max().int()]).tolist()
         if not full or width == L:
             values = torch.where(selected, proposals, torch.zeros_like(proposals))
-            smallest = torch.where(selected, proposals, proposals.new_tensor(float("inf"))).min()
+            min_selected = torch.where(selected, proposals, proposals.new_tensor(float("inf"))).min()
             used = max(1, used)
-            return values[:, :used].contiguous(), indices[:, :used].contiguous(), smallest
+            return values[:, :used].contiguous(), indices[:, :used].contiguous(), min_selected
         if width == LARGEST_K:
             break
         width = min(L, LARGEST_K, 2 * width)
@@ -119,7 +123,7 @@ def propose(ops: Operands, k: int, width: int) -> tuple[Tensor, Tensor]:
     for i, wave in enumerate(schedule.waves):
         first = i == 0
         in_use = tiles.find_plain(ops.dtype, device) if first else tile
-        launch_wave(ops, in_use, 0 if first else 1, wave, tau, buffer, count, schedule.slots)
+        launch_wave(ops, in_use, FIRST if first else FILTER, wave, tau, buffer, count, schedule.slots)
         if i < len(schedule.waves) - 1:
             triton_select.tighten(buffer, count, tau, width)
             # The upper half of a key is the bits of a value that is not negative. Equal values of an earlier token
@@ -149,14 +153,14 @@ def _dense(ops: Operands, threshold: Tensor) -> Tensor:
         return Z.masked_fill_(threshold.clamp(min=0) >= Z, 0.0)
     code = torch.empty(N, L, device=ops.x.device)
     count = torch.empty(0, dtype=torch.int32, device=ops.x.device)
-    launch_wave(ops, tiles.find_plain(ops.dtype, ops.x.device), 3, (0, L), threshold, code, count, 1)
+    launch_wave(ops, tiles.find_plain(ops.dtype, ops.x.device), DENSE, (0, L), threshold, code, count, 1)
     return code
 
 
 def threshold_select(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `torch_ops.threshold_select`: the code of `threshold_encode` as values and indices [N, width], largest first.
+    """See `reference.threshold_select`.
 
     The N x L code is written only when some row holds more active latents than the buffers do.
     """
@@ -167,7 +171,7 @@ def threshold_select(
         buffer = torch.full((N, C), EMPTY.value, dtype=torch.int64, device=x.device)
         count = torch.zeros(N, dtype=torch.int32, device=x.device)
         tile = tiles.find_plain(ops.dtype, x.device)
-        launch_wave(ops, tile, 2, (0, len(W_enc)), threshold, buffer, count, C)
+        launch_wave(ops, tile, THRESHOLD, (0, len(W_enc)), threshold, buffer, count, C)
         width = max(1, int(count.max()))
         if width <= C:
             width_2 = triton.next_power_of_2(width)  # so that few widths are compiled

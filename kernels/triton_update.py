@@ -9,7 +9,7 @@ dot products are those of dz.
 
 Shape letters: N tokens, L latents, D width, K active latents a token, P pairs, A latents of the AuxK loss.
 """
-# pyright: reportArgumentType=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # Triton's decorator does not show what types a kernel takes.
 
 import torch
@@ -60,50 +60,52 @@ def from_blocks(codes, exponents, SPAN: tl.constexpr):
 
 
 @triton.jit
-def copied(w, ROWS):
-    """w in the dtype of ROWS, to nearest, ties to even. Written out for bf16, as Triton's interpreter truncates."""
-    if ROWS.dtype.element_ty == tl.bfloat16:
+def copied(w, rows_ptr):
+    """w in the dtype of rows, to nearest, ties to even. Written out for bf16, as Triton's interpreter truncates."""
+    if rows_ptr.dtype.element_ty == tl.bfloat16:
         bits = w.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         bits = tl.where((bits & 0x7F800000) != 0x7F800000, nearest, bits)
         return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
     else:
-        return w.to(ROWS.dtype.element_ty)
+        return w.to(rows_ptr.dtype.element_ty)
 
 
 @triton.jit
-def load_moment(M, EXPONENTS, places, blocks, mask, STATE: tl.constexpr, SPAN: tl.constexpr):
+def load_moment(m_ptr, exponents_ptr, places, blocks, mask, STATE: tl.constexpr, SPAN: tl.constexpr):
     if STATE == "int8":
-        codes = tl.load(M + places, mask=mask, other=0).to(tl.int32)
-        return from_blocks(codes, tl.load(EXPONENTS + blocks, mask=mask, other=0).to(tl.int32), SPAN)
+        codes = tl.load(m_ptr + places, mask=mask, other=0).to(tl.int32)
+        return from_blocks(codes, tl.load(exponents_ptr + blocks, mask=mask, other=0).to(tl.int32), SPAN)
     else:
-        return tl.load(M + places, mask=mask, other=0.0).to(tl.float32)
+        return tl.load(m_ptr + places, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_moment(
-    M, EXPONENTS, x, places, mask, first_block, n_blocks, random,
+    m_ptr, exponents_ptr, x, places, mask, first_block, n_blocks, random,
     STATE: tl.constexpr, SPAN: tl.constexpr, LARGEST: tl.constexpr, SIGNED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Write x [SIZE], 0 outside the mask; `first_block` is the tile's first place in the row of `n_blocks` left."""
     if STATE == "int8":
         codes, exponents = to_blocks(x, random, SPAN, LARGEST, SIZE, SIGNED)
-        tl.store(M + places, codes.to(M.dtype.element_ty), mask=mask)
+        tl.store(m_ptr + places, codes.to(m_ptr.dtype.element_ty), mask=mask)
         block = tl.arange(0, SIZE // BLOCK)
-        tl.store(EXPONENTS + first_block + block, exponents.to(tl.uint8), mask=block < n_blocks)
+        tl.store(exponents_ptr + first_block + block, exponents.to(tl.uint8), mask=block < n_blocks)
     elif STATE == "bfloat16":
         bits = x.to(tl.uint32, bitcast=True)
         finite = (bits & 0x7F800000) != 0x7F800000
         bits = tl.where(finite, bits + (random & 0xFFFF), bits) & 0xFFFF0000
-        tl.store(M + places, bits.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=mask)  # exact: the rest is zero
+        tl.store(
+            m_ptr + places, bits.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=mask
+        )  # exact: the rest is zero
     else:
-        tl.store(M + places, x, mask=mask)
+        tl.store(m_ptr + places, x, mask=mask)
 
 
 @triton.jit
 def apply_rule(
-    w, grad, M, V, M_EXP, V_EXP, latent, d, cols, mask, row_random, D, size, inverse_root, beta1, beta2, eps,
-    ADAM: tl.constexpr, STATE: tl.constexpr, SIZE: tl.constexpr,
+    w, grad, m_ptr, v_ptr, m_exp_ptr, v_exp_ptr, latent, d, cols, mask, row_random, D, size, inverse_root,
+    beta1, beta2, eps, ADAM: tl.constexpr, STATE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """See `update.apply_rule`, for one tile of one row: the weights after it; the moments are written."""
     places = latent * D + cols
@@ -113,13 +115,14 @@ def apply_rule(
     random = cols.to(tl.uint32)
     if STATE != "float32":
         random = mix(row_random + random)
-    m = load_moment(M, M_EXP, places, blocks, mask, STATE, 15)
+    m = load_moment(m_ptr, m_exp_ptr, places, blocks, mask, STATE, 15)
     m = beta1 * m + (1 - beta1) * grad
-    store_moment(M, M_EXP, m, places, mask, first_block, n_blocks, random, STATE, 15, 127, True, SIZE)
+    store_moment(m_ptr, m_exp_ptr, m, places, mask, first_block, n_blocks, random, STATE, 15, 127, True, SIZE)
     if ADAM:
-        v = load_moment(V, V_EXP, places, blocks, mask, STATE, 31)
+        v = load_moment(v_ptr, v_exp_ptr, places, blocks, mask, STATE, 31)
         v = beta2 * v + (1 - beta2) * (grad * grad)
-        store_moment(V, V_EXP, v, places, mask, first_block, n_blocks, random >> 16, STATE, 31, 255, False, SIZE)
+        random = random >> 16
+        store_moment(v_ptr, v_exp_ptr, v, places, mask, first_block, n_blocks, random, STATE, 31, 255, False, SIZE)
         return w - size * (m / (tl.sqrt_rn(v) * inverse_root + eps))
     else:
         return w - size * tl.where(m > 0, 1.0, tl.where(m < 0, -1.0, 0.0))
@@ -127,29 +130,30 @@ def apply_rule(
 
 @triton.jit
 def update_rows(
-    G, X, tokens, z, dz, starts, hot_starts, g_chunks, x_chunks, along, slots, aux_enc, aux_dec,
-    W_ENC, W_DEC, ENC_ROWS, DEC_ROWS, M_ENC, V_ENC, M_ENC_EXP, V_ENC_EXP, M_DEC, V_DEC, M_DEC_EXP, V_DEC_EXP,
-    n_steps, sizes, inverse_roots, scale, beta1, beta2, eps, D,
+    g_ptr, x_ptr, tokens_ptr, z_ptr, dz_ptr, starts_ptr, hot_starts_ptr, g_chunks_ptr, x_chunks_ptr, along_ptr,
+    slots_ptr, aux_enc_ptr, aux_dec_ptr, w_enc_ptr, w_dec_ptr, enc_rows_ptr, dec_rows_ptr,
+    m_enc_ptr, v_enc_ptr, m_enc_exp_ptr, v_enc_exp_ptr, m_dec_ptr, v_dec_ptr, m_dec_exp_ptr, v_dec_exp_ptr,
+    n_steps_ptr, sizes_ptr, inverse_roots_ptr, scale, beta1, beta2, eps, D,
     HOT: tl.constexpr, AUX: tl.constexpr, ADAM: tl.constexpr, TOUCHED_ONLY: tl.constexpr, STATE: tl.constexpr,
     COPY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One latent's rows of both matrices: gradient, projection, step, unit length, and their copies for products."""
     program = tl.program_id(0)
     latent = program.to(tl.int64)
-    start, stop = tl.load(starts + latent), tl.load(starts + latent + 1)
+    start, stop = tl.load(starts_ptr + latent), tl.load(starts_ptr + latent + 1)
     touched = stop > start
     slot = tl.full([], -1, tl.int32)
     if AUX:
-        slot = tl.load(slots + latent)
+        slot = tl.load(slots_ptr + latent)
         touched = touched | (slot >= 0)
     if touched or (not TOUCHED_ONLY):
         first, last = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
         if HOT:
-            first, last = tl.load(hot_starts + latent), tl.load(hot_starts + latent + 1)
+            first, last = tl.load(hot_starts_ptr + latent), tl.load(hot_starts_ptr + latent + 1)
             stop = tl.where(last > first, start, stop)
-        projection = tl.load(along + latent)
-        size, inverse_root = tl.load(sizes), tl.load(inverse_roots)
-        step = tl.load(n_steps).to(tl.uint32)
+        projection = tl.load(along_ptr + latent)
+        size, inverse_root = tl.load(sizes_ptr), tl.load(inverse_roots_ptr)
+        step = tl.load(n_steps_ptr).to(tl.uint32)
         enc_random = mix(program.to(tl.uint32) + mix(2 * step))
         dec_random = mix(program.to(tl.uint32) + mix(2 * step + 1))
         squares = tl.zeros([BLOCK_D], tl.float32)
@@ -160,60 +164,61 @@ def update_rows(
             extra = cols < tl.where(slot >= 0, D, 0)
             aux_places = tl.maximum(slot, 0).to(tl.int64) * D + cols
 
-            grad = sum_rows(G, tokens, z, start, stop, cols, mask, D, BLOCK_P, BLOCK_D)
+            grad = sum_rows(g_ptr, tokens_ptr, z_ptr, start, stop, cols, mask, D, BLOCK_P, BLOCK_D)
             if HOT:
-                grad += sum_chunks(g_chunks, first, last, cols, mask, D, BLOCK_D)
+                grad += sum_chunks(g_chunks_ptr, first, last, cols, mask, D, BLOCK_D)
             grad *= scale
             if AUX:
-                grad += tl.load(aux_dec + aux_places, mask=extra, other=0.0)
-            w = tl.load(W_DEC + places, mask=mask, other=0.0)
+                grad += tl.load(aux_dec_ptr + aux_places, mask=extra, other=0.0)
+            w = tl.load(w_dec_ptr + places, mask=mask, other=0.0)
             if COPY:
-                grad -= projection * tl.load(DEC_ROWS + places, mask=mask, other=0.0).to(tl.float32)
+                grad -= projection * tl.load(dec_rows_ptr + places, mask=mask, other=0.0).to(tl.float32)
             else:
                 grad -= projection * w
             w = apply_rule(
-                w, grad, M_DEC, V_DEC, M_DEC_EXP, V_DEC_EXP, latent, d, cols, mask, dec_random, D, size, inverse_root,
-                beta1, beta2, eps, ADAM, STATE, BLOCK_D,
+                w, grad, m_dec_ptr, v_dec_ptr, m_dec_exp_ptr, v_dec_exp_ptr, latent, d, cols, mask, dec_random, D,
+                size, inverse_root, beta1, beta2, eps, ADAM, STATE, BLOCK_D,
             )  # fmt: skip
             squares += tl.where(mask, w * w, 0.0)
-            tl.store(W_DEC + places, w, mask=mask)
+            tl.store(w_dec_ptr + places, w, mask=mask)
 
-            grad = sum_rows(X, tokens, dz, start, stop, cols, mask, D, BLOCK_P, BLOCK_D)
+            grad = sum_rows(x_ptr, tokens_ptr, dz_ptr, start, stop, cols, mask, D, BLOCK_P, BLOCK_D)
             if HOT:
-                grad += sum_chunks(x_chunks, first, last, cols, mask, D, BLOCK_D)
+                grad += sum_chunks(x_chunks_ptr, first, last, cols, mask, D, BLOCK_D)
             if AUX:
-                grad += tl.load(aux_enc + aux_places, mask=extra, other=0.0)
-            w = tl.load(W_ENC + places, mask=mask, other=0.0)
+                grad += tl.load(aux_enc_ptr + aux_places, mask=extra, other=0.0)
+            w = tl.load(w_enc_ptr + places, mask=mask, other=0.0)
             w = apply_rule(
-                w, grad, M_ENC, V_ENC, M_ENC_EXP, V_ENC_EXP, latent, d, cols, mask, enc_random, D, size, inverse_root,
-                beta1, beta2, eps, ADAM, STATE, BLOCK_D,
+                w, grad, m_enc_ptr, v_enc_ptr, m_enc_exp_ptr, v_enc_exp_ptr, latent, d, cols, mask, enc_random, D,
+                size, inverse_root, beta1, beta2, eps, ADAM, STATE, BLOCK_D,
             )  # fmt: skip
-            tl.store(W_ENC + places, w, mask=mask)
+            tl.store(w_enc_ptr + places, w, mask=mask)
             if COPY:
-                tl.store(ENC_ROWS + places, copied(w, ENC_ROWS), mask=mask)
+                tl.store(enc_rows_ptr + places, copied(w, enc_rows_ptr), mask=mask)
 
         tl.debug_barrier()  # the row is read again, by other threads than wrote it
         norm = tl.maximum(tl.sqrt_rn(tl.sum(squares)), 1.1754943508222875e-38)
         for d in range(0, D, BLOCK_D):
             cols = d + tl.arange(0, BLOCK_D)
             places = latent * D + cols
-            w = tl.load(W_DEC + places, mask=cols < D, other=0.0) / norm
-            tl.store(W_DEC + places, w, mask=cols < D)
+            w = tl.load(w_dec_ptr + places, mask=cols < D, other=0.0) / norm
+            tl.store(w_dec_ptr + places, w, mask=cols < D)
             if COPY:
-                tl.store(DEC_ROWS + places, copied(w, DEC_ROWS), mask=cols < D)
+                tl.store(dec_rows_ptr + places, copied(w, dec_rows_ptr), mask=cols < D)
 
 
 def _slots(aux: AuxRows, n_latents: int) -> Tensor:
-    """Which row of `aux` a latent has, -1 for none -> [L + 1] int32 (the last place takes those that count not)."""
+    """Which row of `aux` a latent has, -1 for none -> [L + 1] int32 (the last place takes ignored latents)."""
     slots = torch.full((n_latents + 1,), -1, dtype=torch.int32, device=aux.latents.device)
     rows = torch.arange(len(aux.latents), dtype=torch.int32, device=slots.device)
     return slots.scatter_(0, aux.latents, rows)
 
 
-def _pointers(moments: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four tensors of the moments; m stands in for those that the rule does not have and never reads."""
-    m, *others = moments
-    return m, *(m if t is None else t for t in others)  # pyright: ignore[reportReturnType]
+def _pointers(matrix: str, moments: Moments) -> dict[str, Tensor]:
+    """The moments of "enc" or "dec" as `update_rows` names them; m stands in for those that the rule does not have and
+    never reads."""
+    names = (f"m_{matrix}_ptr", f"v_{matrix}_ptr", f"m_{matrix}_exp_ptr", f"v_{matrix}_exp_ptr")
+    return {name: moments.m if t is None else t for name, t in zip(names, moments)}
 
 
 def backward_update(
@@ -254,10 +259,13 @@ def backward_update(
     sizes = StepSizes.of(rule, state.n_steps, lr, bias_lr)
     g_chunks, x_chunks = order.chunk_table(z, residual), order.chunk_table(dz, centred)
     update_rows[(L,)](
-        residual, centred, order.tokens, z, dz, order.starts, order.hot_starts, g_chunks, x_chunks, along,
-        slots, aux_enc, aux_dec, state.W_enc, state.W_dec, state.enc_rows, state.dec_rows,
-        *_pointers(state.moments["W_enc"]), *_pointers(state.moments["W_dec"]),
-        state.n_steps, sizes.weights, sizes.inverse_root, scale, rule.beta1, rule.beta2, rule.eps, D,
+        g_ptr=residual, x_ptr=centred, tokens_ptr=order.tokens, z_ptr=z, dz_ptr=dz, starts_ptr=order.starts,
+        hot_starts_ptr=order.hot_starts, g_chunks_ptr=g_chunks, x_chunks_ptr=x_chunks, along_ptr=along,
+        slots_ptr=slots, aux_enc_ptr=aux_enc, aux_dec_ptr=aux_dec,
+        w_enc_ptr=state.W_enc, w_dec_ptr=state.W_dec, enc_rows_ptr=state.enc_rows, dec_rows_ptr=state.dec_rows,
+        **_pointers("enc", state.moments["W_enc"]), **_pointers("dec", state.moments["W_dec"]),
+        n_steps_ptr=state.n_steps, sizes_ptr=sizes.weights, inverse_roots_ptr=sizes.inverse_root,
+        scale=scale, beta1=rule.beta1, beta2=rule.beta2, eps=rule.eps, D=D,
         HOT=len(g_chunks) > 0, AUX=aux is not None, ADAM=rule.adam, TOUCHED_ONLY=rule.touched_only,
         STATE=rule.state_dtype, COPY=state.enc_rows is not state.W_enc, **tile(D),
     )  # fmt: skip

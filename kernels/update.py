@@ -126,6 +126,10 @@ class UpdateState:
             n_steps=torch.zeros(1, dtype=torch.int32, device=W_enc.device),
         )
 
+    @property
+    def device(self) -> torch.device:
+        return self.W_enc.device
+
     def flatten(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The tensors that a step changes, as plain lists, each once: weights, rows for products, moments."""
         rows = [] if self.enc_rows is self.W_enc else [self.enc_rows, self.dec_rows]

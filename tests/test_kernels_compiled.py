@@ -40,7 +40,8 @@ def test_shipped_tiles(capability: int) -> None:
             unit = "mma" if "rescue" in row["name"] else UNITS[capability]
             assert row["matrix"] == unit, where
             assert row["copies"] == ("tma" if capability >= 90 and "rescue" not in row["name"] else "cp.async"), where
-    assert sum("encode filter" in row["name"] for row in rows) == (1 if capability == 80 else 2)
+    assert sum(row["name"] == "encode filter bf16" for row in rows) == (1 if capability == 80 else 2)
+    assert {"encode first bf16 signed", "encode filter bf16 signed"} <= {row["name"] for row in rows}
 
 
 def test_a_new_number_of_tokens_compiles_nothing() -> None:

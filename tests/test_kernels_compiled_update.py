@@ -13,16 +13,24 @@ from support.helpers import triton_before
 from steersman.kernels.triton_backward import CHUNK, PAIRS, width_block
 from steersman.kernels.triton_update import tile
 
-INTEGERS = ("tokens", "latents", "starts", "hot_starts", "chunk_latents", "slots", "n_steps")
+INTEGERS = (
+    "tokens_ptr",
+    "latents_ptr",
+    "starts_ptr",
+    "hot_starts_ptr",
+    "chunk_latents_ptr",
+    "slots_ptr",
+    "n_steps_ptr",
+)
 SCALARS = {"scale": "fp32", "beta1": "fp32", "beta2": "fp32", "eps": "fp32", "D": "i32", "L": "i32", "n_pairs": "i32"}
 STATES = {"float32": ("*fp32", "*fp32", "*fp32"), "int8": ("*i8", "*u8", "*u8"), "bfloat16": ("*bf16",) * 3}
 
 
 def job(name: str, arch: int, types: dict[str, str], **constants: Any) -> dict[str, Any]:
     module = "triton_update" if name == "update_rows" else "triton_backward"
-    known = dict.fromkeys(INTEGERS, "*i32") | SCALARS | dict.fromkeys(("ROWS", "G", "X"), "*bf16")
+    known = dict.fromkeys(INTEGERS, "*i32") | SCALARS | dict.fromkeys(("rows_ptr", "g_ptr", "x_ptr"), "*bf16")
     if name == "vector_matrix_parts":
-        known["W"] = "*bf16"
+        known["w_ptr"] = "*bf16"
         constants = {"ROWS": 512, **constants}
     kernel = f"steersman.kernels.{module}:{name}"
     warps = constants.pop("num_warps", 4)
@@ -32,9 +40,9 @@ def job(name: str, arch: int, types: dict[str, str], **constants: Any) -> dict[s
 
 def jobs(arch: int, D: int, state: str) -> list[dict[str, Any]]:
     m, v, exponents = STATES[state]
-    types = {f"{kind}_{matrix}": t for matrix in ("ENC", "DEC") for kind, t in (("M", m), ("V", v))}
-    types |= {f"{kind}_{matrix}_EXP": exponents for matrix in ("ENC", "DEC") for kind in "MV"}
-    types |= {"ENC_ROWS": "*bf16", "DEC_ROWS": "*bf16"}
+    types = {f"{kind}_{matrix}_ptr": t for matrix in ("enc", "dec") for kind, t in (("m", m), ("v", v))}
+    types |= {f"{kind}_{matrix}_exp_ptr": exponents for matrix in ("enc", "dec") for kind in "mv"}
+    types |= {"enc_rows_ptr": "*bf16", "dec_rows_ptr": "*bf16"}
     flags = {"HOT": True, "AUX": True, "ADAM": True, "TOUCHED_ONLY": False, "STATE": state, "COPY": True}
     sums = {"BLOCK_P": PAIRS, "BLOCK_D": width_block(D)}
     update = job("update_rows", arch, types, **flags, **tile(D))
@@ -42,7 +50,7 @@ def jobs(arch: int, D: int, state: str) -> list[dict[str, Any]]:
         return [update]
     return [
         update,
-        job("pair_dots", arch, {"W": "*bf16"}, **sums),
+        job("pair_dots", arch, {"w_ptr": "*bf16"}, **sums),
         job("chunk_sums", arch, {}, SIZE=CHUNK, **sums),
         job("row_sums", arch, {}, HOT=True, **sums),
         job("scalar_sums", arch, {}, BOTH=True, BLOCK_P=64, num_warps=1),

@@ -1,13 +1,15 @@
+import inspect
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from steersman import kernels
 from steersman.commands import eval as eval_command
 from steersman.commands import steer as steer_command
 from steersman.errors import SteersmanError
-from steersman.kernels import choose, dispatch, torch_ops, using
+from steersman.kernels import choose, dispatch, ops, reference, torch_ops, update, using
 from steersman.sae import SAE, SAEConfig
 from steersman.steer import SteerConfig
 
@@ -20,14 +22,44 @@ def test_the_cpu_runs_pytorch_unless_told_otherwise() -> None:
         choose(CPU, "cuda")
 
 
-def test_every_implementation_has_the_same_functions() -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["topk_encode", "batch_topk_encode", "threshold_encode", "threshold_select", "sparse_decode", "decode_residual",
+     "value_gradient"],
+)  # fmt: skip
+def test_every_implementation_has_the_functions_of_the_reference_and_their_signatures(name: str) -> None:
     pytest.importorskip("triton")
     from steersman.kernels import triton_ops
 
-    for name in ("topk_encode", "batch_topk_encode", "threshold_encode", "threshold_select", "sparse_decode",
-                 "decode_residual", "value_gradient", "LatentOrder"):  # fmt: skip
-        assert callable(getattr(torch_ops, name))
-        assert callable(getattr(triton_ops, name))
+    expected = inspect.signature(getattr(reference, name))
+    for implementation in (torch_ops, triton_ops):
+        assert inspect.signature(getattr(implementation, name)) == expected, implementation.__name__
+
+
+@pytest.mark.parametrize(("old", "new"), [("Fused", kernels.UpdateState), ("Rule", kernels.UpdateRule)])
+def test_old_names_warn(old: str, new: type) -> None:
+    with pytest.warns(DeprecationWarning, match=f"kernels.{old} is"):
+        assert getattr(kernels, old) is new
+
+
+def test_operators_and_autograd_take_the_arguments_of_the_reference() -> None:
+    for name in ("topk_encode", "decode_residual"):
+        expected = inspect.signature(getattr(reference, name)).parameters
+        operator = getattr(torch.ops.steersman, name).default._schema.arguments
+        assert [argument.name for argument in operator] == list(expected)
+    assert inspect.signature(kernels.topk_encode).parameters == inspect.signature(reference.topk_encode).parameters
+    assert inspect.signature(ops.decode_residual) == inspect.signature(reference.decode_residual)
+
+
+def test_the_update_has_one_signature_and_sorts_have_the_same_methods() -> None:
+    pytest.importorskip("triton")
+    from steersman.kernels import triton_ops
+
+    for function in (ops.backward_update, triton_ops.backward_update):
+        assert inspect.signature(function) == inspect.signature(update.backward_update)
+    for name in ("scatter_rows", "scatter", "value_gradient", "of", "shapes"):
+        expected = list(inspect.signature(getattr(torch_ops.LatentOrder, name)).parameters)
+        assert list(inspect.signature(getattr(triton_ops.LatentOrder, name)).parameters) == expected
 
 
 def test_triton_on_the_cpu_is_an_error_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

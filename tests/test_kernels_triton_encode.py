@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from steersman.errors import SteersmanError
-from steersman.kernels import operands, reference, triton_encode, triton_ops
+from steersman.kernels import operands, reference, triton_encode, triton_ops, triton_select
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAN = triton_encode.plan
@@ -33,11 +33,11 @@ def integers(*shape: int, seed: int, high: int = 3) -> Tensor:
     return torch.randint(-high, high + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
-def check(x: Tensor, W: Tensor, b: Tensor, k: int, b_dec: Tensor | None = None) -> int:
+def check(x: Tensor, W: Tensor, b: Tensor, k: int, b_dec: Tensor | None = None, *, signed: bool = False) -> int:
     """Encode and compare with the reference bit by bit; returns how many rows were recomputed."""
-    expected_values, expected_indices = reference.topk_encode(x, W, b, k, b_dec)
+    expected_values, expected_indices = reference.topk_encode(x, W, b, k, b_dec, signed=signed)
     b_dec = None if b_dec is None else b_dec.to(DEVICE)
-    got = triton_encode.topk_encode_counted(x.to(DEVICE), W.to(DEVICE), b.to(DEVICE), k, b_dec)
+    got = triton_encode.topk_encode_counted(x.to(DEVICE), W.to(DEVICE), b.to(DEVICE), k, b_dec, signed=signed)
     values, indices, n_failed = (t.cpu() for t in got)
     assert values.dtype == torch.float32
     assert indices.dtype == torch.int32
@@ -51,34 +51,39 @@ def check(x: Tensor, W: Tensor, b: Tensor, k: int, b_dec: Tensor | None = None) 
     ("N", "L", "D", "k"),
     [(1, 7, 3, 7), (1, 65, 5, 1), (3, 129, 8, 2), (17, 300, 33, 5), (5, 700, 40, 31), (2, 131, 1, 64), (9, 64, 7, 3)],
 )
-def test_equals_the_reference(N: int, L: int, D: int, k: int) -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_equals_the_reference(N: int, L: int, D: int, k: int, signed: bool) -> None:
     x, W, b, b_dec = integers(N, D, seed=1), integers(L, D, seed=2), integers(L, seed=3), integers(D, seed=4)
-    n_failed = check(x, W, b, k, b_dec)
+    n_failed = check(x, W, b, k, b_dec, signed=signed)
     assert n_failed == 0 or 16 * k > 128  # such a buffer is as small as the fixture makes it, and may overflow
 
 
 @pytest.mark.parametrize("few", [1, 16])
 @pytest.mark.parametrize("L", [40, 2100])
-def test_few_tokens(few: int, L: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_few_tokens(few: int, L: int, signed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_encode, "SMALL_BATCH", 64)
     x, W, b, b_dec = integers(few, 9, seed=1), integers(L, 9, seed=2), integers(L, seed=3), integers(9, seed=4)
-    assert check(x, W, b, 9, b_dec) == 0
+    assert check(x, W, b, 9, b_dec, signed=signed) == 0
     x[0, 3] = torch.nan
-    check(x, W, b, 9, b_dec)
+    check(x, W, b, 9, b_dec, signed=signed)
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 260), st.integers(1, 20), st.integers(1, 40), st.integers(0, 99))
-def test_any_shape(N: int, L: int, D: int, k: int, seed: int) -> None:
+@given(
+    st.integers(1, 9), st.integers(1, 260), st.integers(1, 20), st.integers(1, 40), st.integers(0, 99), st.booleans()
+)
+def test_any_shape(N: int, L: int, D: int, k: int, seed: int, signed: bool) -> None:
     x, W, b = integers(N, D, seed=seed), integers(L, D, seed=seed + 1), integers(L, seed=seed + 2)
-    check(x, W, b, min(k, L))
+    check(x, W, b, min(k, L), signed=signed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weights_of_the_products_dtype_are_used_as_they_are(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_weights_of_the_products_dtype_are_used_as_they_are(dtype: torch.dtype, signed: bool) -> None:
     x, W, b = integers(4, 16, seed=1), integers(200, 16, seed=2), integers(200, seed=3)
-    expected, _ = reference.topk_encode(x, W, b, 6)
-    values, _ = triton_encode.topk_encode(x.to(DEVICE, dtype), W.to(DEVICE, dtype), b.to(DEVICE), 6)
+    expected, _ = reference.topk_encode(x, W, b, 6, signed=signed)
+    values, _ = triton_encode.topk_encode(x.to(DEVICE, dtype), W.to(DEVICE, dtype), b.to(DEVICE), 6, signed=signed)
     assert torch.equal(values.cpu(), expected)
 
 
@@ -142,9 +147,28 @@ SLOW = {"rising": 6, "nan token": 1, "nan latent": 6, "nan bias": 6}
     ["all equal", "all zero", "all negative", "few positive", "rising", "one hot tile", "two blocks of ties",
      "infinite", "nan token", "nan latent", "nan bias", "minus zero"],
 )  # fmt: skip
-def test_adversarial_rows(name: str) -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_adversarial_rows(name: str, signed: bool) -> None:
     x, W, b = adversarial(name)
-    assert check(x, W, b, 10) == SLOW.get(name, 0)
+    # Infinities of both signs are the largest of a signed code: more of them than a buffer holds, in some rows.
+    n_slow = 4 if signed and name == "infinite" else SLOW.get(name, 0)
+    assert check(x, W, b, 10, signed=signed) == n_slow
+
+
+@pytest.mark.parametrize(
+    "name", ["falling", "both signs of one size", "two blocks of opposite ties", "zero but for few"]
+)
+def test_adversarial_rows_of_a_signed_code(name: str) -> None:
+    x, W, b = adversarial("all zero")
+    if name == "falling":  # every latent is below all before it, and larger
+        b = -100.0 * torch.arange(500.0)
+    elif name == "both signs of one size":
+        b = torch.tensor([2.0, -2.0]).repeat(250)
+    elif name == "two blocks of opposite ties":
+        b[100:300], b[300:450] = -1.0, 1.0
+    else:  # the last wave's tile reaches past the latents, and most sizes are 0
+        b[[130, 499]] = torch.tensor([3.0, -4.0])
+    assert check(x, W, b, 10, signed=True) == (6 if name == "falling" else 0)
 
 
 def test_a_tile_with_too_many_candidates_is_left_to_the_rescue(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +204,28 @@ def test_k_beyond_the_kernels_is_computed_all_the_same() -> None:
     expected = reference.topk_encode(x, W, b, 520)
     assert torch.equal(values.cpu(), expected[0])
     assert torch.equal(indices.cpu(), expected[1])
+
+
+def test_latents_that_signed_keys_cannot_number_are_computed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_encode, "MOST_SIGNED", 50)
+    x, W, b = integers(2, 4, seed=1), integers(60, 4, seed=2), integers(60, seed=3)
+    got = triton_ops.topk_encode(x.to(DEVICE), W.to(DEVICE), b.to(DEVICE), 5, signed=True)
+    for a, expected in zip(got, reference.topk_encode(x, W, b, 5, signed=True)):
+        assert torch.equal(a.cpu(), expected)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_keys_order_values_and_give_them_back(signed: bool) -> None:
+    values = torch.tensor([[0.0, -0.0, 1.5, -1.5, torch.inf, -torch.inf, torch.nan, -3e-39, 2e38, -2e38]])
+    values = values.repeat(1, 4)
+    keys = triton_select.reduce(values.to(DEVICE), 40, 64, signed=signed)
+    out, latents = torch.empty(1, 40, device=DEVICE), torch.empty(1, 40, dtype=torch.int32, device=DEVICE)
+    triton_select.finish(keys, 40, out, latents, signed=signed)
+    size = values.abs() if signed else values
+    expected = torch.sort(size, dim=1, descending=True, stable=True).indices
+    assert torch.equal(latents.cpu().long(), expected)
+    want = values.gather(1, expected)
+    torch.testing.assert_close(out.cpu(), want if signed else want.relu(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(

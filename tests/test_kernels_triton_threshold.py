@@ -43,9 +43,9 @@ def dense(values: Tensor, indices: Tensor, L: int) -> Tensor:
 @pytest.mark.parametrize(("N", "L", "D", "k"), [(1, 40, 3, 4), (5, 300, 9, 3), (9, 500, 16, 2), (3, 20, 4, 20)])
 def test_batch_topk(N: int, L: int, D: int, k: int) -> None:
     x, W, b, b_dec = problem(N, L, D)
-    *expected, smallest = reference.batch_topk_encode(x, W, b, k, b_dec)
+    want_values, want_indices, smallest = reference.batch_topk_encode(x, W, b, k, b_dec)
     got = triton_threshold.batch_topk_encode(x.to(DEVICE), W.to(DEVICE), b.to(DEVICE), k, b_dec.to(DEVICE))
-    assert torch.equal(dense(got[0], got[1], L).cpu(), dense(*expected, L))
+    assert torch.equal(dense(got[0], got[1], L).cpu(), dense(want_values, want_indices, L))
     assert float(got[2]) == float(smallest)
 
 
@@ -53,9 +53,9 @@ def test_batch_topk_of_one_loud_token() -> None:
     """One row holds nearly all of the batch's largest values: it proposes more than 4 k."""
     x, W, b, _ = problem(6, 300, 8)
     x[2] *= 1000
-    *expected, _ = reference.batch_topk_encode(x, W, b, 8)
+    want_values, want_indices, _ = reference.batch_topk_encode(x, W, b, 8)
     values, indices, _ = triton_threshold.batch_topk_encode(x.to(DEVICE), W.to(DEVICE), b.to(DEVICE), 8)
-    assert torch.equal(dense(values, indices, 300).cpu(), dense(*expected, 300))
+    assert torch.equal(dense(values, indices, 300).cpu(), dense(want_values, want_indices, 300))
     assert (values[2] > 0).sum() > 32
 
 

@@ -27,15 +27,21 @@ RULES: list[tuple[RuleName, StateDtype, torch.dtype]] = [
 
 
 @pytest.mark.parametrize(("name", "state_dtype", "operands"), RULES)
-@pytest.mark.parametrize(("L", "D"), [(9, 5), (6, 140)])
+@pytest.mark.parametrize(("L", "D", "signed"), [(9, 5, False), (6, 140, False), (9, 5, True)])
 def test_steps_equal_the_definition(
-    name: RuleName, state_dtype: StateDtype, operands: torch.dtype, L: int, D: int, monkeypatch: pytest.MonkeyPatch
+    name: RuleName,
+    state_dtype: StateDtype,
+    operands: torch.dtype,
+    L: int,
+    D: int,
+    signed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every tensor after three steps, one with AuxK; chunks so small that some latents are hot."""
     monkeypatch.setattr(triton_backward, "CHUNK", 8)
     p, rule = problem(3, N=30, L=L, D=D), UpdateRule(name=name, state_dtype=state_dtype)
-    got, losses = train(triton_update, p, rule, 3e-3, operands)
-    want, want_losses = train(update, p, rule, 3e-3, operands)
+    got, losses = train(triton_update, p, rule, 3e-3, operands, signed=signed)
+    want, want_losses = train(update, p, rule, 3e-3, operands, signed=signed)
     assert losses == pytest.approx(want_losses, rel=1e-5)
     for key, value in everything(want).items():
         # Sums differ in their last bits, and a stochastic rounding may then fall on the other side.
@@ -68,7 +74,7 @@ def test_training_converges_like_the_reference(operands: torch.dtype, steps: int
 
 def test_a_new_number_of_tokens_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two batch sizes every launch has the same constants and numbers, but for one that kernels are not
-    specialised on (`test_kernels_triton_compile_update` looks at that)."""
+    specialised on (`test_kernels_compiled_update` looks at that)."""
     from triton.runtime.interpreter import InterpretedFunction
 
     run, launches = InterpretedFunction.run, []

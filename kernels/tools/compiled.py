@@ -23,7 +23,13 @@ from steersman.kernels import tiles, triton_decode, triton_encode, triton_select
 from steersman.kernels.tiles import Tile
 
 CAPABILITIES = (80, 90, 100)
-MODES = ("first", "filter", "threshold", "dense")
+MODES = {
+    "first": triton_encode.FIRST,
+    "filter": triton_encode.FILTER,
+    "threshold": triton_encode.THRESHOLD,
+    "dense": triton_encode.DENSE,
+}
+"""Those of `triton_encode.wave_kernel`."""
 
 _MATRIX = {"wgmma": r"wgmma\.mma_async", "mma": r"(?<!wg)mma\.sync", "tcgen05": r"tcgen05\.mma"}
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -103,17 +109,18 @@ def _usage(cubin: bytes) -> dict[str, int]:
     return {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", report.stdout)}
 
 
-def wave_job(tile: Tile, capability: int, dtype: torch.dtype, mode: int, C: int = 1024) -> Job:
+def wave_job(tile: Tile, capability: int, dtype: torch.dtype, mode: str, C: int = 1024, *, signed: bool = False) -> Job:
     """`triton_encode.wave_kernel` in one of its modes."""
     x, w = (_operand(dtype, rows, tile) for rows in (tile.BM, tile.BN))
-    tau_and_buffer = {"bias_ptr": "*fp32", "tau_ptr": "*fp32", "buffer_ptr": "*fp32" if mode == 3 else "*i64"}
+    tau_and_buffer = {"bias_ptr": "*fp32", "tau_ptr": "*fp32", "buffer_ptr": "*fp32" if mode == "dense" else "*i64"}
     numbers = dict.fromkeys(("N", "L", "D", "first", "last"), "i32")
     return Job(
-        name=f"encode {MODES[mode]} {_NAMES[dtype]}",
+        name=f"encode {mode} {_NAMES[dtype]}" + " signed" * signed,
         capability=capability,
         kernel=triton_encode.wave_kernel,
         types={"x": x, "w": w, "count_ptr": "*i32"} | tau_and_buffer | numbers,
-        constants=_constants(tile) | {"C": C, "GROUP": tile.group, "MODE": mode, "LIMIT": triton_encode.LIMIT},
+        constants=_constants(tile)
+        | {"C": C, "GROUP": tile.group, "MODE": MODES[mode].value, "LIMIT": triton_encode.LIMIT, "SIGNED": signed},
         warps=tile.warps,
         stages=tile.stages,
         matrix=True,
@@ -135,14 +142,14 @@ def small_batch_job(tile: Tile, capability: int, dtype: torch.dtype) -> Job:
     )
 
 
-def rescue_job(capability: int, dtype: torch.dtype, C: int = 1024, k: int = 64) -> Job:
+def rescue_job(capability: int, dtype: torch.dtype, C: int = 1024, k: int = 64, *, signed: bool = False) -> Job:
     """`triton_encode.rescue_kernel`."""
     tile, kind = tiles.RESCUE[dtype], f"*{_NAMES[dtype]}"
     types = {"x_ptr": kind, "w_ptr": kind, "bias_ptr": "*fp32", "failed_ptr": "*i32", "n_failed_ptr": "*i32"}
-    constants = _constants(tile) | {"C": C, "K": k, "W": min(C, triton.next_power_of_2(k + tile.BN))}
+    constants = _constants(tile) | {"C": C, "K": k, "W": min(C, triton.next_power_of_2(k + tile.BN)), "SIGNED": signed}
     del constants["TMA"]
     return Job(
-        name=f"encode rescue {_NAMES[dtype]}",
+        name=f"encode rescue {_NAMES[dtype]}" + " signed" * signed,
         capability=capability,
         kernel=triton_encode.rescue_kernel,
         types=types | {"buffer_ptr": "*i64", "L": "i32", "D": "i32"},
@@ -153,8 +160,9 @@ def rescue_job(capability: int, dtype: torch.dtype, C: int = 1024, k: int = 64) 
     )
 
 
-def selection_jobs(capability: int, C: int, k: int) -> Iterator[Job]:
-    """The kernels of `triton_select` for buffers of C slots and k candidates kept."""
+def selection_jobs(capability: int, C: int, k: int, *, signed: bool = False) -> Iterator[Job]:
+    """The kernels of `triton_select` for buffers of C slots and k candidates kept; those that a signed code has of its
+    own, or those of any other."""
     chunk, K2 = triton_encode.chunk_of(k), triton.next_power_of_2(k)
     per_warp = triton_select.SLOTS_PER_WARP
     n = {"N": "i32"}
@@ -163,14 +171,15 @@ def selection_jobs(capability: int, C: int, k: int) -> Iterator[Job]:
          {"C": C, "K": k, "R": 1}, max(1, C // per_warp)),
         ("reduce", triton_select.reduce_kernel,
          n | {"source_ptr": "*fp32", "out_ptr": "*i64", "M": "i32", "n_chunks": "i32"},
-         {"C": chunk, "K": k, "R": 1, "VALUES": True}, max(1, chunk // per_warp)),
+         {"C": chunk, "K": k, "R": 1, "VALUES": True, "SIGNED": signed}, max(1, chunk // per_warp)),
         ("finish", triton_select.finish_kernel, n | {"keys_ptr": "*i64", "values_ptr": "*fp32", "indices_ptr": "*i32"},
-         {"C": C, "K": k, "K2": K2, "R": 1}, max(1, K2 // 256)),
+         {"C": C, "K": k, "K2": K2, "R": 1, "SIGNED": signed}, max(1, K2 // 256)),
         ("certify", triton_select.certify_kernel,
          n | {"count_ptr": "*i32", "failed_ptr": "*i32", "n_failed_ptr": "*i32"}, {"C": C, "BLOCK": 1024}, 4),
     ):  # fmt: skip
-        yield Job(name=f"{name} C={C} K={k}", capability=capability, kernel=kernel, types=types, constants=constants,
-                  warps=warps, stages=3, matrix=False)  # fmt: skip
+        if not signed or "SIGNED" in constants:
+            yield Job(name=f"{name} C={C} K={k}" + " signed" * signed, capability=capability, kernel=kernel,
+                      types=types, constants=constants, warps=warps, stages=3, matrix=False)  # fmt: skip
 
 
 def decode_jobs(capability: int) -> Iterator[Job]:
@@ -191,18 +200,23 @@ def shipped(capability: int, full: bool = False) -> Iterator[Job]:
     for dtype in _NAMES if full else (torch.bfloat16,):
         for i, tile in enumerate(tiles.WAVE[capability, dtype]):
             plain = i == tiles.PLAIN.get((capability, dtype), 0)
-            for mode in (0, 1, 2, 3) if plain else (1,):
+            for mode in MODES if plain else ("filter",):
                 yield wave_job(tile, capability, dtype, mode)
+        first, filtering = tiles.SIGNED.get((capability, dtype), (tiles.WAVE[capability, dtype][0],) * 2)
+        yield wave_job(first, capability, dtype, "first", signed=True)
+        yield wave_job(filtering, capability, dtype, "filter", signed=True)
         for tile in tiles.SMALL_BATCH[capability, dtype]:
             yield small_batch_job(tile, capability, dtype)
         yield rescue_job(capability, dtype)
+        yield rescue_job(capability, dtype, signed=True)
     yield from decode_jobs(capability)
     if full:
         for entry in tiles.entries(capability):
-            yield wave_job(Tile(**entry["tile"]), capability, getattr(torch, entry["dtype"]), 1)
+            yield wave_job(Tile(**entry["tile"]), capability, getattr(torch, entry["dtype"]), "filter")
         yield rescue_job(capability, torch.bfloat16, C=4096, k=512)
     for C, k in ((512, 32), (1024, 64), (4096, 512)) if full else ((1024, 64),):
         yield from selection_jobs(capability, C, k)
+        yield from selection_jobs(capability, C, k, signed=True)
 
 
 def _operand(dtype: torch.dtype, rows: int, tile: Tile) -> str:
