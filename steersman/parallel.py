@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,8 @@ from steersman.errors import LostRankError, SteersmanError
 # Newer PyTorch has other names for the same functions.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,21 +274,22 @@ class Ranks:
         """Whether this is the rank that writes what there is one of."""
         return self.mesh.rank == 0
 
-    def on_rank_zero(self, action: Callable[[], None]) -> None:
-        """Run `action` on rank 0 while the others wait; its SteersmanError is raised on all of them."""
+    def on_rank_zero(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 while the others wait. What it returns (something that can be pickled) is returned on
+        all of them; its SteersmanError is raised on all of them."""
         if self.mesh.world_size == 1:
-            action()
-            return
-        message: list[str | None] = [None]
+            return action()
+        answer: list[Any] = [None, None]
         if self.is_rank_zero:
             try:
-                action()
+                answer = [action(), None]
             except SteersmanError as error:
-                message = [str(error)]
+                answer = [None, str(error)]
         with comm_errors():
-            dist.broadcast_object_list(message, src=0, group=self.control.group)
-        if message[0] is not None:
-            raise SteersmanError(message[0])
+            dist.broadcast_object_list(answer, src=0, group=self.control.group)
+        if answer[1] is not None:
+            raise SteersmanError(answer[1])
+        return answer[0]
 
     def __enter__(self) -> Self:
         return self

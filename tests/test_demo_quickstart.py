@@ -31,7 +31,7 @@ def test_quickstart_makes_a_report(tmp_path: Path) -> None:
     )
     results = quickstart(config)
     assert results.evaluation.loss is not None
-    assert results.evaluation.loss.ce_unsteered < 1.0, "the bundled model does not know the bundled stories"
+    assert results.evaluation.loss.ce_clean < 1.0, "the bundled model does not know the bundled stories"
     clear = sum(match.auroc >= 0.95 for match in results.concepts)
     assert clear > 0.4 * len(results.concepts)
     (steered,) = results.steered

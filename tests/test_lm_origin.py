@@ -17,7 +17,6 @@ from steersman.steer.effects.folder import Effects
 from steersman.steer.effects.map import EffectMap
 from steersman.steer.effects.vectors import given_vectors
 from steersman.train.reports.evaluate import evaluate_sae, spliced_loss
-from steersman.train.reports.features import check_same_origin as check_reads
 
 HOOK, NAME = "blocks.1.hook_resid_post", "google/gemma-2-2b"
 
@@ -63,7 +62,7 @@ def effect_map() -> EffectMap:
 
 def store_reader(made: Origin, folder: Path) -> None:
     store = store_of(random_rows(50, D), folder / "acts", model_name=NAME)
-    check_reads(sae_of(made), store)
+    store.hook_of("the SAE", made)
     evaluate_sae(sae_of(made), store, split="all")
 
 

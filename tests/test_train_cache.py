@@ -19,9 +19,8 @@ from support.tiny_models import with_text
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.text import open_text
-from steersman.train import ActivationStore, CacheConfig, cache_activations
-from steersman.train.capture.capture import capture_settings, captured_rows
+from steersman.train import ActivationStore, CacheConfig, StreamConfig, cache_activations
+from steersman.train.capture.capture import Capture, CaptureConfig
 from steersman.train.store.shards import ShardWriter
 
 DOCUMENTS = word_documents(60)
@@ -111,7 +110,7 @@ def test_an_encoder_is_cached_too(tmp_path: Path) -> None:
     assert store.n_rows == sum(min(len(lm.token_ids(text)), 15) for text in DOCUMENTS)
 
 
-# Interrupting and going on
+# Interrupting and resuming
 
 
 KILLER = """
@@ -146,7 +145,7 @@ os.waitpid(start(sys.argv[2]), 0)
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     paths = [str(Path(__file__).parent), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
@@ -159,7 +158,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("appends", [1, 2, 9, 14])
-def test_an_error_anywhere_leaves_whole_shards_and_can_be_gone_on_from(
+def test_an_error_anywhere_leaves_whole_shards_and_can_be_resumed_from(
     lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, appends: int, packing: bool
 ) -> None:
     texts = [*DOCUMENTS, "", "w5 w6"]
@@ -226,14 +225,14 @@ def test_a_finished_store_is_returned_at_once(
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"tokens": 300}, r"tokens \(200 there, 300 now\)"),
+        ({"tokens": 300}, "tokens was 200, now 300"),
         ({"hook": "blocks.0.hook_resid_post"}, "hooks"),
-        ({"dtype": "float32"}, r"dtype \('bfloat16' there, 'float32' now\)"),
-        ({"packing": False, "context_length": 12}, r"context_length \(16 there, 12 now\), packing"),
+        ({"dtype": "float32"}, "dtype was 'bfloat16', now 'float32'"),
+        ({"packing": False, "context_length": 12}, "context_length was 16, now 12; packing was True"),
         ({"batch_size": 8}, "batch_size"),
         ({"exclude_tokens": (5,)}, "excluded_tokens"),
         ({"shard_rows": 64}, "shard_rows"),
-        ({"texts": DOCUMENTS[:50]}, r"text \('list of 60"),
+        ({"texts": DOCUMENTS[:50]}, "text was 'list of 60"),
     ],
 )
 def test_a_store_of_another_configuration_is_refused(
@@ -318,7 +317,7 @@ def test_skipping_and_resuming_gives_the_same_bytes(
         ({"shard_rows": 0}, "shard_rows 0"),
         ({"dtype": "int8"}, "dtype 'int8' is none of"),
         ({"on_nonfinite": "ignore"}, "neither 'error' nor 'skip'"),
-        ({"token": 5}, "no option 'token'"),
+        ({"token": 5}, "unknown setting 'token'; near it: tokens"),
         ({"texts": []}, "list of texts is empty"),
         ({"texts": ["", ""]}, "no document has any text"),
         ({"texts": "/nowhere.jsonl"}, "no such file"),
@@ -361,7 +360,8 @@ def test_every_field_has_a_sentence() -> None:
     import inspect
     import textwrap
 
-    body = ast.parse(textwrap.dedent(inspect.getsource(CacheConfig))).body[0].body  # pyright: ignore[reportAttributeAccessIssue]
+    sources = [textwrap.dedent(inspect.getsource(kind)) for kind in (CaptureConfig, CacheConfig, StreamConfig)]
+    body = [node for source in sources for node in ast.parse(source).body[0].body]  # pyright: ignore[reportAttributeAccessIssue]
     for number, node in enumerate(body):
         if isinstance(node, ast.AnnAssign):
             following = body[number + 1]
@@ -400,7 +400,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_disk_that_fills_up_leaves_whole_shards_and_can_be_gone_on_with(
+def test_a_disk_that_fills_up_leaves_whole_shards_and_can_be_resumed(
     lm: LanguageModel, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import steersman.train.capture.cache as cache
@@ -440,13 +440,10 @@ def test_disk_errors_become_one_line(
 
 
 def test_restarting_at_a_cursor_gives_the_same_rows(lm: LanguageModel) -> None:
-    settings = capture_settings(
-        lm, HOOK, context_length=16, batch_size=4, packing=True, exclude_bos=True, exclude_eos=False, exclude_tokens=()
-    )
-    text = open_text(DOCUMENTS)
-    rows = list(captured_rows(lm, text, settings))
+    capture = Capture.open(lm, DOCUMENTS, CaptureConfig(hook=HOOK, context_length=16, batch_size=4))
+    rows = list(capture.rows())
     for number in (1, 5, len(rows) - 1):
-        again = list(captured_rows(lm, text, settings, rows[number].cursor))
+        again = list(capture.rows(rows[number].cursor))
         assert len(again) == len(rows) - number
         for one, other in zip(rows[number:], again):
             assert torch.equal(one.activations[HOOK], other.activations[HOOK])

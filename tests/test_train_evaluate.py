@@ -11,8 +11,8 @@ from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.sae import SAE, SAEConfig
 from steersman.train import ActivationStore, HookView, TrainConfig, cache_activations, train_sae
-from steersman.train.reports.evaluate import evaluate_sae, spliced_loss
-from steersman.train.reports.features import check_same_origin, describe_features, features_to_text, summarize_store
+from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae, spliced_loss
+from steersman.train.reports.features import FeaturesConfig, features_to_text, summarize_features
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
 
@@ -47,10 +47,10 @@ def test_a_perfect_reconstruction_changes_nothing(lm: LanguageModel, store: Acti
     perfect = Perfect(SAEConfig(d_in=128, d_sae=8, k=2, hook_name=HOOKS[1]))
     mean = store.stats(HOOKS[1]).mean
     loss = spliced_loss(perfect, lm, texts(6, seed=8), mean)
-    assert loss.ce_spliced == pytest.approx(loss.ce_unsteered, abs=1e-6)
-    assert loss.ce_recovered == pytest.approx(1.0, abs=1e-6)
+    assert loss.ce_with_sae == pytest.approx(loss.ce_clean, abs=1e-6)
+    assert loss.ce_loss_score == pytest.approx(1.0, abs=1e-6)
     assert loss.kl == pytest.approx(0.0, abs=1e-6)
-    assert loss.ce_mean_ablated > loss.ce_unsteered + 1
+    assert loss.ce_mean_ablated > loss.ce_clean + 1
 
 
 def test_a_reconstruction_of_the_mean_recovers_nothing(lm: LanguageModel, store: ActivationStore) -> None:
@@ -60,8 +60,8 @@ def test_a_reconstruction_of_the_mean_recovers_nothing(lm: LanguageModel, store:
         silent.b_enc.fill_(-1e6)
         silent.b_dec.copy_(mean)
     loss = spliced_loss(silent, lm, texts(6, seed=8), mean)
-    assert loss.ce_spliced == pytest.approx(loss.ce_mean_ablated, abs=1e-5)
-    assert loss.ce_recovered == pytest.approx(0.0, abs=1e-5)
+    assert loss.ce_with_sae == pytest.approx(loss.ce_mean_ablated, abs=1e-5)
+    assert loss.ce_loss_score == pytest.approx(0.0, abs=1e-5)
 
 
 def test_a_batch_counts_as_its_texts_one_by_one(lm: LanguageModel, store: ActivationStore, sae: SAE) -> None:
@@ -70,9 +70,24 @@ def test_a_batch_counts_as_its_texts_one_by_one(lm: LanguageModel, store: Activa
     alone = [spliced_loss(sae, lm, [text], mean) for text in documents]
     total = sum(loss.n_predictions for loss in alone)
     assert together.n_predictions == total
-    for name in ("ce_unsteered", "ce_spliced", "kl"):
+    for name in ("ce_clean", "ce_with_sae", "kl"):
         expected = sum(getattr(loss, name) * loss.n_predictions for loss in alone) / total
         assert getattr(together, name) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_first_names_of_the_losses_are_written_and_still_read(
+    lm: LanguageModel, store: ActivationStore, sae: SAE
+) -> None:
+    result = evaluate_sae(sae, store, lm, texts(3, seed=8), EvaluateConfig(batch_size=2), split="all")
+    loss = result.to_json()["loss"]
+    assert list(loss) == ["ce_unsteered", "ce_spliced", "ce_mean_ablated", "ce_recovered", "kl", "n_predictions"]
+    assert "ce_recovered" in result.to_text()
+    assert result.loss is not None
+    with pytest.warns(DeprecationWarning, match="SplicedLoss.ce_unsteered is ce_clean now"):
+        assert result.loss.ce_unsteered == result.loss.ce_clean == loss["ce_unsteered"]  # pyright: ignore[reportAttributeAccessIssue]
+    assert result.reconstruction.n_tokens == store.n_rows
+    with pytest.raises(SteersmanError, match="unknown setting 'spilt'; near it: split"):
+        evaluate_sae(sae, store, spilt="all")
 
 
 def test_evaluation_uses_the_held_out_rows(store: ActivationStore, sae: SAE) -> None:
@@ -86,9 +101,12 @@ def test_evaluation_uses_the_held_out_rows(store: ActivationStore, sae: SAE) -> 
 
 
 def test_contexts_hold_the_token_that_fired(lm: LanguageModel, store: ActivationStore, sae: SAE) -> None:
-    summary = summarize_store(sae, store)
-    ids = summary.stats.max_act.topk(5).indices.tolist()
-    described = describe_features(sae, store, lm, summary, ids, n_contexts=3)
+    assert sae.feature_stats is not None
+    ids = sae.feature_stats.max_act.topk(5).indices.tolist()
+    report = summarize_features(sae, store, lm, FeaturesConfig(contexts=1), only=tuple(ids), contexts=3)
+    described = report.features
+    assert [feature.id for feature in described] == ids
+    assert len(report.stats.density) == 128
     documents = texts(150, seed=5)
     for feature in described:
         assert len(feature.contexts) == 3
@@ -104,7 +122,7 @@ def test_contexts_hold_the_token_that_fired(lm: LanguageModel, store: Activation
     text = features_to_text(described)
     assert text.count("«") == 15
     with pytest.raises(SteersmanError, match="out of range"):
-        describe_features(sae, store, lm, summary, [128])
+        summarize_features(sae, store, lm, only=(128,))
 
 
 def _is(store: ActivationStore, row: int, document: int, position: int) -> bool:
@@ -114,10 +132,10 @@ def _is(store: ActivationStore, row: int, document: int, position: int) -> bool:
 
 def test_what_does_not_belong_together_is_refused(store: ActivationStore, sae: SAE, tmp_path: Path) -> None:
     with pytest.raises(SteersmanError, match="the store .* holds blocks.1"):
-        check_same_origin(SAE(replace(sae.cfg, hook_name="blocks.3.hook_resid_post")), store)
+        evaluate_sae(SAE(replace(sae.cfg, hook_name="blocks.3.hook_resid_post")), store)
     with pytest.raises(SteersmanError, match="the SAE has width 64, the store .* has width"):
-        check_same_origin(SAE(replace(sae.cfg, d_in=64)), store)
+        evaluate_sae(SAE(replace(sae.cfg, d_in=64)), store)
     with pytest.raises(SteersmanError, match="the SAE was made for 'gpt2', the store .* for"):
-        check_same_origin(SAE(replace(sae.cfg, model_name="gpt2")), store)
+        evaluate_sae(SAE(replace(sae.cfg, model_name="gpt2")), store)
     with pytest.raises(SteersmanError, match="no hook point"):
         HookView(store, "blocks.0.hook_resid_post")

@@ -90,12 +90,12 @@ def test_a_killed_rank_is_started_again_alone(alone: Path, tmp_path: Path, monke
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
     before = {name: (out / name).stat().st_mtime_ns for name in kept}
-    cache(str(out), options)  # one process goes on as well
+    cache(str(out), options)  # one process resumes it as well
     assert digests(out) == digests(alone)
     assert before == {name: (out / name).stat().st_mtime_ns for name in kept}, "finished shards were written again"
 
 
-def test_ranks_go_on_with_what_one_process_left(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_resume_what_one_process_left(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from steersman.train.store.writer import StoreWriter
 
     end, ended = StoreWriter._end_shard, []
@@ -114,7 +114,7 @@ def test_ranks_go_on_with_what_one_process_left(alone: Path, tmp_path: Path, mon
     assert digests(tmp_path / "acts") == digests(alone)
 
 
-def test_a_power_cut_at_any_moment_is_gone_on_from(
+def test_a_power_cut_at_any_moment_is_resumed_from(
     alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first of two ranks loses its power before a change to the disk, every fifth one; the second works on."""

@@ -520,7 +520,7 @@ def test_a_store_of_another_configuration_names_the_fields(tmp_path: Path) -> No
     writer = writer_of(tmp_path / "acts", tokens=5, seed=1)
     append(writer, 25)
     writer.abandon()
-    with pytest.raises(SteersmanError, match=r"another configuration: tokens \(5 there, 7 now\); "):
+    with pytest.raises(SteersmanError, match="another configuration: tokens was 5, now 7; "):
         writer_of(tmp_path / "acts", tokens=7, seed=1)
     assert writer_of(tmp_path / "acts", tokens=5, seed=1).n_rows == 20
 

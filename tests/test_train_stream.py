@@ -10,7 +10,7 @@ from support.tiny_models import with_text
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.train import ActivationStream, cache_activations
+from steersman.train import ActivationStream, StreamConfig, cache_activations, stream_activations
 
 DOCUMENTS = word_documents(250, shortest=0)
 OPTIONS: dict[str, Any] = {
@@ -56,6 +56,25 @@ def test_it_gives_the_rows_that_a_store_of_the_same_text_holds(lm: LanguageModel
     assert torch.equal(torch.cat([batch.doc_ids for batch in batches]), info.doc_ids + first)
     assert (stream.hook_name, stream.model_name, stream.d_in, stream.dtype) == (HOOK, "llama", 16, torch.float32)
     assert stream.n_batches(64, drop_last=False) == len(batches)
+
+
+def test_settings_come_from_a_configuration_with_overrides(lm: LanguageModel) -> None:
+    config = StreamConfig(**{**OPTIONS, "buffer_rows": 600})
+    assert stream_activations(lm, DOCUMENTS, config).fingerprint == stream_of(lm, buffer_rows=600).fingerprint
+    assert stream_activations(lm, DOCUMENTS, config, buffer_rows=512).fingerprint == stream_of(lm).fingerprint
+    with pytest.raises(SteersmanError, match="StreamConfig needs hook"):
+        stream_activations(lm, DOCUMENTS)
+    with pytest.raises(SteersmanError, match="no model given"):
+        stream_activations(texts=DOCUMENTS, config=config)
+
+
+def test_model_and_text_by_name(lm: LanguageModel, tmp_path: Path) -> None:
+    lm.model.save_pretrained(tmp_path / "llama")
+    lm.tokenizer.save_pretrained(tmp_path / "llama")
+    (tmp_path / "text.txt").write_text("\n".join(text for text in DOCUMENTS if text))
+    config = StreamConfig(model=str(tmp_path / "llama"), text=str(tmp_path / "text.txt"), device="cpu", **OPTIONS)
+    batches = zip(stream_activations(config=config).batches(64), stream_of(lm, [*filter(None, DOCUMENTS)]).batches(64))
+    assert all(torch.equal(one.x, other.x) for one, other in batches)
 
 
 def test_a_shuffled_epoch_holds_every_row_once_with_its_own_values(lm: LanguageModel) -> None:
@@ -178,6 +197,8 @@ def test_the_fingerprint_changes_with_text_and_settings(lm: LanguageModel) -> No
         ({"context_length": 64}, "context_length 64"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"texts": []}, "list of texts is empty"),
+        ({"hook": ("model.layers.0", "model.layers.1")}, "a stream gives one hook point, not 2"),
+        ({"buffer_row": 600}, "unknown setting 'buffer_row'; near it: buffer_rows"),
     ],
 )
 def test_mistakes_are_found_at_once(lm: LanguageModel, options: Any, message: str) -> None:

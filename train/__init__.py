@@ -2,7 +2,10 @@
 
 from steersman.text import TextSource, open_text
 from steersman.train.capture.cache import CacheConfig, cache_activations
-from steersman.train.capture.stream import ActivationStream
+from steersman.train.capture.capture import CaptureConfig
+from steersman.train.capture.stream import ActivationStream, StreamConfig, stream_activations
+from steersman.train.reports.evaluate import EvaluateConfig, Evaluation, evaluate_sae
+from steersman.train.reports.features import FeatureReport, FeaturesConfig, summarize_features
 from steersman.train.run.recipe import Recipe, TrainConfig, resolve
 from steersman.train.run.trainer import Trainer, train_sae
 from steersman.train.store.batch import ActivationBatch, ActivationSource, RowInfo
@@ -17,15 +20,24 @@ __all__ = [
     "ActivationStore",
     "ActivationStream",
     "CacheConfig",
+    "CaptureConfig",
+    "EvaluateConfig",
+    "Evaluation",
+    "FeatureReport",
+    "FeaturesConfig",
     "HookView",
     "Recipe",
     "RowInfo",
+    "StreamConfig",
     "TextSource",
     "TrainConfig",
     "Trainer",
     "cache_activations",
+    "evaluate_sae",
     "open_text",
     "resolve",
+    "stream_activations",
+    "summarize_features",
     "train_sae",
 ]
 

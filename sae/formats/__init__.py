@@ -13,10 +13,10 @@ import torch
 
 from steersman.errors import SteersmanError
 from steersman.sae.base import SAE
-from steersman.sae.formats.base import Format, build, recognise
+from steersman.sae.formats.base import Format, Parts, build, recognise
 from steersman.sae.formats.source import open_source
 
-__all__ = ["Format", "convert", "load", "open_source", "recognise"]
+__all__ = ["Format", "Parts", "convert", "load", "open_source", "recognise"]
 
 log = logging.getLogger(__name__)
 

@@ -148,10 +148,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], manifest: EffectsManif
     """Write one file of the folder, atomically."""
     header = {FORMAT: manifest.fingerprint}  # a single entry: safetensors writes several in no fixed order
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    try:
-        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=header))
-    except SafetensorError as error:  # safetensors wraps what the system said
-        raise SteersmanError(f"{path} could not be written: {error}; run the same command again to go on") from error
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
 
 def _read(path: Path, manifest: EffectsManifest, names: list[str]) -> dict[str, Tensor]:

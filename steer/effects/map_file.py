@@ -29,10 +29,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
     data = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
     header = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
     make_folder(path.parent)
-    try:
-        write_whole(path, lambda temporary: save_file(data, temporary, metadata=header))
-    except SafetensorError as error:  # safetensors wraps what the system said
-        raise SteersmanError(f"{path} could not be written: {error}") from error
+    write_whole(path, lambda temporary: save_file(data, temporary, metadata=header))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

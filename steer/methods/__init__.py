@@ -11,16 +11,20 @@ from steersman.steer.methods import (  # noqa: F401 (a method is there when its 
     pca,
     probe,
 )
-from steersman.steer.methods.base import METHODS, ContrastConfig, Method
+from steersman.steer.methods.base import METHODS, ContrastConfig, Estimator, Method, StreamedMethod
 from steersman.steer.methods.contrast import contrast
 from steersman.steer.methods.examples import Example, Examples, as_examples, read_examples
+from steersman.steer.methods.moments import RunningMean
 
 __all__ = [
     "METHODS",
     "ContrastConfig",
+    "Estimator",
     "Example",
     "Examples",
     "Method",
+    "RunningMean",
+    "StreamedMethod",
     "as_examples",
     "contrast",
     "read_examples",

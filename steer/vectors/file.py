@@ -32,10 +32,7 @@ class Parts(NamedTuple):
 def write(parts: Parts, path: Path) -> None:
     """Write the vector to `path`, whole or not at all."""
     header = {"format": FORMAT, "version": str(VERSION), "provenance": json.dumps(parts.provenance)}
-    try:
-        write_whole(path, lambda temporary: save_file(parts.directions, temporary, metadata=header))
-    except SafetensorError as error:  # safetensors wraps what the system said
-        raise SteersmanError(f"{path.parent} cannot be written to: {error}") from error
+    write_whole(path, lambda temporary: save_file(parts.directions, temporary, metadata=header))
 
 
 def read(path: Path) -> Parts:

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steersman.commands.options import ComputeOptions, on_kernels
 from steersman.config import part_of
-from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.files import write_json
-from steersman.lm import LanguageModel
+from steersman.lm.origin import Origin
 from steersman.sae import SAE
 from steersman.steer import (
     DecomposeConfig,
@@ -21,13 +21,12 @@ from steersman.steer import (
 from steersman.steer.decompose import Decomposition, plot_decompositions
 from steersman.text import read_texts
 from steersman.train import ActivationStore, HookView
-from steersman.train.reports.features import check_same_origin
 
 RETENTION_TEXTS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecomposeCommand(DecomposeConfig):
+class DecomposeCommand(DecomposeConfig, ComputeOptions):
     """Take steering vectors apart into signed features of an SAE, with what must be known to believe it."""
 
     vector: tuple[str, ...]
@@ -59,10 +58,9 @@ class DecomposeCommand(DecomposeConfig):
     """Write everything as JSON to this file."""
     plot: str | None = None
     """Draw explained variance against the number of features to this PNG file."""
-    device: str = "auto"
-    """Where to run: auto, cpu, cuda, ..."""
 
 
+@on_kernels
 def run(config: DecomposeCommand) -> None:
     """`steersman decompose`."""
     if not config.vector:
@@ -71,10 +69,9 @@ def run(config: DecomposeCommand) -> None:
         raise SteersmanError("--retention needs --model and --text: what to steer, and the texts to measure on")
     if config.text is not None and not (config.retention or config.method == "behaviour"):
         raise SteersmanError("--text is read by --retention and by --method behaviour only")
-    device = pick_device(config.device)
     vectors = [SteeringVector.load(path) for path in config.vector]
-    sae = SAE.load(config.sae, device)
-    lm = None if config.model is None else LanguageModel.load(config.model, device=device)
+    sae = config.load_sae(config.sae)
+    lm = None if config.model is None else config.load_model(config.model)
     texts = None if config.text is None else read_texts(config.text, RETENTION_TEXTS)
     settings = part_of(DecomposeConfig, config)
     found: list[Decomposition] = decompose(
@@ -118,4 +115,4 @@ def _labels(config: DecomposeCommand) -> dict[int, str] | None:
 
 def _activations(path: str, sae: SAE) -> HookView:
     store = ActivationStore.open(path)
-    return HookView(store, check_same_origin(sae, store))
+    return HookView(store, store.hook_of("the SAE", Origin.of_sae(sae)))

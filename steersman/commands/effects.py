@@ -4,12 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from steersman.commands.options import ComputeOptions, on_kernels
 from steersman.config import part_of
-from steersman.device import pick_device
 from steersman.errors import SteersmanError
-from steersman.lm import LanguageModel
 from steersman.parallel import rank_and_world_size
-from steersman.sae import SAE
 from steersman.steer import (
     SteeringVector,
 )
@@ -20,7 +18,7 @@ from steersman.text import read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class EffectsCommand(EffectsConfig):
+class EffectsCommand(EffectsConfig, ComputeOptions):
     """Measure what many steering vectors do to an SAE's features, and fit the map from vectors to effects."""
 
     out: str = field()  # a field of its own: the one of EffectsConfig has a default
@@ -41,18 +39,14 @@ class EffectsCommand(EffectsConfig):
     """Ridge of the closed form; chosen by cross-validation if not given."""
     heldout: float = 0.1
     """Share of the vectors kept out of the fit, for its scores."""
-    device: str = "auto"
-    """Where to run: auto, cpu, cuda, ... Under torchrun auto takes each process's own GPU."""
-    dtype: str | None = None
-    """Dtype of the model; float32 on the CPU and the checkpoint's own elsewhere if not given."""
 
 
+@on_kernels
 def run(config: EffectsCommand) -> None:
     """`steersman effects`."""
-    device = pick_device(config.device)
-    sae = SAE.load(config.sae, device)
-    rows_of = None if config.rows_of is None else SAE.load(config.rows_of, device)
-    lm = LanguageModel.load(config.model, device=device, dtype=config.dtype)
+    sae = config.load_sae(config.sae)
+    rows_of = None if config.rows_of is None else config.load_sae(config.rows_of)
+    lm = config.load_model(config.model)
     settings = part_of(EffectsConfig, config)
     given = [SteeringVector.load(path) for path in config.vector_files] or None
     effects = collect_effects(lm, sae, _texts(config.text, settings), settings, vectors=given, rows_of=rows_of)

@@ -2,34 +2,25 @@
 
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
-from steersman.commands.options import on_kernels
-from steersman.device import pick_device
+from steersman.commands.options import ComputeOptions, on_kernels
+from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.files import write_json
-from steersman.kernels import Implementation
-from steersman.lm import LanguageModel
-from steersman.lm.origin import check_sae_fits
-from steersman.sae import SAE
+from steersman.lm.origin import Origin, check_sae_fits
 from steersman.text import TextSource, open_text
 from steersman.train import ActivationStore
-from steersman.train.reports.evaluate import evaluate_sae
-from steersman.train.reports.features import check_same_origin
+from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalCommand:
+class EvalCommand(EvaluateConfig, ComputeOptions):
     """Measure an SAE on a store's held-out rows and, with --model and --text, its effect on the model's loss."""
 
     sae: str
     """Folder of the SAE."""
     store: str
     """Folder of a store of the SAE's hook point."""
-    split: Literal["heldout", "train", "all"] = "heldout"
-    """Which rows: those of the last documents, the others, or all."""
-    heldout_fraction: float = 0.05
-    """Share of the rows that is held out."""
     model: str | None = None
     """Folder or hub id of the model; without it only the reconstruction is measured."""
     text: str | None = None
@@ -38,27 +29,22 @@ class EvalCommand:
     """Documents of the text, at most."""
     out: str | None = None
     """Also write the figures to this JSON file."""
-    device: str = "auto"
-    """Where to run: auto, cpu, cuda, ..."""
-    kernels: Implementation = "auto"
-    """Implementation of the SAE's arithmetic: triton (NVIDIA GPUs), torch, or auto, the faster that the device has."""
 
 
 @on_kernels
 def run(config: EvalCommand) -> None:
     """`steersman eval`."""
-    device = pick_device(config.device)
-    sae, store = SAE.load(config.sae, device), ActivationStore.open(config.store)
-    hook = check_same_origin(sae, store)
+    sae, store = config.load_sae(config.sae), ActivationStore.open(config.store)
+    hook = store.hook_of("the SAE", Origin.of_sae(sae))
     lm, texts = None, None
     if config.model is not None:
         if config.text is None:
             raise SteersmanError("--model needs --text: the text to measure its loss on")
-        lm = LanguageModel.load(config.model, device=device)
+        lm = config.load_model(config.model)
         check_sae_fits(lm, sae, hook)
         source = open_text(config.text)
         texts = list(islice(source.documents(_first_document(store, source, config)), config.documents))
-    result = evaluate_sae(sae, store, lm, texts, split=config.split, heldout_fraction=config.heldout_fraction)
+    result = evaluate_sae(sae, store, lm, texts, part_of(EvaluateConfig, config))
     print(result.to_text())
     if config.out is not None:
         write_json(config.out, result.to_json())

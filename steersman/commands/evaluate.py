@@ -2,17 +2,15 @@
 
 from dataclasses import dataclass
 
-from steersman.commands.options import examples_of, load_model
+from steersman.commands.options import ComputeOptions, examples_of, on_kernels
 from steersman.config import part_of
-from steersman.device import pick_device
-from steersman.sae import SAE
 from steersman.steer import EvaluationConfig, SteeringVector, evaluate_steering
 from steersman.steer.methods import Examples
 from steersman.text import read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand(EvaluationConfig):
+class EvaluateCommand(EvaluationConfig, ComputeOptions):
     """Measure what a vector does to text, over scales, against a random direction, diffmean, prompting and nothing."""
 
     model: str
@@ -39,22 +37,19 @@ class EvaluateCommand(EvaluationConfig):
     """SAE folder, for target rise, side effects and specificity."""
     feature: tuple[int, ...] = ()
     """Features that should rise."""
-    device: str = "auto"
-    """Where to run: auto, cpu, cuda, ..."""
-    dtype: str | None = None
-    """Dtype of the model."""
 
 
+@on_kernels
 def run(config: EvaluateCommand) -> None:
     """`steersman evaluate`."""
     v = SteeringVector.load(config.vector)
     prompts = read_texts(config.prompts)
     texts = [] if config.text is None else read_texts(config.text)
     examples = examples_of(config.data, config.positive, config.negative) or Examples(positive=[], negative=[])
-    sae = None if config.sae is None else SAE.load(config.sae, pick_device(config.device))
+    sae = None if config.sae is None else config.load_sae(config.sae)
     pairs = zip(examples.positive, examples.negative)
     found = evaluate_steering(
-        load_model(config),
+        config.load_model(config.model),
         v,
         prompts,
         words=config.word,

@@ -3,10 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from steersman.device import pick_device
+from steersman.commands.options import ComputeOptions, on_kernels
 from steersman.errors import SteersmanError
-from steersman.lm import LanguageModel
-from steersman.sae import SAE
 from steersman.steer import EffectMap, parse_features
 from steersman.steer.effects.fgaa import fgaa_targets
 from steersman.steer.effects.map import WEAK
@@ -14,7 +12,7 @@ from steersman.text import read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetCommand:
+class TargetCommand(ComputeOptions):
     """Make the steering vector that raises chosen features and little else, from an effect map (SAE-TS)."""
 
     effects: str
@@ -55,12 +53,9 @@ class TargetCommand:
     """Folder of the map's SAE."""
     seed: int = 1
     """Seed of the texts for --verify."""
-    device: str = "auto"
-    """Where to run: auto, cpu, cuda, ..."""
-    dtype: str | None = None
-    """Dtype of the model."""
 
 
+@on_kernels
 def run(config: TargetCommand) -> None:
     """`steersman target`."""
     from_texts = config.positive is not None or config.negative is not None
@@ -77,13 +72,12 @@ def run(config: TargetCommand) -> None:
         )
     targets = parse_features(config.feature) if config.feature else {}
     effect_map = EffectMap.load(config.effects)
-    device = pick_device(config.device)
-    sae = None if config.sae is None else SAE.load(config.sae, device)
+    sae = None if config.sae is None else config.load_sae(config.sae)
     if sae is not None:
         effect_map.check_sae(sae)
     lm = None
     if needs_model:
-        lm = LanguageModel.load(str(config.model), device=device, dtype=config.dtype)
+        lm = config.load_model(str(config.model))
     if from_texts:
         assert lm is not None
         assert sae is not None

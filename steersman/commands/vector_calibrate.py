@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from steersman.commands.options import load_model
+from steersman.commands.options import ComputeOptions, on_kernels
 from steersman.config import part_of
 from steersman.steer import CalibrateConfig, SteeringVector
 from steersman.steer.calibrate import calibrate, refuse_unmet
@@ -10,7 +10,7 @@ from steersman.text import read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorCalibrateCommand(CalibrateConfig):
+class VectorCalibrateCommand(CalibrateConfig, ComputeOptions):
     """Scale a vector so that steering with it costs a budget: --target-kl, --target-loss or --target-norm."""
 
     vector: str
@@ -23,17 +23,14 @@ class VectorCalibrateCommand(CalibrateConfig):
     """File of held-out texts, one per line (or .jsonl with text); without it the model writes its own."""
     texts: int = 64
     """Texts to use, at most."""
-    device: str = "auto"
-    """Where to run: auto, cpu, cuda, ..."""
-    dtype: str | None = None
-    """Dtype of the model."""
 
 
+@on_kernels
 def run(config: VectorCalibrateCommand) -> None:
     """`steersman vector calibrate`."""
     v = SteeringVector.load(config.vector)
     texts = None if config.text is None else read_texts(config.text, config.texts)
-    found = calibrate(v, load_model(config), texts=texts, config=part_of(CalibrateConfig, config))
+    found = calibrate(v, config.load_model(config.model), texts=texts, config=part_of(CalibrateConfig, config))
     refuse_unmet(found).save(config.out)
     for scale, value in found.search.evaluations:
         print(f"  scale {scale:.4g}: {found.budget} {value:.4g}")

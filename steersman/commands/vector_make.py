@@ -2,17 +2,15 @@
 
 from dataclasses import dataclass
 
-from steersman.commands.options import examples_of, load_model
+from steersman.commands.options import ComputeOptions, examples_of, on_kernels
 from steersman.commands.vector_show import describe
 from steersman.config import part_of
-from steersman.device import pick_device
 from steersman.errors import SteersmanError
-from steersman.sae import SAE
 from steersman.steer import ContrastConfig, SteeringVector, contrast
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorMakeCommand(ContrastConfig):
+class VectorMakeCommand(ContrastConfig, ComputeOptions):
     """Make a steering vector: from examples (--data, or --positive and --negative), or a feature's direction (--sae,
     --feature)."""
 
@@ -32,12 +30,9 @@ class VectorMakeCommand(ContrastConfig):
     """SAE folder, for the direction of --feature."""
     feature: int | None = None
     """Feature whose decoder direction is the vector."""
-    device: str = "auto"
-    """Where to run: auto, cpu, cuda, ..."""
-    dtype: str | None = None
-    """Dtype of the model: float32, bfloat16, ...; by default float32 on the CPU and the checkpoint's own elsewhere."""
 
 
+@on_kernels
 def run(config: VectorMakeCommand) -> None:
     """`steersman vector make`."""
     examples = examples_of(config.data, config.positive, config.negative)
@@ -46,13 +41,13 @@ def run(config: VectorMakeCommand) -> None:
     if config.sae is not None:
         if config.feature is None or len(config.hook) > 1:
             raise SteersmanError("--sae needs --feature, and --hook once at most")
-        sae = SAE.load(config.sae, pick_device(config.device))
+        sae = config.load_sae(config.sae)
         v = SteeringVector.of_feature(sae, config.feature, hook_name=config.hook[0] if config.hook else "")
     else:
         assert examples is not None
         if config.model is None or not config.hook:
             raise SteersmanError("examples need --model and --hook: where to read them")
-        lm = load_model(config)
+        lm = config.load_model(config.model)
         v = contrast(lm, examples.positive, examples.negative, hook=config.hook, config=part_of(ContrastConfig, config))
     v.save(config.out)
     print(describe(v))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from steersman.commands.options import load_model
+from steersman.commands.options import ComputeOptions, on_kernels
 from steersman.errors import SteersmanError
 from steersman.lm.lens import logit_lens
 from steersman.steer import Steerer, SteeringVector
@@ -32,7 +32,7 @@ def describe(v: SteeringVector) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorShowCommand:
+class VectorShowCommand(ComputeOptions):
     """Show vectors: shape, norm, where they come from, the cosines between several, and the tokens they promote."""
 
     vector: tuple[str, ...]
@@ -41,18 +41,15 @@ class VectorShowCommand:
     """Folder or hub id of the model, to show the tokens that each vector promotes (logit lens)."""
     top: int = 10
     """Tokens to show."""
-    device: str = "auto"
-    """Where to run: auto, cpu, cuda, ..."""
-    dtype: str | None = None
-    """Dtype of the model."""
 
 
+@on_kernels
 def run(config: VectorShowCommand) -> None:
     """`steersman vector show`."""
     if not config.vector:
         raise SteersmanError("no vector to show: give --vector FILE")
     vectors = [SteeringVector.load(path) for path in config.vector]
-    lm = None if config.model is None else load_model(config)
+    lm = None if config.model is None else config.load_model(config.model)
     if lm is not None:
         lm.unembed()  # refuses a model without an output layer
     for path, v in zip(config.vector, vectors):

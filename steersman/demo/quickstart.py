@@ -34,7 +34,7 @@ from steersman.steer.measures import token_nll
 from steersman.text import open_text
 from steersman.train import ActivationStore, TrainConfig, cache_activations, train_sae
 from steersman.train.reports.evaluate import evaluate_sae
-from steersman.train.reports.features import Feature, describe_features, features_to_json, summarize_store
+from steersman.train.reports.features import Feature, summarize_features
 
 log = logging.getLogger(__name__)
 
@@ -116,9 +116,9 @@ def quickstart(config: QuickstartConfig) -> Results:
     evaluation = evaluate_sae(sae, store, lm, unseen)
 
     log.info("[4/8] reading its features")
-    summary = summarize_store(sae, store)
-    features = describe_features(sae, store, lm, summary, list(range(sae.cfg.d_sae)))
-    features_to_json(features, out / "features.json")
+    summarized = summarize_features(sae, store, lm)
+    features = summarized.features
+    summarized.save(out / "features.json")
 
     log.info("[5/8] naming features")
     concepts = match_concepts(lm, sae, list(islice(stories(HELDOUT_SEED), 400))) if config.text is None else []

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from steersman.errors import SteersmanError
+from steersman.parallel import rank_and_world_size
 
 DTYPES = {
     "float32": torch.float32,
@@ -94,7 +94,7 @@ def placement(
     if tensor_parallel and (device_map is not None or quantization is not None):
         raise SteersmanError("tensor_parallel places the weights itself: leave out device_map and quantization")
     if tensor_parallel:
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        if rank_and_world_size()[1] < 2:
             raise SteersmanError("tensor_parallel splits the model over several processes: start them with torchrun")
         from transformers.distributed.configuration_utils import DistributedConfig
 

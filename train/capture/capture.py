@@ -1,26 +1,75 @@
 """From text to rows of activations: the part that caching and streaming share."""
 
 import math
-import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 
+from steersman.device import usable_cores
 from steersman.errors import SteersmanError
-from steersman.text import TextSource
+from steersman.lm import LanguageModel
+from steersman.lm.load import Quantization
+from steersman.text import TextSource, TxtDocuments, open_text
 from steersman.train.capture.contexts import ContextBatch, context_batches
-
-if TYPE_CHECKING:
-    from steersman.lm import LanguageModel
+from steersman.train.store.shards import check_choices
 
 DEFAULT_CONTEXT = 256
 """Tokens of a context unless asked otherwise, or the model's limit if that is smaller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureConfig:
+    """Which activations of which model over which text: what caching and streaming share."""
+
+    hook: str | tuple[str, ...]
+    """Hook point or points, such as blocks.2.hook_resid_post or model.layers.2. A stream gives one."""
+    model: str | None = None
+    """Folder or hub id of the model; not needed when a loaded model is given."""
+    text: str | None = None
+    """File, folder or dataset id (see `open_text`); not needed when texts are given."""
+    context_length: int | None = None
+    """Tokens of a context, BOS included; the smaller of 256 and the model's limit if not given."""
+    packing: bool = True
+    """Pack documents into full contexts; otherwise one document a row, cut at context_length."""
+    batch_size: int = 32
+    """Contexts of a forward pass. Part of what the rows are: other shapes round differently."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the activations, on disk or in the stream."""
+    exclude_bos: bool = True
+    """Leave out the rows of BOS, whose norm is often a hundred times that of other tokens."""
+    exclude_eos: bool = False
+    """Leave out the rows of EOS."""
+    exclude_tokens: tuple[int, ...] = ()
+    """Further token ids to leave out."""
+    on_nonfinite: Literal["error", "skip"] = "error"
+    """What to do about rows with NaN or infinity: stop, or leave them out (a store's manifest counts them)."""
+    text_column: str = "text"
+    """Field of .jsonl, .parquet and dataset records that holds the text."""
+    txt_documents: TxtDocuments = "line"
+    """What a document is in .txt files: a line, a paragraph or the file."""
+    streaming: bool = True
+    """Stream a Hugging Face dataset instead of downloading it first."""
+    revision: str | None = None
+    """Revision of the model on the hub."""
+    model_dtype: str | None = None
+    """Type to run the model in; float32 on the CPU and the checkpoint's own elsewhere if not given."""
+    device: str = "auto"
+    """Device to run the model on."""
+    device_map: str | None = None
+    """Spread a model that one device does not hold over devices and the host's memory: auto, balanced, sequential."""
+    quantization: Quantization | None = None
+    """Keep the model's weights in 8bit or 4bit. Part of what the rows are: it changes the activations."""
+    trust_remote_code: bool = False
+    """Let transformers run code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        check_choices(self.dtype, self.on_nonfinite)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +90,7 @@ class CapturedRows:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureSettings:
-    """How text becomes rows; all of it decides what the rows are."""
+    """How text becomes rows, settled for one model; all of it decides what the rows are."""
 
     hooks: tuple[str, ...]
     """Hook points by their canonical names."""
@@ -55,104 +104,142 @@ class CaptureSettings:
     """Token ids whose rows are left out."""
 
 
-def capture_settings(
-    lm: "LanguageModel",
-    hooks: str | Sequence[str],
-    *,
-    context_length: int | None,
-    batch_size: int,
-    packing: bool,
-    exclude_bos: bool,
-    exclude_eos: bool,
-    exclude_tokens: Sequence[int],
-) -> CaptureSettings:
+def capture_settings(lm: LanguageModel, config: CaptureConfig) -> CaptureSettings:
     """Check what a user asked for against the model. Raises `SteersmanError` naming the value and its limit."""
     if lm.tokenizer is None:
         raise SteersmanError(f"{lm.name} was wrapped without a tokenizer, so it cannot read text; give it one")
-    names = tuple(lm.resolve_hook(hook) for hook in ([hooks] if isinstance(hooks, str) else hooks))
+    names = tuple(lm.resolve_hook(hook) for hook in ([config.hook] if isinstance(config.hook, str) else config.hook))
     if not names or len(set(names)) != len(names):
-        raise SteersmanError(f"hook must name one or several different hook points, got {hooks!r}")
-    limit = lm.context_length
-    length = min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT) if context_length is None else context_length
+        raise SteersmanError(f"hook must name one or several different hook points, got {config.hook!r}")
+    limit, length = lm.context_length, config.context_length
+    length = min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT) if length is None else length
     if length < 2 or (limit is not None and length > limit):
         raise SteersmanError(f"context_length {length} is not between 2 and the {limit} positions of {lm.name}")
-    if batch_size < 1:
-        raise SteersmanError(f"batch_size {batch_size} must be at least 1 context")
-    special = [lm.bos_token_id] * exclude_bos + [lm.eos_token_id] * exclude_eos
-    excluded = tuple(sorted({*exclude_tokens, *(token for token in special if token is not None)}))
+    if config.batch_size < 1:
+        raise SteersmanError(f"batch_size {config.batch_size} must be at least 1 context")
+    special = [lm.bos_token_id] * config.exclude_bos + [lm.eos_token_id] * config.exclude_eos
+    excluded = tuple(sorted({*config.exclude_tokens, *(token for token in special if token is not None)}))
     return CaptureSettings(
-        hooks=names, context_length=length, batch_size=batch_size, packing=packing, excluded=excluded
+        hooks=names,
+        context_length=length,
+        batch_size=config.batch_size,
+        packing=config.packing,
+        excluded=excluded,
     )
 
 
-def tokenize(lm: "LanguageModel", texts: list[str]) -> list[list[int]]:
-    """Ids of each text without special tokens."""
-    return lm.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+@dataclass(frozen=True)
+class Capture:
+    """A model, the text that it reads, and how that text becomes rows."""
+
+    lm: LanguageModel
+    text: TextSource
+    settings: CaptureSettings
+
+    @classmethod
+    def open(
+        cls, lm: LanguageModel | None, texts: Any, config: CaptureConfig, *, tensor_parallel: bool = False
+    ) -> Self:
+        """What `config` describes, with a model that is loaded and texts that are open in place of those it names.
+
+        Raises a SteersmanError when there is no model, no text, or `capture_settings` refuses what was asked for.
+        """
+        if lm is None:
+            if config.model is None:
+                raise SteersmanError("no model given: pass a loaded one, or set model to a folder or hub id")
+            lm = LanguageModel.load(
+                config.model,
+                dtype=config.model_dtype,
+                device=config.device,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                device_map=config.device_map,
+                quantization=config.quantization,
+                tensor_parallel=tensor_parallel,
+            )
+        if texts is None and config.text is None:
+            raise SteersmanError("no text given: pass texts, or set text to a file, folder or dataset id")
+        text = open_text(
+            config.text if texts is None else texts,
+            text_column=config.text_column,
+            streaming=config.streaming,
+            txt_documents=config.txt_documents,
+        )
+        return cls(lm, text, capture_settings(lm, config))
+
+    def rows(self, cursor: Mapping[str, int] | None = None) -> Generator[CapturedRows]:
+        """Run the model over the text from `cursor` on and give the kept rows of each forward batch.
+
+        The next batches are tokenized in another thread meanwhile. On an accelerator nothing here waits for the device.
+        """
+        with closing(self.batches(cursor)) as batches:
+            for batch in batches:
+                yield self.run(batch)
+
+    def batches(self, cursor: Mapping[str, int] | None = None) -> Generator[ContextBatch]:
+        """The forward batches of the text from `cursor` on, tokenized in another thread ahead of their use."""
+        batches = context_batches(
+            self.text,
+            self._tokenize,
+            context_length=self.settings.context_length,
+            batch_size=self.settings.batch_size,
+            packing=self.settings.packing,
+            bos_id=self.lm.bos_token_id,
+            pad_id=self.lm.pad_token_id or 0,
+            cursor=cursor,
+        )
+        return in_background(batches, side_executor(self.lm, "steersman-text"), ahead=4)
+
+    def kept(self, batch: ContextBatch) -> np.ndarray:
+        """Which tokens of a batch become rows: all but padding and those left out, [B, S] bool."""
+        kept = batch.doc_ids >= 0
+        if self.settings.excluded:
+            kept &= ~np.isin(batch.input_ids, self.settings.excluded)
+        return kept
+
+    def run(self, batch: ContextBatch) -> CapturedRows:
+        """One forward pass, up to the last hook point, and the rows of its tokens that are not left out."""
+        kept = self.kept(batch)
+        mask = None if batch.full else torch.from_numpy(batch.attention_mask())
+        with torch.inference_mode():
+            found = self.lm.capture(torch.from_numpy(batch.input_ids), mask, hooks=self.settings.hooks)
+            flat = {hook: x.reshape(-1, x.shape[-1]) for hook, x in found.items()}
+            if not kept.all():
+                index = torch.from_numpy(np.flatnonzero(kept))
+                flat = {hook: x.index_select(0, index.to(x.device, non_blocking=True)) for hook, x in flat.items()}
+        positions = np.broadcast_to(np.arange(kept.shape[1]), kept.shape)
+        return CapturedRows(
+            activations=flat,
+            token_ids=batch.input_ids[kept],
+            doc_ids=batch.doc_ids[kept],
+            positions=positions[kept],
+            cursor=batch.cursor,
+        )
+
+    def expected_rows(self) -> int | None:
+        """About how many rows the whole text gives, from its length and its first documents; None if it has no end."""
+        total = self.text.n_characters()
+        if total is None:
+            return None
+        sample = [document for document, _ in zip(self.text.documents(), range(32)) if document]
+        characters = sum(map(len, sample))
+        if not characters:
+            return 0
+        tokens = sum(map(len, self._tokenize(sample)))
+        return math.ceil(total * tokens / characters)
+
+    def show_token(self, token: int) -> str:
+        """The text of one token."""
+        return str(self.lm.tokenizer.decode([token]))
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text without special tokens."""
+        return self.lm.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
 
 
-def show_token(lm: "LanguageModel", token: int) -> str:
-    """The text of one token."""
-    return str(lm.tokenizer.decode([token]))
-
-
-def captured_rows(
-    lm: "LanguageModel", text: TextSource, settings: CaptureSettings, cursor: Mapping[str, int] | None = None
-) -> Generator[CapturedRows]:
-    """Run the model over `text` from `cursor` on and give the kept rows of each forward batch.
-
-    The next batches are tokenized in another thread meanwhile. On an accelerator nothing here waits for the device.
-    """
-    with closing(model_batches(lm, text, settings, cursor)) as batches:
-        for batch in batches:
-            yield capture_batch(lm, batch, settings)
-
-
-def model_batches(
-    lm: "LanguageModel", text: TextSource, settings: CaptureSettings, cursor: Mapping[str, int] | None = None
-) -> Generator[ContextBatch]:
-    """The forward batches of `text` from `cursor` on, tokenized in another thread ahead of their use."""
-    batches = context_batches(
-        text,
-        lambda texts: tokenize(lm, texts),
-        context_length=settings.context_length,
-        batch_size=settings.batch_size,
-        packing=settings.packing,
-        bos_id=lm.bos_token_id,
-        pad_id=lm.pad_token_id or 0,
-        cursor=cursor,
-    )
-    return in_background(batches, beside_model(lm, "steersman-text"), ahead=4)
-
-
-def capture_batch(lm: "LanguageModel", batch: ContextBatch, settings: CaptureSettings) -> CapturedRows:
-    """One forward pass, up to the last hook point, and the rows of its tokens that are not left out."""
-    kept = kept_tokens(batch, settings)
-    mask = None if batch.full else torch.from_numpy(batch.attention_mask())
-    with torch.inference_mode():
-        found = lm.capture(torch.from_numpy(batch.input_ids), mask, hooks=settings.hooks)
-        flat = {hook: x.reshape(-1, x.shape[-1]) for hook, x in found.items()}
-        if not kept.all():
-            index = torch.from_numpy(np.flatnonzero(kept))
-            flat = {hook: x.index_select(0, index.to(x.device, non_blocking=True)) for hook, x in flat.items()}
-    positions = np.broadcast_to(np.arange(kept.shape[1]), kept.shape)
-    return CapturedRows(
-        activations=flat,
-        token_ids=batch.input_ids[kept],
-        doc_ids=batch.doc_ids[kept],
-        positions=positions[kept],
-        cursor=batch.cursor,
-    )
-
-
-def kept_tokens(batch: ContextBatch, settings: CaptureSettings) -> np.ndarray:
-    """Which tokens of a batch become rows: all but padding and those left out, [B, S] bool."""
-    kept = batch.doc_ids >= 0
-    if settings.excluded:
-        kept &= ~np.isin(batch.input_ids, settings.excluded)
-    return kept
-
-
-class CallingThread(Executor):
+class InlineExecutor(Executor):
     """Runs what it is given at once, in the thread that gives it."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -164,15 +251,14 @@ class CallingThread(Executor):
         return future
 
 
-def beside_model(lm: "LanguageModel", name: str) -> Executor:
+def side_executor(lm: LanguageModel, name: str) -> Executor:
     """Where to do one thing at a time beside the model's passes: in a thread, if the passes leave a core for it.
 
     On a CPU whose every core computes the passes a thread more makes each of their parallel steps wait for the core
     that it took, which costs more than doing its work in between.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if lm.device.type == "cpu" and torch.get_num_threads() >= cores:
-        return CallingThread()
+    if lm.device.type == "cpu" and torch.get_num_threads() >= usable_cores():
+        return InlineExecutor()
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
 
 
@@ -186,16 +272,3 @@ def in_background(items: Iterator[Any], pool: Executor, ahead: int) -> Generator
             yield item
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def expected_tokens(lm: "LanguageModel", text: TextSource, settings: CaptureSettings) -> int | None:
-    """About how many rows the whole text gives, from its length and its first documents; None when it has no end."""
-    total = text.n_characters()
-    if total is None:
-        return None
-    sample = [document for document, _ in zip(text.documents(), range(32)) if document]
-    characters = sum(map(len, sample))
-    if not characters:
-        return 0
-    tokens = sum(map(len, tokenize(lm, sample)))
-    return math.ceil(total * tokens / characters)

@@ -3,9 +3,9 @@
 Rows have numbers before the model has run: how many a forward batch gives follows from its tokens. So every rank reads
 and tokenizes the text, knows which batches hold the rows of its shards (see `shard_rank`), and runs the model over
 those alone; a batch that lies across shards of two ranks is run twice. A shard is written in a folder of its own under
-`parts/`, moved to its place, and recorded there; when all are recorded, the first rank writes the manifest and deletes
+`parts/`, moved to its place, and recorded there; when all are recorded, rank 0 writes the manifest and deletes
 `parts/`. Nobody waits for anybody until then: a rank that dies is started again alone, and any number of ranks, one
-included, goes on where others stopped. The ranks share the folder and nothing else.
+included, resumes where others stopped. The ranks share the folder and nothing else.
 """
 
 import json
@@ -14,38 +14,26 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from steersman.errors import LostRankError, SteersmanError
 from steersman.files import fsync_folder, replace_whole
 from steersman.progress import progress
-from steersman.text import TextSource
-from steersman.train.capture.capture import (
-    CapturedRows,
-    CaptureSettings,
-    capture_batch,
-    kept_tokens,
-    model_batches,
-    show_token,
-)
+from steersman.train.capture.capture import Capture, CapturedRows
+from steersman.train.capture.lockstep import WRITES_AHEAD
 from steersman.train.store.manifest import MANIFEST, Manifest, ShardRecord
 from steersman.train.store.shards import FileRecord, disk_errors
 from steersman.train.store.writer import StoreWriter, check_same_store
-
-if TYPE_CHECKING:
-    from steersman.lm import LanguageModel
 
 log = logging.getLogger(__name__)
 
 PARTS = "parts"
 _LOOK_SECONDS = 0.1
-_WRITES_AHEAD = 3
 _STRETCH = 8
 
 
@@ -111,7 +99,7 @@ class SharedStore:
 
     def disk_advice(self) -> str:
         """What to do when the disk is full."""
-        return f"{len(self.records())} finished shards are intact: free space and run the same command again to go on"
+        return f"{len(self.records())} finished shards are intact: free space and run the same command again to resume"
 
     def begin_shard(self, number: int, rows_before: int) -> StoreWriter:
         """A writer of shard `number` alone; its first batch has `rows_before` rows that belong to earlier shards."""
@@ -129,7 +117,7 @@ class SharedStore:
         return writer
 
     def end_shard(self, number: int, writer: StoreWriter) -> None:
-        """Move a finished shard to its place and record it. Done again after a kill, it goes on where it stopped."""
+        """Move a finished shard to its place and record it. Done again after a kill, it resumes where it stopped."""
         with disk_errors(self.folder, self.disk_advice()):
             writer.end_shard()
             record = writer.manifest.shards[0]
@@ -176,26 +164,29 @@ class SharedStore:
 
 def cache_on_ranks(
     store: SharedStore,
-    lm: "LanguageModel",
-    text: TextSource,
-    settings: CaptureSettings,
+    capture: Capture,
+    on_start: Callable[[SharedStore], None],
     *,
     n_ranks: int,
     timeout_seconds: float,
 ) -> None:
-    """Write this rank's share of the store and wait until the others have written theirs.
+    """Write this rank's share of the store and wait until the others have written theirs. `on_start` is called on
+    rank 0 before the model runs.
 
     Raises what `cache_activations` does, and a LostRankError when nobody has been at work for `timeout_seconds` and
     shards are missing.
     """
     if store.manifest.complete:
         return
-    n_rows = _Share(store, lm, text, settings, n_ranks).write()
+    if store.rank == 0:
+        on_start(store)
+    n_rows = _Share(store, capture, n_ranks).write()
     if not n_rows:
         raise SteersmanError(f"{store.folder}: nothing to store: every token was left out, or there was no text")
     n_shards = -(-n_rows // store.shard_rows)
     if store.max_rows is not None and n_rows < store.max_rows and store.rank == 0:
-        log.warning("%s: the text ended after %d of the %d tokens asked for", text.name, n_rows, store.max_rows)
+        name = capture.text.name
+        log.warning("%s: the text ended after %d of the %d tokens asked for", name, n_rows, store.max_rows)
     pulse, since = "", time.monotonic()
     while True:
         if (store.folder / MANIFEST).exists() and Manifest.load(store.folder).complete:
@@ -218,10 +209,8 @@ def cache_on_ranks(
 class _Share:
     """The shards of one rank, written by a thread while the model runs."""
 
-    def __init__(
-        self, store: SharedStore, lm: "LanguageModel", text: TextSource, settings: CaptureSettings, n_ranks: int
-    ) -> None:
-        self.store, self.lm, self.text, self.settings, self.n_ranks = store, lm, text, settings, n_ranks
+    def __init__(self, store: SharedStore, capture: Capture, n_ranks: int) -> None:
+        self.store, self.capture, self.n_ranks = store, capture, n_ranks
         self._done = set(store.records())
         self._open: tuple[int, StoreWriter] | None = None
 
@@ -251,19 +240,19 @@ class _Share:
         bar = progress(desc=f"caching, rank {self.store.rank}", total=total, unit="tok", unit_scale=True)
         seen = 0.0
         try:
-            with bar, closing(model_batches(self.lm, self.text, self.settings, cursor)) as batches:
+            with bar, closing(self.capture.batches(cursor)) as batches:
                 for batch in batches:
-                    n = int(kept_tokens(batch, self.settings).sum())
+                    n = int(self.capture.kept(batch).sum())
                     stop = row + n if limit is None else min(row + n, limit)
                     wanted = [number for number in range(row // size, -(-stop // size)) if self._mine(number)]
                     if wanted:
-                        rows = capture_batch(self.lm, batch, self.settings)
+                        rows = self.capture.run(batch)
                         for number in wanted:
                             bar.update(min(stop, (number + 1) * size) - max(row, number * size))
                             whole = stop >= (number + 1) * size or stop == limit
                             task = partial(self._append, number, max(number * size - row, 0), rows, whole)
                             pending.append(pool.submit(task))
-                    while len(pending) > _WRITES_AHEAD:
+                    while len(pending) > WRITES_AHEAD:
                         pending.popleft().result()
                     if time.monotonic() - seen > 0.5:
                         self.store.alive()
@@ -291,7 +280,7 @@ class _Share:
             rows.doc_ids,
             rows.positions,
             cursor=rows.cursor,
-            show_token=partial(show_token, self.lm),
+            show_token=self.capture.show_token,
         )
         if whole:
             self._end()

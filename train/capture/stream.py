@@ -2,27 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
+from steersman.config import merged
 from steersman.errors import SteersmanError
-from steersman.text import TxtDocuments, open_text
-from steersman.train.capture.capture import (
-    capture_batch,
-    capture_settings,
-    expected_tokens,
-    kept_tokens,
-    model_batches,
-    show_token,
-)
-from steersman.train.store.batch import ActivationBatch, RowInfo
-from steersman.train.store.from_tensors import check_choices
+from steersman.lm import LanguageModel
+from steersman.train.capture.capture import Capture, CaptureConfig
+from steersman.train.capture.shuffling import NeededRows, needed_rows, stage_order
+from steersman.train.capture.stream_rows import StreamRows, batch_of, joined
+from steersman.train.store.batch import ActivationBatch
 from steersman.train.store.shards import DTYPES
 from steersman.train.store.statistics import (
     SKIP_NEEDS_ONE_PROCESS,
@@ -32,68 +27,42 @@ from steersman.train.store.statistics import (
     row_norms,
 )
 
-if TYPE_CHECKING:
-    from steersman.lm import LanguageModel
-
-_HELDOUT_SHARE = 0.05
+_HELDOUT_FRACTION = 0.05
 """Of a text whose length is known, at most this much is held out."""
 
 
-@dataclass(frozen=True)
-class StreamRows:
-    """Rows on their way through the buffer. Of rows that another process has, only `info` is here."""
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig(CaptureConfig):
+    """What to stream from a model, and through how large a buffer."""
 
-    x: torch.Tensor
-    """Activations [n here, D] of the rows that are here, in their order."""
-    info: np.ndarray
-    """Row, token, document, position and the part that has the row (-1: nobody), [n, 5] int64."""
-    part: int
-    """Which part this process has; see `ActivationStream.run_part`."""
+    tokens: int | None = None
+    """Rows of an epoch, counted after tokens are left out; None for the whole text."""
+    buffer_rows: int = 65_536
+    """Rows of the buffer that activations are shuffled in."""
+    heldout_rows: int = 16_384
+    """Rows that are held out, of the first documents: at most a twentieth of a text whose length is known."""
 
-    def __len__(self) -> int:
-        return len(self.info)
-
-    @property
-    def here(self) -> np.ndarray:
-        """Which rows' activations are here, [n] bool."""
-        return self.info[:, 4] == self.part
-
-    def __getitem__(self, rows: slice) -> "StreamRows":
-        start, stop, _ = rows.indices(len(self))
-        before, n = int(self.here[:start].sum()), int(self.here[start:stop].sum())
-        return StreamRows(self.x[before : before + n], self.info[rows], self.part)
-
-    def take(self, index: np.ndarray) -> "StreamRows":
-        here = self.here
-        place = (np.cumsum(here) - 1)[index[here[index]]]
-        return StreamRows(self.x[torch.from_numpy(place).to(self.x.device)], self.info[index], self.part)
-
-    def share(self, rank: int, world_size: int) -> "StreamRows":
-        """What of a batch belongs to one of several ranks."""
-        n = len(self)
-        return self[rank * n // world_size : (rank + 1) * n // world_size]
-
-    def shares(self, n_ranks: int, world_size: int) -> "list[StreamRows]":
-        """What each of `n_ranks` ranks gets of a batch: the ranks of `world_size` are groups of neighbouring ranks, and
-        those of a group get the same."""
-        distinct = [self.share(rank, world_size) for rank in range(world_size)]
-        return [distinct[rank * world_size // n_ranks] for rank in range(n_ranks)]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.buffer_rows < 2 or self.heldout_rows < 0 or (self.tokens is not None and self.tokens < 1):
+            raise SteersmanError("buffer_rows must be at least 2, heldout_rows at least 0 and tokens at least 1")
 
 
-def batch_of(x: torch.Tensor, info: np.ndarray) -> ActivationBatch:
-    """Rows x [n, D], all of which are here, as a batch; `info` [n, 5] is that of `StreamRows`."""
+def stream_activations(
+    lm: LanguageModel | None = None, texts: Any = None, config: StreamConfig | None = None, **overrides: Any
+) -> "ActivationStream":
+    """Activations of one hook point to train on, made while they are read, with nothing written.
 
-    def row_info(_: np.ndarray) -> RowInfo:
-        columns = (torch.from_numpy(info[:, column].copy()) for column in (1, 2, 3))
-        token_ids, doc_ids, positions = columns
-        return RowInfo(token_ids.int(), doc_ids, positions.int())
+    Args:
+        lm: a loaded model; loaded as `config` says if not given.
+        texts: anything `open_text` takes; `config.text` if not given.
+        config: a `StreamConfig`; may be left out when `overrides` name what it needs.
+        overrides: fields of `StreamConfig`, over those of `config`.
 
-    return ActivationBatch(x=x, find_rows=lambda: info[:, 0], find_info=row_info)
-
-
-def _joined(parts: Sequence[StreamRows]) -> StreamRows:
-    info = np.concatenate([rows.info for rows in parts])
-    return StreamRows(torch.cat([rows.x for rows in parts]), info, parts[0].part)
+    Raises:
+        SteersmanError: as `cache_activations` does before it starts, and for more than one hook point.
+    """
+    return ActivationStream(lm, texts, config, **overrides)
 
 
 class ActivationStream:
@@ -105,52 +74,19 @@ class ActivationStream:
     """
 
     def __init__(
-        self,
-        lm: "LanguageModel",
-        texts: Any,
-        *,
-        hook: str,
-        tokens: int | None = None,
-        buffer_rows: int = 65_536,
-        heldout_rows: int = 16_384,
-        context_length: int | None = None,
-        packing: bool = True,
-        batch_size: int = 32,
-        dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
-        exclude_bos: bool = True,
-        exclude_eos: bool = False,
-        exclude_tokens: tuple[int, ...] = (),
-        on_nonfinite: Literal["error", "skip"] = "error",
-        text_column: str = "text",
-        txt_documents: TxtDocuments = "line",
-        streaming: bool = True,
+        self, lm: LanguageModel | None, texts: Any, config: StreamConfig | None = None, **overrides: Any
     ) -> None:
-        """Take `tokens` rows an epoch (None: all of the text) from `texts`, which is anything `open_text` takes.
-
-        `batch_size` is the number of contexts in a forward pass; the other options are those of `CacheConfig`. Raises
-        `SteersmanError` as `cache_activations` does.
-        """
-        check_choices(dtype, on_nonfinite)
-        if buffer_rows < 2 or heldout_rows < 0 or (tokens is not None and tokens < 1):
-            raise SteersmanError("buffer_rows must be at least 2, heldout_rows at least 0 and tokens at least 1")
-        self._lm, self._dtype, self._tokens, self._buffer_rows = lm, dtype, tokens, buffer_rows
-        self._skip_bad = on_nonfinite == "skip"
-        self._text = open_text(texts, text_column=text_column, streaming=streaming, txt_documents=txt_documents)
-        self._settings = capture_settings(
-            lm,
-            hook,
-            context_length=context_length,
-            batch_size=batch_size,
-            packing=packing,
-            exclude_bos=exclude_bos,
-            exclude_eos=exclude_eos,
-            exclude_tokens=exclude_tokens,
-        )
-        expected = expected_tokens(lm, self._text, self._settings)
-        self._heldout_rows = heldout_rows if expected is None else min(heldout_rows, int(expected * _HELDOUT_SHARE))
+        """See `stream_activations`."""
+        config = merged(StreamConfig, config, overrides)
+        self.config, self._capture = config, Capture.open(lm, texts, config)
+        if len(hooks := self._capture.settings.hooks) > 1:
+            raise SteersmanError(f"a stream gives one hook point, not {len(hooks)} ({', '.join(hooks)}); cache them")
+        self._skip_bad = config.on_nonfinite == "skip"
+        expected, wanted = self._capture.expected_rows(), config.heldout_rows
+        self._heldout_rows = wanted if expected is None else min(wanted, int(expected * _HELDOUT_FRACTION))
         self._part, self._n_parts = 0, 1
         self.n_passed = 0
-        """Forward batches gone past until now, run or not: while it rises, reading goes on."""
+        """Forward batches gone past until now, run or not: while it rises, reading advances."""
 
     def run_part(self, part: int, n_parts: int) -> None:
         """From now on run the model over every `n_parts`-th forward batch alone, beginning with batch `part`.
@@ -165,7 +101,7 @@ class ActivationStream:
     @property
     def hook_name(self) -> str:
         """The hook point, by its canonical name."""
-        return self._settings.hooks[0]
+        return self._capture.settings.hooks[0]
 
     @property
     def hook_names(self) -> list[str]:
@@ -175,22 +111,22 @@ class ActivationStream:
     @property
     def model_name(self) -> str:
         """The model that runs."""
-        return self._lm.name
+        return self._capture.lm.name
 
     @property
     def buffer_rows(self) -> int:
         """Rows of the buffer that shuffles."""
-        return self._buffer_rows
+        return self.config.buffer_rows
 
     @property
     def d_in(self) -> int:
         """Width D of the hook point."""
-        return self._lm.hook_width(self.hook_name)
+        return self._capture.lm.hook_width(self.hook_name)
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the activations given out."""
-        return DTYPES[self._dtype][0]
+        return DTYPES[self.config.dtype][0]
 
     @property
     def fingerprint(self) -> str:
@@ -199,8 +135,9 @@ class ActivationStream:
 
     @cached_property
     def _fingerprint(self) -> str:
-        content = [self.model_name, self._text.identity(), asdict(self._settings), self._dtype, self._tokens]
-        content += [self._buffer_rows, self._heldout_rows, self._skip_bad]
+        config, capture = self.config, self._capture
+        content = [self.model_name, capture.text.identity(), asdict(capture.settings), config.dtype, config.tokens]
+        content += [config.buffer_rows, self._heldout_rows, self._skip_bad]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def stats(self, hook: str | None = None) -> ActivationStats:
@@ -211,7 +148,7 @@ class ActivationStream:
     @cached_property
     def _stats(self) -> ActivationStats:
         sums = StatsSums(self.d_in)
-        with closing(self._train_rows(self._buffer_rows, n_parts=1)) as rows:
+        with closing(self._train_rows(self.buffer_rows, n_parts=1)) as rows:
             for part in rows:
                 sums.add(part.x, row_norms(part.x))
         return sums.stats()
@@ -226,15 +163,16 @@ class ActivationStream:
 
     @cached_property
     def _n_train_rows(self) -> int | None:
-        if self._text.n_characters() is None:
-            return self._tokens
+        limit = self.config.tokens
+        if self._capture.text.n_characters() is None:
+            return limit
         rows = 0
-        with closing(model_batches(self._lm, self._text, self._settings, self._train_cursor)) as batches:
+        with closing(self._capture.batches(self._train_cursor)) as batches:
             for batch in batches:
                 self.n_passed += 1
-                rows += int(kept_tokens(batch, self._settings).sum())
-                if self._tokens is not None and rows >= self._tokens:
-                    return self._tokens
+                rows += int(self._capture.kept(batch).sum())
+                if limit is not None and rows >= limit:
+                    return limit
         return rows
 
     def batches(
@@ -279,7 +217,7 @@ class ActivationStream:
         epoch: int = 0,
         start: int = 0,
         drop_last: bool = True,
-    ) -> Iterator[StreamRows]:
+    ) -> Generator[StreamRows]:
         """The batches of `batches` as they are for all ranks together, with what `run_part` leaves to this process."""
         if batch_size < 1 or start < 0:
             raise SteersmanError(f"batch_size {batch_size} must be at least 1 and start {start} at least 0")
@@ -288,9 +226,9 @@ class ActivationStream:
             order = np.random.default_rng([seed, epoch]).permutation(len(rows)) if shuffle else np.arange(len(rows))
             stages: Iterator[StreamRows] = iter([rows.take(order[start * batch_size :])])
         elif shuffle:
-            if self._buffer_rows < 2 * batch_size:
+            if self.buffer_rows < 2 * batch_size:
                 raise SteersmanError(
-                    f"buffer_rows {self._buffer_rows} holds less than two batches of {batch_size}; make it larger"
+                    f"buffer_rows {self.buffer_rows} holds less than two batches of {batch_size}; make it larger"
                 )
             stages = self._shuffled(batch_size, seed, epoch, start)
         else:
@@ -298,7 +236,7 @@ class ActivationStream:
         return self._cut(stages, batch_size, drop_last)
 
     def _check_hook(self, hook: str | None) -> None:
-        if hook is not None and self._lm.resolve_hook(hook) != self.hook_name:
+        if hook is not None and self._capture.lm.resolve_hook(hook) != self.hook_name:
             raise SteersmanError(f"this stream gives {self.hook_name}, not {hook}")
 
     def _check_split(self, split: str) -> str:
@@ -307,10 +245,10 @@ class ActivationStream:
         return split
 
     @staticmethod
-    def _cut(stages: Iterator[StreamRows], batch_size: int, drop_last: bool) -> Iterator[StreamRows]:
+    def _cut(stages: Iterator[StreamRows], batch_size: int, drop_last: bool) -> Generator[StreamRows]:
         left: list[StreamRows] = []
         for stage in stages:
-            rows = _joined([*left, stage])
+            rows = joined([*left, stage])
             whole = len(rows) // batch_size * batch_size
             for low in range(0, whole, batch_size):
                 yield rows[low : low + batch_size]
@@ -318,17 +256,17 @@ class ActivationStream:
         if sum(map(len, left)) and not drop_last:
             yield left[0]
 
-    def _in_order(self, first: int) -> Iterator[StreamRows]:
-        needed = _Needed(np.zeros(0, dtype=np.int64), first)
-        with closing(self._train_rows(self._tokens, needed)) as parts:
+    def _in_order(self, first: int) -> Generator[StreamRows]:
+        needed = NeededRows(np.zeros(0, dtype=np.int64), first)
+        with closing(self._train_rows(self.config.tokens, needed)) as parts:
             for part in parts:
                 yield part[max(first - int(part.info[0, 0]), 0) :] if len(part) else part
 
-    def _shuffled(self, batch_size: int, seed: int, epoch: int, start: int) -> Iterator[StreamRows]:
+    def _shuffled(self, batch_size: int, seed: int, epoch: int, start: int) -> Generator[StreamRows]:
         """The rows of the training split in shuffled order, a buffer's half at a time, from batch `start` on."""
-        size, half = self._buffer_rows, self._buffer_rows // 2 // batch_size * batch_size
+        size, half = self.buffer_rows, self.buffer_rows // 2 // batch_size * batch_size
         skip = start * batch_size
-        with closing(self._train_rows(self._tokens, _needed_rows(size, half, seed, epoch, skip))) as parts:
+        with closing(self._train_rows(self.config.tokens, needed_rows(size, half, seed, epoch, skip))) as parts:
             buffer: list[StreamRows] = []
             held, stage, passes, more = 0, 0, 0, True
             while more:
@@ -339,10 +277,10 @@ class ActivationStream:
                     held += len(part)
                     passes += 1
                 more = held >= size
-                rows = _joined(buffer) if buffer else None
+                rows = joined(buffer) if buffer else None
                 if rows is None:
                     return
-                mixed = np.random.default_rng([seed, epoch, stage]).permutation(min(held, size))
+                mixed = stage_order(min(held, size), seed, epoch, stage)
                 out, kept = (mixed[:half], mixed[half:]) if more else (mixed, mixed[:0])
                 if skip < len(out):
                     yield rows.take(out[skip:])
@@ -356,14 +294,14 @@ class ActivationStream:
         """The held-out rows, and the number of the document that training starts at."""
         parts, n, document = [], 0, 0
         if self._heldout_rows:
-            with closing(self._rows_from({"document": 0, "token": 0}, _Needed())) as rows:
+            with closing(self._rows_from({"document": 0, "token": 0}, NeededRows())) as rows:
                 for part in rows:
                     parts.append(part)
                     n += len(part)
                     if n >= self._heldout_rows:
                         break
         if parts:
-            held = _joined(parts)
+            held = joined(parts)
             document = int(held.info[:, 2].max()) + 1
             return held, document
         nothing = np.zeros((0, 5), dtype=np.int64)
@@ -374,11 +312,11 @@ class ActivationStream:
         return {"document": self._heldout[1], "token": 0}
 
     def _train_rows(
-        self, limit: int | None, needed: "_Needed | None" = None, n_parts: int | None = None
-    ) -> Iterator[StreamRows]:
+        self, limit: int | None, needed: NeededRows | None = None, n_parts: int | None = None
+    ) -> Generator[StreamRows]:
         """The rows of the training split in the order of the text, at most `limit`."""
         n = 0
-        with closing(self._rows_from(self._train_cursor, needed or _Needed(), n_parts)) as parts:
+        with closing(self._rows_from(self._train_cursor, needed or NeededRows(), n_parts)) as parts:
             for part in parts:
                 part = part if limit is None else part[: limit - n]
                 n += len(part)
@@ -386,19 +324,22 @@ class ActivationStream:
                 if n == limit:
                     return
         if not n:
+            name, n_heldout = self._capture.text.name, len(self._heldout[0])
             raise SteersmanError(
-                f"{self._text.name}: no text is left to train on beside the {len(self._heldout[0])} held-out rows; "
+                f"{name}: no text is left to train on beside the {n_heldout} held-out rows; "
                 "give more text or a smaller heldout_rows"
             )
 
-    def _rows_from(self, cursor: dict[str, int], needed: "_Needed", n_parts: int | None = None) -> Iterator[StreamRows]:
+    def _rows_from(
+        self, cursor: dict[str, int], needed: NeededRows, n_parts: int | None = None
+    ) -> Generator[StreamRows]:
         """The rows of each forward batch from `cursor` on. The model runs over those that are `needed` and, of these,
         over this process's part of `n_parts` (that of `run_part` if not given)."""
         row, n_parts = 0, self._n_parts if n_parts is None else n_parts
-        with closing(model_batches(self._lm, self._text, self._settings, cursor)) as batches:
+        with closing(self._capture.batches(cursor)) as batches:
             for number, batch in enumerate(batches):
                 self.n_passed += 1
-                kept = kept_tokens(batch, self._settings)
+                kept = self._capture.kept(batch)
                 n = int(kept.sum())
                 wanted = self._skip_bad or needed.any(row, row + n)
                 part = number % n_parts if n_parts > 1 else self._part
@@ -406,10 +347,10 @@ class ActivationStream:
                 columns = [np.zeros_like(positions), batch.input_ids[kept], batch.doc_ids[kept], positions]
                 info = np.stack([*columns, np.full(n, part if wanted else -1)], 1).astype(np.int64)
                 if wanted and part == self._part:
-                    source = capture_batch(self._lm, batch, self._settings).activations[self.hook_name]
+                    source = self._capture.run(batch).activations[self.hook_name]
                     x, info = self._finite(source.to(self.dtype), source, info)
                 else:
-                    x = torch.empty(0, self.d_in, dtype=self.dtype, device=self._lm.device)
+                    x = torch.empty(0, self.d_in, dtype=self.dtype, device=self._capture.lm.device)
                 info[:, 0] = np.arange(row, row + len(info))
                 row += len(info)
                 yield StreamRows(x, info, self._part)
@@ -421,34 +362,7 @@ class ActivationStream:
         if not self._skip_bad:
             bad = int(np.argmin(finite))
             token, document, position = (int(value) for value in info[bad, 1:4])
-            text = show_token(self._lm, token)
-            raise nonfinite_error(self.hook_name, source[bad], self._dtype, token, text, position, document)
+            text, dtype = self._capture.show_token(token), self.config.dtype
+            raise nonfinite_error(self.hook_name, source[bad], dtype, token, text, position, document)
         index = np.flatnonzero(finite)
         return x[torch.from_numpy(index).to(x.device)], info[index]
-
-
-@dataclass(frozen=True)
-class _Needed:
-    """Which rows must be computed: those in `early` (sorted), and all from `frontier` on."""
-
-    early: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    frontier: int = 0
-
-    def any(self, start: int, stop: int) -> bool:
-        """Whether any row of start..stop is needed."""
-        low, high = np.searchsorted(self.early, (start, stop))
-        return bool(stop > self.frontier or high > low)
-
-
-def _needed_rows(size: int, half: int, seed: int, epoch: int, skip: int) -> _Needed:
-    """The rows that a buffer still holds when all but the last whole half of the first `skip` rows were given out.
-
-    One half more than the batches to come need is kept, because a text that ends there empties the buffer at once.
-    """
-    stages = max(skip // half - 1, 0)
-    rows = np.arange(size)
-    for stage in range(stages):
-        mixed = np.random.default_rng([seed, epoch, stage]).permutation(size)
-        fresh = np.arange(size + stage * half, size + (stage + 1) * half)
-        rows = np.concatenate([rows[mixed[half:]], fresh])
-    return _Needed(np.sort(rows), size + stages * half)

@@ -33,7 +33,8 @@ from steersman.errors import LostRankError, PreemptedError, SteersmanError
 from steersman.parallel import RankGroup, comm_errors, process_group, rank_and_world_size, use_local_accelerator
 from steersman.sae import SAE
 from steersman.train.capture.capture import in_background
-from steersman.train.capture.stream import ActivationStream, StreamRows, batch_of
+from steersman.train.capture.stream import ActivationStream
+from steersman.train.capture.stream_rows import StreamRows, batch_of
 from steersman.train.mesh.cluster import train_on_ranks
 from steersman.train.run.preemption import Preemption
 from steersman.train.run.recipe import TrainConfig

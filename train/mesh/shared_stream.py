@@ -19,7 +19,8 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.parallel import RankGroup, Ranks, comm_errors
-from steersman.train.capture.stream import ActivationStream, StreamRows, batch_of
+from steersman.train.capture.stream import ActivationStream
+from steersman.train.capture.stream_rows import StreamRows, batch_of
 from steersman.train.store.batch import ActivationBatch
 from steersman.train.store.statistics import ActivationStats
 

@@ -8,38 +8,58 @@ Shape letters: B rows, S positions, D width, V vocabulary.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from steersman.config import merged
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.lm.origin import check_sae_fits
+from steersman.lm.origin import Origin, check_sae_fits
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.sae.metrics import Reconstruction, measure_reconstruction
-from steersman.train.reports.features import check_same_origin
+from steersman.train.reports.features import BATCH_ROWS
 from steersman.train.store.store import ActivationStore
 
 
+@renamed_fields(ce_unsteered="ce_clean", ce_spliced="ce_with_sae", ce_recovered="ce_loss_score")
 @dataclass(frozen=True, kw_only=True)
 class SplicedLoss:
     """What replacing the residual stream by its reconstruction does to the model, in nats per predicted token."""
 
-    ce_unsteered: float
+    ce_clean: float
     """Cross-entropy of the unchanged model."""
-    ce_spliced: float
+    ce_with_sae: float
     """With the SAE's reconstruction in place of the stream."""
     ce_mean_ablated: float
     """With the mean activation in place of the stream."""
-    ce_recovered: float
-    """(ce_mean_ablated - ce_spliced) / (ce_mean_ablated - ce_unsteered): 1 is perfect."""
+    ce_loss_score: float
+    """(ce_mean_ablated - ce_with_sae) / (ce_mean_ablated - ce_clean): 1 is perfect."""
     kl: float
-    """KL(unchanged || spliced)."""
+    """KL(unchanged || with the reconstruction)."""
     n_predictions: int
     """Tokens predicted."""
+
+    def record(self) -> dict[str, float]:
+        """The figures as files and tables have them: under the names that they always had."""
+        on_disk = {"ce_clean": "ce_unsteered", "ce_with_sae": "ce_spliced", "ce_loss_score": "ce_recovered"}
+        return {on_disk.get(name, name): value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Which rows and texts an SAE is measured on, and how many at a time."""
+
+    split: Literal["heldout", "train", "all"] = "heldout"
+    """Which rows: those of the last documents, the others, or all."""
+    heldout_fraction: float = 0.05
+    """Fraction of the rows that is held out."""
+    batch_size: int = 16
+    """Texts of a forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +72,13 @@ class Evaluation:
     """On the model's predictions; None without a model."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"reconstruction": self.reconstruction.record(), "loss": asdict(self.loss) if self.loss else None}
+        """As `eval --out` writes it."""
+        return {"reconstruction": self.reconstruction.record(), "loss": self.loss.record() if self.loss else None}
 
     def to_text(self) -> str:
         """A two-column table."""
-        rows = self.reconstruction.record()
-        rows |= asdict(self.loss) if self.loss else {}
+        parts = self.to_json()
+        rows = parts["reconstruction"] | (parts["loss"] or {})
         width = max(map(len, rows))
         return "\n".join(
             f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value:.4f}"
@@ -70,25 +91,33 @@ def evaluate_sae(
     store: ActivationStore,
     lm: LanguageModel | None = None,
     texts: list[str] | None = None,
-    *,
-    split: str = "heldout",
-    heldout_fraction: float = 0.05,
-    batch_size: int = 16,
+    config: EvaluateConfig | None = None,
+    **overrides: Any,
 ) -> Evaluation:
     """Measure `sae` on a split of `store` and, given a model and texts, on the model's next-token loss.
 
-    Raises a SteersmanError when SAE, store and model do not belong together.
+    Args:
+        sae: the SAE.
+        store: a store of its hook point.
+        lm: its model; without one only the reconstruction is measured.
+        texts: what to measure the model's loss on.
+        config: an `EvaluateConfig`.
+        overrides: fields of `EvaluateConfig`, over those of `config`.
+
+    Raises:
+        SteersmanError: SAE, store and model do not belong together; a model without texts.
     """
-    hook = check_same_origin(sae, store)
-    read = {"hook": hook, "split": split, "heldout_fraction": heldout_fraction, "shuffle": False, "drop_last": False}
-    total = store.n_batches(8192, split=split, heldout_fraction=heldout_fraction, drop_last=False)  # pyright: ignore[reportArgumentType]
-    bar = progress(store.batches(8192, **read), desc="reconstruction", total=total, unit="batch")  # pyright: ignore[reportArgumentType]
+    config = merged(EvaluateConfig, config, overrides)
+    hook = store.hook_of("the SAE", Origin.of_sae(sae))
+    split: Any = {"split": config.split, "heldout_fraction": config.heldout_fraction, "drop_last": False}
+    batches = store.batches(BATCH_ROWS, hook=hook, shuffle=False, **split)
+    bar = progress(batches, desc="reconstruction", total=store.n_batches(BATCH_ROWS, **split), unit="batch")
     reconstruction = measure_reconstruction(sae, (batch.x for batch in bar))
     loss = None
     if lm is not None:
         if not texts:
             raise SteersmanError("measuring the model's loss needs texts: give --text")
-        loss = spliced_loss(sae, lm, texts, store.stats(hook).mean, batch_size, hook)
+        loss = spliced_loss(sae, lm, texts, store.stats(hook).mean, config.batch_size, hook)
     return Evaluation(reconstruction=reconstruction, loss=loss)
 
 
@@ -102,14 +131,14 @@ def spliced_loss(
     """
     hook = check_sae_fits(lm, sae, hook)
 
-    def rebuilt(h: Tensor, now: Any) -> Tensor:
-        return torch.where(editable(now), sae(h.float()).to(h), h)
+    def rebuilt(h: Tensor, fwd: Any) -> Tensor:
+        return torch.where(editable(fwd), sae(h.float()).to(h), h)
 
-    def flattened(h: Tensor, now: Any) -> Tensor:
-        return torch.where(editable(now), mean.to(h), h)
+    def flattened(h: Tensor, fwd: Any) -> Tensor:
+        return torch.where(editable(fwd), mean.to(h), h)
 
-    def editable(now: Any) -> Tensor:
-        return (now.real & ~now.is_bos)[..., None]
+    def editable(fwd: Any) -> Tensor:
+        return (fwd.real & ~fwd.is_bos)[..., None]
 
     sums = torch.zeros(4, dtype=torch.float64, device=lm.device)
     n_predictions = 0
@@ -131,12 +160,12 @@ def spliced_loss(
         n_predictions += len(target)
     if n_predictions == 0:
         raise SteersmanError("the texts are too short: no token of them is predicted from another")
-    unsteered, spliced, ablated, kl = (sums / n_predictions).tolist()
+    clean_loss, with_sae, ablated, kl = (sums / n_predictions).tolist()
     return SplicedLoss(
-        ce_unsteered=unsteered,
-        ce_spliced=spliced,
+        ce_clean=clean_loss,
+        ce_with_sae=with_sae,
         ce_mean_ablated=ablated,
-        ce_recovered=(ablated - spliced) / (ablated - unsteered) if ablated != unsteered else float("nan"),
+        ce_loss_score=(ablated - with_sae) / (ablated - clean_loss) if ablated != clean_loss else float("nan"),
         kl=kl,
         n_predictions=n_predictions,
     )

@@ -3,23 +3,28 @@
 Shape letters: L latents.
 """
 
+import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from steersman.errors import SteersmanError
+from steersman.config import merged
 from steersman.files import write_json
-from steersman.lm import LanguageModel, origin
+from steersman.lm import LanguageModel
 from steersman.lm.lens import logit_lens
-from steersman.lm.origin import Origin, canonical_hook
+from steersman.lm.origin import Origin, check_sae_fits
 from steersman.progress import progress
 from steersman.sae import SAE
-from steersman.sae.features import FeatureSummary, Rows, summarize_features
+from steersman.sae.base import FeatureStats
+from steersman.sae.features import FeatureSummary, Rows
+from steersman.sae.features import summarize_features as summarize_rows
 from steersman.train.store.store import ActivationStore
 
 BATCH_ROWS = 8192
+
+N_EXAMPLES = 30
+"""Largest activations kept of each feature, among which contexts are chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +52,7 @@ class Feature:
     id: int
     """Feature id."""
     density: float
-    """Share of the tokens it is active on."""
+    """Fraction of the tokens it is active on."""
     max_act: float
     """Largest activation."""
     p999: float
@@ -60,33 +65,62 @@ class Feature:
     """Its largest activations, at most one a document while there are enough documents."""
 
 
-def check_same_origin(sae: SAE, store: ActivationStore, hook: str | None = None) -> str:
-    """The hook point of `store` that `sae` reads; a SteersmanError names what does not fit."""
-    hook = canonical_hook(hook or sae.cfg.hook_name or store.hook_name)
-    if hook not in store.hook_names:
-        raise SteersmanError(f"the SAE reads {hook}, the store {store.path} holds {', '.join(store.hook_names)}")
-    there = Origin(store.model_name, hook, store.width(hook))
-    origin.check_same_origin("the SAE", Origin.of_sae(sae)._replace(hook_name=hook), f"the store {store.path}", there)
-    return hook
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """Which features to summarize, and how much of each."""
+
+    only: tuple[int, ...] = ()
+    """Ids of the features to describe; all of them if none are given."""
+    contexts: int = 5
+    """Contexts of each feature."""
 
 
-def summarize_store(sae: SAE, store: ActivationStore, n_examples: int = 30) -> FeatureSummary:
-    """One pass over all rows of `store`: see `summarize_features`."""
-    hook = check_same_origin(sae, store)
+@dataclass(frozen=True, kw_only=True)
+class FeatureReport:
+    """The result of `summarize_features`."""
+
+    features: list[Feature]
+    """The features that were asked for, in that order."""
+    stats: FeatureStats
+    """Statistics of every feature over the store."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the features as a JSON list."""
+        write_json(path, [asdict(feature) for feature in self.features], indent=1, ensure_ascii=False)
+
+
+def summarize_features(
+    sae: SAE, store: ActivationStore, lm: LanguageModel, config: FeaturesConfig | None = None, **overrides: Any
+) -> FeatureReport:
+    """What the features of `sae` fire on in `store` and which tokens of `lm` they promote, from one pass over all rows.
+
+    Args:
+        sae: the SAE.
+        store: a store of its hook point.
+        lm: its model, for the tokenizer and the output weights.
+        config: a `FeaturesConfig`.
+        overrides: fields of `FeaturesConfig`, over those of `config`.
+
+    Raises:
+        SteersmanError: SAE, store and model do not belong together; a feature id that is out of range.
+    """
+    config = merged(FeaturesConfig, config, overrides)
+    hook = store.hook_of("the SAE", Origin.of_sae(sae))
+    check_sae_fits(lm, sae, hook)
+    ids = list(config.only) or list(range(sae.cfg.d_sae))
+    for feature in ids:
+        sae.check_feature(feature)
     batches = store.batches(BATCH_ROWS, hook=hook, split="all", shuffle=False, drop_last=False)
     total = store.n_batches(BATCH_ROWS, split="all", drop_last=False)
     bar = progress(batches, desc="features", total=total, unit="batch")
-    return summarize_features(
-        sae, (Rows(batch.x, batch.rows) for batch in bar), store.stats(hook).median_norm, n_examples
-    )
+    rows = (Rows(batch.x, batch.rows) for batch in bar)
+    summary = summarize_rows(sae, rows, store.stats(hook).median_norm, N_EXAMPLES)
+    return FeatureReport(features=_described(sae, store, lm, summary, ids, config.contexts), stats=summary.stats)
 
 
-def describe_features(
-    sae: SAE, store: ActivationStore, lm: LanguageModel, summary: FeatureSummary, ids: list[int], n_contexts: int = 5
+def _described(
+    sae: SAE, store: ActivationStore, lm: LanguageModel, summary: FeatureSummary, ids: list[int], n_contexts: int
 ) -> list[Feature]:
-    """The readable form of the features `ids`."""
-    for feature in ids:
-        sae.check_feature(feature)
     writes = logit_lens(lm, sae.W_dec.detach()[ids])
     described = []
     for feature, (promotes, suppresses) in zip(ids, writes):
@@ -140,11 +174,6 @@ def _contexts(
             )
         )
     return contexts
-
-
-def features_to_json(features: list[Feature], path: Path) -> None:
-    """Write features as a JSON list."""
-    write_json(path, [asdict(feature) for feature in features], indent=1, ensure_ascii=False)
 
 
 def features_to_text(features: list[Feature]) -> str:

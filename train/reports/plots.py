@@ -28,6 +28,6 @@ def plot_run(metrics: list[dict[str, Any]], stats: FeatureStats, folder: Path) -
     axes = figure.subplots()
     if len(alive):
         axes.hist(np.log10(alive), bins=50, color="C0")
-    axes.set(xlabel="log10 of the share of tokens", ylabel="features")
+    axes.set(xlabel="log10 of the fraction of tokens", ylabel="features")
     axes.set_title(f"{len(alive)} of {len(density)} features fired on {stats.n_tokens:,} tokens", fontsize=10)
     figure.savefig(folder / "density.png", dpi=120)

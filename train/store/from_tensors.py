@@ -13,7 +13,7 @@ import torch
 from steersman.errors import SteersmanError
 from steersman.files import fsync_folder
 from steersman.train.store.manifest import Manifest
-from steersman.train.store.shards import DTYPES, disk_errors
+from steersman.train.store.shards import check_choices, disk_errors
 from steersman.train.store.store import ActivationStore
 from steersman.train.store.writer import StoreWriter
 
@@ -89,14 +89,6 @@ def write_tensors(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return ActivationStore.open(out, verify=False)
-
-
-def check_choices(dtype: str, on_nonfinite: str) -> None:
-    """`SteersmanError` unless both are values that a store knows."""
-    if dtype not in DTYPES:
-        raise SteersmanError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if on_nonfinite not in ("error", "skip"):
-        raise SteersmanError(f"on_nonfinite {on_nonfinite!r} is neither 'error' nor 'skip'")
 
 
 def _check_item(item: Any, number: int, first_row: int) -> tuple[torch.Tensor, tuple[np.ndarray, ...]]:

@@ -57,7 +57,7 @@ class Manifest:
     hooks: Mapping[str, int]
     """Hook point -> width, in the order of the store."""
     config: Mapping[str, Any]
-    """Everything that decides what the store's bytes are; a run goes on with a store only if this is equal."""
+    """Everything that decides what the store's bytes are; a run resumes a store only if this is equal."""
     complete: bool = False
     """Whether all that was asked for is there."""
     shards: tuple[ShardRecord, ...] = field(default=())

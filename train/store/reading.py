@@ -1,6 +1,5 @@
 """Reading ahead: which slots the batches of an order hold, and threads that gather them before they are asked for."""
 
-import os
 import sys
 import threading
 from collections import deque
@@ -10,6 +9,7 @@ from itertools import islice
 
 import numpy as np
 
+from steersman.device import usable_cores
 from steersman.train.store.batch import ActivationBatch
 from steersman.train.store.mapping import MappedShards
 from steersman.train.store.order import RowOrder
@@ -102,8 +102,7 @@ def read_ahead(
         for first, end in runs:
             yield from read(first, end)
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(max_workers=min(2, prefetch, cores), thread_name_prefix="steersman-read")
+    pool = ThreadPoolExecutor(max_workers=min(2, prefetch, usable_cores()), thread_name_prefix="steersman-read")
     pending: deque[Future[list[ActivationBatch]]] = deque()
 
     def submit(n: int) -> None:

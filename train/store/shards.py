@@ -32,6 +32,14 @@ DTYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16"
 _SAME_SIZE_INTEGER = {2: torch.int16, 4: torch.int32}
 
 
+def check_choices(dtype: str, on_nonfinite: str) -> None:
+    """`SteersmanError` unless both are values that a store knows."""
+    if dtype not in DTYPES:
+        raise SteersmanError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if on_nonfinite not in ("error", "skip"):
+        raise SteersmanError(f"on_nonfinite {on_nonfinite!r} is neither 'error' nor 'skip'")
+
+
 @contextmanager
 def disk_errors(where: Path, advice: str) -> Iterator[None]:
     """Turn the operating system's answers to a full or read-only disk into one `SteersmanError` naming the folder."""

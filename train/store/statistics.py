@@ -47,7 +47,7 @@ def nonfinite_error(
     fix = "dtype='bfloat16'" if overflow and dtype == "float16" else "on_nonfinite='skip'"
     return SteersmanError(
         f"the activation at {hook} {cause} for token {token} {token_text!r} at position {position} of "
-        f"document {document}; pass {fix} to go on"
+        f"document {document}; pass {fix} to continue"
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from steersman.errors import SteersmanError, near_names
+from steersman.lm.origin import Origin, canonical_hook, check_same_origin
 from steersman.train.store.batch import ActivationBatch, RowInfo
 from steersman.train.store.manifest import ROWS, STATISTICS, Manifest
 from steersman.train.store.mapping import MappedShards, first_slots
@@ -176,6 +177,16 @@ class ActivationStore:
     def width(self, hook: str | None = None) -> int:
         """Width D of a hook point (the first one by default)."""
         return self.manifest.hooks[self._hook(hook)]
+
+    def hook_of(self, what: str, origin: Origin) -> str:
+        """The hook point that `what` of `origin` reads; the first where it records none. Raises a SteersmanError naming
+        both sides when it is of another model, hook point or width."""
+        hook = canonical_hook(origin.hook_name or self.hook_name)
+        if hook not in self.manifest.hooks:
+            raise SteersmanError(f"{what} reads {hook}, the store {self.path} holds {', '.join(self.hook_names)}")
+        here = Origin(self.model_name, hook, self.width(hook))
+        check_same_origin(what, origin._replace(hook_name=hook), f"the store {self.path}", here)
+        return hook
 
     def stats(self, hook: str | None = None) -> ActivationStats:
         """Mean and norms over all rows of a hook point; of a partial store, over the rows that are there."""

@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from steersman.config import differences
 from steersman.errors import SteersmanError
 from steersman.files import fsync_folder, temporary_path
 from steersman.train.store.manifest import MANIFEST, ROWS, STATISTICS, Manifest, ShardRecord
@@ -27,16 +28,6 @@ ROW_BYTES = 16
 """Bytes of a row's token id, document id and position."""
 
 
-def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The fields in which two configurations differ, as text; empty if they are equal.
-
-    >>> differing_fields({"tokens": 5, "dtype": "float32"}, {"tokens": 7, "dtype": "float32"})
-    'tokens (5 there, 7 now)'
-    """
-    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} now)" for name in names)
-
-
 def check_same_store(folder: Path, manifest: Manifest) -> Manifest:
     """The manifest in `folder`, or `manifest` where nothing is stored yet; `SteersmanError` naming the fields when the
     store there is of another configuration."""
@@ -45,7 +36,7 @@ def check_same_store(folder: Path, manifest: Manifest) -> Manifest:
         return manifest  # nothing was written yet: there is nothing to be at odds with
     wanted, found = ({**m.config, "dtype": m.dtype, "hooks": m.hooks} for m in (manifest, there))
     wanted["model_name"], found["model_name"] = manifest.model_name, there.model_name
-    if difference := differing_fields(found, wanted):
+    if difference := differences(found, wanted):
         raise SteersmanError(
             f"{folder}: holds a store of another configuration: {difference}; choose another folder, or delete this one"
         )
@@ -65,7 +56,7 @@ class StoreWriter:
     """Appends rows to a store, shard by shard; use `begin`, then `append` until done, then `finish` (or `abandon`).
 
     Every shard but the last has exactly `shard_rows` rows. A shard's cursor names the forward batch in which it ended
-    and how many rows of that batch are stored; a run that goes on there computes the same batch again, so its numbers,
+    and how many rows of that batch are stored; a run that resumes there computes the same batch again, so its numbers,
     and the files, are those of an uninterrupted run.
     """
 
@@ -173,7 +164,7 @@ class StoreWriter:
         rows are to be skipped.
         """
         if self._failed:
-            raise SteersmanError(f"{self.folder}: an earlier write failed; begin again to go on")
+            raise SteersmanError(f"{self.folder}: an earlier write failed; begin again to resume")
         if self.full:
             return
         self._failed = True  # until all of it is written: half a batch must never become part of a shard
@@ -220,7 +211,7 @@ class StoreWriter:
 
     def _disk_errors(self) -> Any:
         done = len(self.manifest.shards)
-        advice = f"{done} finished shards are intact: free space and run the same command again to go on"
+        advice = f"{done} finished shards are intact: free space and run the same command again to resume"
         return disk_errors(self.folder, advice)
 
     def _start_shard(self) -> None:

@@ -1,0 +1,77 @@
+"""The documentation's files and commands, run as a reader would run them."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(python|bash)(?: title=\"([\w./-]+)\")?\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+PROGRAMS = {
+    "python": [sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    "steersman": [sys.executable, "-m", "steersman"],
+}
+
+
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    """(language, file name or "", text) of each block of a page, in order."""
+    return [(m[1], m[2] or "", m[3]) for m in BLOCK.finditer((ROOT / "docs" / page).read_text())]
+
+
+def run_line(line: str, folder: Path) -> str:
+    """What one command of a page prints; fails with what it printed otherwise."""
+    words = shlex.split(line, comments=True)
+    command = PROGRAMS.get(words[0], [words[0]]) + words[1:]
+    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "STEERSMAN_PROGRESS": "0"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """The folder that a reader of the page on extending has at its end, and what each command printed."""
+    folder = tmp_path_factory.mktemp("extending")
+    printed: dict[str, str] = {}
+    for language, name, text in blocks("extending.md"):
+        if language == "python":
+            assert name, "a file of this page has a name"
+            (folder / name).write_text(text)
+        else:
+            for line in filter(None, text.splitlines()):
+                printed[line.partition("#")[0].strip()] = run_line(line, folder)
+    return folder, printed
+
+
+def test_every_file_is_run_or_used(walked: tuple[Path, dict[str, str]]) -> None:
+    folder, printed = walked
+    named = {name for _, name, _ in blocks("extending.md") if name}
+    sources = "".join((folder / name).read_text() for name in named)
+    imported = {f"{module}.py" for module in re.findall(r"^(?:import|from) (\w+)", sources, flags=re.MULTILINE)}
+    unused = {name for name in named if name not in imported and not any(name in line for line in printed)}
+    assert not unused
+
+
+def test_an_architecture_from_outside_trains_alike_on_one_process_and_two(walked: tuple[Path, dict[str, str]]) -> None:
+    folder, printed = walked
+    alone, together = printed["python train_p_annealed.py"], (folder / "runs" / "p_annealed")
+    lines = [json.loads(line) for line in (together / "metrics.jsonl").read_text().splitlines()]
+    assert all({"fvu", "l0", "sparsity"} <= set(line) for line in lines)
+    assert lines[-1]["fvu"] < lines[0]["fvu"]
+    fvu = float(re.search(r"FVU ([\d.]+)", alone)[1])  # pyright: ignore[reportOptionalSubscript]
+    heldout = json.loads((together / "cfg.json").read_text())["metadata"]["steersman"]["heldout"]
+    assert heldout["fvu"] == pytest.approx(fvu, abs=2e-3)
+
+
+def test_what_the_pages_programs_print(walked: tuple[Path, dict[str, str]]) -> None:
+    _, printed = walked
+    assert "tokens looked elsewhere" in printed["python use_highlight.py"]
+    assert "converged" in printed["python use_sharpen.py"]
+    assert "diagonal_lda" in printed["python use_diagonal_lda.py"]
+    assert printed["python use_lab_format.py"].split() == ["topk", "lab", "lab"]
