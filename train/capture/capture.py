@@ -121,6 +121,8 @@ def capture_settings(lm: LanguageModel, config: CaptureConfig) -> CaptureSetting
     names = tuple(lm.resolve_hook(hook) for hook in ([config.hook] if isinstance(config.hook, str) else config.hook))
     if not names or len(set(names)) != len(names):
         raise SteersmanError(f"hook must name one or several different hook points, got {config.hook!r}")
+    if rowless := [name for name in names if lm.hook_point(name).kind == "hook_attn_mask"]:
+        raise SteersmanError(f"{rowless[0]} holds an attention mask, which has no row for each token: it is not stored")
     limit, length = lm.context_length, config.context_length
     length = min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT) if length is None else length
     if length < 2 or (limit is not None and length > limit):
