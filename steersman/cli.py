@@ -21,6 +21,8 @@ from steersman.allocator import keep_freed_memory
 from steersman.errors import LostRankError, SteersmanError, UnfinishedError, near_names
 from steersman.yaml_settings import default_of, read_yaml
 
+log = logging.getLogger(__name__)
+
 MISTAKE, INTERRUPTED, UNFINISHED = 2, 130, 75
 
 
@@ -142,7 +144,7 @@ def parse(config_type: type[Any], args: list[str], program: str) -> Any:
     """
     import tyro
 
-    args, path = _without_file(args)
+    args, path = _without_file(_renamed(config_type, args))
     options: dict[str, Any] = {} if path is None else {"default": _defaults(config_type, path, args)}
     complaint = io.StringIO()
     try:
@@ -179,6 +181,20 @@ def config_type(function: Callable[[Any], None]) -> type[Any]:
     hints.pop("return", None)
     (config,) = hints.values()
     return config
+
+
+def _renamed(config_type: type[Any], args: list[str]) -> list[str]:
+    """The flags with those that an earlier version called otherwise under their names of today, each said once."""
+    names = {field.name for field in dataclasses.fields(config_type)}
+    old = {o: new for o, new in getattr(config_type, "old_fields", {}).items() if new and o not in names}
+    flags = {f"--{o.replace('_', '-')}": f"--{new.replace('_', '-')}" for o, new in old.items()}
+    renamed = []
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        if flag in flags:
+            log.warning("%s is called %s now; the old name goes with the next release", flag, flags[flag])
+        renamed.append(flags.get(flag, flag) + equals + value)
+    return renamed
 
 
 def _without_file(args: list[str]) -> tuple[list[str], Path | None]:

@@ -47,7 +47,7 @@ def renamed_fields(**table: str) -> Callable[[C], C]:
             make(self, *args, **kwargs)
 
         cls.__init__ = __init__
-        cls.old_fields = frozenset(table)
+        cls.old_fields = {**getattr(cls, "old_fields", {}), **table}
         for old, new in table.items():
             if new:
                 setattr(cls, old, property(_reader(cls.__name__, old, new)))

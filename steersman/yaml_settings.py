@@ -40,8 +40,10 @@ def typed(content: Mapping[Any, Any], kind: type[Any], where: str) -> dict[str, 
     """
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind) if field.init]
+    old = getattr(kind, "old_fields", {})
     settings: dict[str, Any] = {}
     for key, value in content.items():
+        key = old.get(key, key) if key not in names else key
         if key not in names:
             raise SteersmanError(f"{where}: unknown key {key!r}; near it: {near_names(str(key), names, 3)}")
         try:

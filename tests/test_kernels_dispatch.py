@@ -11,7 +11,6 @@ from steersman.commands import steer as steer_command
 from steersman.errors import SteersmanError
 from steersman.kernels import choose, dispatch, ops, reference, torch_ops, update, using
 from steersman.sae import SAE, SAEConfig
-from steersman.steer import SteerConfig
 
 CPU = torch.device("cpu")
 
@@ -81,7 +80,7 @@ def test_commands_and_training_refuse_what_cannot_run(tmp_path: Path, monkeypatc
         (eval_command.run, eval_command.EvalCommand(sae=nothing, store=nothing, device=device, kernels="triton")),
         (
             steer_command.run,
-            SteerConfig(model=nothing, sae=nothing, feature=("1=2",), device=device, kernels="triton"),
+            steer_command.SteerCommand(model=nothing, sae=nothing, feature=("1=2",), device=device, kernels="triton"),
         ),
     ):
         with pytest.raises(SteersmanError, match="kernels=triton cannot run on cpu"):

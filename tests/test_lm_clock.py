@@ -201,3 +201,33 @@ def test_a_mask_shorter_than_the_text_is_an_error(lm: LanguageModel) -> None:
         cache = cache_of(lm, lm.model(ids, use_cache=True))
         with pytest.raises(SteersmanError, match="attention_mask covers 1 tokens, but 4 are cached"):
             lm.model(ids[:, :1], **cache, attention_mask=torch.ones(1, 1))
+
+
+def test_the_last_tokens_of_a_pass_know_their_place(lm: LanguageModel) -> None:
+    """What a pass says of its last tokens is what it says of all of them, cut: logits are computed for these alone."""
+    checked: list[int] = []
+
+    def compare(h: Tensor, fwd: ForwardPass) -> Tensor:
+        for n in range(1, fwd.length + 1):
+            part = fwd.last(n)
+            assert (part.batch, part.length, part.past + part.length) == (fwd.batch, n, fwd.past + fwd.length)
+            for name in ("positions", "present", "real", "in_prompt", "generated", "is_bos"):
+                assert torch.equal(getattr(part, name), getattr(fwd, name)[:, -n:]), name
+            assert torch.equal(part.prompt_length, fwd.prompt_length)
+            assert torch.equal(part.key_positions[:, -n:], part.positions)
+            assert fwd.last(n) is part
+            checked.append(n)
+        return h
+
+    with lm.edit(HOOK, compare):
+        for cached in (True, False):
+            lm.generate(["w5 w6 w7", "w8"], max_new_tokens=3, eos_token_id=list(range(4, 30)), use_cache=cached)
+        batch = lm.encode(["w5 w6 w7", "w8"])
+        lm.logits(batch.input_ids, batch.attention_mask, prompt_length=2)
+    assert max(checked) > 3
+
+
+def test_the_old_name_of_a_pass_still_works() -> None:
+    with pytest.warns(DeprecationWarning, match="steersman.lm.Pass is steersman.lm.clock.ForwardPass now"):
+        from steersman.lm import Pass  # pyright: ignore[reportAttributeAccessIssue]
+    assert Pass is ForwardPass

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.hooks import KINDS, additive_mask
+from steersman.train import cache_activations
 
 IDS = torch.randint(4, V, (2, 7), generator=torch.Generator().manual_seed(1))
 SIDE_BY_SIDE = ("gpt_neox", "gptj", "codegen", "phi", "falcon", "falcon_new", "stablelm_parallel", "cohere")
@@ -270,6 +273,18 @@ def test_a_model_without_a_head_has_no_logits() -> None:
     assert isinstance(bare.model, nn.Module)
     with pytest.raises(SteersmanError, match="unknown hook point 'logits'"):
         bare.capture(IDS, hooks=["logits"])
+
+
+def test_rows_of_heads_and_neurons_are_cached_and_masks_are_not(tmp_path: Path) -> None:
+    lm, hooks = with_text("llama"), ["blocks.1.attn.hook_z", "blocks.1.mlp.hook_post", "blocks.1.hook_resid_mid"]
+    options: dict[str, Any] = {"tokens": 12, "context_length": 4, "batch_size": 2}
+    store = cache_activations(lm, ["w5 w6 w7 w8"] * 8, hook=hooks, out=tmp_path / "a", **options)
+    for hook in hooks:
+        x = torch.cat([batch.x for batch in store.batches(4, hook=hook)])
+        assert x.shape[1] == lm.hook_width(hook)
+        assert x.abs().max() > 0
+    with pytest.raises(SteersmanError, match=r"blocks\.1\.hook_attn_mask holds an attention mask, which has no row"):
+        cache_activations(lm, ["w5"], hook="blocks.1.hook_attn_mask", out=tmp_path / "b", **options)
 
 
 def test_the_mask_without_padding() -> None:

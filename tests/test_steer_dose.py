@@ -10,7 +10,8 @@ from support.tiny_models import D, with_text
 
 from steersman import LanguageModel, Steerer, SteeringVector, SteersmanError
 from steersman.steer import calibrate, evaluate_steering
-from steersman.steer.edits import VectorEdit
+from steersman.steer.edits import AttentionBiasEdit, Edit, FunctionEdit, LogitsEdit, VectorEdit
+from steersman.steer.measures import CostMeter
 
 HOOK = "blocks.1.hook_resid_post"
 DIRECTION = torch.randn(D, generator=torch.Generator().manual_seed(0))
@@ -59,3 +60,34 @@ def test_evaluation_measures_the_same_for_anything(lm: LanguageModel) -> None:
             assert a.forced["heldout_loss"].tolist() == pytest.approx(b.forced["heldout_loss"].tolist())
         assert reports[name].to_json()["arms"]["vector"]["norm"] is None
         assert "vector" in reports[name].to_text()
+
+
+@pytest.mark.parametrize(
+    ("hook", "edit"),
+    [
+        ("logits", LogitsEdit({7: 1.0, 30: -2.0})),
+        ("logits", FunctionEdit(lambda logits, fwd: logits.flip(-1))),
+        ("blocks.1.hook_attn_mask", AttentionBiasEdit(1.0, keys=[(1, 3)], heads=[1])),
+        ("blocks.1.attn.hook_z", VectorEdit(torch.linspace(-1, 1, D))),
+    ],
+    ids=["tokens", "function", "attention", "heads"],
+)
+def test_what_is_no_residual_vector_is_calibrated_and_evaluated(lm: LanguageModel, hook: str, edit: Edit) -> None:
+    """By KL, at the logits too, where there is neither a width nor a norm of the residual stream."""
+    calibration = calibrate({hook: edit}, lm, texts=TEXTS, target_kl=0.001)
+    assert calibration.search.converged, str(calibration)
+    meter = CostMeter(lm, TEXTS, batch_size=16, max_length=128, seed=0)
+    scaled = calibration.vector[hook]
+    assert meter.cost("kl", lambda: Steerer(lm).edit(hook, scaled)) == pytest.approx(calibration.search.value, rel=1e-4)
+    report = evaluate_steering(lm, {hook: edit}, TEXTS, texts=TEXTS, words=["w7"], scale=(1.0, 4.0), max_new_tokens=3)
+    losses = [point.forced["heldout_loss"] for point in report.arms["vector"].points]
+    assert len(losses) == 3
+    assert not (losses[0] == losses[2]).all()
+
+
+def test_a_token_made_likelier_is_written_more_often(lm: LanguageModel) -> None:
+    report = evaluate_steering(
+        lm, {"logits": LogitsEdit({7: 1.0})}, TEXTS, words=["w7"], scale=(50.0,), max_new_tokens=4
+    )
+    rates = {point.scale: float(point.values["word_rate"].mean()) for point in report.arms["vector"].points}
+    assert rates[50.0] > 50 > rates[0.0]

@@ -246,7 +246,7 @@ def test_features_of_an_sae_on_heads_and_neurons(reshape: bool) -> None:
     lm = with_text("llama")
     st = Steerer(lm)
     for hook in (Z, POST, MLP_IN, MID):
-        heads = {"reshape_heads": reshape} if hook == Z else {}
+        heads: dict[str, Any] = {"reshape_heads": reshape} if hook == Z else {}
         sae = make_sae("relu", d_in=lm.hook_width(hook), d_sae=40, hook_name=hook, **heads)
         h = lm.capture(IDS, hooks=[hook])[hook]
         with st.features(sae, {3: 2.0}):

@@ -197,6 +197,9 @@ def test_number_of_rows_must_fit() -> None:
         lm.generate(PROMPTS, max_new_tokens=4)
 
 
+record: Any = SimpleNamespace  # what it has besides is not of its type
+
+
 def test_an_sae_or_vector_of_another_model_or_place() -> None:
     lm = with_text("llama")
     st = Steerer(lm)
@@ -220,9 +223,9 @@ def test_an_sae_or_vector_of_another_model_or_place() -> None:
     with pytest.raises(SteersmanError, match="name the hook point"):
         st.vector(VECTOR)
     with pytest.raises(SteersmanError, match="made for 'gpt2', the model is 'llama'"):
-        st.vector(SimpleNamespace(hook_name=HOOK, vector=VECTOR, model_name="gpt2"))
+        st.vector(record(hook_name=HOOK, vector=VECTOR, model_name="gpt2"))
     with pytest.raises(SteersmanError, match="made at 'blocks.1.hook_resid_post', not at 'blocks.2.hook_resid_post'"):
-        st.vector(SimpleNamespace(hook_name=HOOK, vector=VECTOR), hook="layers.2")
+        st.vector(record(hook_name=HOOK, vector=VECTOR), hook="layers.2")
     with pytest.raises(SteersmanError, match="a vector is a tensor"):
-        st.vector("north")
-    assert list(st.vector(SimpleNamespace(hook_name="layers.1", vector=VECTOR)).edits) == [HOOK]
+        st.vector("north")  # pyright: ignore[reportArgumentType]
+    assert list(st.vector(record(hook_name="layers.1", vector=VECTOR)).edits) == [HOOK]

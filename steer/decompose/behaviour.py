@@ -97,9 +97,8 @@ class _Match:
     def _logp(self, vector: Tensor) -> Tensor:
         """[n, V] log probabilities at every real token, steered by `vector` [D]."""
         with Steerer(self.lm).vector(vector, hook=self.hook):
-            # not lm.logits, which takes no gradient
-            output = self.lm.model(input_ids=self.batch.input_ids, attention_mask=self.batch.attention_mask)
-        return output.logits[self.real].float().log_softmax(-1)
+            logits = self.lm.logits(self.batch.input_ids, self.batch.attention_mask, grad=True)
+        return logits[self.real].float().log_softmax(-1)
 
     def divergence(self, vector: Tensor) -> Tensor:
         """Mean KL in nats per token."""

@@ -94,8 +94,8 @@ def _loss(
     batch = lm.encode([e.text for e in part])
     starts = [prompt_tokens(lm, e, "an example") if e.prompt else 1 for e in part]
     with Steerer(lm).vector({hook: bound[hook] * x for hook, x in u.items()}):
-        output = lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    logp = output.logits[:, :-1].float().log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+        logits = lm.logits(batch.input_ids, batch.attention_mask, grad=True)
+    logp = logits[:, :-1].float().log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
     column = torch.arange(1, batch.input_ids.shape[1], device=lm.device)
     chosen = (column >= torch.tensor(starts, device=lm.device)[:, None]) & batch.attention_mask[:, 1:].bool()
     if sign < 0:

@@ -1,14 +1,25 @@
 """`steersman cache`."""
 
+from dataclasses import dataclass, field
+
+from steersman.config import part_of
 from steersman.parallel import rank_and_world_size
 from steersman.train import CacheConfig, cache_activations
 
 
-def run(config: CacheConfig) -> None:
+@dataclass(frozen=True, kw_only=True)
+class CacheCommand(CacheConfig):
+    """Run a model over text and store its activations at one or several hook points."""
+
+    hook: tuple[str, ...] = field()  # a list, so that the flag may be repeated
+    """Hook point, such as blocks.2.hook_resid_post or model.layers.2; several are stored side by side."""
+
+
+def run(config: CacheCommand) -> None:
     """`steersman cache`."""
-    store = cache_activations(config=config)
+    store = cache_activations(config=part_of(CacheConfig, config))
     if rank_and_world_size()[0]:
-        return  # one of several ranks speaks
+        return  # only rank 0 prints
     print(f"{store.path}: {store.n_rows:,} rows of {', '.join(store.hook_names)} from {store.model_name}")
     for hook in store.hook_names:
         stats = store.stats(hook)

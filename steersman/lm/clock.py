@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from steersman.errors import SteersmanError
+from steersman.lm.generate import stop_ids
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What a model's forward calls its KV cache: since transformers 5.24, and before it. Later versions take both."""
@@ -332,8 +333,7 @@ class PassClock:
                 return kwargs[name]  # None too: `eos_token_id=None` means that nothing ends a row
             return next((getattr(c, name) for c in configs if getattr(c, name, None) is not None), None)
 
-        eos = setting("eos_token_id")
-        stop = [] if eos is None else [int(e) for e in torch.as_tensor(eos).flatten().tolist()]
+        stop = stop_ids(setting("eos_token_id"))
         return GenerationRun(1 if x is None else x.shape[0], columns, mask, stop, int(setting("num_beams") or 1))
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Batched generation with left padding: settings that mean what they say, and text as well as tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +28,36 @@ class Generation:
     """[B] int64: real tokens in each prompt, the BOS included."""
     prompt_columns: int
     """Width of the padded prompt: generated tokens start at this column of `tokens`."""
+
+    @classmethod
+    def from_tokens(
+        cls, tokenizer: Any, prompts: Sequence[str], prompt_mask: Tensor, tokens: Tensor, stop: list[int]
+    ) -> Self:
+        """What `model.generate` returned, `tokens` [B, S], for `prompts` and their mask [prompts, P]."""
+        times, width = tokens.shape[0] // len(prompts), prompt_mask.shape[1]
+        mask = prompt_mask.repeat_interleave(times, dim=0)
+        new = tokens[:, width:]
+        real = real_generated(new, stop)
+        whole = torch.cat([mask, real], dim=1)
+
+        def decode(ids: Tensor, kept: Tensor) -> list[str]:
+            return [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(ids, kept.bool())]
+
+        texts = decode(tokens, whole)
+        # Cut from the whole text: tokens decoded by themselves lose the space before their first word.
+        completions = [
+            text[len(start) :] if text.startswith(start) else alone
+            for text, start, alone in zip(texts, decode(tokens[:, :width], mask), decode(new, real))
+        ]
+        return cls(
+            prompts=[prompt for prompt in prompts for _ in range(times)],
+            completions=completions,
+            texts=texts,
+            tokens=tokens,
+            attention_mask=whole,
+            prompt_length=mask.sum(1),
+            prompt_columns=width,
+        )
 
     @property
     def new_tokens(self) -> Tensor:
@@ -86,6 +117,11 @@ class seeded:
 
     def __exit__(self, *error: Any) -> None:
         self._fork.__exit__(*error)
+
+
+def stop_ids(eos: Any) -> list[int]:
+    """The ids that end a row, from a configuration's `eos_token_id`: None, one, or several."""
+    return [] if eos is None else [int(e) for e in torch.as_tensor(eos).flatten().tolist()]
 
 
 def real_generated(new: Tensor, stop_ids: list[int]) -> Tensor:

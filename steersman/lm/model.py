@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.lm.clock import ForwardPass, PassClock, PassDone, PromptLength
-from steersman.lm.generate import Generation, real_generated, sampling_settings, seeded
+from steersman.lm.generate import Generation, sampling_settings, seeded, stop_ids
 from steersman.lm.hooks import LOGITS, MASKED_ATTENTION, SPLIT_KINDS, HookMap, HookPoint
 from steersman.lm.load import Quantization, load_pretrained
 from steersman.lm.origin import same_model
@@ -400,30 +400,5 @@ class LanguageModel:
                 **{**defaults, **options},
             )
         tokens: Tensor = out if isinstance(out, Tensor) else out.sequences
-        times = tokens.shape[0] // len(prompts)
-        mask = batch.attention_mask.repeat_interleave(times, dim=0)
         eos = options.get("eos_token_id", self.model.generation_config.eos_token_id)
-        stop = [] if eos is None else [int(e) for e in torch.as_tensor(eos).flatten().tolist()]
-        new = tokens[:, width:]
-        prompts = [prompt for prompt in prompts for _ in range(times)]
-        real = real_generated(new, stop)
-        whole = torch.cat([mask, real], dim=1)
-        texts = self._decode(tokens, whole)
-        starts = self._decode(tokens[:, :width], mask)
-        # Cut from the whole text: tokens decoded by themselves lose the space before their first word.
-        completions = [
-            text[len(start) :] if text.startswith(start) else alone
-            for text, start, alone in zip(texts, starts, self._decode(new, real))
-        ]
-        return Generation(
-            prompts=prompts,
-            completions=completions,
-            texts=texts,
-            tokens=tokens,
-            attention_mask=whole,
-            prompt_length=mask.sum(1),
-            prompt_columns=width,
-        )
-
-    def _decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
-        return [self.tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, mask.bool())]
+        return Generation.from_tokens(self.tokenizer, prompts, batch.attention_mask, tokens, stop_ids(eos))

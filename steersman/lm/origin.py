@@ -8,6 +8,7 @@ import re
 from typing import Any, NamedTuple, Protocol, Self
 
 from steersman.errors import SteersmanError
+from steersman.lm.hooks import KINDS
 
 
 class HookedModel(Protocol):
@@ -55,13 +56,17 @@ def _plain(name: str) -> str:
 
 
 def canonical_hook(name: str) -> str:
-    """The name of a hook point without a model to ask: a block's module path is its output, other names stay.
+    """The name of a hook point without a model to ask: a block's module path is its output, a kind has one name, other
+    names stay.
 
-    >>> canonical_hook("model.layers.6"), canonical_hook("blocks.6.hook_mlp_out")
-    ('blocks.6.hook_resid_post', 'blocks.6.hook_mlp_out')
+    >>> canonical_hook("model.layers.6"), canonical_hook("blocks.6.hook_z"), canonical_hook("blocks.6.hook_mlp_out")
+    ('blocks.6.hook_resid_post', 'blocks.6.attn.hook_z', 'blocks.6.hook_mlp_out')
     """
     block = re.fullmatch(r"(?:\w+\.)*(?:layers|layer|h|blocks)\.(\d+)", name)
-    return name if block is None else f"blocks.{block[1]}.hook_resid_post"
+    if block is not None:
+        return f"blocks.{block[1]}.hook_resid_post"
+    stem, _, kind = name.rpartition(".")
+    return f"{stem}.{KINDS[kind][0]}" if re.fullmatch(r"blocks\.\d+", stem) and kind in KINDS else name
 
 
 def check_fits(

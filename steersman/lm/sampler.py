@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm.clock import ForwardPass, PassDone
-from steersman.lm.generate import real_generated
+from steersman.lm.generate import real_generated, stop_ids
 from steersman.lm.kv_buffers import RowBuffers
 from steersman.lm.model import LanguageModel
 from steersman.lm.sampling import Sampling
@@ -57,8 +57,7 @@ class Sampler:
         self.padded = bool((self.prompts.attention_mask == 0).any())
         if self.padded and bool((self.prompts.attention_mask[:, -1] == 0).any()):
             raise SteersmanError("prompts to continue are padded on the left: encode them with padding_side='left'")
-        eos = lm.model.generation_config.eos_token_id
-        self.stop_ids = [] if eos is None else [int(e) for e in torch.as_tensor(eos).flatten().tolist()]
+        self.stop_ids = stop_ids(lm.model.generation_config.eos_token_id)
         needed = width + new_tokens
         self.buffers = buffers if buffers is not None and buffers.room >= needed else RowBuffers(needed)
 

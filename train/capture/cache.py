@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from steersman.config import merged
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.files import format_bytes
 from steersman.lm import LanguageModel
@@ -30,6 +31,7 @@ from steersman.train.store.writer import ROW_BYTES, StoreWriter
 log = logging.getLogger(__name__)
 
 
+@renamed_fields(model_dtype="dtype")
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(CaptureConfig):
     """What to cache, from which text, and where. `steersman cache` takes the same names as flags."""
@@ -116,7 +118,7 @@ def _manifest(capture: Capture, config: CacheConfig) -> Manifest:
     if lm.quantization is not None:
         content["quantization"] = lm.quantization
     hooks = {hook: lm.hook_width(hook) for hook in settings.hooks}
-    return Manifest(model_name=lm.name, dtype=config.dtype, hooks=hooks, config=content)
+    return Manifest(model_name=lm.name, dtype=config.rows_dtype, hooks=hooks, config=content)
 
 
 def _check_disk(capture: Capture, config: CacheConfig, writer: StoreWriter | SharedStore) -> None:
@@ -126,7 +128,7 @@ def _check_disk(capture: Capture, config: CacheConfig, writer: StoreWriter | Sha
     if not limits:
         log.info("the text's length is unknown: %s free for the store at %s", format_bytes(free), writer.folder)
         return
-    row = sum(writer.manifest.hooks.values()) * DTYPES[config.dtype][0].itemsize + ROW_BYTES
+    row = sum(writer.manifest.hooks.values()) * DTYPES[config.rows_dtype][0].itemsize + ROW_BYTES
     rows = max(min(limits) - writer.n_rows, 0)
     needed = rows * row
     room = f"{format_bytes(free)} free"

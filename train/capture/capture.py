@@ -11,18 +11,20 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
+from steersman.deprecation import renamed_fields
 from steersman.device import usable_cores
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.lm.load import Quantization
+from steersman.lm.load import Quantization, parse_dtype
 from steersman.text import TextSource, TxtDocuments, open_text
 from steersman.train.capture.contexts import ContextBatch, context_batches
-from steersman.train.store.shards import check_choices
+from steersman.train.store.shards import DTYPES, check_choices
 
 DEFAULT_CONTEXT = 256
 """Tokens of a context unless asked otherwise, or the model's limit if that is smaller."""
 
 
+@renamed_fields(model_dtype="dtype")
 @dataclass(frozen=True, kw_only=True)
 class CaptureConfig:
     """Which activations of which model over which text: what caching and streaming share."""
@@ -39,8 +41,10 @@ class CaptureConfig:
     """Pack documents into full contexts; otherwise one document a row, cut at context_length."""
     batch_size: int = 32
     """Contexts of a forward pass. Part of what the rows are: other shapes round differently."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type of the activations, on disk or in the stream."""
+    dtype: str | None = None
+    """Type to run the model in; float32 on the CPU and the checkpoint's own elsewhere if not given."""
+    activation_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Type of the activations, on disk or in the stream: if not given `dtype`, where that is said, else bfloat16."""
     exclude_bos: bool = True
     """Leave out the rows of BOS, whose norm is often a hundred times that of other tokens."""
     exclude_eos: bool = False
@@ -57,8 +61,6 @@ class CaptureConfig:
     """Stream a Hugging Face dataset instead of downloading it first."""
     revision: str | None = None
     """Revision of the model on the hub."""
-    model_dtype: str | None = None
-    """Type to run the model in; float32 on the CPU and the checkpoint's own elsewhere if not given."""
     device: str = "auto"
     """Device to run the model on."""
     device_map: str | None = None
@@ -69,7 +71,15 @@ class CaptureConfig:
     """Let transformers run code that comes with the model."""
 
     def __post_init__(self) -> None:
-        check_choices(self.dtype, self.on_nonfinite)
+        if self.dtype is not None:
+            parse_dtype(self.dtype, torch.device("cpu"))  # refuses what is none
+        check_choices(self.rows_dtype, self.on_nonfinite)
+
+    @property
+    def rows_dtype(self) -> str:
+        """The type of the activations, settled."""
+        name = str(parse_dtype(self.dtype or "auto", torch.device("cpu"))).removeprefix("torch.")
+        return self.activation_dtype or (name if name in DTYPES else "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +121,8 @@ def capture_settings(lm: LanguageModel, config: CaptureConfig) -> CaptureSetting
     names = tuple(lm.resolve_hook(hook) for hook in ([config.hook] if isinstance(config.hook, str) else config.hook))
     if not names or len(set(names)) != len(names):
         raise SteersmanError(f"hook must name one or several different hook points, got {config.hook!r}")
+    if rowless := [name for name in names if lm.hook_point(name).kind == "hook_attn_mask"]:
+        raise SteersmanError(f"{rowless[0]} holds an attention mask, which has no row for each token: it is not stored")
     limit, length = lm.context_length, config.context_length
     length = min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT) if length is None else length
     if length < 2 or (limit is not None and length > limit):
@@ -149,7 +161,7 @@ class Capture:
                 raise SteersmanError("no model given: pass a loaded one, or set model to a folder or hub id")
             lm = LanguageModel.load(
                 config.model,
-                dtype=config.model_dtype,
+                dtype=config.dtype,
                 device=config.device,
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,

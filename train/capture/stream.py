@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from steersman.config import merged
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.train.capture.capture import Capture, CaptureConfig
@@ -31,6 +32,7 @@ _HELDOUT_FRACTION = 0.05
 """Of a text whose length is known, at most this much is held out."""
 
 
+@renamed_fields(model_dtype="dtype")
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig(CaptureConfig):
     """What to stream from a model, and through how large a buffer."""
@@ -126,7 +128,7 @@ class ActivationStream:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the activations given out."""
-        return DTYPES[self.config.dtype][0]
+        return DTYPES[self.config.rows_dtype][0]
 
     @property
     def fingerprint(self) -> str:
@@ -136,7 +138,7 @@ class ActivationStream:
     @cached_property
     def _fingerprint(self) -> str:
         config, capture = self.config, self._capture
-        content = [self.model_name, capture.text.identity(), asdict(capture.settings), config.dtype, config.tokens]
+        content = [self.model_name, capture.text.identity(), asdict(capture.settings), config.rows_dtype, config.tokens]
         content += [config.buffer_rows, self._heldout_rows, self._skip_bad]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
@@ -362,7 +364,7 @@ class ActivationStream:
         if not self._skip_bad:
             bad = int(np.argmin(finite))
             token, document, position = (int(value) for value in info[bad, 1:4])
-            text, dtype = self._capture.show_token(token), self.config.dtype
+            text, dtype = self._capture.show_token(token), self.config.rows_dtype
             raise nonfinite_error(self.hook_name, source[bad], dtype, token, text, position, document)
         index = np.flatnonzero(finite)
         return x[torch.from_numpy(index).to(x.device)], info[index]
