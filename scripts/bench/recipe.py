@@ -25,12 +25,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from steersman.sae.metrics import measure_reconstruction
+from steersman.sae import measure_reconstruction
 from steersman.train import ActivationStore, TrainConfig, resolve, train_sae
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
+class Config:
     data: Literal["planted", "mixture", "store"] = "planted"
     """What to train on."""
     store: Path | None = None
@@ -53,7 +53,7 @@ class Args:
     """Also write the rows to this JSON file."""
 
 
-def made(args: Args) -> tuple[Tensor, Tensor, int]:
+def made(args: Config) -> tuple[Tensor, Tensor, int]:
     """Rows [N, D], the dictionary [atoms, D] and the number active."""
     g = torch.Generator().manual_seed(args.seed)
     n, d, active = (512, 64, 8) if args.data == "planted" else (1024, 128, 10)
@@ -137,7 +137,7 @@ def run_saelens(batches: list[Tensor], heldout: Tensor, d_sae: int, k: int, lr: 
 PEERS: dict[str, Any] = {"eai-sparsify": run_sparsify, "sae-lens": run_saelens}
 
 
-def main(args: Args) -> None:
+def main(args: Config) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         dictionary, k, d_sae = None, args.k, args.d_sae
         if args.data == "store":
@@ -187,4 +187,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Config, description=__doc__))

@@ -29,7 +29,7 @@ from steersman.train import ActivationStats, TrainConfig, Trainer, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
+class Config:
     batch_size: int = 4096
     """Tokens a step."""
     d_sae: tuple[int, ...] = (4096,)
@@ -50,7 +50,7 @@ class Args:
     """Used by the script itself: take steps with this library and print the peak memory."""
 
 
-def our_step(args: Args, d_sae: int, x: torch.Tensor) -> Any:
+def our_step(args: Config, d_sae: int, x: torch.Tensor) -> Any:
     config = TrainConfig(d_sae=d_sae, k=args.k, batch_size=args.batch_size, device="cpu")
     squared = float(x.square().sum(dim=1).mean())
     norms = x.norm(dim=1)
@@ -68,7 +68,7 @@ def our_step(args: Args, d_sae: int, x: torch.Tensor) -> Any:
     return trainer.step
 
 
-def sparsify_step(args: Args, d_sae: int, x: torch.Tensor) -> Any:
+def sparsify_step(args: Config, d_sae: int, x: torch.Tensor) -> Any:
     from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
 
     sae = SparseCoder(args.d_in, SparseCoderConfig(num_latents=d_sae, k=args.k))
@@ -94,7 +94,7 @@ def sparsify_step(args: Args, d_sae: int, x: torch.Tensor) -> Any:
 MAKERS = {"steersman": our_step, "eai-sparsify": sparsify_step}
 
 
-def made_batches(args: Args) -> torch.Tensor:
+def made_batches(args: Config) -> torch.Tensor:
     """Three batches: a mixture of sparse directions, so that the code is used as it is on real activations."""
     torch.manual_seed(0)
     atoms = torch.nn.functional.normalize(torch.randn(2 * args.d_in, args.d_in), dim=1)
@@ -103,7 +103,7 @@ def made_batches(args: Args) -> torch.Tensor:
     return batches + 0.05 * torch.randn(3, args.batch_size, args.d_in)
 
 
-def peak_mb(args: Args, d_sae: int, name: str) -> float:
+def peak_mb(args: Config, d_sae: int, name: str) -> float:
     """Peak memory in MB that steps of a library add, in a process of its own."""
     command = [sys.executable, __file__, "--d-sae", str(d_sae), "--d-in", str(args.d_in), "--k", str(args.k)]
     command += ["--batch-size", str(args.batch_size), "--threads", str(args.threads), "--child", name]
@@ -116,7 +116,7 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def take_steps(args: Args, name: str) -> None:
+def take_steps(args: Config, name: str) -> None:
     """What the process of `peak_mb` does. The libraries' threads and imports are paid for by a tiny SAE first."""
     batches = made_batches(args)
     warm = MAKERS[name](args, 2048, batches[0, :512])
@@ -129,7 +129,7 @@ def take_steps(args: Args, name: str) -> None:
     print(resident("VmHWM") - before)
 
 
-def main(args: Args) -> None:
+def main(args: Config) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.child is not None:
@@ -163,4 +163,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Config, description=__doc__))
