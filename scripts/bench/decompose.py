@@ -72,7 +72,7 @@ def main(args: Config) -> None:
     seconds, found = [], []
     for _ in range(3):
         start = time.perf_counter()
-        found = decompose(V, sae, method="omp", k=args.features, pursuit=args.pursuit)
+        found = decompose(list(V), sae, method="omp", k=args.features, pursuit=args.pursuit)
         seconds.append(time.perf_counter() - start)
     print(
         f"{args.vectors} vectors, {args.features} features, d_in {args.d_in}, d_sae {args.d_sae}, {args.pursuit}, "

@@ -15,6 +15,7 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,7 +135,11 @@ def run_saelens(batches: list[Tensor], heldout: Tensor, d_sae: int, k: int, lr: 
     return *fvu_and_dead(heldout, x_hat, (f > 0).any(0)), sae.W_dec
 
 
-PEERS: dict[str, Any] = {"eai-sparsify": run_sparsify, "sae-lens": run_saelens}
+PEERS: dict[str, tuple[str, Any]] = {
+    "eai-sparsify": ("sparsify", run_sparsify),
+    "sae-lens": ("sae_lens", run_saelens),
+}
+"""Library -> its module, and what trains with it."""
 
 
 def main(args: Config) -> None:
@@ -175,11 +180,15 @@ def main(args: Config) -> None:
             row |= {"dead": result.dead_fraction, "recovery": recovery(dictionary, sae.W_dec)}
             report(row | {"seconds": time.monotonic() - start})
         for name in args.peers if args.peers != ("none",) else ():
+            module, run = PEERS[name]
+            if not find_spec(module):
+                print(f"{name} is not installed: left out (pip install steersman[peers] for it)")
+                continue
             for batch_size in sorted({recipe.batch_size, 4096}):
                 batches = [b.x.float() for b in store.batches(batch_size, seed=args.seed)]
                 for lr in args.peer_rates:
                     start = time.monotonic()
-                    fvu, dead, W_dec = PEERS[name](batches, heldout, d_sae, k, lr)
+                    fvu, dead, W_dec = run(batches, heldout, d_sae, k, lr)
                     row = {"library": name, "lr": lr, "batch": batch_size, "fvu": fvu, "dead": dead}
                     report(row | {"recovery": recovery(dictionary, W_dec), "seconds": time.monotonic() - start})
         if args.out is not None:

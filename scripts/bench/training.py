@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def sparsify_step(args: Config, d_sae: int, x: torch.Tensor) -> Any:
     return step
 
 
-MAKERS = {"steersman": our_step, "eai-sparsify": sparsify_step}
+PEER = "eai-sparsify"
+MAKERS = {"steersman": our_step, PEER: sparsify_step}
 
 
 def made_batches(args: Config) -> torch.Tensor:
@@ -135,10 +137,13 @@ def main(args: Config) -> None:
     if args.child is not None:
         take_steps(args, args.child)
         return
+    makers = {name: make for name, make in MAKERS.items() if name != PEER or find_spec("sparsify")}
+    if PEER not in makers:
+        print(f"{PEER} is not installed: steersman alone (pip install steersman[peers] for both)")
     rows = []
     for d_sae in args.d_sae:
         batches = made_batches(args)
-        steps = {name: make(args, d_sae, batches[0]) for name, make in MAKERS.items()}
+        steps = {name: make(args, d_sae, batches[0]) for name, make in makers.items()}
         times: dict[str, list[float]] = {name: [] for name in steps}
         for i in range(args.steps + 3):
             for name, step in steps.items():
@@ -146,12 +151,13 @@ def main(args: Config) -> None:
                 step(batches[i % 3])
                 if i >= 3:
                     times[name].append(time.perf_counter() - start)
-        ratio = statistics.median(b / a for a, b in zip(times["steersman"], times["eai-sparsify"]))
         row: dict[str, Any] = {"d_sae": d_sae, "d_in": args.d_in, "k": args.k, "batch_size": args.batch_size}
         row |= {f"{name} ms": 1e3 * statistics.median(t) for name, t in times.items()}
         if args.memory:
             row |= {f"{name} peak MB": peak_mb(args, d_sae, name) for name in steps}
-        rows.append(row | {"ratio": ratio, "threads": torch.get_num_threads(), "torch": torch.__version__})
+        if PEER in times:
+            row["ratio"] = statistics.median(b / a for a, b in zip(times["steersman"], times[PEER]))
+        rows.append(row | {"threads": torch.get_num_threads(), "torch": torch.__version__})
         print(
             "  ".join(
                 f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
