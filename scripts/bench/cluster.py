@@ -4,7 +4,7 @@ in turn.
     python scripts/bench/cluster.py --rounds 3
 
 `caching` runs `cache_activations` in one process and in two started by `torchrun`, a thread each; timed is the call
-alone, from text to finished store, as the first rank sees it. `streaming` trains straight from a random Llama in one
+alone, from text to finished store, as rank 0 sees it. `streaming` trains straight from a random Llama in one
 process, in two ranks that both run it and train, and in two of which one runs it and one trains, a thread each; timed
 are the steps after the first quarter, as metrics.jsonl has them. `checkpoints` trains the same SAE with a checkpoint
 every 100 steps and with none, in one process, from a store to the saved folder.
@@ -94,7 +94,7 @@ def random_model(lm: LanguageModel, width: int) -> LanguageModel:
 
 
 def seconds_of_job(args: Config, part: str, ranks: int, model_ranks: int = 0) -> float:
-    """How long a job of so many ranks takes, as its first rank sees it."""
+    """How long a job of so many ranks takes, as its rank 0 sees it."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
         flags = {

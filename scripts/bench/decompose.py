@@ -20,7 +20,7 @@ from steersman import SAE, SAEConfig, decompose
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vectors: int = 100
-    """Vectors to take apart."""
+    """Vectors to decompose."""
     features: int = 32
     """Features of each."""
     d_in: int = 2304
