@@ -66,7 +66,7 @@ def rank_main(d_in: int, d_sae: int, k: int, batch: int, latent: int) -> None:
         for _ in range(3):
             trainer.step(rows.bfloat16())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-        plan = plan_run(PlanConfig(d_in=d_in, d_sae=d_sae, k=k, batch=batch, ranks=n, latent_shards=latent))
+        plan = plan_run(PlanConfig(d_in=d_in, d_sae=d_sae, k=k, batch_size=batch, ranks=n, latent_shards=latent))
         line = {"ranks": n, "latent": latent, "rank": rank, "peak_mb": round(peak / 1e6)}
         line |= {"plan_mb": round(plan.memory_bytes / 1e6), "ratio": round(plan.memory_bytes / peak, 3)}
         print(json.dumps(line), flush=True)
