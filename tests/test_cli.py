@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.commands import fails
 
 from steersman.cli import COMMANDS, main, usage
 from steersman.demo import MODEL_PATH, texts
@@ -27,17 +28,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train.yaml").write_text(f"store: {folder / 'acts'}\nd_sae: 128\nk: 8\nlog_every: 5\n")
     main(["train", "--config", str(folder / "train.yaml"), "--out", str(folder / "run"), "--k", "6"])
     return folder
-
-
-def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line that a mistaken command prints."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(list(argv))
-    assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("steersman: ")]
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def test_flags_win_over_the_file(work: Path) -> None:

@@ -4,7 +4,6 @@
 the same to the last digit; those that are computed here may differ as one CPU rounds differently from another.
 """
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.early_files import DATA, HOOK, training
 from support.ranks import run_ranks
 from torch import Tensor
 
@@ -21,15 +21,12 @@ from steersman import (
     EffectMap,
     LanguageModel,
     SteeringVector,
-    TrainConfig,
     collect_effects,
 )
 from steersman.cli import run
 from steersman.demo import MODEL_PATH
 
-DATA = Path(__file__).parent / "data" / "v0.1"
 EXPECTED: dict[str, Any] = json.loads((DATA / "expected.json").read_text())
-HOOK, EARLY = "blocks.2.hook_resid_post", "blocks.1.hook_resid_post"
 SAES = ("topk", "batch_topk", "jumprelu", "relu", "gated", "matryoshka", "groupmax", "transcoder")
 
 
@@ -159,16 +156,6 @@ def caching(out: Path) -> list[str]:
     command = ["cache", "--model", str(MODEL_PATH), "--text", str(text), "--hook", HOOK, "--out", str(out)]
     command += ["--tokens", "300", "--shard-rows", "120", "--context-length", "48", "--batch-size", "2"]
     return [*command, "--device", "cpu"]
-
-
-def training(out: Path, architecture: str, *more: str) -> list[str]:
-    # The setting was called activation.
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    flag = "--architecture" if "architecture" in names else "--activation"
-    command = ["train", "--store", str(DATA / "store"), "--hook", EARLY, "--out", str(out), flag, architecture]
-    command += ["--d-sae", "32", "--k", "4", "--batch-size", "32", "--tokens", "640", "--dead-after", "320"]
-    command += ["--log-every", "1", "--checkpoint-every", "10", "--keep-checkpoints", "1", "--device", "cpu"]
-    return [*command, "--heldout-fraction", "0.1", *more]
 
 
 def measuring(out: Path) -> Any:

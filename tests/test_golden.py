@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_earlier_versions import EARLY, HOOK, training
+from support.early_files import EARLY, HOOK, training
 
 from steersman import SAE
 from steersman.cli import run

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.commands import fails
 from support.tiny_models import toy_sae, with_text
-from test_cli import fails
 
 from steersman import LanguageModel, SteersmanError, TrainConfig, cache_activations, decompose, train_sae
 from steersman.cli import main
