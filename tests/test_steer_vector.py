@@ -24,11 +24,6 @@ W = SteeringVector.of(B, hook_name=HOOK, model_name="org/Llama", method="caa")
 TWO = SteeringVector(directions={HOOK: A, OTHER: B}, model_name="llama")
 
 
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return with_text("llama")
-
-
 def test_arithmetic() -> None:
     torch.testing.assert_close((V + W).vector, A + B)
     torch.testing.assert_close((V - W).vector, A - B)

@@ -19,6 +19,7 @@ from steersman.train.capture.parallel_cache import SharedStore
 DOCUMENTS = word_documents(90, seed=3)
 OPTIONS: dict[str, Any] = {"hook": (HOOK, "blocks.0.hook_mlp_out"), "context_length": 16, "batch_size": 4}
 OPTIONS |= {"shard_rows": 300, "timeout_seconds": 30.0}
+pytestmark = pytest.mark.usefixtures("no_progress")
 
 
 def cache(out: str, options: dict[str, Any], killed_rank: int = -1, after_shards: int = 0) -> str:
@@ -44,11 +45,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "acts"
     cache(str(out), {**OPTIONS, "tokens": 1901})
     return out
-
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STEERSMAN_PROGRESS", "0")
 
 
 @pytest.mark.parametrize("n", [2, 4])
