@@ -210,11 +210,16 @@ def test_wrong_input(lm: LanguageModel, options: dict[str, Any], message: str) -
         evaluate_steering(lm, arguments.pop("vector"), arguments.pop("prompts"), **arguments)
 
 
-def test_wrong_settings() -> None:
-    for options, message in [
-        ({"scale": (1.0, 1.0)}, "a scale is repeated"), ({"samples": 0}, "at least 1"),
-        ({"temperature": 0.0, "samples": 2}, "greedy"), ({"temperature": -1.0}, "greedy"),
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": (1.0, 1.0)}, "a scale is repeated"),
+        ({"samples": 0}, "at least 1"),
+        ({"temperature": 0.0, "samples": 2}, "greedy"),
+        ({"temperature": -1.0}, "greedy"),
         ({"scale": (float("nan"),)}, "finite"),
-    ]:  # fmt: skip
-        with pytest.raises(SteersmanError, match=message):
-            EvaluationConfig(**options)  # pyright: ignore[reportArgumentType]
+    ],
+)
+def test_wrong_settings(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SteersmanError, match=message):
+        EvaluationConfig(**options)
