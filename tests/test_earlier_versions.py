@@ -1,4 +1,4 @@
-"""What earlier versions wrote opens, says what it said, and goes on where it was cut short.
+"""What earlier versions wrote opens, says what it said, and is resumed where it was cut short.
 
 `tests/data/v0.1` holds small files of version 0.1.0; its README says how each was made. Numbers that are only read are
 the same to the last digit; those that are computed here may differ as one CPU rounds differently from another.
@@ -229,7 +229,7 @@ def _settings(name: str) -> tuple[str, ...]:
     return architecture, *more
 
 
-def test_an_unfinished_store_goes_on_to_its_end(tmp_path: Path) -> None:
+def test_an_unfinished_store_is_resumed_to_its_end(tmp_path: Path) -> None:
     folder = copied("unfinished_store", tmp_path)
     done = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
     assert done
@@ -242,7 +242,7 @@ def test_an_unfinished_store_goes_on_to_its_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
 @pytest.mark.parametrize("name", ["unfinished_run", "unfinished_run_of_2"])
-def test_an_unfinished_run_goes_on_to_its_end(name: str, n_ranks: int, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_resumed_to_its_end(name: str, n_ranks: int, tmp_path: Path) -> None:
     folder = copied(name, tmp_path)
     command = training(folder, *_settings(name))
     if n_ranks == 1:
@@ -258,6 +258,6 @@ def test_the_sae_of_a_checkpoint_can_be_taken_out(name: str, tmp_path: Path) -> 
     assert_alike(of_sae(SAE.load(tmp_path / "sae")), EXPECTED["checkpoints"][name], 1e-4)
 
 
-def test_unfinished_effects_go_on_to_their_end(tmp_path: Path) -> None:
+def test_unfinished_effects_are_resumed_to_their_end(tmp_path: Path) -> None:
     folder = copied("unfinished_effects", tmp_path)
     assert_alike(of_effects(measuring(folder)), EXPECTED["effects"], 1e-3)

@@ -30,7 +30,7 @@ CASES: dict[str, list[str]] = {
 
 
 def losses(name: str, out: Path) -> dict[str, Any]:
-    """The losses of the first ten steps, the share of dead features there, and what is left unexplained at the end."""
+    """The losses of ten steps, the fraction of dead features at the tenth, and the unexplained variance at the end."""
     command = training(out, "batch_topk" if name == "batch_topk" else "topk", "--seed", "4", *CASES[name])
     if name == "streamed":
         i = command.index("--store")

@@ -49,7 +49,7 @@ def test_effects_are_differences_to_the_unsteered() -> None:
     assert float((shard.effect / spread).abs().max()) > 10
 
 
-def test_interrupted_work_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_work_is_resumed_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, sae = toy()
     options: dict[str, Any] = {"scale_rule": "kl", "scale_target": 0.05}
     collect_effects(lm, sae, TEXTS, quick(out=str(tmp_path / "whole"), **options))

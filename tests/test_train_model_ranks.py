@@ -127,7 +127,7 @@ def test_a_model_rank_sends_what_the_plan_says(text: str, tmp_path: Path) -> Non
     assert steps[0].sum() == pytest.approx(4 * plan_run(plan).from_model, rel=0.1)
 
 
-def test_what_takes_long_but_goes_on_is_waited_for(text: str, alone: Path, tmp_path: Path) -> None:
+def test_what_takes_long_but_advances_is_waited_for(text: str, alone: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, model_ranks=1, timeout_seconds=2.0)
     out = tmp_path / "run"
     assert run_ranks(2, train_from_stream, text, {**STREAM, "load_seconds": 4}, config, str(out))[0][0] == "done"

@@ -1,4 +1,4 @@
-"""Updaters: the fused one equals the ordinary one, goes on exactly where it stopped, and refuses what it cannot do."""
+"""Updaters: the fused one equals the ordinary one, resumes exactly where it stopped, and refuses what it cannot do."""
 
 from dataclasses import replace
 from pathlib import Path
