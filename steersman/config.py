@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from steersman.errors import SteersmanError, near_names
 
+__all__ = ["differences", "identity", "merged", "part_of", "setting"]
+
 T = TypeVar("T")
 
 
