@@ -53,18 +53,21 @@ def test_the_input_of_a_block_is_the_output_of_the_last() -> None:
             to_module_path(hook)
 
 
-def test_models() -> None:
-    for short, long in {
-        "gpt2-small": "gpt2",
-        "gemma-2-2b": "google/gemma-2-2b",
-        "pythia-70m-deduped": "EleutherAI/pythia-70m-deduped",
-        "Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
-        "somebody/gemma-2-2b-tuned": "somebody/gemma-2-2b-tuned",
-        "unheard-of": "unheard-of",
-        "": "",
-    }.items():
-        assert to_model_name(short) == long
-        assert to_transformer_lens_model(long) == short
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ("gpt2-small", "gpt2"),
+        ("gemma-2-2b", "google/gemma-2-2b"),
+        ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped"),
+        ("Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
+        ("somebody/gemma-2-2b-tuned", "somebody/gemma-2-2b-tuned"),
+        ("unheard-of", "unheard-of"),
+        ("", ""),
+    ],
+)
+def test_models(short: str, long: str) -> None:
+    assert to_model_name(short) == long
+    assert to_transformer_lens_model(long) == short
 
 
 def test_folders() -> None:
