@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from steersman.allocator import keep_freed_memory
+from steersman.config import default_of, read_yaml
 from steersman.errors import LostRankError, SteersmanError, UnfinishedError, near_names
-from steersman.yaml_settings import default_of, read_yaml
 
 log = logging.getLogger(__name__)
 

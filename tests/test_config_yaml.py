@@ -7,8 +7,8 @@ from typing import Any, Literal
 import pytest
 import yaml
 
+from steersman.config import read_yaml, typed
 from steersman.errors import SteersmanError
-from steersman.yaml_settings import read_yaml, typed
 
 
 @dataclass(frozen=True, kw_only=True)
