@@ -24,8 +24,6 @@ def test_metrics_equal_their_definitions_over_uneven_batches() -> None:
     assert got.relative_norm == pytest.approx(float((X_hat.norm(dim=1) / X.norm(dim=1)).mean()), rel=1e-5)
     assert got.n_tokens == 500
     assert (got.record()["dead_share"], got.record()["dense_share"]) == (got.dead_fraction, got.dense_fraction)
-    with pytest.warns(DeprecationWarning, match="Reconstruction.dead_share is dead_fraction now"):
-        assert got.dead_share == got.dead_fraction  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_predicting_the_mean_scores_exactly_one() -> None:

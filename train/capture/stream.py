@@ -18,7 +18,7 @@ from steersman.lm import LanguageModel
 from steersman.train.capture.capture import Capture, CaptureConfig
 from steersman.train.capture.shuffling import NeededRows, needed_rows, stage_order
 from steersman.train.capture.stream_rows import StreamRows, batch_of, joined
-from steersman.train.store.batch import ActivationBatch
+from steersman.train.store.batch import ActivationBatch, batches_in
 from steersman.train.store.shards import DTYPES
 from steersman.train.store.statistics import (
     SKIP_NEEDS_ONE_PROCESS,
@@ -111,14 +111,14 @@ class ActivationStream:
         return [self.hook_name]
 
     @property
-    def model_name(self) -> str:
-        """The model that runs."""
-        return self._capture.lm.name
-
-    @property
     def buffer_rows(self) -> int:
         """Rows of the buffer that shuffles."""
         return self.config.buffer_rows
+
+    @property
+    def model_name(self) -> str:
+        """The model that runs."""
+        return self._capture.lm.name
 
     @property
     def d_in(self) -> int:
@@ -130,13 +130,9 @@ class ActivationStream:
         """Type of the activations given out."""
         return DTYPES[self.config.rows_dtype][0]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that identify the model's name, the text and all settings."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
         config, capture = self.config, self._capture
         content = [self.model_name, capture.text.identity(), asdict(capture.settings), config.rows_dtype, config.tokens]
         content += [config.buffer_rows, self._heldout_rows, self._skip_bad]
@@ -161,7 +157,7 @@ class ActivationStream:
         """Batches of an epoch: counted by tokenizing the text once where its length is known, else from `tokens`; None
         for a text without end. `heldout_fraction` is a store's: a stream holds out `heldout_rows` rows."""
         rows = len(self._heldout[0]) if self._check_split(split) == "heldout" else self._n_train_rows
-        return None if rows is None else rows // batch_size if drop_last else -(-rows // batch_size)
+        return None if rows is None else batches_in(rows, batch_size, drop_last)
 
     @cached_property
     def _n_train_rows(self) -> int | None:

@@ -33,7 +33,7 @@ from steersman.train.capture.capture import in_background
 from steersman.train.capture.stream import ActivationStream
 from steersman.train.capture.stream_rows import StreamRows, batch_of
 from steersman.train.mesh.preemption import Preemption
-from steersman.train.store.batch import ActivationBatch, ActivationSource
+from steersman.train.store.batch import ActivationBatch, ActivationSource, batches_in
 from steersman.train.store.statistics import ActivationStats
 
 _FACTS, _BUSY, _FAILED, _END = -1, -2, -3, -4
@@ -351,7 +351,7 @@ class RemoteStream:
     ) -> int | None:
         """As of the stream."""
         rows = self._facts.rows[split]
-        return None if rows is None else rows // batch_size if drop_last else -(-rows // batch_size)
+        return None if rows is None else batches_in(rows, batch_size, drop_last)
 
     def batches(
         self,

@@ -33,26 +33,8 @@ class SharedStream:
 
     def __init__(self, stream: ActivationStream, ranks: Ranks) -> None:
         self._stream, self._ranks = stream, ranks
-
-    @property
-    def hook_name(self) -> str:
-        """The hook point, by its canonical name."""
-        return self._stream.hook_name
-
-    @property
-    def model_name(self) -> str:
-        """The model that runs."""
-        return self._stream.model_name
-
-    @property
-    def d_in(self) -> int:
-        """Width D of the hook point."""
-        return self._stream.d_in
-
-    @property
-    def fingerprint(self) -> str:
-        """That of the stream."""
-        return self._stream.fingerprint
+        self.hook_name, self.model_name, self.d_in = stream.hook_name, stream.model_name, stream.d_in
+        self.fingerprint = stream.fingerprint
 
     def stats(self) -> ActivationStats:
         """Those of the stream, for which every rank runs the model over all of its rows."""

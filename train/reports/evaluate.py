@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steersman.config import merged
-from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.origin import Origin, check_sae_fits
@@ -26,7 +25,6 @@ from steersman.train.reports.features import BATCH_ROWS
 from steersman.train.store.store import ActivationStore
 
 
-@renamed_fields(ce_unsteered="ce_clean", ce_spliced="ce_with_sae", ce_recovered="ce_loss_score")
 @dataclass(frozen=True, kw_only=True)
 class SplicedLoss:
     """What replacing the residual stream by its reconstruction does to the model, in nats per predicted token."""
