@@ -20,6 +20,7 @@ import torch
 
 from steersman.errors import SteersmanError, near_names
 from steersman.lm.origin import Origin, canonical_hook, check_same_origin
+from steersman.sae import SAE
 from steersman.train.store.batch import ActivationBatch, RowInfo, batches_in
 from steersman.train.store.manifest import ROWS, STATISTICS, Manifest
 from steersman.train.store.mapping import MappedShards, first_slots
@@ -178,9 +179,10 @@ class ActivationStore:
         """Width D of a hook point (the first one by default)."""
         return self.manifest.hooks[self._hook(hook)]
 
-    def hook_of(self, what: str, origin: Origin) -> str:
-        """The hook point that `what` of `origin` reads; the first where it records none. Raises a SteersmanError naming
-        both sides when it is of another model, hook point or width."""
+    def hook_of(self, sae: SAE) -> str:
+        """The hook point that an SAE reads; the first where it records none. Raises a SteersmanError naming both sides
+        when it is of another model, hook point or width."""
+        what, origin = "the SAE", Origin.of_sae(sae)
         hook = canonical_hook(origin.hook_name or self.hook_name)
         if hook not in self.manifest.hooks:
             raise SteersmanError(f"{what} reads {hook}, the store {self.path} holds {', '.join(self.hook_names)}")
@@ -205,17 +207,17 @@ class ActivationStore:
 
     def row_info(self, rows: torch.Tensor | np.ndarray) -> RowInfo:
         """Token ids, document ids and positions of any rows [n], in the order given."""
+        return self._rows.take(self._numbers(rows))
+
+    def _numbers(self, rows: torch.Tensor | np.ndarray) -> np.ndarray:
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.n_rows):
             raise SteersmanError(f"{self.path}: row {rows.min()} or {rows.max()} is not among its {self.n_rows} rows")
-        return self._rows.take(rows)
+        return rows
 
     def activations(self, rows: torch.Tensor | np.ndarray, hook: str | None = None) -> torch.Tensor:
         """The activations [n, D] of any rows [n], in the order given, in the store's type."""
-        mapped = self._mapped(self._hook(hook))
-        rows = np.asarray(rows, dtype=np.int64)
-        if len(rows) and not (rows.min() >= 0 and rows.max() < self.n_rows):
-            raise SteersmanError(f"{self.path}: row {rows.min()} or {rows.max()} is not among its {self.n_rows} rows")
+        mapped, rows = self._mapped(self._hook(hook)), self._numbers(rows)
         shards = np.searchsorted(self._rows.ends, rows, side="right") - 1
         return self._gather([mapped], rows - self._rows.ends[shards] + self._first_slots[shards])
 
