@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        print("steersman: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("steersman: interrupted; the same command resumes where it stopped", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--d-in", type=int, default=2304)
     parser.add_argument("--d-sae", type=int, default=16_384)
     parser.add_argument("--planted", type=int, default=16, help="decoder rows in each vector")
-    parser.add_argument("--noise", type=float, default=1.0, help="norm of the noise, as a share of the vector's")
+    parser.add_argument("--noise", type=float, default=1.0, help="norm of the noise, as a fraction of the vector's")
     parser.add_argument("--check", type=int, default=8, help="vectors compared with the plain implementation")
     parser.add_argument("--pursuit", choices=("exact", "gradient"), default="exact")
     parser.add_argument("--device", default="cpu")

@@ -6,7 +6,7 @@ export STEERSMAN_PROGRESS=0
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # run_and_requeue SUBCOMMAND FLAGS...: `steersman SUBCOMMAND` on every task. srun passes exit codes on, where torchrun
-# would not: 75 means that the work was cut short and the same command goes on with it.
+# would not: 75 means that the work was cut short and the same command resumes it.
 run_and_requeue() {
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))

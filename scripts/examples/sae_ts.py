@@ -3,7 +3,7 @@
     python scripts/examples/sae_ts.py --sae runs/demo --out effects --feature 12
     torchrun --nproc-per-node 2 scripts/examples/sae_ts.py --sae runs/demo --out effects --feature 12  # shared out
 
-Without --model the bundled one is used and held-out text comes from its grammar. The first run measures (it goes on
+Without --model the bundled one is used and held-out text comes from its grammar. The first run measures (it resumes
 where it stopped when interrupted), later ones take the measured effects from the folder. The vector is then compared
 with the feature's own decoder row, at the same rise in loss: what each does to the feature, and to all others.
 """

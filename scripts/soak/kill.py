@@ -2,7 +2,7 @@
 
 A job of `--ranks` processes caches activations of the bundled model and then trains on them, started by `torchrun`. In
 each round one random rank gets SIGKILL after a random time, which falls into caching, training or the writing of a
-checkpoint; the same command then goes on. When a job has ended, its store and SAE must have the bytes of an
+checkpoint; the same command then resumes. When a job has ended, its store and SAE must have the bytes of an
 uninterrupted one, and the next job begins. With `--model-ranks` the job trains straight from the model instead, which
 so many of the ranks run.
 

@@ -84,15 +84,15 @@ class EffectMap:
         """Fit a map to measured effects; vectors whose scale was not reached are left out.
 
         `method`: `closed` (ridge regression; `ridge` None chooses by generalised cross-validation) or `adam` (with
-        `lr`, `epochs` and `batch_size`). The share `heldout` of the vectors is kept for the scores and takes no part in
-        the fit. Raises SteersmanError for too few vectors for the map's width.
+        `lr`, `epochs` and `batch_size`). The fraction `heldout` of the vectors is kept for the scores and takes no part
+        in the fit. Raises SteersmanError for too few vectors for the map's width.
         """
         if method not in ("closed", "adam"):
             raise SteersmanError(f"unknown method {method!r}: use 'closed' or 'adam'")
         if adam and method != "adam":
             raise SteersmanError(f"{', '.join(adam)} are settings of method='adam'")
         if not 0 <= heldout < 1:
-            raise SteersmanError(f"heldout is a share of the vectors, from 0 to below 1, got {heldout}")
+            raise SteersmanError(f"heldout is a fraction of the vectors, from 0 to below 1, got {heldout}")
         reached = effects.column("reached")
         used = reached.nonzero()[:, 0]
         order = torch.randperm(len(used), generator=torch.Generator().manual_seed(seed))
@@ -249,7 +249,7 @@ class EffectMap:
         """The unit vector that raises the target features and as little else as `ridge` allows.
 
         `ridge` is mu in the page's formulas: infinite is SAE-TS, 0 the pseudo-inverse; `ridge_unit` is the scale
-        between. `bias_weight` is the share of the general effect b that is worked against. Raises SteersmanError for
+        between. `bias_weight` is the fraction of the general effect b that is worked against. Raises SteersmanError for
         targets as `targets` does.
         """
         if math.isnan(ridge) or ridge < 0:

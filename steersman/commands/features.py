@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from steersman.commands.options import ComputeOptions, on_kernels
-from steersman.lm.origin import Origin, check_sae_fits
+from steersman.lm.origin import check_sae_fits
 from steersman.sae.formats.saelens import save_statistics
 from steersman.train import ActivationStore
 from steersman.train.reports.features import features_to_text, summarize_features
@@ -37,7 +37,7 @@ class FeaturesCommand(ComputeOptions):
 def run(config: FeaturesCommand) -> None:
     """`steersman features`."""
     sae, store = config.load_sae(config.sae), ActivationStore.open(config.store)
-    hook = store.hook_of("the SAE", Origin.of_sae(sae))
+    hook = store.hook_of(sae)
     lm = config.load_model(config.model)
     check_sae_fits(lm, sae, hook)
     for feature in config.feature:

@@ -16,7 +16,7 @@ class TrainCommand(TrainConfig):
     --hook)."""
 
     out: str
-    """Run folder. A run that was interrupted goes on; a finished one is left as it is."""
+    """Run folder. A run that was interrupted is resumed; a finished one is left as it is."""
     store: str | None = None
     """Folder of a store that `steersman cache` wrote."""
     hook: str | None = None
@@ -36,7 +36,7 @@ def run(config: TrainCommand) -> None:
     settings = part_of(TrainConfig, config)
     sae = train_sae(_source(config), settings, config.out)
     if rank_and_world_size()[0]:
-        return  # one of several ranks speaks
+        return  # only rank 0 prints
     heldout = sae.cfg.metadata["heldout"]
     measured = f"FVU {heldout['fvu']:.4f}, L0 {heldout['l0']:.1f}, dead {100 * heldout['dead_share']:.2f} %"
     print(f"{config.out}: {sae.cfg.d_sae} features at {sae.cfg.hook_name}; held out: {measured}")

@@ -93,8 +93,8 @@ class ActivationStream:
     def run_part(self, part: int, n_parts: int) -> None:
         """From now on run the model over every `n_parts`-th forward batch alone, beginning with batch `part`.
 
-        Of the rows of the others only what their tokens tell is known, as other processes have them; `whole_batches`
-        gives both. Called before anything is read.
+        Of the rows of the others only what follows from their tokens is known, as other processes have them;
+        `whole_batches` gives both. Called before anything is read.
         """
         if self._skip_bad:
             raise SteersmanError(SKIP_NEEDS_ONE_PROCESS)
@@ -193,7 +193,7 @@ class ActivationStream:
 
         From `start` on, the batches are those that a full pass would give: the text before is tokenized again, but the
         model runs only over what is still in the buffer then (with on_nonfinite="skip", over all of it). Each rank runs
-        the model itself and takes its share of each batch. Nothing is prefetched: the model is the slower part.
+        the model itself and takes its part of each batch. Nothing is prefetched: the model is the slower part.
         """
         self._check_hook(hook)
         if not 0 <= rank < world_size or batch_size % world_size:
@@ -201,8 +201,8 @@ class ActivationStream:
         whole = self.whole_batches(
             batch_size, split=split, shuffle=shuffle, seed=seed, epoch=epoch, start=start, drop_last=drop_last
         )
-        shares = (rows.share(rank, world_size) for rows in whole)
-        return (batch_of(rows.x, rows.info) for rows in shares)
+        parts = (rows.split(rank, world_size) for rows in whole)
+        return (batch_of(rows.x, rows.info) for rows in parts)
 
     def whole_batches(
         self,

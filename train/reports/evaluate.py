@@ -17,7 +17,7 @@ from torch import Tensor
 from steersman.config import merged
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.lm.origin import Origin, check_sae_fits
+from steersman.lm.origin import check_sae_fits
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.sae.metrics import Reconstruction, measure_reconstruction
@@ -106,7 +106,7 @@ def evaluate_sae(
         SteersmanError: SAE, store and model do not belong together; a model without texts.
     """
     config = merged(EvaluateConfig, config, overrides)
-    hook = store.hook_of("the SAE", Origin.of_sae(sae))
+    hook = store.hook_of(sae)
     split: Any = {"split": config.split, "heldout_fraction": config.heldout_fraction, "drop_last": False}
     batches = store.batches(BATCH_ROWS, hook=hook, shuffle=False, **split)
     bar = progress(batches, desc="reconstruction", total=store.n_batches(BATCH_ROWS, **split), unit="batch")
