@@ -12,6 +12,7 @@ from steersman.errors import SteersmanError
 from steersman.kernels import torch_ops
 
 Implementation = Literal["auto", "triton", "torch"]
+"""Names of the implementations of the kernels."""
 
 _IMPLEMENTATIONS = ("auto", "triton", "torch")
 

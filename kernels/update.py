@@ -26,7 +26,9 @@ from torch import Tensor
 from steersman.kernels import reference, rounding, torch_ops
 
 RuleName = Literal["adam", "adam_touched", "signum", "signum_touched"]
+"""Names of the update rules of the fused update."""
 StateDtype = Literal["float32", "bfloat16", "int8"]
+"""What the moments of the weights are kept in."""
 
 ROWS_AT_ONCE = 1024
 """Rows that are updated together: their temporaries stay in cache."""

@@ -13,6 +13,7 @@ from steersman.sae.base import SAE, FeatureStats, SparseCode
 from steersman.sae.config import SAEConfig
 from steersman.sae.formats import load
 from steersman.sae.formats.saelens import save
+from steersman.sae.metrics import Reconstruction, measure_reconstruction
 from steersman.sae.training import AuxTerm, Latents, Step, TrainingCode, TrainingState
 
 # Here, because the formats build on the SAE.
@@ -31,6 +32,7 @@ __all__ = [
     "Latents",
     "MatryoshkaSAE",
     "ReLUSAE",
+    "Reconstruction",
     "SAEConfig",
     "SparseCode",
     "Step",
@@ -39,4 +41,5 @@ __all__ = [
     "TrainingState",
     "auxk_gradients",
     "auxk_loss",
+    "measure_reconstruction",
 ]

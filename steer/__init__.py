@@ -17,11 +17,13 @@ from steersman.steer.edits import MODES, UNITS, AttentionBiasEdit, Edit, Functio
 from steersman.steer.effects.collect import collect_effects
 from steersman.steer.effects.config import EffectsConfig
 from steersman.steer.effects.fgaa import fgaa_targets
+from steersman.steer.effects.fit import LinearFit, ridge_fit
 from steersman.steer.effects.folder import Effects
 from steersman.steer.effects.map import EffectMap
 from steersman.steer.effects.verify import Verification, verify_effect
-from steersman.steer.evaluation import EvaluationConfig, SteeringEvaluation, evaluate_steering
+from steersman.steer.evaluation import Estimate, EvaluationConfig, SteeringEvaluation, bootstrap, evaluate_steering
 from steersman.steer.feature_values import parse_features
+from steersman.steer.measures import generated_tokens, token_kl, token_nll
 from steersman.steer.methods import METHODS, ContrastConfig, contrast
 from steersman.steer.scale_search import ScaleSearch, search_scale
 from steersman.steer.scope import Scope
@@ -45,9 +47,11 @@ __all__ = [
     "EffectMap",
     "Effects",
     "EffectsConfig",
+    "Estimate",
     "EvaluationConfig",
     "FeatureOutcome",
     "FunctionEdit",
+    "LinearFit",
     "LogitsEdit",
     "Retention",
     "ScaleSearch",
@@ -62,18 +66,23 @@ __all__ = [
     "VectorEdit",
     "Verification",
     "blend",
+    "bootstrap",
     "calibrate",
     "collect_effects",
     "contrast",
     "decompose",
     "evaluate_steering",
     "fgaa_targets",
+    "generated_tokens",
     "load_labels",
     "measure_retention",
     "parse_features",
     "plot_decompositions",
+    "ridge_fit",
     "search_scale",
     "steer_and_compare",
+    "token_kl",
+    "token_nll",
     "verify_effect",
 ]
 

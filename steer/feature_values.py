@@ -27,3 +27,14 @@ def parse_features(texts: Sequence[str]) -> dict[int, float]:
     if not features:
         raise SteersmanError("no feature named: give --feature id=value")
     return features
+
+
+def feature_ids(texts: Sequence[str]) -> list[int]:
+    """Feature ids from texts of the same form, where a value has no meaning and is refused. Nothing gives nothing.
+
+    >>> feature_ids(["12", "40"])
+    [12, 40]
+    """
+    if valued := next((text for text in texts if "=" in text), None):
+        raise SteersmanError(f"feature {valued!r}: only the id is wanted here, such as {valued.partition('=')[0]}")
+    return list(parse_features(texts)) if texts else []

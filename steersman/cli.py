@@ -45,6 +45,7 @@ COMMANDS: dict[str, Command] = {
     "quickstart": Command("steersman.demo.quickstart:run", "see everything at once on the bundled model"),
     "cache": Command("steersman.commands.cache:run", "run a model over text and store its activations"),
     "train": Command("steersman.commands.train:run", "train an SAE on a store, or straight from a model"),
+    "sweep": Command("steersman.commands.sweep:run", "train many SAEs from one reading of a store"),
     "eval": Command("steersman.commands.eval:run", "measure an SAE: reconstruction, effect on the model"),
     "features": Command("steersman.commands.features:run", "see what each feature fires on and writes"),
     "plan": Command("steersman.commands.plan:run", "memory, network and time that a training run needs"),

@@ -18,6 +18,8 @@ import yaml
 
 from steersman.errors import SteersmanError, near_names
 
+__all__ = ["differences", "identity", "merged", "part_of", "setting"]
+
 T = TypeVar("T")
 
 

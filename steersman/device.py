@@ -6,6 +6,8 @@ import torch
 
 from steersman.errors import SteersmanError
 
+__all__ = ["local_rank", "pick_device", "usable_cores"]
+
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
     """The device `name` means; a `torch.device` is returned as it is.

@@ -1,5 +1,7 @@
 """The one exception a user of Steersman needs to know."""
 
+__all__ = ["LostRankError", "PreemptedError", "SteersmanError", "UnfinishedError", "near_names"]
+
 
 class SteersmanError(ValueError):
     """A mistake in what the user asked for or in a file they named.

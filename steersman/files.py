@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 
 from steersman.errors import SteersmanError
 
+__all__ = ["format_bytes", "fsync_folder", "make_folder", "write_bytes", "write_json", "write_text", "write_whole"]
+
 
 def temporary_path(path: Path) -> Path:
     """Where a file is written before it gets the name `path`."""

@@ -22,6 +22,8 @@ from torch import Tensor
 from steersman.device import local_rank
 from steersman.errors import LostRankError, SteersmanError
 
+__all__ = ["Mesh", "RankGroup", "Ranks", "comm_errors", "process_group", "rank_and_world_size", "use_local_accelerator"]
+
 # Newer PyTorch has other names for the same functions.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from steersman.errors import SteersmanError, near_names
 
+__all__ = ["Registry"]
+
 T = TypeVar("T")
 
 

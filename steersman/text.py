@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 from steersman.errors import SteersmanError, near_names
 
+__all__ = ["TextSource", "open_text", "read_texts"]
+
 log = logging.getLogger(__name__)
 
 TxtDocuments = Literal["line", "paragraph", "file"]

@@ -169,3 +169,19 @@ def test_groups_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_mistakes_get_one_line(work: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in fails(capsys, "vector", *(arg.replace("{}", str(work)) for arg in argv))
+
+
+def test_features_are_named_one_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sae = SAE(SAEConfig(d_in=8, d_sae=32, k=2, hook_name="blocks.0.hook_resid_post"))
+    sae.save(tmp_path / "sae")
+    make = ["vector", "make", "--sae", str(tmp_path / "sae"), "--out", str(tmp_path / "v.safetensors")]
+    main([*make, "--feature", "3"])
+    assert SteeringVector.load(tmp_path / "v.safetensors").vector.equal(sae.W_dec[3].detach())
+    main([*make, "--feature", "3=2", "--feature", "5=-0.5"])
+    expected = 2 * sae.W_dec[3].detach() - 0.5 * sae.W_dec[5].detach()
+    assert torch.allclose(SteeringVector.load(tmp_path / "v.safetensors").vector, expected, atol=1e-6)
+    for command in (["features", "--store", "x", "--model", "x"], ["evaluate", "--model", "x", "--vector", "x"]):
+        more = ["--prompts", "x", "--out", "x"] if command[0] == "evaluate" else []
+        with pytest.raises(SystemExit):
+            main([*command, "--sae", "x", *more, "--feature", "3=2"])
+        assert "feature '3=2': only the id is wanted here, such as 3" in capsys.readouterr().err

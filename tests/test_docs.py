@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -47,6 +48,13 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
             for line in filter(None, text.splitlines()):
                 printed[line.partition("#")[0].strip()] = run_line(line, folder)
     return folder, printed
+
+
+def test_the_page_of_public_names_is_what_the_script_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "scripts" / "dev" / "api_page.py"))["main"]()
+    assert capsys.readouterr().out == (ROOT / "docs" / "api.md").read_text(), (
+        "python scripts/dev/api_page.py > docs/api.md"
+    )
 
 
 def test_every_file_is_run_or_used(walked: tuple[Path, dict[str, str]]) -> None:

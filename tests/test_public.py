@@ -47,7 +47,8 @@ def test_every_public_name_is_there_and_used(face: str) -> None:
     module = importlib.import_module(face)
     assert sorted(set(module.__all__)) == sorted(module.__all__)
     tests = [path.read_text() for path in (ROOT / "tests").rglob("*.py") if path.name != "test_public.py"]
-    texts = [*tests, *(source for _, source in users()), (ROOT / "README.md").read_text()]
+    pages = [path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]]
+    texts = [*tests, *pages, *(source for _, source in users())]
     words = set(re.findall(r"\w+", "\n".join(texts)))
     unused = [name for name in module.__all__ if getattr(module, name) is None or name not in words]
     assert not unused

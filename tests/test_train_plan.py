@@ -9,7 +9,7 @@ from support.sharded_jobs import bytes_sent
 from steersman.errors import SteersmanError
 from steersman.train.reports.plan import PlanConfig, plan_run
 
-SHAPE: dict[str, Any] = {"d_in": 96, "d_sae": 512, "k": 8, "batch": 512, "store_dtype": "float32"}
+SHAPE: dict[str, Any] = {"d_in": 96, "d_sae": 512, "k": 8, "batch_size": 512, "store_dtype": "float32"}
 LARGE = {**SHAPE, "d_in": 1024, "d_sae": 1 << 16}  # the update is what needs most
 
 
@@ -49,7 +49,7 @@ def test_memory_falls_with_the_ranks_that_share_it() -> None:
 
 
 def test_memory_is_that_of_the_moment_that_needs_most() -> None:
-    few_rows, many_rows = (plan_run(PlanConfig(**{**LARGE, "batch": n})).memory for n in (512, 1 << 20))
+    few_rows, many_rows = (plan_run(PlanConfig(**{**LARGE, "batch_size": n})).memory for n in (512, 1 << 20))
     assert "update, exchange" in few_rows
     assert "update, exchange" not in many_rows
     assert many_rows["batch"] == (1 << 20) * 1024 * (2 * 4 + 4 * 4)
@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_named(options: dict[str, Any], message: str) -> No
 def test_the_command_prints_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     from steersman.cli import run
 
-    run(["plan", "--d-in", "2304", "--d-sae", "65536", "--k", "64", "--batch", "4096", "--ranks", "8"])
+    run(["plan", "--d-in", "2304", "--d-sae", "65536", "--k", "64", "--batch-size", "4096", "--ranks", "8"])
     text = capsys.readouterr().out
     assert "1 data x 8 latent ranks" in text
     for item in ("optimiser state", "reconstruction", "network", "together"):

@@ -343,3 +343,17 @@ def test_weights_and_biases_offline(store: ActivationStore, tmp_path: Path, monk
 def test_unknown_device(store: ActivationStore, tmp_path: Path) -> None:
     with pytest.raises(SteersmanError, match="device 'tpu9' cannot be used"):
         train_sae(store, replace(CONFIG, device="tpu9"), tmp_path / "run")
+
+
+def test_settings_by_name_and_a_stores_folder(tmp_path: Path) -> None:
+    rows = torch.randn(3000, 16, generator=torch.Generator().manual_seed(1))
+    ActivationStore.from_tensors([rows], str(tmp_path / "acts"), "blocks.0.hook_resid_post", dtype="float32")
+    base = TrainConfig(d_sae=32, k=2, device="cpu")
+    sae = train_sae(str(tmp_path / "acts"), base, tmp_path / "a", k=4)
+    assert sae.cfg.k == 4
+    again = train_sae(tmp_path / "acts", d_sae=32, k=4, device="cpu", out=tmp_path / "b")
+    assert again.W_dec.equal(sae.W_dec)
+    with pytest.raises(SteersmanError, match="unknown setting 'kk'"):
+        train_sae(tmp_path / "acts", base, tmp_path / "c", kk=4)
+    with pytest.raises(SteersmanError, match="needs out="):
+        train_sae(tmp_path / "acts", base)

@@ -6,6 +6,7 @@ from steersman.train.capture.capture import CaptureConfig
 from steersman.train.capture.stream import ActivationStream, StreamConfig, stream_activations
 from steersman.train.reports.evaluate import EvaluateConfig, Evaluation, evaluate_sae
 from steersman.train.reports.features import FeatureReport, FeaturesConfig, summarize_features
+from steersman.train.reports.plan import PlanConfig, RunPlan, plan_run
 from steersman.train.run.recipe import Recipe, TrainConfig, resolve
 from steersman.train.run.run import train_sae
 from steersman.train.run.sweep import SweepConfig, SweepRun, train_many
@@ -28,8 +29,10 @@ __all__ = [
     "FeatureReport",
     "FeaturesConfig",
     "HookView",
+    "PlanConfig",
     "Recipe",
     "RowInfo",
+    "RunPlan",
     "StreamConfig",
     "SweepConfig",
     "SweepRun",
@@ -39,6 +42,7 @@ __all__ = [
     "cache_activations",
     "evaluate_sae",
     "open_text",
+    "plan_run",
     "resolve",
     "stream_activations",
     "summarize_features",

@@ -31,7 +31,7 @@ from steersman.demo import MODEL_PATH, texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
+class Config:
     models: tuple[str, ...] = ("demo,2", "384x6,3")
     """Model and layer: demo, a path or hub id, or WIDTHxLAYERS for a random Llama with the demo's tokenizer."""
     tokens: int = 200_000
@@ -76,7 +76,7 @@ def some_texts(tokens: int) -> list[str]:
     return texts(2000) * (1 + tokens // 100_000)
 
 
-def ready_batches(lm: LanguageModel, stories: list[str], args: Args, length: int) -> tuple[list[torch.Tensor], int]:
+def ready_batches(lm: LanguageModel, stories: list[str], args: Config, length: int) -> tuple[list[torch.Tensor], int]:
     """Full batches [B, S] of at least `args.tokens` tokens beside BOS, and how many such tokens they hold.
 
     Full, because caching runs full ones too: a last batch cut short would make the bare pass do less.
@@ -89,7 +89,7 @@ def ready_batches(lm: LanguageModel, stories: list[str], args: Args, length: int
     return list(contexts.split(args.batch_size)), rows * room
 
 
-def measure(name: str, args: Args) -> dict[str, object]:
+def measure(name: str, args: Config) -> dict[str, object]:
     model, _, layer = name.partition(",")
     lm = load(model)
     hook = f"blocks.{layer}.hook_resid_post"
@@ -133,7 +133,7 @@ def measure(name: str, args: Args) -> dict[str, object]:
     return row
 
 
-def peak_memory(name: str, args: Args, times: int) -> float:
+def peak_memory(name: str, args: Config, times: int) -> float:
     """Peak memory in MB of a process that caches `times` as many tokens."""
     folder = Path(tempfile.mkdtemp())
     try:
@@ -145,8 +145,7 @@ def peak_memory(name: str, args: Args, times: int) -> float:
         shutil.rmtree(folder)
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+def main(args: Config) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.child:
@@ -181,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

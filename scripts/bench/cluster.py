@@ -4,7 +4,7 @@ in turn.
     python scripts/bench/cluster.py --rounds 3
 
 `caching` runs `cache_activations` in one process and in two started by `torchrun`, a thread each; timed is the call
-alone, from text to finished store, as the first rank sees it. `streaming` trains straight from a random Llama in one
+alone, from text to finished store, as rank 0 sees it. `streaming` trains straight from a random Llama in one
 process, in two ranks that both run it and train, and in two of which one runs it and one trains, a thread each; timed
 are the steps after the first quarter, as metrics.jsonl has them. `checkpoints` trains the same SAE with a checkpoint
 every 100 steps and with none, in one process, from a store to the saved folder.
@@ -34,7 +34,7 @@ from steersman.train import ActivationStream
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
+class Config:
     parts: tuple[str, ...] = ("caching", "streaming", "checkpoints")
     """What to measure: caching, streaming, checkpoints."""
     rounds: int = 3
@@ -59,7 +59,7 @@ class Args:
     """Used by the script itself."""
 
 
-def rank_of_job(args: Args) -> None:
+def rank_of_job(args: Config) -> None:
     """What a rank runs."""
     torch.set_num_threads(1)
     lm = LanguageModel.load(str(MODEL_PATH), device="cpu")
@@ -93,8 +93,8 @@ def random_model(lm: LanguageModel, width: int) -> LanguageModel:
     return LanguageModel(transformers.LlamaForCausalLM(config).eval(), lm.tokenizer, name=f"random-{width}")
 
 
-def seconds_of_job(args: Args, part: str, ranks: int, model_ranks: int = 0) -> float:
-    """How long a job of so many ranks takes, as its first rank sees it."""
+def seconds_of_job(args: Config, part: str, ranks: int, model_ranks: int = 0) -> float:
+    """How long a job of so many ranks takes, as its rank 0 sees it."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
         flags = {
@@ -107,7 +107,7 @@ def seconds_of_job(args: Args, part: str, ranks: int, model_ranks: int = 0) -> f
     return float(done.stdout.split()[-1])
 
 
-def compare_jobs(args: Args, part: str, jobs: dict[str, tuple[int, int]]) -> None:
+def compare_jobs(args: Config, part: str, jobs: dict[str, tuple[int, int]]) -> None:
     """Time jobs of (ranks, model ranks) in turn, and each against the first."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(args.rounds + 1):
@@ -125,16 +125,16 @@ def compare_jobs(args: Args, part: str, jobs: dict[str, tuple[int, int]]) -> Non
         )
 
 
-def caching(args: Args) -> None:
+def caching(args: Config) -> None:
     compare_jobs(args, "caching", {"1 rank": (1, 0), "2 ranks": (2, 0)})
 
 
-def streaming(args: Args) -> None:
+def streaming(args: Config) -> None:
     ways = {"1 rank": (1, 0), "2 ranks together": (2, 0), "1 runs the model, 1 trains": (2, 1)}
     compare_jobs(args, "streaming", ways)
 
 
-def checkpoints(args: Args) -> None:
+def checkpoints(args: Config) -> None:
     times: dict[str, list[float]] = {"without": [], "with": []}
     with tempfile.TemporaryDirectory() as scratch:
         x = torch.randn(16_384, args.d_in, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -158,9 +158,8 @@ def checkpoints(args: Args) -> None:
     )
 
 
-def main() -> None:
+def main(args: Config) -> None:
     """Run the parts asked for and print their figures."""
-    args = tyro.cli(Args, description=__doc__)
     if args.child:
         rank_of_job(args)
         return
@@ -172,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

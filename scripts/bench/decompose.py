@@ -6,13 +6,39 @@ The vectors are sums of some decoder rows with noise, so that both what is found
     python scripts/bench/decompose.py --d-sae 131072 --check 4
 """
 
-import argparse
 import time
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import tyro
 from torch import Tensor
 
 from steersman import SAE, SAEConfig, decompose
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    vectors: int = 100
+    """Vectors to decompose."""
+    features: int = 32
+    """Features of each."""
+    d_in: int = 2304
+    """Width of the SAE."""
+    d_sae: int = 16_384
+    """Its features."""
+    planted: int = 16
+    """Decoder rows in each vector."""
+    noise: float = 1.0
+    """Norm of the noise, as a fraction of the vector's."""
+    check: int = 8
+    """Vectors compared with the plain implementation."""
+    pursuit: Literal["exact", "gradient"] = "exact"
+    """Kind of the matching pursuit."""
+    device: str = "cpu"
+    """Where to run."""
+    threads: int | None = None
+    """CPU threads; torch's own number if not given."""
 
 
 def plain_pursuit(v: Tensor, rows: Tensor, k: int) -> tuple[list[int], Tensor]:
@@ -28,20 +54,8 @@ def plain_pursuit(v: Tensor, rows: Tensor, k: int) -> tuple[list[int], Tensor]:
     return chosen, c
 
 
-def main() -> None:
+def main(args: Config) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vectors", type=int, default=100)
-    parser.add_argument("--features", type=int, default=32)
-    parser.add_argument("--d-in", type=int, default=2304)
-    parser.add_argument("--d-sae", type=int, default=16_384)
-    parser.add_argument("--planted", type=int, default=16, help="decoder rows in each vector")
-    parser.add_argument("--noise", type=float, default=1.0, help="norm of the noise, as a fraction of the vector's")
-    parser.add_argument("--check", type=int, default=8, help="vectors compared with the plain implementation")
-    parser.add_argument("--pursuit", choices=("exact", "gradient"), default="exact")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
-    args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     g = torch.Generator().manual_seed(0)
@@ -58,7 +72,7 @@ def main() -> None:
     seconds, found = [], []
     for _ in range(3):
         start = time.perf_counter()
-        found = decompose(V, sae, method="omp", k=args.features, pursuit=args.pursuit)
+        found = decompose(list(V), sae, method="omp", k=args.features, pursuit=args.pursuit)
         seconds.append(time.perf_counter() - start)
     print(
         f"{args.vectors} vectors, {args.features} features, d_in {args.d_in}, d_sae {args.d_sae}, {args.pursuit}, "
@@ -84,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

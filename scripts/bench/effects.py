@@ -28,12 +28,12 @@ import tyro
 
 from steersman import SAE, LanguageModel, SAEConfig, Steerer, collect_effects
 from steersman.demo import MODEL_PATH, texts
-from steersman.steer import EffectsConfig
-from steersman.steer.effects.fit import ridge_fit
+from steersman.parallel import rank_and_world_size
+from steersman.steer import EffectsConfig, ridge_fit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
+class Config:
     parts: tuple[str, ...] = ("collect", "single", "fit")
     """Which parts to run: collect, single, fit."""
     model: str = str(MODEL_PATH)
@@ -72,7 +72,7 @@ class Args:
     """Also write the figures to this JSON file."""
 
 
-def load(args: Args) -> tuple[LanguageModel, SAE]:
+def load(args: Config) -> tuple[LanguageModel, SAE]:
     """The model and the SAE."""
     lm = LanguageModel.load(args.model, device=args.device)
     if args.sae is not None:
@@ -83,7 +83,7 @@ def load(args: Args) -> tuple[LanguageModel, SAE]:
     return lm, sae.to(lm.device)
 
 
-def settings(args: Args, n: int, **changes: Any) -> EffectsConfig:
+def settings(args: Config, n: int, **changes: Any) -> EffectsConfig:
     """What is measured."""
     return EffectsConfig(
         vectors="random",
@@ -95,7 +95,7 @@ def settings(args: Args, n: int, **changes: Any) -> EffectsConfig:
     )
 
 
-def collect(args: Args) -> dict[str, float]:
+def collect(args: Config) -> dict[str, float]:
     """All of `collect_effects`, the unsteered rollouts and the search for scales included."""
     lm, sae = load(args)
     start = time.perf_counter()
@@ -122,7 +122,7 @@ def one_by_one(lm: LanguageModel, sae: SAE, vectors: torch.Tensor, scale: float,
     return torch.stack(means)
 
 
-def single(args: Args) -> dict[str, float]:
+def single(args: Config) -> dict[str, float]:
     """Seconds a vector, together and one at a time, in turn."""
     lm, sae = load(args)
     n = args.few
@@ -147,7 +147,7 @@ def single(args: Args) -> dict[str, float]:
     return {**found, "ratio": ratio}
 
 
-def fit(args: Args) -> dict[str, float]:
+def fit(args: Config) -> dict[str, float]:
     """The closed-form fit, its effects streamed in blocks of 256 vectors."""
     D, L = args.fit_d_in, args.fit_d_sae
     M = torch.randn(D, L, generator=torch.Generator().manual_seed(0)) / D**0.5
@@ -175,10 +175,9 @@ def fit(args: Args) -> dict[str, float]:
     return {"vectors": args.fit_vectors, "seconds": seconds, "peak_gib": after, "before_gib": before}
 
 
-def main() -> None:
+def main(args: Config) -> None:
     """Run the parts asked for and print their figures."""
-    args = tyro.cli(Args, description=__doc__)
-    if int(os.environ.get("RANK", "0")):
+    if rank_and_world_size()[0]:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -193,4 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

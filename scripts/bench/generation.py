@@ -6,16 +6,41 @@ median rate and its ratio to the unsteered run of the same round.
     python scripts/bench/generation.py --model path/to/model --batch 8 --new-tokens 100
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
+import tyro
 
 from steersman import SAE, LanguageModel, SAEConfig, Steerer
 from steersman.demo import MODEL_PATH
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: str = str(MODEL_PATH)
+    """Model folder or hub id; the bundled model if not given."""
+    sae: str | None = None
+    """SAE folder; without it a random one of --d-sae and --k."""
+    d_sae: int = 1024
+    """Features of the random SAE."""
+    k: int = 16
+    """Its active features a token."""
+    batch: int = 8
+    """Texts generated together."""
+    new_tokens: int = 100
+    """Tokens of each."""
+    rounds: int = 9
+    """Timed rounds, after one that is not."""
+    scope: str = "all"
+    """Where the edits apply."""
+    device: str = "auto"
+    """Where to run."""
+    threads: int | None = None
+    """CPU threads; torch's own number if not given."""
 
 
 def variants(lm: LanguageModel, sae: SAE, hook: str, batch: int, scope: str) -> dict[str, Callable[[], object]]:
@@ -33,20 +58,8 @@ def variants(lm: LanguageModel, sae: SAE, hook: str, batch: int, scope: str) -> 
     return found
 
 
-def main() -> None:
+def main(args: Config) -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(MODEL_PATH), help="model folder or hub id (default: the bundled model)")
-    parser.add_argument("--sae", help="SAE folder; without it a random one of --d-sae and --k")
-    parser.add_argument("--d-sae", type=int, default=1024)
-    parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--scope", default="all")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
-    args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -89,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

@@ -9,6 +9,7 @@ memory. Every shape is checked against a product in fp64 before it is timed. Pri
 under benchmarks/. On a CPU it runs small shapes with the PyTorch kernels.
 """
 
+import argparse  # not tyro: a bare GPU image has to do, with torch, triton, numpy, safetensors, einops, transformers
 import datetime
 import gc
 import itertools
@@ -24,18 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 
 from steersman import TrainConfig
-from steersman.kernels import choose, precision, using
-from steersman.sae import SAEConfig
-from steersman.sae.training import TrainingState
+from steersman.kernels import StateDtype, UpdateRule, UpdateState, choose, precision, using
+from steersman.sae import SAE, SAEConfig
 from steersman.train import ActivationStats, Trainer, resolve
-from steersman.train.run.optim import FusedUpdater
 
 Shape = tuple[int, int, int, int]
 
@@ -49,26 +47,6 @@ GPU: tuple[Shape, ...] = (
     (8192, 1048576, 4096, 64),
 )
 CPU: tuple[Shape, ...] = ((1, 4096, 384, 32), (1024, 4096, 384, 32), (1024, 16384, 384, 32))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Args:
-    shapes: tuple[str, ...] = ()
-    """Shapes N,L,D,K: tokens, features, width, active features; none: the standard ones of the device."""
-    device: str = "auto"
-    """cuda, cpu or auto."""
-    kernels: str = "auto"
-    """triton, torch or auto."""
-    peers: bool = True
-    """Also time eai-sparsify, SAELens and plain PyTorch."""
-    steps: bool = True
-    """Also time whole training steps."""
-    seconds: float = 1.0
-    """Time spent measuring each number."""
-    state_dtype: str | None = None
-    """The optimiser's state; None: float32, or int8 where float32 would not fit."""
-    out: Path = Path("benchmarks")
-    """Folder of the JSON file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +123,7 @@ def activations(N: int, D: int, device: torch.device) -> Tensor:
     return x + 0.05 * torch.randn(N, D, generator=generator, device=device)
 
 
-def parts(shape: Shape, clock: Clock, args: Args) -> Iterator[Row]:
+def parts(shape: Shape, clock: Clock, args: argparse.Namespace) -> Iterator[Row]:
     """Encode, decode and backward of one shape, correctness first."""
     N, L, D, K = shape
     device = clock.device
@@ -207,7 +185,7 @@ def check(x: Tensor, W: Tensor, values: Tensor, indices: Tensor) -> float:
     error = float((values[some] - chosen.relu()).abs().max() / scale)
     missed = float((best[:, -1:] - chosen).max() / scale)
     if not (error < 1e-3 and missed < 1e-3 and values.isfinite().all()):
-        raise SystemExit(f"bench_kernels: encode is wrong: values off by {error:.2g}, latents missed by {missed:.2g}")
+        raise SystemExit(f"kernels: encode is wrong: values off by {error:.2g}, latents missed by {missed:.2g}")
     return error
 
 
@@ -218,10 +196,15 @@ def copy_bandwidth(clock: Clock) -> float:
     return 2 * a.nbytes / (clock.time(lambda: b.copy_(a))[0] * 1e-3)
 
 
-def trainer(shape: Shape, x: Tensor, args: Args) -> Trainer:
+def state_dtype(shape: Shape, args: argparse.Namespace) -> StateDtype:
+    """What the optimiser's state is kept in: as asked, or int8 where float32 would not fit."""
+    _, L, D, _ = shape
+    return args.state_dtype or ("int8" if L * D > 3e9 else "float32")
+
+
+def trainer(shape: Shape, x: Tensor, args: argparse.Namespace) -> Trainer:
     N, L, D, K = shape
-    state = args.state_dtype or ("int8" if L * D > 3e9 else "float32")
-    config = TrainConfig(d_sae=L, k=K, batch_size=N, device=str(x.device), state_dtype=state)  # pyright: ignore[reportArgumentType]
+    config = TrainConfig(d_sae=L, k=K, batch_size=N, device=str(x.device), state_dtype=state_dtype(shape, args))
     norms = x.norm(dim=1)
     stats = ActivationStats(mean=x.mean(dim=0).cpu(), mean_norm=float(norms.mean()), median_norm=float(norms.median()),
                             mean_squared_norm=float(norms.square().mean()), n_rows=N)  # fmt: skip
@@ -286,7 +269,7 @@ def saelens_step(shape: Shape, device: torch.device) -> Callable[[Tensor], Any]:
     return step
 
 
-def steps(shape: Shape, clock: Clock, args: Args, gemm_ms: float) -> Iterator[Row]:
+def steps(shape: Shape, clock: Clock, args: argparse.Namespace, gemm_ms: float) -> Iterator[Row]:
     """Whole training steps: ours, then the others', one in memory at a time."""
     N, _, D, _ = shape
     x = activations(N, D, clock.device)
@@ -300,7 +283,8 @@ def steps(shape: Shape, clock: Clock, args: Args, gemm_ms: float) -> Iterator[Ro
             step = make()
             ms, p20, p80, memory = clock.time(lambda step=step: step(x))
         except (torch.OutOfMemoryError, ImportError, MemoryError) as error:
-            print(f"  {shape} {name}: {type(error).__name__}")
+            why = "not installed" if isinstance(error, ImportError) else type(error).__name__
+            print(f"  {shape} {name}: {why}")
             continue
         finally:
             step = None
@@ -310,22 +294,28 @@ def steps(shape: Shape, clock: Clock, args: Args, gemm_ms: float) -> Iterator[Ro
         yield Row(shape=shape, part="step", by=name, ms=ms, p20=p20, p80=p80, gemm_ms=gemm_ms, memory_mb=memory)
 
 
-def updates(shape: Shape, clock: Clock, args: Args, gemm_ms: float) -> Iterator[Row]:
+def updates(shape: Shape, clock: Clock, args: argparse.Namespace, gemm_ms: float) -> Iterator[Row]:
     """The fused backward pass and update of one step alone, where the device has it."""
-    N, _, D, _ = shape
-    x = activations(N, D, clock.device)
-    ours = trainer(shape, x, args)
-    updater = ours.updater
-    if not isinstance(updater, FusedUpdater):
+    N, L, D, K = shape
+    device, ours = clock.device, choose(clock.device, args.kernels)
+    if not hasattr(ours, "backward_update"):
         return
-    batch, target = ours.scaled(x)
-    updater.set_rate(1e-4)
-    updater.backward(batch, target, target.numel(), TrainingState())
-    gradients = updater._gradients
+    low = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sae = SAE(SAEConfig(d_in=D, d_sae=L, k=K), torch.Generator().manual_seed(0)).to(device)
+    rule = UpdateRule(state_dtype=state_dtype(shape, args))
+    W_enc, W_dec, b_enc, b_dec = (p.detach() for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec))
+    state = UpdateState.of(W_enc.T, W_dec, b_enc, b_dec, rule, low)
+    x = activations(N, D, device)
+    centred = (x - b_dec).to(low)
+    values, indices = ours.topk_encode(centred, state.enc_rows, b_enc, K)
+    residual, _ = ours.decode_residual(values, indices, state.dec_rows, b_dec, x)
+    residual, scale = residual.to(low), -2 / x.numel()
+    lr = torch.full((1,), 1e-4, device=device)
 
     def update() -> None:
-        updater._gradients = gradients  # `step` uses them up
-        updater.step()
+        ours.backward_update(
+            state, rule, lr, lr, residual, scale, centred, values, indices, None, centred_by_b_dec=True
+        )  # fmt: skip
 
     ms, p20, p80, memory = clock.time(update)
     yield Row(shape=shape, part="backward and update", by="steersman", ms=ms, p20=p20, p80=p80, gemm_ms=gemm_ms,
@@ -349,11 +339,28 @@ def shape_of(text: str) -> Shape:
     try:
         N, L, D, K = (int(number) for number in text.split(","))
     except ValueError as error:
-        raise SystemExit(f"bench_kernels: a shape is four numbers N,L,D,K, and {text!r} is not") from error
+        raise SystemExit(f"kernels: a shape is four numbers N,L,D,K, and {text!r} is not") from error
     return N, L, D, K
 
 
-def main(args: Args) -> None:
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    more: dict[str, Any] = {"nargs": "*", "default": ()}
+    parser.add_argument(
+        "--shapes", help="N,L,D,K: tokens, features, width, active features; none: the usual ones", **more
+    )
+    parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
+    parser.add_argument("--kernels", default="auto", help="triton, torch or auto")
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--peers", action=switch, default=True, help="also eai-sparsify, SAELens and plain PyTorch")
+    parser.add_argument("--steps", action=switch, default=True, help="also time whole training steps")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time spent measuring each number")
+    parser.add_argument("--state-dtype", help="the optimiser's state: float32, or int8 where float32 would not fit")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the JSON file")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     shapes = [shape_of(text) for text in args.shapes] or list(GPU if device.type == "cuda" else CPU)
     clock, rows = Clock(device, args.seconds), []
@@ -386,4 +393,4 @@ def _version(package: str) -> str | None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parsed())

@@ -6,15 +6,16 @@ Writes an SAE in three layouts to a temporary folder, loads each in a process of
 and the largest resident size of the process, less what it had before loading. Linux only.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 from safetensors.torch import save_file
 
 PROGRAM = """
@@ -28,6 +29,14 @@ seconds = time.perf_counter() - start
 size = sum(p.numel() * p.element_size() for p in sae.parameters())
 print(json.dumps({"size": size, "grown": high_water() - before, "seconds": seconds}))
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    features: int = 262_144
+    """Features of the SAE."""
+    width: int = 1024
+    """Its width."""
 
 
 def write(folder: Path, layout: str, features: int, width: int) -> Path:
@@ -49,15 +58,11 @@ def write(folder: Path, layout: str, features: int, width: int) -> Path:
     return folder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--features", type=int, default=262_144)
-    parser.add_argument("--width", type=int, default=1024)
-    options = parser.parse_args()
+def main(args: Config) -> None:
     print(f"{'layout':<20} {'SAE':>9} {'grown by':>9} {'ratio':>6} {'seconds':>8}")
     with tempfile.TemporaryDirectory() as folder:
         for layout in ("saelens", "gemma_scope", "dictionary_learning"):
-            path = write(Path(folder) / layout, layout, options.features, options.width)
+            path = write(Path(folder) / layout, layout, args.features, args.width)
             run = subprocess.run([sys.executable, "-c", PROGRAM, str(path)], capture_output=True, text=True, check=True)
             found = json.loads(run.stdout)
             size, grown = found["size"] / 1e9, found["grown"] / 1e9
@@ -65,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

@@ -15,6 +15,7 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +26,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from steersman.sae.metrics import measure_reconstruction
+from steersman.sae import measure_reconstruction
 from steersman.train import ActivationStore, TrainConfig, resolve, train_sae
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
+class Config:
     data: Literal["planted", "mixture", "store"] = "planted"
     """What to train on."""
     store: Path | None = None
@@ -53,7 +54,7 @@ class Args:
     """Also write the rows to this JSON file."""
 
 
-def made(args: Args) -> tuple[Tensor, Tensor, int]:
+def made(args: Config) -> tuple[Tensor, Tensor, int]:
     """Rows [N, D], the dictionary [atoms, D] and the number active."""
     g = torch.Generator().manual_seed(args.seed)
     n, d, active = (512, 64, 8) if args.data == "planted" else (1024, 128, 10)
@@ -134,10 +135,14 @@ def run_saelens(batches: list[Tensor], heldout: Tensor, d_sae: int, k: int, lr: 
     return *fvu_and_dead(heldout, x_hat, (f > 0).any(0)), sae.W_dec
 
 
-PEERS: dict[str, Any] = {"eai-sparsify": run_sparsify, "sae-lens": run_saelens}
+PEERS: dict[str, tuple[str, Any]] = {
+    "eai-sparsify": ("sparsify", run_sparsify),
+    "sae-lens": ("sae_lens", run_saelens),
+}
+"""Library -> its module, and what trains with it."""
 
 
-def main(args: Args) -> None:
+def main(args: Config) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         dictionary, k, d_sae = None, args.k, args.d_sae
         if args.data == "store":
@@ -175,11 +180,15 @@ def main(args: Args) -> None:
             row |= {"dead": result.dead_fraction, "recovery": recovery(dictionary, sae.W_dec)}
             report(row | {"seconds": time.monotonic() - start})
         for name in args.peers if args.peers != ("none",) else ():
+            module, run = PEERS[name]
+            if not find_spec(module):
+                print(f"{name} is not installed: left out (pip install steersman[peers] for it)")
+                continue
             for batch_size in sorted({recipe.batch_size, 4096}):
                 batches = [b.x.float() for b in store.batches(batch_size, seed=args.seed)]
                 for lr in args.peer_rates:
                     start = time.monotonic()
-                    fvu, dead, W_dec = PEERS[name](batches, heldout, d_sae, k, lr)
+                    fvu, dead, W_dec = run(batches, heldout, d_sae, k, lr)
                     row = {"library": name, "lr": lr, "batch": batch_size, "fvu": fvu, "dead": dead}
                     report(row | {"recovery": recovery(dictionary, W_dec), "seconds": time.monotonic() - start})
         if args.out is not None:
@@ -187,4 +196,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Config, description=__doc__))

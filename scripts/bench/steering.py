@@ -10,18 +10,18 @@ for SAE-TS apart; diffmean and CAA have no such choice.
     python scripts/bench/steering.py --work bench-steering --out results.json
 """
 
-import argparse
 import json
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 
 from steersman import (
     SAE,
@@ -35,15 +35,35 @@ from steersman import (
     collect_effects,
     train_sae,
 )
-from steersman.demo import CONCEPTS, MODEL_PATH, stories, texts
-from steersman.demo.concept_features import match_concepts, writing_features
-from steersman.demo.targets import word_rate
-from steersman.steer import calibrate
-from steersman.steer.evaluation import Estimate, bootstrap
-from steersman.steer.measures import generated_tokens, token_kl, token_nll
+from steersman.demo import CONCEPTS, MODEL_PATH, match_concepts, stories, texts, word_rate, writing_features
+from steersman.steer import Estimate, bootstrap, calibrate, generated_tokens, token_kl, token_nll
 
 HOOK = "blocks.2.hook_resid_post"
 READ, SCREEN, BUDGET, PROMPTS = 3, 5, 6, 7  # seeds of stories that neither the model nor the SAE was trained on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    work: Path = Path("bench-steering")
+    """Folder for the store, the SAE and the effects."""
+    out: Path | None = None
+    """Also write every figure to this JSON file."""
+    concepts: int = 16
+    """Concepts to steer to, at most two of a group."""
+    budget: tuple[float, ...] = (0.1, 0.3, 1.0)
+    """KL in nats per token."""
+    prompts: int = 24
+    """Prompts continued for each vector and budget."""
+    examples: int = 64
+    """Stories per side for diffmean and CAA."""
+    tokens: int = 400_000
+    """Tokens to train the SAE on."""
+    effects: str = "{}"
+    """JSON arguments of `collect_effects`."""
+    min_signal: float = 1.5
+    """Weakest effect, in units of its noise, to use."""
+    seed: int = 0
+    """Seed of the sampling and of the random directions."""
 
 
 def trained_sae(lm: LanguageModel, work: Path, tokens: int) -> SAE:
@@ -144,24 +164,12 @@ def measure(
     ]
 
 
-def main() -> None:
+def main(args: Config) -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default="bench-steering", help="folder for the store, the SAE and the effects")
-    parser.add_argument("--out", help="also write every figure to this JSON file")
-    parser.add_argument("--concepts", type=int, default=16)
-    parser.add_argument("--budget", type=float, nargs="+", default=[0.1, 0.3, 1.0], help="KL in nats per token")
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--examples", type=int, default=64, help="stories per side for diffmean and CAA")
-    parser.add_argument("--tokens", type=int, default=400_000, help="tokens to train the SAE on")
-    parser.add_argument("--effects", type=json.loads, default={}, help="JSON arguments of collect_effects")
-    parser.add_argument("--min-signal", type=float, default=1.5, help="weakest effect, in units of its noise, to use")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    start, work = time.monotonic(), Path(args.work)
+    start, work = time.monotonic(), args.work
     lm = LanguageModel.load(str(MODEL_PATH), device="cpu")
     sae = trained_sae(lm, work, args.tokens)
-    effects = effect_map(lm, sae, work, args.effects)
+    effects = effect_map(lm, sae, work, json.loads(args.effects))
     matches, seen, chosen = match_concepts(lm, sae, list(islice(stories(READ), 400))), Counter(), []
     for match in matches:
         group = CONCEPTS[match.concept].group
@@ -207,10 +215,10 @@ def main() -> None:
         print(f"{match.concept} (AUROC {match.auroc:.3f}): features {features}, {seconds:.0f} s", flush=True)
     report(rows, searches, args)
     if args.out:
-        Path(args.out).write_text(json.dumps({"rows": rows, "searches": searches}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"rows": rows, "searches": searches}, indent=1) + "\n")
 
 
-def report(rows: list[dict[str, Any]], searches: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def report(rows: list[dict[str, Any]], searches: list[dict[str, Any]], args: Config) -> None:
     """Means over concepts of the means over prompts, with intervals over concepts, and over prompts within them."""
 
     def cells(method: str, budget: float, name: str, less: bool) -> tuple[Estimate | None, Estimate | None]:
@@ -263,4 +271,4 @@ def _means(rows: list[dict[str, Any]], method: str, budget: float) -> dict[str, 
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

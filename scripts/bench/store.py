@@ -34,7 +34,7 @@ from steersman import ActivationStore, TrainConfig, train_sae
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
+class Config:
     widths: tuple[int, ...] = (64, 384, 2304)
     """Widths of the activations."""
     megabytes: int = 1000
@@ -92,7 +92,7 @@ def shuffled(path: Path, batch_size: int) -> None:
         pass
 
 
-def rates(store: ActivationStore, args: Args, cold: bool) -> dict[str, list[float]]:
+def rates(store: ActivationStore, args: Config, cold: bool) -> dict[str, list[float]]:
     files = activation_files(store)
     n_bytes = sum(file.stat().st_size for file in files)
     batch_bytes = args.batch_size * store.d_in * 2
@@ -139,8 +139,7 @@ def peak_memory(folder: Path, width: int, megabytes: int, train: bool) -> tuple[
         shutil.rmtree(folder.with_name(folder.name + "-run"), ignore_errors=True)
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+def main(args: Config) -> None:
     if args.child:
         own: list[float] = []
         threading.Thread(target=sample_own_memory, args=(own,), daemon=True).start()
@@ -188,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

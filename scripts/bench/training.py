@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from steersman.train import ActivationStats, TrainConfig, Trainer, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
+class Config:
     batch_size: int = 4096
     """Tokens a step."""
     d_sae: tuple[int, ...] = (4096,)
@@ -50,7 +51,7 @@ class Args:
     """Used by the script itself: take steps with this library and print the peak memory."""
 
 
-def our_step(args: Args, d_sae: int, x: torch.Tensor) -> Any:
+def our_step(args: Config, d_sae: int, x: torch.Tensor) -> Any:
     config = TrainConfig(d_sae=d_sae, k=args.k, batch_size=args.batch_size, device="cpu")
     squared = float(x.square().sum(dim=1).mean())
     norms = x.norm(dim=1)
@@ -68,7 +69,7 @@ def our_step(args: Args, d_sae: int, x: torch.Tensor) -> Any:
     return trainer.step
 
 
-def sparsify_step(args: Args, d_sae: int, x: torch.Tensor) -> Any:
+def sparsify_step(args: Config, d_sae: int, x: torch.Tensor) -> Any:
     from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
 
     sae = SparseCoder(args.d_in, SparseCoderConfig(num_latents=d_sae, k=args.k))
@@ -91,10 +92,11 @@ def sparsify_step(args: Args, d_sae: int, x: torch.Tensor) -> Any:
     return step
 
 
-MAKERS = {"steersman": our_step, "eai-sparsify": sparsify_step}
+PEER = "eai-sparsify"
+MAKERS = {"steersman": our_step, PEER: sparsify_step}
 
 
-def made_batches(args: Args) -> torch.Tensor:
+def made_batches(args: Config) -> torch.Tensor:
     """Three batches: a mixture of sparse directions, so that the code is used as it is on real activations."""
     torch.manual_seed(0)
     atoms = torch.nn.functional.normalize(torch.randn(2 * args.d_in, args.d_in), dim=1)
@@ -103,7 +105,7 @@ def made_batches(args: Args) -> torch.Tensor:
     return batches + 0.05 * torch.randn(3, args.batch_size, args.d_in)
 
 
-def peak_mb(args: Args, d_sae: int, name: str) -> float:
+def peak_mb(args: Config, d_sae: int, name: str) -> float:
     """Peak memory in MB that steps of a library add, in a process of its own."""
     command = [sys.executable, __file__, "--d-sae", str(d_sae), "--d-in", str(args.d_in), "--k", str(args.k)]
     command += ["--batch-size", str(args.batch_size), "--threads", str(args.threads), "--child", name]
@@ -116,7 +118,7 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def take_steps(args: Args, name: str) -> None:
+def take_steps(args: Config, name: str) -> None:
     """What the process of `peak_mb` does. The libraries' threads and imports are paid for by a tiny SAE first."""
     batches = made_batches(args)
     warm = MAKERS[name](args, 2048, batches[0, :512])
@@ -129,16 +131,19 @@ def take_steps(args: Args, name: str) -> None:
     print(resident("VmHWM") - before)
 
 
-def main(args: Args) -> None:
+def main(args: Config) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.child is not None:
         take_steps(args, args.child)
         return
+    makers = {name: make for name, make in MAKERS.items() if name != PEER or find_spec("sparsify")}
+    if PEER not in makers:
+        print(f"{PEER} is not installed: steersman alone (pip install steersman[peers] for both)")
     rows = []
     for d_sae in args.d_sae:
         batches = made_batches(args)
-        steps = {name: make(args, d_sae, batches[0]) for name, make in MAKERS.items()}
+        steps = {name: make(args, d_sae, batches[0]) for name, make in makers.items()}
         times: dict[str, list[float]] = {name: [] for name in steps}
         for i in range(args.steps + 3):
             for name, step in steps.items():
@@ -146,12 +151,13 @@ def main(args: Args) -> None:
                 step(batches[i % 3])
                 if i >= 3:
                     times[name].append(time.perf_counter() - start)
-        ratio = statistics.median(b / a for a, b in zip(times["steersman"], times["eai-sparsify"]))
         row: dict[str, Any] = {"d_sae": d_sae, "d_in": args.d_in, "k": args.k, "batch_size": args.batch_size}
         row |= {f"{name} ms": 1e3 * statistics.median(t) for name, t in times.items()}
         if args.memory:
             row |= {f"{name} peak MB": peak_mb(args, d_sae, name) for name in steps}
-        rows.append(row | {"ratio": ratio, "threads": torch.get_num_threads(), "torch": torch.__version__})
+        if PEER in times:
+            row["ratio"] = statistics.median(b / a for a, b in zip(times["steersman"], times[PEER]))
+        rows.append(row | {"threads": torch.get_num_threads(), "torch": torch.__version__})
         print(
             "  ".join(
                 f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
@@ -163,4 +169,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Config, description=__doc__))

@@ -5,27 +5,18 @@
 Needs an NVIDIA GPU. Without --out the package's own table is extended, which later runs on such a GPU read.
 """
 
-from dataclasses import dataclass
+import argparse  # not tyro: runs on a bare GPU image
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from steersman.errors import SteersmanError
 from steersman.kernels import operands, tiles, triton_encode
 from steersman.kernels.tiles import Tile
 from steersman.kernels.tools import cost
 
-
-@dataclass(frozen=True, kw_only=True)
-class Args:
-    shapes: tuple[str, ...] = ("8192,131072,1024,32", "4096,65536,2304,64", "8192,131072,4096,64")
-    """Shapes N,L,D,K: tokens, features, width, active features."""
-    out: Path = tiles.TABLE
-    """The table to extend."""
-    ms: int = 300
-    """Milliseconds of measurement for each tile."""
+SHAPES = ("8192,131072,1024,32", "4096,65536,2304,64", "8192,131072,4096,64")
 
 
 def candidates(capability: int) -> list[Tile]:
@@ -57,7 +48,7 @@ def measure(shape: tiles.Shape, tile: Tile, ms: int) -> float:
         return float("inf")
 
 
-def main(args: Args) -> None:
+def main(args: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         raise SteersmanError("tuning needs an NVIDIA GPU, and PyTorch sees none")
     device = torch.device("cuda")
@@ -76,7 +67,11 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", default=SHAPES, help="N,L,D,K: tokens, features, width, active features")
+    parser.add_argument("--out", type=Path, default=tiles.TABLE, help="the table to extend")
+    parser.add_argument("--ms", type=int, default=300, help="milliseconds of measurement for each tile")
     try:
-        main(tyro.cli(Args))
+        main(parser.parse_args())
     except SteersmanError as error:
         raise SystemExit(f"autotune_kernels: {error}") from error

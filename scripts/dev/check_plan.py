@@ -8,15 +8,33 @@ small; the plan counts what is asked for, so blocks are given back here (--as-is
     python scripts/dev/check_plan.py --d-in 512 --d-sae 32768
 """
 
-import argparse
 import json
 import os
 import resource
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
+
 CASES = [(1, 1), (2, 2), (2, 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    d_in: int = 512
+    """Width."""
+    d_sae: int = 32768
+    """Features."""
+    k: int = 32
+    """Active features a token."""
+    batch: int = 1024
+    """Tokens a step."""
+    as_is: bool = False
+    """Leave glibc's keeping of freed blocks as it is."""
+    latent: int = 0
+    """Used by the processes that this one starts."""
 
 
 def rank_main(d_in: int, d_sae: int, k: int, batch: int, latent: int) -> None:
@@ -24,8 +42,7 @@ def rank_main(d_in: int, d_sae: int, k: int, batch: int, latent: int) -> None:
 
     from steersman.parallel import Mesh, Ranks, rank_and_world_size
     from steersman.sae import SAEConfig
-    from steersman.train import TrainConfig, Trainer, resolve
-    from steersman.train.reports.plan import PlanConfig, plan_run
+    from steersman.train import PlanConfig, TrainConfig, Trainer, plan_run, resolve
     from steersman.train.store.statistics import StatsSums, row_norms
 
     rank, n = rank_and_world_size()
@@ -49,21 +66,13 @@ def rank_main(d_in: int, d_sae: int, k: int, batch: int, latent: int) -> None:
         for _ in range(3):
             trainer.step(rows.bfloat16())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-        plan = plan_run(PlanConfig(d_in=d_in, d_sae=d_sae, k=k, batch=batch, ranks=n, latent_shards=latent))
+        plan = plan_run(PlanConfig(d_in=d_in, d_sae=d_sae, k=k, batch_size=batch, ranks=n, latent_shards=latent))
         line = {"ranks": n, "latent": latent, "rank": rank, "peak_mb": round(peak / 1e6)}
         line |= {"plan_mb": round(plan.memory_bytes / 1e6), "ratio": round(plan.memory_bytes / peak, 3)}
         print(json.dumps(line), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--d-in", type=int, default=512)
-    parser.add_argument("--d-sae", type=int, default=32768)
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--as-is", action="store_true")
-    parser.add_argument("--latent", type=int, default=0, help="used by the processes that this one starts")
-    args = parser.parse_args()
+def main(args: Config) -> None:
     if args.latent:
         rank_main(args.d_in, args.d_sae, args.k, args.batch, args.latent)
         return
@@ -75,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

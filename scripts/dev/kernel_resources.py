@@ -5,25 +5,14 @@
 Needs no GPU. `stack` above 0 means that registers were spilled.
 """
 
+import argparse  # not tyro: runs on a bare GPU image too
 import json
-from dataclasses import asdict, dataclass, fields
-
-import tyro
+from dataclasses import asdict, fields
 
 from steersman.kernels.tools.compiled import CAPABILITIES, Resources, compile_job, shipped
 
 
-@dataclass(frozen=True, kw_only=True)
-class Args:
-    capabilities: tuple[int, ...] = CAPABILITIES
-    """Compute capabilities to compile for: 80 (A100), 90 (H100), 100 (B200)."""
-    full: bool = False
-    """Also fp32 operands, the measured tiles and further sizes of K."""
-    json: bool = False
-    """Print JSON, one line a kernel, in place of the table."""
-
-
-def main(args: Args) -> None:
+def main(args: argparse.Namespace) -> None:
     names = [field.name for field in fields(Resources)]
     if not args.json:
         print("  ".join(f"{name:<{26 if name == 'name' else 14}}" for name in names))
@@ -38,4 +27,12 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--capabilities", type=int, nargs="*", default=CAPABILITIES,
+        help="compute capabilities to compile for: 80 (A100), 90 (H100), 100 (B200)",
+    )  # fmt: skip
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--full", action=switch, default=False, help="also fp32 operands, measured tiles, more K")
+    parser.add_argument("--json", action=switch, default=False, help="print JSON, one line a kernel, for the table")
+    main(parser.parse_args())

@@ -32,7 +32,7 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoModelConfig:
+class Config:
     """The bundled model and how it is trained."""
 
     out: Path = Path("runs/demo-model")
@@ -164,7 +164,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-def rate(step: int, config: DemoModelConfig) -> float:
+def rate(step: int, config: Config) -> float:
     """The fraction of the peak learning rate at a step: linear warm-up, then a cosine to a hundredth."""
     if step < config.warmup:
         return (step + 1) / config.warmup
@@ -172,7 +172,7 @@ def rate(step: int, config: DemoModelConfig) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(config: DemoModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def train(config: Config, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The trained model, in fp32."""
     torch.manual_seed(config.seed)
     model = LlamaForCausalLM(
@@ -225,7 +225,7 @@ def train(config: DemoModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaF
     return model.eval()
 
 
-def main(config: DemoModelConfig) -> None:
+def main(config: Config) -> None:
     """Train, save in bf16, load what was saved and report on that."""
     torch.set_num_threads(config.threads)
     print(json.dumps(asdict(config), default=str))
@@ -259,4 +259,4 @@ def main(config: DemoModelConfig) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main(tyro.cli(DemoModelConfig))
+    main(tyro.cli(Config, description=__doc__))

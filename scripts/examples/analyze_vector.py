@@ -7,26 +7,37 @@ loads the vector, decomposes it by matching pursuit (and by the encoder, to see 
 features, and checks that steering with the reconstruction keeps the effect.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+
+import tyro
 
 from steersman import SAE, LanguageModel, SteeringVector, decompose
 from steersman.steer import load_labels, measure_retention, plot_decompositions
 
 
-def main() -> None:
-    """Load, decompose, name, check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vector", required=True, help="vector file (safetensors or GGUF)")
-    parser.add_argument("--sae", required=True, help="SAE folder, file or hub id, of the vector's hook point")
-    parser.add_argument("--model", required=True, help="model folder or hub id")
-    parser.add_argument("--text", help="file with a held-out text on each line, for the retention")
-    parser.add_argument("--labels", help="JSON with feature names; by default the tokens that each feature promotes")
-    parser.add_argument("--features", type=int, default=16, help="features at most")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiples of the vector to steer with")
-    parser.add_argument("--plot", default="decomposition.png", help="where to draw explained variance")
-    args = parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    vector: str
+    """Vector file (safetensors or GGUF)."""
+    sae: str
+    """SAE folder, file or hub id, of the vector's hook point."""
+    model: str
+    """Model folder or hub id."""
+    text: Path | None = None
+    """File with a held-out text on each line, for the retention."""
+    labels: str | None = None
+    """JSON with feature names; by default the tokens that each feature promotes."""
+    features: int = 16
+    """Features at most."""
+    scale: float = 1.0
+    """Multiples of the vector to steer with."""
+    plot: str = "decomposition.png"
+    """Where to draw explained variance."""
 
+
+def main(args: Config) -> None:
+    """Load, decompose, name, check."""
     lm, sae = LanguageModel.load(args.model), SAE.load(args.sae)
     v = SteeringVector.load(args.vector)
     labels = load_labels(args.labels) if args.labels else None
@@ -39,9 +50,9 @@ def main() -> None:
     print(f"explained variance against the number of features: {args.plot}\n")
 
     if args.text:
-        texts = [line.strip() for line in Path(args.text).read_text().splitlines() if line.strip()][:64]
+        texts = [line.strip() for line in args.text.read_text().splitlines() if line.strip()][:64]
         print(measure_retention(pursuit, lm, texts, scale=args.scale).to_text())
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

@@ -8,18 +8,39 @@ the second's, as the vector does. The features are named by AUROC on stories tha
     python scripts/examples/decompose_concepts.py --pairs 12
 """
 
-import argparse
 import json
 import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from steersman import SAE, LanguageModel, SteeringVector, TrainConfig, cache_activations, decompose, train_sae
-from steersman.demo import CONCEPTS, GROUPS, MODEL_PATH, stories, texts
-from steersman.demo.concept_features import ConceptFeature, auroc, encode_stories
+from steersman.demo import CONCEPTS, GROUPS, MODEL_PATH, ConceptFeature, auroc, encode_stories, stories, texts
 from steersman.steer import calibrate, measure_retention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    out: Path = Path("decompose_concepts")
+    """Folder for the SAE and results.json."""
+    pairs: int = 12
+    """Pairs of concepts at most."""
+    least: float = 0.9
+    """AUROC from which a feature names a concept."""
+    tokens: int = 400_000
+    """Tokens to train the SAE on."""
+    d_sae: int = 512
+    """Features of the SAE."""
+    features: int = 16
+    """Features of a decomposition at most."""
+    examples: int = 100
+    """Texts of each side."""
+    kl: float = 0.3
+    """Nats per token that the vector may cost."""
 
 
 def concept_texts(concept: str, n: int, seed: int) -> list[str]:
@@ -68,21 +89,10 @@ def concept_pairs(named: dict[str, ConceptFeature], least: float, n: int) -> lis
     return pairs[:n]
 
 
-def main() -> None:
+def main(args: Config) -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="decompose_concepts", help="folder for the SAE and results.json")
-    parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--least", type=float, default=0.9, help="AUROC from which a feature names a concept")
-    parser.add_argument("--tokens", type=int, default=400_000)
-    parser.add_argument("--d-sae", type=int, default=512)
-    parser.add_argument("--features", type=int, default=16)
-    parser.add_argument("--examples", type=int, default=100, help="texts of each side")
-    parser.add_argument("--kl", type=float, default=0.3, help="nats per token that the vector may cost")
-    args = parser.parse_args()
-
     lm = LanguageModel.load(str(MODEL_PATH))
-    out, hook = Path(args.out), f"blocks.{lm.n_layers // 2}.hook_resid_post"
+    out, hook = args.out, f"blocks.{lm.n_layers // 2}.hook_resid_post"
     store = cache_activations(
         lm, texts(args.tokens // 60 + 50, seed=0), hook=hook, out=str(out / "acts"), tokens=args.tokens
     )
@@ -129,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

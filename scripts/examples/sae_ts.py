@@ -3,12 +3,11 @@
     python scripts/examples/sae_ts.py --sae runs/demo --out effects --feature 12
     torchrun --nproc-per-node 2 scripts/examples/sae_ts.py --sae runs/demo --out effects --feature 12  # shared out
 
-Without --model the bundled one is used and held-out text comes from its grammar. The first run measures (it resumes
-where it stopped when interrupted), later ones take the measured effects from the folder. The vector is then compared
+Without --model the bundled one is used and held-out text comes from its grammar. The first run measures (and resumes
+when interrupted), later ones take the measured effects from the folder. The vector is then compared
 with the feature's own decoder row, at the same rise in loss: what each does to the feature, and to all others.
 """
 
-import os
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,12 +16,13 @@ import tyro
 
 from steersman import SAE, LanguageModel, Steerer, SteeringVector, collect_effects
 from steersman.demo import MODEL_PATH, texts
+from steersman.parallel import rank_and_world_size
 from steersman.steer import EffectsConfig
 from steersman.text import open_text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
+class Config:
     sae: str
     """SAE folder, such as `steersman train` or `steersman quickstart` leaves one."""
     out: str = "effects"
@@ -43,9 +43,8 @@ class Args:
     """Where to run."""
 
 
-def main() -> None:
+def main(args: Config) -> None:
     """Measure, fit, solve, verify, write."""
-    args = tyro.cli(Args, description=__doc__)
     lm = LanguageModel.load(args.model or str(MODEL_PATH), device=args.device)
     sae = SAE.load(args.sae, lm.device)
     if args.model is not None and args.text is None:
@@ -54,7 +53,7 @@ def main() -> None:
 
     config = EffectsConfig(out=args.out, vectors="pairs", n_vectors=args.vectors, rollouts=args.rollouts)
     effects = collect_effects(lm, sae, heldout, config)
-    if int(os.environ.get("RANK", "0")):
+    if rank_and_world_size()[0]:
         return  # the other ranks have measured their part
     print(effects.to_text())
 
@@ -77,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

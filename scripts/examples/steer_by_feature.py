@@ -8,26 +8,38 @@ feature and the others, and make it a vector that costs a known amount.
         --prompt "I think"
 """
 
-import argparse
+from dataclasses import dataclass
+
+import tyro
 
 from steersman import SAE, LanguageModel, Steerer, SteeringVector
 from steersman.demo import MODEL_PATH
 
 
-def main() -> None:
-    """Steer, print the texts, and calibrate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(MODEL_PATH), help="model folder or hub id (default: the bundled model)")
-    parser.add_argument("--sae", required=True, help="SAE folder or file")
-    parser.add_argument("--feature", type=int, required=True)
-    parser.add_argument("--prompt", default="Once upon a time")
-    parser.add_argument("--strength", type=float, nargs="+", default=[0.0, 0.5, 1.0, 1.5], help="x largest activation")
-    parser.add_argument("--target-kl", type=float, default=0.3, help="nats per token that the vector may cost")
-    parser.add_argument("--new-tokens", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="save the calibrated vector here (.safetensors or .gguf)")
-    args = parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    sae: str
+    """SAE folder or file."""
+    feature: int
+    """Feature to steer by."""
+    model: str = str(MODEL_PATH)
+    """Model folder or hub id; the bundled model if not given."""
+    prompt: str = "Once upon a time"
+    """Text to continue."""
+    strength: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5)
+    """Strengths, in multiples of the feature's largest activation; one text for each."""
+    target_kl: float = 0.3
+    """Nats per token that the vector may cost."""
+    new_tokens: int = 40
+    """Tokens of each text."""
+    seed: int = 0
+    """Seed of the sampling."""
+    out: str | None = None
+    """Save the calibrated vector here (.safetensors or .gguf)."""
 
+
+def main(args: Config) -> None:
+    """Steer, print the texts, and calibrate."""
     lm = LanguageModel.load(args.model)
     sae = SAE.load(args.sae, lm.device)
     st = Steerer(lm)
@@ -55,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

@@ -10,7 +10,6 @@ so many of the ranks run.
     python scripts/soak/kill.py --kills 50 --ranks 3 --model-ranks 1
 """
 
-import argparse
 import hashlib
 import os
 import random
@@ -19,9 +18,28 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    kills: int = 50
+    """Kills in all."""
+    ranks: int = 2
+    """Processes of a job."""
+    model_ranks: int = 0
+    """How many of them run the model; with any, the job trains straight from it."""
+    seed: int = 0
+    """Seed of who is killed, and when."""
+    folder: Path = Path("soak")
+    """Where the jobs write; emptied first."""
+    job: str = ""
+    """Used by the processes that this one starts."""
 
 
 def texts() -> list[str]:
@@ -79,15 +97,7 @@ def digests(out: Path) -> dict[str, str]:
     return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--model-ranks", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path("soak"))
-    parser.add_argument("--job", default="", help="used by the processes that this one starts")
-    args = parser.parse_args()
+def main(args: Config) -> None:
     if args.job:
         job(args.job, args.model_ranks)
         return
@@ -123,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

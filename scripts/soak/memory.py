@@ -25,7 +25,7 @@ from steersman.demo import MODEL_PATH, texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
+class Config:
     minutes: float = 30.0
     """How long."""
     tokens: int = 60_000
@@ -40,9 +40,8 @@ def resident() -> float:
     return int(fields["RssAnon"].split()[0]) / 1024
 
 
-def main() -> None:
+def main(args: Config) -> None:
     """Run for the time asked for and print the figures."""
-    args = tyro.cli(Args, description=__doc__)
     samples: list[float] = []
     done = threading.Event()
 
@@ -77,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

@@ -33,7 +33,9 @@ from steersman.steer.edits.base import Edit, PerRow, blend, common_rows, per_row
 from steersman.steer.edits.vector import VectorEdit
 
 MODES = ("add", "clamp", "floor", "scale", "project_out")
+"""What an edit does with a feature's activation."""
 UNITS = ("raw", "max_act", "norm_frac")
+"""What a strength is in: activations, the feature's largest activation, the norm of the residual stream."""
 
 Features = Mapping[int, float] | Sequence[Mapping[int, float]]
 """Strengths by feature id, for all rows or a list of those with one entry per row."""

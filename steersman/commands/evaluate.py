@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from steersman.commands.options import ComputeOptions, examples_of, on_kernels
 from steersman.config import part_of
 from steersman.steer import EvaluationConfig, SteeringVector, evaluate_steering
+from steersman.steer.feature_values import feature_ids
 from steersman.steer.methods import Examples
 from steersman.text import read_texts
 
@@ -35,13 +36,14 @@ class EvaluateCommand(EvaluationConfig, ComputeOptions):
     """What the prompting baseline puts before each prompt; by default the first positive example."""
     sae: str | None = None
     """SAE folder, for target rise, side effects and specificity."""
-    feature: tuple[int, ...] = ()
+    feature: tuple[str, ...] = ()
     """Features that should rise."""
 
 
 @on_kernels
 def run(config: EvaluateCommand) -> None:
     """`steersman evaluate`."""
+    features = feature_ids(config.feature)
     v = SteeringVector.load(config.vector)
     prompts = read_texts(config.prompts)
     texts = [] if config.text is None else read_texts(config.text)
@@ -61,7 +63,7 @@ def run(config: EvaluateCommand) -> None:
         negative=examples.negative,
         prompt_prefix=config.prompt_prefix,
         sae=sae,
-        features=config.feature,
+        features=features,
         config=part_of(EvaluationConfig, config),
     )
     found.save(config.out)

@@ -7,6 +7,7 @@ from typing import Literal
 from steersman.commands.options import ComputeOptions, on_kernels
 from steersman.lm.origin import check_sae_fits
 from steersman.sae.formats.saelens import save_statistics
+from steersman.steer.feature_values import feature_ids
 from steersman.train import ActivationStore
 from steersman.train.reports.features import features_to_text, summarize_features
 
@@ -21,7 +22,7 @@ class FeaturesCommand(ComputeOptions):
     """Folder of a store of the SAE's hook point."""
     model: str
     """Folder or hub id of the model, for its tokenizer and output weights."""
-    feature: tuple[int, ...] = ()
+    feature: tuple[str, ...] = ()
     """Feature ids to show; the `top` ones if none are given."""
     top: int = 20
     """How many features to show when none are named."""
@@ -36,11 +37,12 @@ class FeaturesCommand(ComputeOptions):
 @on_kernels
 def run(config: FeaturesCommand) -> None:
     """`steersman features`."""
+    asked = feature_ids(config.feature)
     sae, store = config.load_sae(config.sae), ActivationStore.open(config.store)
     hook = store.hook_of(sae)
     lm = config.load_model(config.model)
     check_sae_fits(lm, sae, hook)
-    for feature in config.feature:
+    for feature in asked:
         sae.check_feature(feature)
     report = summarize_features(sae, store, lm, contexts=config.contexts)
     described = report.features
@@ -49,6 +51,6 @@ def run(config: FeaturesCommand) -> None:
     if sae.feature_stats is None:  # an SAE made elsewhere: max_act units can be used from now on
         save_statistics(report.stats, Path(config.sae))
     key = {"max_act": lambda i: -described[i].max_act, "density": lambda i: -described[i].density, "id": lambda i: i}
-    shown = list(config.feature) or sorted(range(len(described)), key=key[config.sort])[: config.top]
+    shown = asked or sorted(range(len(described)), key=key[config.sort])[: config.top]
     print(features_to_text([described[i] for i in shown]), end="")
     print(f"{len(described)} features written to {out}")

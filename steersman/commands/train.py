@@ -1,40 +1,55 @@
 """`steersman train`."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
+
+import yaml
 
 from steersman.config import part_of
 from steersman.errors import SteersmanError
-from steersman.lm import LanguageModel
 from steersman.parallel import rank_and_world_size
-from steersman.train import ActivationStore, ActivationStream, HookView, TrainConfig, train_sae
+from steersman.train import (
+    ActivationStore,
+    ActivationStream,
+    HookView,
+    StreamConfig,
+    TrainConfig,
+    stream_activations,
+    train_sae,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCommand(TrainConfig):
+class TrainCommand(TrainConfig, StreamConfig):
     """Train an SAE on a store (--store), or straight from a model and text with nothing written (--model, --text,
-    --hook)."""
+    --hook). What says how text becomes activations is for the second."""
 
     out: str
     """Run folder. A run that was interrupted is resumed; a finished one is left as it is."""
     store: str | None = None
     """Folder of a store that `steersman cache` wrote."""
-    hook: str | None = None
+    hook: str | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - a store says its own
     """Hook point: which of the store's, or where to read the model."""
-    model: str | None = None
-    """Without a store: folder or hub id of the model."""
-    text: str | None = None
-    """Without a store: file, folder or dataset id of the text."""
-    revision: str | None = None
-    """Without a store: revision of the model on the hub."""
-    buffer_rows: int = 65_536
-    """Without a store: rows of the buffer that activations are shuffled in."""
+    batch_size: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - that of training
+    """Rows a step; None: a power of two between 512 and 4096 that leaves about 1000 steps."""
+    contexts: int = StreamConfig.batch_size
+    """Without a store: contexts of a forward pass (what `steersman cache` calls its batch size)."""
+    option: tuple[str, ...] = ()
+    """Setting of the architecture's own, as name=value; may be repeated."""
+
+
+_STREAMED = {
+    field.name: field.default for field in fields(StreamConfig) if field.name not in ("hook", "tokens", "device")
+}
+"""Settings that only training straight from a model reads, but for `batch_size`, which is training's here."""
 
 
 def run(config: TrainCommand) -> None:
     """`steersman train`."""
-    settings = part_of(TrainConfig, config)
-    sae = train_sae(_source(config), settings, config.out)
+    source = _source(config)
+    settings = replace(part_of(TrainConfig, config), options=config.options | _options(config.option))
+    sae = train_sae(source, settings, config.out)
     if rank_and_world_size()[0]:
         return  # only rank 0 prints
     heldout = sae.cfg.metadata["heldout"]
@@ -42,18 +57,28 @@ def run(config: TrainCommand) -> None:
     print(f"{config.out}: {sae.cfg.d_sae} features at {sae.cfg.hook_name}; held out: {measured}")
 
 
-def _source(config: TrainCommand) -> Any:
+def _source(config: TrainCommand) -> ActivationStore | HookView | Callable[[], ActivationStream]:
     if config.store is not None:
         if config.model or config.text:
             raise SteersmanError("give either --store, or --model with --text and --hook, not both")
+        for name, default in (_STREAMED | {"contexts": StreamConfig.batch_size}).items():
+            if name != "batch_size" and getattr(config, name) != default:
+                flag = f"--{name.replace('_', '-')}"
+                raise SteersmanError(f"{flag} is for training straight from a model: a store's rows are there already")
         store = ActivationStore.open(config.store)
         return store if config.hook is None else HookView(store, config.hook)
     if not (config.model and config.text and config.hook):
         raise SteersmanError("nothing to train on: give --store, or --model with --text and --hook")
-    model, text, hook = config.model, config.text, config.hook
+    settings: dict[str, Any] = {name: getattr(config, name) for name in _STREAMED}
+    stream = StreamConfig(**settings | {"hook": config.hook, "device": config.device, "batch_size": config.contexts})
+    return lambda: stream_activations(config=stream)
 
-    def stream() -> ActivationStream:
-        lm = LanguageModel.load(model, device=config.device, revision=config.revision)
-        return ActivationStream(lm, text, hook=hook, buffer_rows=config.buffer_rows)
 
-    return stream
+def _options(given: tuple[str, ...]) -> dict[str, Any]:
+    options = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise SteersmanError(f"option {text!r} is not of the form name=value, such as sparsity=0.3")
+        options[name] = yaml.safe_load(value)
+    return options

@@ -6,7 +6,7 @@ from steersman.commands.options import ComputeOptions, examples_of, on_kernels
 from steersman.commands.vector_show import describe
 from steersman.config import part_of
 from steersman.errors import SteersmanError
-from steersman.steer import ContrastConfig, SteeringVector, contrast
+from steersman.steer import ContrastConfig, SteeringVector, contrast, parse_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class VectorMakeCommand(ContrastConfig, ComputeOptions):
     """File of negative texts."""
     sae: str | None = None
     """SAE folder, for the direction of --feature."""
-    feature: int | None = None
-    """Feature whose decoder direction is the vector."""
+    feature: tuple[str, ...] = ()
+    """Feature whose decoder direction is the vector, as id or id=weight; of several the weighted sum."""
 
 
 @on_kernels
@@ -39,10 +39,13 @@ def run(config: VectorMakeCommand) -> None:
     if (examples is None) == (config.sae is None):
         raise SteersmanError("make it from examples (--data, or --positive and --negative) or from --sae and --feature")
     if config.sae is not None:
-        if config.feature is None or len(config.hook) > 1:
+        if not config.feature or len(config.hook) > 1:
             raise SteersmanError("--sae needs --feature, and --hook once at most")
+        weights, hook = parse_features(config.feature), config.hook[0] if config.hook else ""
         sae = config.load_sae(config.sae)
-        v = SteeringVector.of_feature(sae, config.feature, hook_name=config.hook[0] if config.hook else "")
+        parts = [(SteeringVector.of_feature(sae, j, hook_name=hook), weight) for j, weight in weights.items()]
+        first, *others = [part if weight == 1 else part * weight for part, weight in parts]
+        v = sum(others, start=first)
     else:
         assert examples is not None
         if config.model is None or not config.hook:

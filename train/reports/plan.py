@@ -29,6 +29,7 @@ _ROW_INFO = 40
 
 
 @renamed_fields(activation="architecture")
+@renamed_fields(batch="batch_size")
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """See what a training run needs: memory per rank by item, network per step, and the time of a step."""
@@ -39,7 +40,7 @@ class PlanConfig:
     """Number of features."""
     k: int
     """Active features a token."""
-    batch: int = 4096
+    batch_size: int = 4096
     """Rows a step, over all ranks."""
     ranks: int = 1
     """Processes, one for each accelerator."""
@@ -65,7 +66,7 @@ class PlanConfig:
     """Bytes a second that one rank can send."""
 
     def __post_init__(self) -> None:
-        for name in ("d_in", "d_sae", "k", "batch", "ranks", "flops", "memory_bandwidth", "network_bandwidth"):
+        for name in ("d_in", "d_sae", "k", "batch_size", "ranks", "flops", "memory_bandwidth", "network_bandwidth"):
             if getattr(self, name) <= 0:
                 raise SteersmanError(f"{name} = {getattr(self, name)} must be above 0")
         if self.model_ranks < 0:
@@ -125,11 +126,11 @@ def _bytes(n: float) -> str:
 def plan_run(config: PlanConfig) -> RunPlan:
     """The tables of `config`. Raises a SteersmanError, naming sizes that fit, when the mesh does not divide evenly.
 
-    >>> plan = plan_run(PlanConfig(d_in=4096, d_sae=131072, k=64, batch=8192, ranks=8))
+    >>> plan = plan_run(PlanConfig(d_in=4096, d_sae=131072, k=64, batch_size=8192, ranks=8))
     >>> round(plan.memory["weights"] / 1e6), round(plan.network["reconstruction"] / 1e6)
     (537, 235)
     """
-    mesh = Mesh.over(config.ranks, d_sae=config.d_sae, batch_size=config.batch, latent=config.latent_shards)
+    mesh = Mesh.over(config.ranks, d_sae=config.d_sae, batch_size=config.batch_size, latent=config.latent_shards)
     memory, network = _memory(config, mesh), _network(config, mesh)
     owned = config.d_sae // mesh.world_size * (2 * config.d_in + 1) * FP32
     checkpoint = owned * (3 + config.ema) + config.d_sae // mesh.world_size * config.d_in * FP32
@@ -138,7 +139,7 @@ def plan_run(config: PlanConfig) -> RunPlan:
         memory=memory,
         checkpoint=checkpoint,
         network=network,
-        from_model=config.batch * (config.d_in * _item(config) / config.model_ranks + _ROW_INFO)
+        from_model=config.batch_size * (config.d_in * _item(config) / config.model_ranks + _ROW_INFO)
         if config.model_ranks
         else 0,
         seconds=_seconds(config, mesh, sum(network.values())),
@@ -146,7 +147,7 @@ def plan_run(config: PlanConfig) -> RunPlan:
 
 
 def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
-    N, D, L = c.batch // mesh.data, c.d_in, c.d_sae // mesh.latent
+    N, D, L = c.batch_size // mesh.data, c.d_in, c.d_sae // mesh.latent
     matrix = L * D * FP32
     held = 2 * matrix + (L + D) * FP32
     owned = held / mesh.data
@@ -187,7 +188,7 @@ def _network(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
     """Bytes that one rank sends in a step, by ring algorithms: an all-reduce of S bytes over n ranks sends
     2 (n - 1) / n S, an all-gather of S from each rank (n - 1) S, a reduce-scatter of S (n - 1) / n S."""
     n, d = mesh.latent, mesh.data
-    N, D, L = c.batch // d, c.d_in, c.d_sae // n
+    N, D, L = c.batch_size // d, c.d_in, c.d_sae // n
     reduce_n, reduce_d = 2 * (n - 1) / n, 2 * (d - 1) / d
     P = min(c.k, L)
     k_aux = c.k_aux if c.k_aux is not None else max(1, D // 2)
@@ -213,7 +214,7 @@ def _network(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
 
 
 def _seconds(c: PlanConfig, mesh: Mesh, sent: float) -> dict[str, float]:
-    N, D, L = c.batch // mesh.data, c.d_in, c.d_sae // mesh.latent
+    N, D, L = c.batch_size // mesh.data, c.d_in, c.d_sae // mesh.latent
     pairs = N * min(c.k, L) / mesh.latent + N  # active here on average
     return {
         "encode": 2 * N * L * D / c.flops,

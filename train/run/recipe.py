@@ -214,6 +214,8 @@ def resolve(config: TrainConfig, d_in: int, n_rows: int | None) -> Recipe:
     tokens = config.tokens if config.tokens is not None else n_rows
     if tokens is None:
         raise SteersmanError("an endless stream of activations needs --tokens: how many to train on")
+    if tokens == 0 or n_rows == 0:
+        raise SteersmanError("no rows are left to train on beside those that are held out: give more text")
     batch_size = config.batch_size or min(4096, max(512, 1 << round(math.log2(max(1, tokens / 1000)))))
     batch_size = min(batch_size, tokens) if n_rows is None else min(batch_size, tokens, n_rows)
     n_steps = tokens // batch_size

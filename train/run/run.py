@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steersman.config import merged
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.kernels import using
@@ -256,7 +257,10 @@ def _take_steps(runs: Sequence[Run], preemption: Preemption) -> None:
 
 
 def train_sae(
-    source: ActivationSource | Callable[[], ActivationSource], config: TrainConfig, out: str | os.PathLike[str]
+    source: ActivationSource | Callable[[], ActivationSource] | str | os.PathLike[str],
+    config: TrainConfig | None = None,
+    out: str | os.PathLike[str] | None = None,
+    **overrides: Any,
 ) -> SAE:
     """Train an SAE on `source` and save it in the run folder `out`; see `run_folder` for what it holds.
 
@@ -264,10 +268,11 @@ def train_sae(
     bit, as a run that was never interrupted; a finished run is loaded. Started by `torchrun`, all ranks train one SAE.
 
     Args:
-        source: an `ActivationStore`, a stream, or a function that makes one. With `model_ranks` only those ranks call
-            the function, so that only they load the model.
+        source: an `ActivationStore` or its folder, a stream, or a function that makes one. With `model_ranks` only
+            those ranks call the function, so that only they load the model.
         config: the settings; `TrainConfig(d_sae=..., k=...)` is enough.
         out: the run folder.
+        overrides: fields of `TrainConfig`, over those of `config`: `train_sae(store, d_sae=512, k=16, out="run")`.
 
     Returns:
         The SAE in eval form on the training device, with its feature statistics; on the CPU of ranks that are not
@@ -277,12 +282,17 @@ def train_sae(
         SteersmanError: a folder that holds another run, too few rows, activations that do not vary, a loss that is not
             finite, a full disk.
     """
+    if out is None:
+        raise SteersmanError("train_sae needs out=...: the folder for the run")
+    config = merged(TrainConfig, config, overrides)
+    if isinstance(source, str | os.PathLike):
+        source = ActivationStore.open(source)
     rank, n_ranks = rank_and_world_size()
     if n_ranks > 1:
         use_local_accelerator()
     with ExitStack() as stack:
         if config.model_ranks:
-            make = source if callable(source) else lambda: source
+            make: Callable[[], ActivationSource] = source if callable(source) else lambda: source
             streamed = stream_from_model_ranks(make, config.model_ranks, config.timeout_seconds)
             source_here = stack.enter_context(streamed)
             n_ranks -= config.model_ranks

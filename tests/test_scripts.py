@@ -1,0 +1,49 @@
+"""What people copy or run in `scripts/`: each can be started, and takes its settings in the one way."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").rglob("*.py"))
+BARE = {"scripts/bench/kernels.py", "scripts/dev/autotune_kernels.py", "scripts/dev/kernel_resources.py"}
+"""Those that run without tyro too."""
+PEERS = {"sae_lens", "sparsify"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_script_imports_is_there(script: str) -> None:
+    missing = []
+    for node in ast.walk(ast.parse((ROOT / script).read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] not in PEERS:
+            module = importlib.import_module(node.module or "")
+            missing += [f"{node.module}.{name}" for name in names if not has(module, name)]
+        elif isinstance(node, ast.Import):
+            missing += [name for name in names if importlib.util.find_spec(name) is None]
+    assert not missing
+
+
+def has(module: object, name: str) -> bool:
+    """Whether `from module import name` works."""
+    if hasattr(module, name):
+        return True
+    return importlib.util.find_spec(f"{module.__name__}.{name}") is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_scripts_settings_are_a_dataclass_that_says_what_each_means(script: str) -> None:
+    source = (ROOT / script).read_text()
+    assert ("import argparse" in source) == (script in BARE)
+    assert ("tyro.cli(" in source) == (script not in BARE)
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            assert [ast.unparse(decorator) for decorator in node.decorator_list] == [
+                "dataclass(frozen=True, kw_only=True)"
+            ]
+            fields = [i for i, line in enumerate(node.body) if isinstance(line, ast.AnnAssign)]
+            bare = [ast.unparse(node.body[i]) for i in fields if not isinstance(node.body[i + 1], ast.Expr)]
+            assert fields
+            assert not bare
