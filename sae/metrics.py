@@ -137,12 +137,3 @@ class FeatureSums:
             n_tokens=self.n_tokens,
             median_norm=median_norm,
         )
-
-
-@torch.no_grad()
-def collect_feature_stats(sae: SAE, batches: Iterable[Tensor], median_norm: float) -> FeatureStats:
-    """Largest and mean activation and density of every feature over batches of activations [N, D]."""
-    sums = FeatureSums(sae.cfg.d_sae, sae.device)
-    for x in batches:
-        sums.add(sae.encode_sparse(x.to(sae.device)))
-    return sums.stats(median_norm)

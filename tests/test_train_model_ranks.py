@@ -119,7 +119,7 @@ def test_a_model_rank_sends_what_the_plan_says(text: str, tmp_path: Path) -> Non
     config = replace(CONFIG, model_ranks=2, batch_size=1024, tokens=1024 * 6)
     stream = {**STREAM, "buffer_rows": 2048, "dtype": "float32"}
     _, *sent = run_ranks(3, bytes_sent_by_model, text, stream, config, str(tmp_path / "run"))
-    plan = PlanConfig(d_in=16, d_sae=64, k=4, batch=1024, model_ranks=2, store_dtype="float32")
+    plan = PlanConfig(d_in=16, d_sae=64, k=4, batch_size=1024, model_ranks=2, store_dtype="float32")
     # Four whole batches; before them come those that fit the encoder's scale, after them those of the end.
     steps = np.diff(np.array(sent), axis=1)[:, 5:9]
     shares = steps.sum(0)  # of one batch the model ranks have unequal parts

@@ -130,9 +130,13 @@ class ActivationStream:
         """Type of the activations given out."""
         return DTYPES[self.config.rows_dtype][0]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that identify the model's name, the text and all settings."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         config, capture = self.config, self._capture
         content = [self.model_name, capture.text.identity(), asdict(capture.settings), config.rows_dtype, config.tokens]
         content += [config.buffer_rows, self._heldout_rows, self._skip_bad]
