@@ -82,4 +82,5 @@ def test_what_the_pages_programs_print(walked: tuple[Path, dict[str, str]]) -> N
     assert "tokens looked elsewhere" in printed["python use_highlight.py"]
     assert "converged" in printed["python use_sharpen.py"]
     assert "diagonal_lda" in printed["python use_diagonal_lda.py"]
+    assert "'nearest': 0.99979, 'omp': 1.0" in printed["python use_nearest.py"]
     assert printed["python use_lab_format.py"].split() == ["topk", "lab", "lab"]

@@ -12,7 +12,7 @@ from steersman.steer.decompose import (  # noqa: F401 (a method is there when it
     response,
 )
 from steersman.steer.decompose.api import decompose
-from steersman.steer.decompose.base import METHODS, DecomposeConfig, Method, Problem, Sources
+from steersman.steer.decompose.base import METHODS, DecomposeConfig, Method, Null, Problem, Sources
 from steersman.steer.decompose.labels import load_labels
 from steersman.steer.decompose.plots import plot_decompositions
 from steersman.steer.decompose.record import Decomposition
@@ -24,6 +24,7 @@ __all__ = [
     "DecomposeConfig",
     "Decomposition",
     "Method",
+    "Null",
     "PathPoint",
     "Problem",
     "Retention",
