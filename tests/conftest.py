@@ -1,11 +1,17 @@
 """Without a GPU the Triton kernels run under Triton's interpreter, which has to be chosen before they are imported."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from steersman.lm import LanguageModel
 
 INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
@@ -29,3 +35,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seeded() -> None:
     """PyTorch's own generator starts from 0."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    """A random Llama of three blocks with a tokenizer of words; a module that needs another has an `lm` of its own."""
+    from support.tiny_models import with_text
+
+    return with_text("llama")
+
+
+@pytest.fixture
+def no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lines about the progress of long work."""
+    monkeypatch.setenv("STEERSMAN_PROGRESS", "0")

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.commands import fails
 
 from steersman.cli import COMMANDS, main, usage
 from steersman.demo import MODEL_PATH, texts
-from steersman.sae import SAE
+from steersman.sae import SAE, SAEConfig
 
 MODEL = str(MODEL_PATH)
 HOOK = "blocks.2.hook_resid_post"
@@ -27,17 +28,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train.yaml").write_text(f"store: {folder / 'acts'}\nd_sae: 128\nk: 8\nlog_every: 5\n")
     main(["train", "--config", str(folder / "train.yaml"), "--out", str(folder / "run"), "--k", "6"])
     return folder
-
-
-def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line that a mistaken command prints."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(list(argv))
-    assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("steersman: ")]
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def test_flags_win_over_the_file(work: Path) -> None:
@@ -102,68 +92,80 @@ def test_train_straight_from_the_model(work: Path, capsys: pytest.CaptureFixture
     assert SAE.load(work / "streamed").cfg.hook_name == HOOK
 
 
-def test_mistakes_get_one_line_and_code_2(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, acts, text = str(work / "run"), str(work / "acts"), str(work / "stories.txt")
-    other = str(work / "other")
-    empty = work / "empty.txt"
-    empty.write_text("")
-    train = ["train", "--out", other, "--d-sae", "8", "--k", "2"]
-    cache = ["cache", "--model", MODEL, "--out", other]
-    cases: list[tuple[list[str], str]] = [
+TRAIN = ["train", "--out", "{other}", "--d-sae", "8", "--k", "2"]
+CACHE = ["cache", "--model", MODEL, "--out", "{other}"]
+STEER = ["steer", "--model", MODEL, "--sae", "{run}"]
+WITH_MODEL = ["--sae", "{run}", "--store", "{acts}", "--model", MODEL]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
         (["trian"], "no command 'trian'; near it: train"),
-        ([*train, "--stroe", acts], "no flag --stroe; near it: --store"),
-        (["train", "--out", other, "--d-sae", "eight", "--k", "2"], "--d-sae"),
-        (["train", "--out", other], "--d-sae"),
-        ([*train[:-1], "9", "--store", acts], "k = 9 must lie between 1 and d_sae = 8"),
-        (train, "nothing to train on"),
-        ([*train, "--store", other], other),
-        ([*train, "--store", acts, "--hook", "blocks.0.hook_mlp_out"], "no hook point"),
-        (["train", "--out", run, *train[3:], "--store", acts], "another configuration"),
-        (["train", "--config", other], "cannot be read"),
-        ([*cache, "--text", other, "--hook", HOOK], "no such file"),
-        ([*cache, "--text", str(empty), "--hook", HOOK], "empty.txt"),
-        ([*cache, "--text", text, "--hook", "blocks.9.hook_resid_post"], "4"),
-        ([*cache, "--text", text, "--hook", "blocks.2.hook_resid_pots"], "blocks.2.hook_resid_post"),
-        (["cache", "--model", other, "--text", text, "--hook", HOOK, "--out", other], other),
-        (["eval", "--sae", acts, "--store", acts], "holds no SAE"),
-        (["eval", "--sae", run, "--store", acts, "--model", MODEL], "--model needs --text"),
-        (["features", "--sae", run, "--store", acts, "--model", MODEL, "--feature", "128"], "128 is out of range"),
-        (["steer", "--model", MODEL, "--sae", run, "--feature", "128=1"], "feature 128"),
-        (["steer", "--model", MODEL, "--sae", run, "--feature", "x=1"], "id=strength"),
-        (["steer", "--model", MODEL, "--sae", run, "--feature", "1=1", "--mode", "push"], "push"),
-        (["quickstart", "--model", MODEL, "--out", other], "--model needs --text"),
-    ]  # fmt: skip
-    for argv, message in cases:
-        line = fails(capsys, *argv)
-        assert message in line, (argv, line)
+        ([*TRAIN, "--stroe", "{acts}"], "no flag --stroe; near it: --store"),
+        (["train", "--out", "{other}", "--d-sae", "eight", "--k", "2"], "--d-sae"),
+        (["train", "--out", "{other}"], "--d-sae"),
+        ([*TRAIN[:-1], "9", "--store", "{acts}"], "k = 9 must lie between 1 and d_sae = 8"),
+        (TRAIN, "nothing to train on"),
+        ([*TRAIN, "--store", "{other}"], "{other}"),
+        ([*TRAIN, "--store", "{acts}", "--hook", "blocks.0.hook_mlp_out"], "no hook point"),
+        (["train", "--out", "{run}", *TRAIN[3:], "--store", "{acts}"], "another configuration"),
+        (["train", "--config", "{other}"], "cannot be read"),
+        ([*CACHE, "--text", "{other}", "--hook", HOOK], "no such file"),
+        ([*CACHE, "--text", "{empty}", "--hook", HOOK], "empty.txt"),
+        ([*CACHE, "--text", "{text}", "--hook", "blocks.9.hook_resid_post"], "4"),
+        ([*CACHE, "--text", "{text}", "--hook", "blocks.2.hook_resid_pots"], "blocks.2.hook_resid_post"),
+        (["cache", "--model", "{other}", "--text", "{text}", "--hook", HOOK, "--out", "{other}"], "{other}"),
+        (["eval", "--sae", "{acts}", "--store", "{acts}"], "holds no SAE"),
+        (["eval", *WITH_MODEL], "--model needs --text"),
+        (["features", *WITH_MODEL, "--feature", "128"], "128 is out of range"),
+        ([*STEER, "--feature", "128=1"], "feature 128"),
+        ([*STEER, "--feature", "x=1"], "feature 'x=1' is not of the form id or id=value"),
+        ([*STEER, "--feature", "1=1", "--mode", "push"], "push"),
+        (["quickstart", "--model", MODEL, "--out", "{other}"], "--model needs --text"),
+    ],
+)
+def test_mistakes_get_one_line_and_code_2(
+    argv: list[str], message: str, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (work / "empty.txt").write_text("")
+    paths = {"run": "run", "acts": "acts", "text": "stories.txt", "other": "other", "empty": "empty.txt"}
+    given = {name: str(work / path) for name, path in paths.items()}
+    assert message.format(**given) in fails(capsys, *(part.format(**given) for part in argv))
 
 
-def test_yaml_mistakes(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = work / "bad.yaml"
-    for content, message in [
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
         ("d_sea: 8\n", "unknown key 'd_sea'; near it: d_sae"),
         ("- 1\n", "must hold a mapping"),
         ("a: [", "is not YAML"),
-    ]:
-        file.write_text(content)
-        assert message in fails(capsys, "train", "--config", str(file), "--out", "x")
+    ],
+)
+def test_yaml_mistakes(content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    assert message in fails(capsys, "train", "--config", str(file), "--out", "x")
 
 
-def test_an_sae_of_another_model_is_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_sae_of_another_width_is_refused(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sae = SAE.load(work / "run")
-    foreign = SAE(type(sae.cfg)(d_in=64, d_sae=8, k=2, hook_name=HOOK, model_name=sae.cfg.model_name))
-    foreign.save(work / "narrow")
-    line = fails(capsys, "eval", "--sae", str(work / "narrow"), "--store", str(work / "acts"))
+    narrow = SAE(SAEConfig(d_in=64, d_sae=8, k=2, hook_name=HOOK, model_name=sae.cfg.model_name))
+    narrow.save(tmp_path)
+    line = fails(capsys, "eval", "--sae", str(tmp_path), "--store", str(work / "acts"))
     assert "the SAE has width 64" in line
     assert "has width 128" in line
-    other = SAE(type(sae.cfg)(d_in=128, d_sae=8, k=2, hook_name=HOOK, model_name="gpt2"))
-    other.save(work / "foreign")
-    for command in (
-        ["eval", "--store", str(work / "acts")],
-        ["steer", "--model", MODEL, "--feature", "1=1", "--units", "raw"],
-    ):
-        line = fails(capsys, command[0], "--sae", str(work / "foreign"), *command[1:])
-        assert "gpt2" in line
+
+
+@pytest.mark.parametrize(
+    "command", [["eval", "--store", "{acts}"], ["steer", "--model", MODEL, "--feature", "1=1", "--units", "raw"]]
+)
+def test_an_sae_of_another_model_is_refused(
+    command: list[str], work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    SAE(SAEConfig(d_in=128, d_sae=8, k=2, hook_name=HOOK, model_name="gpt2")).save(tmp_path)
+    name, *more = (part.format(acts=work / "acts") for part in command)
+    assert "gpt2" in fails(capsys, name, "--sae", str(tmp_path), *more)
 
 
 def test_a_damaged_store_is_named(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,11 +196,14 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert printed.strip() == usage()
     assert all(name in printed for name in COMMANDS)
-    for name in COMMANDS:
-        with pytest.raises(SystemExit) as stop:
-            main([name, "--help"])
-        assert stop.value.code == 0
-        assert "--" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert "--" in capsys.readouterr().out
 
 
 def test_the_installed_command_exits_with_2() -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from support.commands import fails
 from support.effect_toys import TEXTS, quick, toy
 from support.tiny_models import word_tokenizer
 
@@ -33,15 +34,6 @@ def flags(folder: Path, out: str, *more: str) -> list[str]:
         "--scale-rule", "kl", "--scale-target", "0.1", "--text", str(folder / "texts.txt"), "--scale-limit", "30",
         "--prompts", "w5 w6", "--prompts", "w7", *more,
     ]  # fmt: skip
-
-
-def complaint(capsys: pytest.CaptureFixture[str], args: list[str]) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(args)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("steersman: ")
-    return error
 
 
 def test_from_effects_to_a_vector(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +73,7 @@ def test_run_again_it_measures_nothing_again(files: Path, capsys: pytest.Capture
     main(flags(files, "twice", "--fit", "adam"))
     assert {p.name: p.stat().st_mtime_ns for p in (files / "twice").glob("0*")} == before
     assert EffectMap.load(files / "twice").provenance["method"] == "adam"
-    assert "rollouts was 60, now 61" in complaint(capsys, flags(files, "twice", "--rollouts", "61"))
+    assert "rollouts was 60, now 61" in fails(capsys, *flags(files, "twice", "--rollouts", "61"))
 
 
 def test_targets_from_texts_and_by_rotation(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,21 +87,19 @@ def test_targets_from_texts_and_by_rotation(files: Path, capsys: pytest.CaptureF
     assert SteeringVector.load(files / "f.safetensors").metadata["n_targets"] == 3
     main([*base, "--feature", "4", "--rotation", "--out", str(files / "r.safetensors")])
     assert SteeringVector.load(files / "r.safetensors").method == "sae_ts_rotation"
-    assert "leave no feature" in complaint(
-        capsys, [*base, *contrast, "--max-density", "0", "--out", str(files / "f.st")]
-    )
+    assert "leave no feature" in fails(capsys, *base, *contrast, "--max-density", "0", "--out", str(files / "f.st"))
 
 
 def test_mistakes_are_one_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(files / "x.safetensors")]
-    assert "--out" in complaint(capsys, ["effects", "--model", "m", "--sae", "s"])
-    assert "needs --text" in complaint(capsys, [*flags(files, "z")[:15], "--scale-rule", "loss"])
-    assert "no such file" in complaint(capsys, ["target", "--effects", str(files / "nowhere"), "--feature", "1", *out])
-    assert "name targets" in complaint(capsys, ["target", "--effects", str(files / "e"), *out])
-    assert "needs --model" in complaint(capsys, ["target", "--effects", "e", "--feature", "1", "--verify", *out])
-    assert "needs --sae" in complaint(capsys, ["target", "--effects", "e", "--feature", "1", "--rotation", *out])
+    assert "--out" in fails(capsys, "effects", "--model", "m", "--sae", "s")
+    assert "needs --text" in fails(capsys, *flags(files, "z")[:15], "--scale-rule", "loss")
+    assert "no such file" in fails(capsys, "target", "--effects", str(files / "nowhere"), "--feature", "1", *out)
+    assert "name targets" in fails(capsys, "target", "--effects", str(files / "e"), *out)
+    assert "needs --model" in fails(capsys, "target", "--effects", "e", "--feature", "1", "--verify", *out)
+    assert "needs --sae" in fails(capsys, "target", "--effects", "e", "--feature", "1", "--rotation", *out)
     both = ["target", "--effects", "e", "--positive", "a.txt", *out]
-    assert "both --positive and --negative" in complaint(capsys, both)
+    assert "both --positive and --negative" in fails(capsys, *both)
 
 
 @pytest.mark.parametrize("given", [("a",), ("1=b",), ("1", "1=2")])

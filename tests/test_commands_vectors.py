@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.commands import fails
 from support.tiny_models import with_text
-from test_cli import fails
 
 from steersman import SteeringVector
 from steersman.cli import main, usage

@@ -41,9 +41,12 @@ def test_auto(
 def test_named_devices_are_tried_and_torch_devices_kept() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device(torch.device("mps")) == torch.device("mps")
-    for name in ("gpuu", "cuda:99", ""):
-        with pytest.raises(SteersmanError, match=f"device {name!r} cannot be used: .*use auto, cpu"):
-            pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["gpuu", "cuda:99", ""])
+def test_devices_that_are_not_there(name: str) -> None:
+    with pytest.raises(SteersmanError, match=f"device {name!r} cannot be used: .*use auto, cpu"):
+        pick_device(name)
 
 
 def test_a_local_rank_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:

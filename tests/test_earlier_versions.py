@@ -1,10 +1,9 @@
-"""What earlier versions wrote opens, says what it said, and goes on where it was cut short.
+"""What earlier versions wrote opens, says what it said, and is resumed where it was cut short.
 
 `tests/data/v0.1` holds small files of version 0.1.0; its README says how each was made. Numbers that are only read are
 the same to the last digit; those that are computed here may differ as one CPU rounds differently from another.
 """
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.early_files import DATA, HOOK, training
 from support.ranks import run_ranks
 from torch import Tensor
 
@@ -21,15 +21,12 @@ from steersman import (
     EffectMap,
     LanguageModel,
     SteeringVector,
-    TrainConfig,
     collect_effects,
 )
 from steersman.cli import run
 from steersman.demo import MODEL_PATH
 
-DATA = Path(__file__).parent / "data" / "v0.1"
 EXPECTED: dict[str, Any] = json.loads((DATA / "expected.json").read_text())
-HOOK, EARLY = "blocks.2.hook_resid_post", "blocks.1.hook_resid_post"
 SAES = ("topk", "batch_topk", "jumprelu", "relu", "gated", "matryoshka", "groupmax", "transcoder")
 
 
@@ -161,16 +158,6 @@ def caching(out: Path) -> list[str]:
     return [*command, "--device", "cpu"]
 
 
-def training(out: Path, architecture: str, *more: str) -> list[str]:
-    # The setting was called activation.
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    flag = "--architecture" if "architecture" in names else "--activation"
-    command = ["train", "--store", str(DATA / "store"), "--hook", EARLY, "--out", str(out), flag, architecture]
-    command += ["--d-sae", "32", "--k", "4", "--batch-size", "32", "--tokens", "640", "--dead-after", "320"]
-    command += ["--log-every", "1", "--checkpoint-every", "10", "--keep-checkpoints", "1", "--device", "cpu"]
-    return [*command, "--heldout-fraction", "0.1", *more]
-
-
 def measuring(out: Path) -> Any:
     """The effects of unit vectors along axes, which no CPU rounds in a way of its own."""
     lm, sae = LanguageModel.load(str(MODEL_PATH), device="cpu"), SAE.load(DATA / "run", "cpu")
@@ -242,7 +229,7 @@ def _settings(name: str) -> tuple[str, ...]:
     return architecture, *more
 
 
-def test_an_unfinished_store_goes_on_to_its_end(tmp_path: Path) -> None:
+def test_an_unfinished_store_is_resumed_to_its_end(tmp_path: Path) -> None:
     folder = copied("unfinished_store", tmp_path)
     done = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
     assert done
@@ -255,7 +242,7 @@ def test_an_unfinished_store_goes_on_to_its_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
 @pytest.mark.parametrize("name", ["unfinished_run", "unfinished_run_of_2"])
-def test_an_unfinished_run_goes_on_to_its_end(name: str, n_ranks: int, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_resumed_to_its_end(name: str, n_ranks: int, tmp_path: Path) -> None:
     folder = copied(name, tmp_path)
     command = training(folder, *_settings(name))
     if n_ranks == 1:
@@ -271,6 +258,6 @@ def test_the_sae_of_a_checkpoint_can_be_taken_out(name: str, tmp_path: Path) -> 
     assert_alike(of_sae(SAE.load(tmp_path / "sae")), EXPECTED["checkpoints"][name], 1e-4)
 
 
-def test_unfinished_effects_go_on_to_their_end(tmp_path: Path) -> None:
+def test_unfinished_effects_are_resumed_to_their_end(tmp_path: Path) -> None:
     folder = copied("unfinished_effects", tmp_path)
     assert_alike(of_effects(measuring(folder)), EXPECTED["effects"], 1e-3)

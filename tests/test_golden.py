@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_earlier_versions import EARLY, HOOK, training
+from support.early_files import EARLY, HOOK, training
 
 from steersman import SAE
 from steersman.cli import run
@@ -30,7 +30,7 @@ CASES: dict[str, list[str]] = {
 
 
 def losses(name: str, out: Path) -> dict[str, Any]:
-    """The losses of the first ten steps, the share of dead features there, and what is left unexplained at the end."""
+    """The losses of ten steps, the fraction of dead features at the tenth, and the unexplained variance at the end."""
     command = training(out, "batch_topk" if name == "batch_topk" else "topk", "--seed", "4", *CASES[name])
     if name == "streamed":
         i = command.index("--store")

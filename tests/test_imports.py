@@ -133,3 +133,16 @@ def test_no_module_goes_through_the_face_of_its_own_part() -> None:
                 inside = f"{name}.".startswith(f"{node.module}.")
                 named = {f"{node.module}.{alias.name}" for alias in node.names}
                 assert not inside or named <= set(modules()), f"{name} imports from {node.module}"
+
+
+def test_tests_share_through_support_and_never_import_one_another() -> None:
+    """What two test modules need is in `tests/support` or `tests/conftest.py`, where moving a test breaks no other."""
+    files = sorted(path for path in (ROOT / "tests").rglob("*.py") if "data" not in path.parts)
+    tests = {path.stem for path in files if path.stem.startswith("test_")}
+    assert len(tests) > 90
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            named += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found = {part for name in named for part in name.split(".")} & (tests | {"conftest"})
+            assert not found, f"{path.name} imports {found}: move what they share to tests/support"

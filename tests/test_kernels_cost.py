@@ -1,3 +1,5 @@
+"""The cost model of the kernels: consistent with itself and with a count of candidates; and the table of tiles."""
+
 import json
 from pathlib import Path
 

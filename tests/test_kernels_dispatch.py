@@ -1,3 +1,5 @@
+"""Which implementation of the kernels runs where: the choice, one signature for all, and what is refused."""
+
 import inspect
 import sys
 from pathlib import Path

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.helpers import integers
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -26,11 +27,6 @@ def _small_waves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(triton_encode, "plan", functools.partial(PLAN, smallest=128, largest=128))
     with operands.precision("fp32"):
         yield
-
-
-def integers(*shape: int, seed: int, high: int = 3) -> Tensor:
-    """Small whole numbers: sums of their products are exact in every dtype and order, and full of ties."""
-    return torch.randint(-high, high + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
 def check(x: Tensor, W: Tensor, b: Tensor, k: int, b_dec: Tensor | None = None, *, signed: bool = False) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.helpers import integers
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -25,10 +26,6 @@ def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(triton_threshold, "THRESHOLD_SLOTS", 128)
     with operands.precision("fp32"):
         yield
-
-
-def integers(*shape: int, seed: int) -> Tensor:
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
 def problem(N: int, L: int, D: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,11 +13,6 @@ from steersman.lm import ForwardPass, LanguageModel
 HOOK = "blocks.1.hook_resid_post"
 
 
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return with_text("llama")
-
-
 class Spy:
     """Notes, for every pass, what the clock says."""
 

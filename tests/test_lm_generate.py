@@ -13,11 +13,6 @@ from steersman.lm.generate import real_generated, sampling_settings
 PROMPTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13", "w14 w15"]
 
 
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return with_text("llama")
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gemma2", "opt", "phi"])
 def test_a_batch_equals_its_rows_one_by_one(family: str) -> None:
     lm = with_text(family)

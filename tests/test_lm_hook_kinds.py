@@ -236,21 +236,34 @@ def test_masks_and_logits_under_the_cache(family: str) -> None:
     assert all(len(positions[0]) == shape[1] for shape, positions in seen["logits"])
 
 
-def test_names_of_transformer_lens_and_ours() -> None:
-    lm = build("llama")
-    for given, name in {
-        "blocks.2.attn.hook_z": "blocks.2.attn.hook_z",
-        "blocks.2.hook_z": "blocks.2.attn.hook_z",
-        "blocks.2.mlp.hook_post": "blocks.2.mlp.hook_post",
-        "blocks.2.hook_mlp_post": "blocks.2.mlp.hook_post",
-        "logits": "logits",
-    }.items():
-        assert lm.resolve_hook(given) == name
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("blocks.2.attn.hook_z", "blocks.2.attn.hook_z"),
+        ("blocks.2.hook_z", "blocks.2.attn.hook_z"),
+        ("blocks.2.mlp.hook_post", "blocks.2.mlp.hook_post"),
+        ("blocks.2.hook_mlp_post", "blocks.2.mlp.hook_post"),
+        ("logits", "logits"),
+    ],
+)
+def test_names_of_transformer_lens_and_ours(lm: LanguageModel, given: str, name: str) -> None:
+    assert lm.resolve_hook(given) == name
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "blocks.2.ln1.hook_normalized",  # the gain may be in it or not
+        "model.layers.2.mlp.down_proj",  # a path is what the module returns
+    ],
+)
+def test_names_of_no_hook_point(lm: LanguageModel, given: str) -> None:
+    with pytest.raises(SteersmanError, match="unknown hook point"):
+        lm.resolve_hook(given)
+
+
+def test_widths_are_the_points_own(lm: LanguageModel) -> None:
     assert lm.hook_width("blocks.0.mlp.hook_post") == 24
-    with pytest.raises(SteersmanError, match="unknown hook point"):
-        lm.resolve_hook("blocks.2.ln1.hook_normalized")  # the gain may be in it or not
-    with pytest.raises(SteersmanError, match="unknown hook point"):
-        lm.resolve_hook("model.layers.2.mlp.down_proj")  # a path is what the module returns
 
 
 def test_what_takes_no_mask_says_so() -> None:

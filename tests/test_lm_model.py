@@ -15,11 +15,6 @@ from steersman.lm import ForwardPass, LanguageModel
 HOOK = "blocks.1.hook_resid_post"
 
 
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return with_text("llama")
-
-
 def test_facts(lm: LanguageModel) -> None:
     assert (lm.n_layers, lm.d_model, lm.context_length, lm.dtype) == (3, D, 32, torch.float32)
     assert (lm.bos_token_id, lm.eos_token_id, lm.pad_token_id) == (0, 1, 3)

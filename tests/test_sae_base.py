@@ -70,14 +70,14 @@ def test_single_features_with_ties_and_many_tokens() -> None:
         assert torch.equal(sae.encode_features(x, ids), sae.encode(x)[:, ids])
 
 
-def test_folding_the_input_scale_changes_nothing_but_units() -> None:
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "jumprelu"])
+def test_folding_the_input_scale_changes_nothing_but_units(architecture: str) -> None:
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
-    for activation in ("topk", "batch_topk", "jumprelu"):
-        sae = make_sae(activation)
-        code, x_hat = sae.encode(3.0 * x), sae(3.0 * x)
-        sae.fold_input_scale(3.0)
-        torch.testing.assert_close(sae.encode(x) * 3.0, code, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(sae(x) * 3.0, x_hat, rtol=1e-5, atol=1e-5)
+    sae = make_sae(architecture)
+    code, x_hat = sae.encode(3.0 * x), sae(3.0 * x)
+    sae.fold_input_scale(3.0)
+    torch.testing.assert_close(sae.encode(x) * 3.0, code, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(x) * 3.0, x_hat, rtol=1e-5, atol=1e-5)
 
 
 def test_input_may_be_bfloat16() -> None:

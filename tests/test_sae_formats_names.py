@@ -36,17 +36,20 @@ def test_module_paths(path: str, model: str, hook: str) -> None:
     assert to_hook_name(path, model) == hook
 
 
-def test_models() -> None:
-    for short, long in {
-        "gpt2-small": "gpt2",
-        "gemma-2-2b": "google/gemma-2-2b",
-        "pythia-70m-deduped": "EleutherAI/pythia-70m-deduped",
-        "Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
-        "somebody/gemma-2-2b-tuned": "somebody/gemma-2-2b-tuned",
-        "unheard-of": "unheard-of",
-        "": "",
-    }.items():
-        assert to_model_name(short) == long
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ("gpt2-small", "gpt2"),
+        ("gemma-2-2b", "google/gemma-2-2b"),
+        ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped"),
+        ("Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
+        ("somebody/gemma-2-2b-tuned", "somebody/gemma-2-2b-tuned"),
+        ("unheard-of", "unheard-of"),
+        ("", ""),
+    ],
+)
+def test_models(short: str, long: str) -> None:
+    assert to_model_name(short) == long
 
 
 def test_folders() -> None:

@@ -52,12 +52,12 @@ def test_target_already_exceeded() -> None:
     assert len(found.evaluations) <= 8
 
 
-def test_target_unreachable() -> None:
-    for cost in (lambda s: s / (1 + s), lambda s: 0.0, lambda s: -s):
-        found = search_scale(cost, 1.0, **LIMITS)
-        assert (found.reason, found.converged, found.scale) == ("unreachable", False, LIMITS["high"])
-        assert found.value == cost(LIMITS["high"])
-        assert len(found.evaluations) <= 8
+@pytest.mark.parametrize("cost", [lambda s: s / (1 + s), lambda s: 0.0, lambda s: -s])
+def test_target_unreachable(cost: Callable[[float], float]) -> None:
+    found = search_scale(cost, 1.0, **LIMITS)
+    assert (found.reason, found.converged, found.scale) == ("unreachable", False, LIMITS["high"])
+    assert found.value == cost(LIMITS["high"])
+    assert len(found.evaluations) <= 8
 
 
 def test_a_jump_over_the_budget_is_not_called_converged() -> None:
@@ -67,10 +67,13 @@ def test_a_jump_over_the_budget_is_not_called_converged() -> None:
     assert found.value == (0.1 if found.scale < 1 else 3.0), "what is reported was measured there"
 
 
-def test_wrong_searches() -> None:
-    for target in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(SteersmanError, match="a budget must be a number above 0"):
-            search_scale(lambda s: s, target, **LIMITS)
+@pytest.mark.parametrize("target", [0.0, -1.0, math.nan, math.inf])
+def test_wrong_budgets(target: float) -> None:
+    with pytest.raises(SteersmanError, match="a budget must be a number above 0"):
+        search_scale(lambda s: s, target, **LIMITS)
+
+
+def test_wrong_limits() -> None:
     with pytest.raises(SteersmanError, match="0 < lowest <= highest"):
         search_scale(lambda s: s, 1.0, start=1.0, low=2.0, high=1.0)
 

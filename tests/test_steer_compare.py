@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import toy_sae, with_text
+from support.tiny_models import toy_sae
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
@@ -16,11 +16,6 @@ from steersman.steer.measures import distinct, repetition_rate, token_kl, token_
 CONFIG = SteerConfig(
     feature=("3=6", "8=-2"), prompt=("w5 w6 w7", "w9"), units="raw", max_new_tokens=6
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return with_text("llama")
 
 
 def test_comparison_by_hand(lm: LanguageModel) -> None:

@@ -1,7 +1,6 @@
 """`decompose` as a whole: the planted vector, what each method computes, diagnostics, and mistakes."""
 
 import json
-import secrets
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +29,10 @@ def only_once(x: torch.Tensor) -> Any:
     yield SimpleNamespace(x=x[30:])
 
 
-@pytest.fixture(scope="module")
-def case() -> Any:
-    return planted(secrets.randbelow(2**31))  # a new one in every run; its repr names the seed when a test fails
+@pytest.fixture(scope="module", params=[0, 45])
+def case(request: pytest.FixtureRequest) -> Any:
+    """Two plantings; in the second all three positive coefficients are small."""
+    return planted(request.param)
 
 
 @pytest.mark.parametrize(("method", "k"), [("omp", 6), ("omp", 16), ("lasso", 12), ("contrast", 6)], ids=str)
@@ -59,36 +59,37 @@ def test_planted_encode_fails_and_says_so(case: Any) -> None:
     assert "its biases decide, not v" in text
     assert "cannot express negative parts" in text
     assert "up to k = 16 features for any input" in text
-    rescaled = decompose(case.v, case.sae, method="encode", k=6, scale=10.0)
+    # Above (5 + 3.5) / 0.5 = 17, at which the smallest positive coefficient there can be, 0.5, outweighs the biases.
+    rescaled = decompose(case.v, case.sae, method="encode", k=6, scale=20.0)
     assert 0 < case.recovered(rescaled) <= 3, "the negative half cannot be seen"
     nnls = decompose(case.v, case.sae, method="nnls", k=None, n_null=2)
     assert nnls.cosine > 0.999
     assert case.recovered(nnls) <= 3, "a cosine of 1 with the wrong features"
 
 
-def test_a_batch_equals_its_vectors(case: Any) -> None:
+@pytest.mark.parametrize("method", ["omp", "lasso", "nnls", "encode"])
+def test_a_batch_equals_its_vectors(case: Any, method: str) -> None:
     other = case.sae.W_dec[3].detach() * 2
-    for method in ("omp", "lasso", "nnls", "encode"):
-        both: Any = decompose(torch.stack([case.v, other]), case.sae, method=method, k=5)
-        for v, found in zip((case.v, other), both):
-            alone = decompose(v, case.sae, method=method, k=5)
-            assert found.features.tolist() == alone.features.tolist()
-            torch.testing.assert_close(found.coefficients, alone.coefficients)
-            torch.testing.assert_close(found.null_curve, alone.null_curve)
-            assert found.warnings == alone.warnings
+    both: Any = decompose(torch.stack([case.v, other]), case.sae, method=method, k=5)
+    for v, found in zip((case.v, other), both):
+        alone = decompose(v, case.sae, method=method, k=5)
+        assert found.features.tolist() == alone.features.tolist()
+        torch.testing.assert_close(found.coefficients, alone.coefficients)
+        torch.testing.assert_close(found.null_curve, alone.null_curve)
+        assert found.warnings == alone.warnings
 
 
-def test_the_record_is_consistent(case: Any) -> None:
-    for method in ("omp", "lasso", "nnls", "encode"):
-        found = decompose(case.v, case.sae, method=method, k=5)
-        rows = case.sae.W_dec.detach()[found.features]
-        rebuilt = found.coefficients.float() @ (rows / rows.norm(dim=1, keepdim=True))
-        torch.testing.assert_close(found.reconstruction, rebuilt)
-        torch.testing.assert_close(found.residual + found.reconstruction, case.v)
-        assert float(found.curve[-1]) == pytest.approx(found.explained_variance, abs=1e-6)
-        assert len(found.curve) == len(found.null_curve) == len(found.null_high) == len(found)
-        negative = found.coefficients.clamp_max(0).square().sum() / found.coefficients.square().sum()
-        assert found.negative_energy == pytest.approx(float(negative))
+@pytest.mark.parametrize("method", ["omp", "lasso", "nnls", "encode"])
+def test_the_record_is_consistent(case: Any, method: str) -> None:
+    found = decompose(case.v, case.sae, method=method, k=5)
+    rows = case.sae.W_dec.detach()[found.features]
+    rebuilt = found.coefficients.float() @ (rows / rows.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(found.reconstruction, rebuilt)
+    torch.testing.assert_close(found.residual + found.reconstruction, case.v)
+    assert float(found.curve[-1]) == pytest.approx(found.explained_variance, abs=1e-6)
+    assert len(found.curve) == len(found.null_curve) == len(found.null_high) == len(found)
+    negative = found.coefficients.clamp_max(0).square().sum() / found.coefficients.square().sum()
+    assert found.negative_energy == pytest.approx(float(negative))
 
 
 def test_strengths_take_out_the_length_of_decoder_rows() -> None:

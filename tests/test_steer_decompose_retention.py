@@ -1,6 +1,7 @@
 """Retention, pictures and the command, on the bundled model: a contrast of two concepts falls into the features that
 the grammar's labels name, and 16 features keep its effect."""
 
+import functools
 import json
 from itertools import islice
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.commands import fails
 from support.tiny_models import toy_sae, with_text
-from test_cli import fails
 
 from steersman import LanguageModel, SteersmanError, TrainConfig, cache_activations, decompose, train_sae
 from steersman.cli import main
@@ -39,11 +40,14 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lm, sae, features, folder
 
 
-def contrast_of(lm: LanguageModel, a: str, b: str) -> SteeringVector:
-    def ending(concept: str, seed: int) -> list[str]:
-        found = (story.text[:end] for story in stories(seed) for _, end, name in story.spans[:6] if name == concept)
-        return list(islice(found, 40))
+@functools.cache  # some two thousand stories are written to find them
+def ending(concept: str, seed: int) -> list[str]:
+    """The beginnings of 40 stories up to a mention of a concept."""
+    found = (story.text[:end] for story in stories(seed) for _, end, name in story.spans[:6] if name == concept)
+    return list(islice(found, 40))
 
+
+def contrast_of(lm: LanguageModel, a: str, b: str) -> SteeringVector:
     return SteeringVector.contrast(lm, ending(a, 7), ending(b, 8), hook=HOOK, method="diffmean", tokens="last")
 
 

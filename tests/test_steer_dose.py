@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import D, with_text
+from support.tiny_models import D
 
 from steersman import LanguageModel, Steerer, SteeringVector, SteersmanError
 from steersman.steer import calibrate, evaluate_steering
@@ -17,11 +17,6 @@ HOOK = "blocks.1.hook_resid_post"
 DIRECTION = torch.randn(D, generator=torch.Generator().manual_seed(0))
 VECTOR = SteeringVector.of(DIRECTION, hook_name=HOOK)
 TEXTS = ["w5 w6 w7 w8", "w9 w10 w11"]
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return with_text("llama")
 
 
 def ways(lm: LanguageModel) -> dict[str, Any]:

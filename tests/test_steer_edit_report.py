@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.tiny_models import toy_sae, with_text
+from support.tiny_models import toy_sae
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
@@ -10,11 +10,6 @@ from steersman.steer import Steerer, edit_report
 
 HOOK = "blocks.1.hook_resid_post"
 TEXTS = ["w5 w6 w7 w8", "w9 w10"]
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return with_text("llama")
 
 
 @pytest.mark.parametrize("chunk", [2, 256])

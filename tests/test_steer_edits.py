@@ -18,11 +18,6 @@ HOOK = "blocks.1.hook_resid_post"
 IDS = torch.tensor([[0, 5, 6, 7, 8, 9], [0, 10, 11, 12, 13, 14]])
 
 
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return with_text("llama")
-
-
 def states(lm: LanguageModel, steering: Steering | None = None) -> Tensor:
     if steering is None:
         return lm.capture(IDS, hooks=[HOOK])[HOOK]

@@ -130,11 +130,11 @@ def test_a_target_without_signal_is_an_error_that_says_how_weak() -> None:
     assert noisy.solve({4: 1.0, 5: 1.0}, min_signal=0).norm() == pytest.approx(1)
 
 
-def test_ridges_that_are_none() -> None:
+@pytest.mark.parametrize("ridge", [-1.0, math.nan])
+def test_ridges_that_are_none(ridge: float) -> None:
     m, _, _, _ = toy_map()
-    for ridge in (-1.0, math.nan):
-        with pytest.raises(SteersmanError, match="ridge must be"):
-            m.solve(3, ridge=ridge)
+    with pytest.raises(SteersmanError, match="ridge must be"):
+        m.solve(3, ridge=ridge)
 
 
 def test_a_planted_rotation_is_applied_in_its_direction() -> None:

@@ -49,7 +49,7 @@ def test_effects_are_differences_to_the_unsteered() -> None:
     assert float((shard.effect / spread).abs().max()) > 10
 
 
-def test_interrupted_work_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_work_is_resumed_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, sae = toy()
     options: dict[str, Any] = {"scale_rule": "kl", "scale_target": 0.05}
     collect_effects(lm, sae, TEXTS, quick(out=str(tmp_path / "whole"), **options))
@@ -75,23 +75,37 @@ def test_interrupted_work_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch:
     collect_effects(lm, sae, TEXTS, quick(out=broken, **options))
 
 
-def test_other_settings_in_the_same_folder_are_an_error(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of effects that was measured with `quick()`."""
+    out = str(tmp_path_factory.mktemp("finished") / "e")
     lm, sae = toy()
-    out = str(tmp_path / "e")
     collect_effects(lm, sae, config=quick(out=out))
-    for changes, said in (
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"seed": 1}, r"seed was 0, now 1"),
         ({"rollouts": 8}, "rollouts"),
         ({"scope": "generation"}, "scope was 'all', now 'generation'"),
         ({"n_vectors": 5}, "n_vectors"),
-    ):
-        with pytest.raises(SteersmanError, match=said):
-            collect_effects(lm, sae, config=quick(out=out, **changes))
+    ],
+)
+def test_other_settings_in_the_same_folder_are_an_error(finished: str, changes: dict[str, Any], message: str) -> None:
+    lm, sae = toy()
+    with pytest.raises(SteersmanError, match=message):
+        collect_effects(lm, sae, config=quick(out=finished, **changes))
+
+
+def test_other_saes_and_vectors_in_the_same_folder_are_an_error(finished: str, tmp_path: Path) -> None:
+    lm, sae = toy()
     with pytest.raises(SteersmanError, match=r"sae\.hash"):
-        collect_effects(lm, toy_sae(HOOK, k=8), config=quick(out=out))
+        collect_effects(lm, toy_sae(HOOK, k=8), config=quick(out=finished))
     with pytest.raises(SteersmanError, match="vectors_hash"):
-        collect_effects(lm, sae, config=quick(out=out), vectors=torch.randn(7, D))
-    collect_effects(lm, sae, config=quick(out=out, batch_rows=5))  # decides nothing but rounding
+        collect_effects(lm, sae, config=quick(out=finished), vectors=torch.randn(7, D))
+    collect_effects(lm, sae, config=quick(out=finished, batch_rows=5))  # decides nothing but rounding
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(SteersmanError, match="holds no effects"):

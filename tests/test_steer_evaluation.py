@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.tiny_models import D, count_hooks, toy_sae, with_text
+from support.tiny_models import D, count_hooks, toy_sae
 
 from steersman import LanguageModel, Steerer, SteeringVector, evaluate_steering
 from steersman.errors import SteersmanError
@@ -22,11 +22,6 @@ V = SteeringVector.of(torch.randn(D, generator=torch.Generator().manual_seed(1))
 PROMPTS = ["w5 w6 w7", "w9", "w10 w11", "w12 w13", "w5"]
 ITEMS = [("w5 w6", " w7 w8", " w9"), ("w10", " w11", " w12 w13"), ("w20 w21", " w22", " w23")]
 CONFIG = EvaluationConfig(scale=(0.5, 2.0), max_new_tokens=6, temperature=0.0, batch_size=3, max_nll_rise=100.0)
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return with_text("llama")
 
 
 @pytest.fixture(scope="module")
@@ -215,11 +210,16 @@ def test_wrong_input(lm: LanguageModel, options: dict[str, Any], message: str) -
         evaluate_steering(lm, arguments.pop("vector"), arguments.pop("prompts"), **arguments)
 
 
-def test_wrong_settings() -> None:
-    for options, message in [
-        ({"scale": (1.0, 1.0)}, "a scale is repeated"), ({"samples": 0}, "at least 1"),
-        ({"temperature": 0.0, "samples": 2}, "greedy"), ({"temperature": -1.0}, "greedy"),
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": (1.0, 1.0)}, "a scale is repeated"),
+        ({"samples": 0}, "at least 1"),
+        ({"temperature": 0.0, "samples": 2}, "greedy"),
+        ({"temperature": -1.0}, "greedy"),
         ({"scale": (float("nan"),)}, "finite"),
-    ]:  # fmt: skip
-        with pytest.raises(SteersmanError, match=message):
-            EvaluationConfig(**options)  # pyright: ignore[reportArgumentType]
+    ],
+)
+def test_wrong_settings(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SteersmanError, match=message):
+        EvaluationConfig(**options)

@@ -31,11 +31,6 @@ NEGATIVE = ["w9 " + random_text(n) for n in LENGTHS]
 PAIRED = [(p, " w11") for p in POSITIVE], [(p, " w12 w13") for p in POSITIVE]
 
 
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return with_text("llama")
-
-
 def states(lm: LanguageModel, text: str, hook: str = HOOK) -> Tensor:
     """[S, D] of one text alone, the BOS left out."""
     return lm.capture(lm.encode([text]).input_ids, hooks=[hook])[hook][0, 1:]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import D, with_text
+from support.tiny_models import D
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
@@ -13,11 +13,6 @@ from steersman.steer import Scope, Steerer
 HOOK = "blocks.1.hook_resid_post"
 PROMPTS = ["w5 w6 w7 w8", "w9"]  # five and two tokens with the BOS
 NEW = 4  # generated tokens, of which the last is never fed back
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return with_text("llama")
 
 
 def pairs(lm: LanguageModel, scope: Any, **options: Any) -> list[list[int]]:

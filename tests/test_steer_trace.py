@@ -2,17 +2,12 @@
 
 import pytest
 import torch
-from support.tiny_models import D, with_text
+from support.tiny_models import D
 
 from steersman.lm import LanguageModel
 from steersman.steer import Steerer, trace
 
 HOOK = "blocks.1.hook_resid_post"
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return with_text("llama")
 
 
 @pytest.mark.parametrize("fold", [1, 2, 256])

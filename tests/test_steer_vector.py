@@ -24,11 +24,6 @@ W = SteeringVector.of(B, hook_name=HOOK, model_name="org/Llama", method="caa")
 TWO = SteeringVector(directions={HOOK: A, OTHER: B}, model_name="llama")
 
 
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return with_text("llama")
-
-
 def test_arithmetic() -> None:
     torch.testing.assert_close((V + W).vector, A + B)
     torch.testing.assert_close((V - W).vector, A - B)
@@ -195,24 +190,34 @@ def test_save_and_load(tmp_path: Path) -> None:
         assert [p.name for p in path.parent.iterdir()] == ["v.safetensors"]
 
 
-def test_malformed_files(tmp_path: Path) -> None:
-    path = tmp_path / "v.safetensors"
-    good = {"format": "steersman.vector", "version": "1", "provenance": json.dumps(V.provenance())}
-    cases: list[tuple[dict[str, torch.Tensor], dict[str, str] | None, str]] = [
+GOOD = {"format": "steersman.vector", "version": "1", "provenance": json.dumps(V.provenance())}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "message"),
+    [
         ({HOOK: A}, None, "no steering vector"),
-        ({HOOK: A}, {**good, "format": "other"}, "names other"),
-        ({HOOK: A}, {**good, "version": "2"}, "version '2'; this program reads up to 1"),
-        ({HOOK: A}, {**good, "provenance": "{"}, "provenance in its header cannot be read"),
-        ({HOOK: A}, {**good, "provenance": "{}"}, "provenance in its header cannot be read"),
-        ({HOOK: A}, {**good, "provenance": '{"model_name": 1, "method": "", "metadata": {}}'}, "wrong type"),
-        ({HOOK: A * float("nan")}, good, "v.safetensors: the steering vector at .* holds NaN"),
-        ({HOOK: torch.ones(1, 2, 3)}, good, r"must be \[D\]"),
-        ({}, good, "at least one hook point"),
-    ]
-    for tensors, header, message in cases:
-        save_file(tensors, path, metadata=header)
-        with pytest.raises(SteersmanError, match=message):
-            SteeringVector.load(path)
+        ({HOOK: A}, {**GOOD, "format": "other"}, "names other"),
+        ({HOOK: A}, {**GOOD, "version": "2"}, "version '2'; this program reads up to 1"),
+        ({HOOK: A}, {**GOOD, "provenance": "{"}, "provenance in its header cannot be read"),
+        ({HOOK: A}, {**GOOD, "provenance": "{}"}, "provenance in its header cannot be read"),
+        ({HOOK: A}, {**GOOD, "provenance": '{"model_name": 1, "method": "", "metadata": {}}'}, "wrong type"),
+        ({HOOK: A * float("nan")}, GOOD, "v.safetensors: the steering vector at .* holds NaN"),
+        ({HOOK: torch.ones(1, 2, 3)}, GOOD, r"must be \[D\]"),
+        ({}, GOOD, "at least one hook point"),
+    ],
+)
+def test_malformed_files(
+    tensors: dict[str, torch.Tensor], header: dict[str, str] | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "v.safetensors"
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(SteersmanError, match=message):
+        SteeringVector.load(path)
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
     V.save(path)
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(SteersmanError, match="truncated or not a safetensors file"):

@@ -15,7 +15,6 @@ import pytest
 import torch
 from support.power_cut import PowerCut, power_cut_after
 from support.stores import HOOK, digests, word_documents
-from support.tiny_models import with_text
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
@@ -25,16 +24,7 @@ from steersman.train.store.shards import ShardWriter
 
 DOCUMENTS = word_documents(60)
 OPTIONS: dict[str, Any] = {"hook": HOOK, "context_length": 16, "batch_size": 4, "tokens": None, "shard_rows": 300}
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return with_text("llama")
-
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STEERSMAN_PROGRESS", "0")
+pytestmark = pytest.mark.usefixtures("no_progress")
 
 
 def cached(lm: LanguageModel, out: Path, texts: Any = None, **options: Any) -> ActivationStore:

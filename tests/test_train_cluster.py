@@ -54,7 +54,7 @@ def test_a_run_on_several_ranks_gives_the_sae_of_one_process(
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
-def test_a_run_goes_on_with_another_number_of_ranks(architecture: str, store: str, tmp_path: Path) -> None:
+def test_a_run_is_resumed_by_another_number_of_ranks(architecture: str, store: str, tmp_path: Path) -> None:
     config = replace(CONFIG, architecture=architecture, ema=0.9, dead_after=512)
     train_sae(ActivationStore.open(store), config, tmp_path / "whole")
     out = str(tmp_path / "run")

@@ -127,36 +127,56 @@ def test_a_model_rank_sends_what_the_plan_says(text: str, tmp_path: Path) -> Non
     assert steps[0].sum() == pytest.approx(4 * plan_run(plan).from_model, rel=0.1)
 
 
-def test_what_takes_long_but_goes_on_is_waited_for(text: str, alone: Path, tmp_path: Path) -> None:
+def test_what_takes_long_but_advances_is_waited_for(text: str, alone: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, model_ranks=1, timeout_seconds=2.0)
     out = tmp_path / "run"
     assert run_ranks(2, train_from_stream, text, {**STREAM, "load_seconds": 4}, config, str(out))[0][0] == "done"
     assert (out / NAME).read_bytes() == (alone / NAME).read_bytes()
 
 
-def mistake(n: int, message: str, *args: Any) -> None:
+def assert_every_rank_says(message: str, n: int, *args: Any) -> None:
     """All of n ranks end with this message."""
     found = answers(start_ranks(n, train_from_stream, *args))
     assert all(not ok and answer.startswith("SteersmanError") and message in answer for ok, answer in found), found
 
 
-def test_a_mistake_is_told_by_every_rank_and_nobody_waits(text: str, tmp_path: Path) -> None:
-    config, out = replace(CONFIG, model_ranks=1), str(tmp_path / "run")
-    mistake(2, "blocks.9.hook_resid_post", text, {**STREAM, "hook": "blocks.9.hook_resid_post"}, config, out)
-    mistake(2, "is not finite (NaN or infinite) for token 17", text, {**STREAM, "broken": True}, config, out)
-    mistake(2, "is not finite (NaN or infinite) for token 17", text, {**STREAM, "broken": True}, CONFIG, out)
+NOT_FINITE = "is not finite (NaN or infinite) for token 17"
+
+
+@pytest.mark.parametrize(
+    ("n", "stream", "training", "message"),
+    [
+        (2, {"hook": "blocks.9.hook_resid_post"}, {"model_ranks": 1}, "blocks.9.hook_resid_post"),
+        (2, {"broken": True}, {"model_ranks": 1}, NOT_FINITE),
+        (2, {"broken": True}, {}, NOT_FINITE),
+        (2, {"on_nonfinite": "skip"}, {"model_ranks": 1}, "on_nonfinite='skip' needs one process"),
+        (2, {}, {"model_ranks": 2}, "model_ranks = 2 leaves none of the 2 ranks"),
+        (3, {}, {"model_ranks": 1, "d_sae": 63}, "d_sae = 63 cannot be split over 2 ranks"),
+    ],
+)
+def test_a_mistake_is_told_by_every_rank_and_nobody_waits(
+    n: int, stream: dict[str, Any], training: dict[str, Any], message: str, text: str, tmp_path: Path
+) -> None:
+    assert_every_rank_says(message, n, text, {**STREAM, **stream}, replace(CONFIG, **training), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("n", "training"), [(2, {}), (3, {"model_ranks": 1})])
+def test_what_only_one_rank_meets_while_training_is_told_by_every_rank(
+    n: int, training: dict[str, Any], text: str, tmp_path: Path
+) -> None:
     words = Path(text).read_text().replace("w17", "w18").splitlines()
-    Path(f"{text}.late.txt").write_text("\n".join([*words[:200], "w17", *words[200:]]))
-    for settings in (CONFIG, config):  # only one rank meets it, while training
-        late = (f"{text}.late.txt", {**STREAM, "broken": True}, settings, f"{out}-late-{settings.model_ranks}")
-        mistake(3 if settings is config else 2, "is not finite (NaN or infinite) for token 17", *late)
-        assert len((Path(late[3]) / "metrics.jsonl").read_text().splitlines()) > 2
-    mistake(2, "on_nonfinite='skip' needs one process", text, {**STREAM, "on_nonfinite": "skip"}, config, out)
-    mistake(2, "model_ranks = 2 leaves none of the 2 ranks", text, STREAM, replace(config, model_ranks=2), out)
-    mistake(3, "d_sae = 63 cannot be split over 2 ranks", text, STREAM, replace(config, d_sae=63), out)
-    Path(f"{text}.other.txt").write_text("w9 w8 w7\n" * 500)
-    other = {**STREAM, "text_of_rank": {2: f"{text}.other.txt"}}
-    mistake(3, "rank 2 has another model, text or settings", text, other, replace(config, model_ranks=2), out)
+    late, out = tmp_path / "late.txt", tmp_path / "run"
+    late.write_text("\n".join([*words[:200], "w17", *words[200:]]))
+    assert_every_rank_says(NOT_FINITE, n, str(late), {**STREAM, "broken": True}, replace(CONFIG, **training), str(out))
+    assert len((out / "metrics.jsonl").read_text().splitlines()) > 2
+
+
+def test_another_text_on_one_rank_is_told_by_every_rank(text: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("w9 w8 w7\n" * 500)
+    stream = {**STREAM, "text_of_rank": {2: str(other)}}
+    config = replace(CONFIG, model_ranks=2)
+    assert_every_rank_says("rank 2 has another model, text or settings", 3, text, stream, config, str(tmp_path / "run"))
 
 
 def test_a_store_needs_no_model_ranks(tmp_path: Path) -> None:

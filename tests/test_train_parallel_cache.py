@@ -1,5 +1,6 @@
 """Caching on several ranks leaves the bytes of one process, also when ranks are killed and started again."""
 
+import functools
 import os
 import signal
 import time
@@ -19,12 +20,19 @@ from steersman.train.capture.parallel_cache import SharedStore
 DOCUMENTS = word_documents(90, seed=3)
 OPTIONS: dict[str, Any] = {"hook": (HOOK, "blocks.0.hook_mlp_out"), "context_length": 16, "batch_size": 4}
 OPTIONS |= {"shard_rows": 300, "timeout_seconds": 30.0}
+pytestmark = pytest.mark.usefixtures("no_progress")
+
+
+@functools.cache
+def model() -> Any:
+    """The tiny model, once a process: reading it changes nothing in it."""
+    from support.tiny_models import with_text
+
+    return with_text("llama")
 
 
 def cache(out: str, options: dict[str, Any], killed_rank: int = -1, after_shards: int = 0) -> str:
     """What each rank does; `killed_rank` kills itself when it starts a shard after so many finished ones."""
-    from support.tiny_models import with_text
-
     begin, begun = SharedStore.begin_shard, []
 
     def fatal(self: SharedStore, number: int, rows_before: int) -> Any:
@@ -36,7 +44,7 @@ def cache(out: str, options: dict[str, Any], killed_rank: int = -1, after_shards
         return begin(self, number, rows_before)
 
     SharedStore.begin_shard = fatal
-    return cache_activations(with_text("llama"), DOCUMENTS, out=out, **options).fingerprint
+    return cache_activations(model(), DOCUMENTS, out=out, **options).fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +52,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "acts"
     cache(str(out), {**OPTIONS, "tokens": 1901})
     return out
-
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STEERSMAN_PROGRESS", "0")
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -85,7 +88,7 @@ def test_a_killed_rank_is_started_again_alone(alone: Path, tmp_path: Path, monke
     assert len(kept) == 3 * 5
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SteersmanError, match="start rank 0 again"):  # all shards are there; the first rank is not
+    with pytest.raises(SteersmanError, match="start rank 0 again"):  # all shards are there; rank 0 is not
         cache(str(out), {**options, "timeout_seconds": 0.5})
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
@@ -117,7 +120,7 @@ def test_ranks_resume_what_one_process_left(alone: Path, tmp_path: Path, monkeyp
 def test_a_power_cut_at_any_moment_is_resumed_from(
     alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first of two ranks loses its power before a change to the disk, every fifth one; the second works on."""
+    """Rank 0 of two loses its power before a change to the disk, every fifth one; the second works on."""
     options = {**OPTIONS, "tokens": 1901, "timeout_seconds": 0.0}
     monkeypatch.setenv("WORLD_SIZE", "2")
 

@@ -101,14 +101,15 @@ def test_selection_over_shards_is_that_of_one_process(n: int, latent: int) -> No
         assert all(float(answer[number][2]) == float(smallest) for answer in found)
 
 
-def test_ranks_start_from_the_rows_of_one_process() -> None:
-    for d_in, d_sae in ((16, 64), (5, 7), (3, 9001)):
-        for more in ({}, {"transcoder": True, "d_out": d_in + 3, "apply_b_dec_to_input": False}):
-            cfg = SAEConfig(d_in=d_in, d_sae=d_sae, k=1, **more)
-            whole = SAE(cfg, torch.Generator().manual_seed(4))
-            parts = [initial_rows(cfg, 4, a, b) for a, b in ((0, d_sae // 3), (d_sae // 3, d_sae))]
-            assert torch.equal(torch.cat([encoder for encoder, _ in parts]).T, whole.W_enc)
-            assert torch.equal(torch.cat([decoder for _, decoder in parts]), whole.W_dec)
+@pytest.mark.parametrize("transcoder", [False, True])
+@pytest.mark.parametrize(("d_in", "d_sae"), [(16, 64), (5, 7), (3, 9001)])
+def test_ranks_start_from_the_rows_of_one_process(d_in: int, d_sae: int, transcoder: bool) -> None:
+    more: dict[str, Any] = {"transcoder": True, "d_out": d_in + 3, "apply_b_dec_to_input": False}
+    cfg = SAEConfig(d_in=d_in, d_sae=d_sae, k=1, **(more if transcoder else {}))
+    whole = SAE(cfg, torch.Generator().manual_seed(4))
+    parts = [initial_rows(cfg, 4, a, b) for a, b in ((0, d_sae // 3), (d_sae // 3, d_sae))]
+    assert torch.equal(torch.cat([encoder for encoder, _ in parts]).T, whole.W_enc)
+    assert torch.equal(torch.cat([decoder for _, decoder in parts]), whole.W_dec)
 
 
 def test_a_mesh_knows_its_places() -> None:

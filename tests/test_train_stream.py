@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from support.stores import HOOK, word_documents
-from support.tiny_models import with_text
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
@@ -17,11 +16,6 @@ OPTIONS: dict[str, Any] = {
     "hook": "model.layers.1", "buffer_rows": 512, "heldout_rows": 300, "context_length": 16, "batch_size": 4,
     "dtype": "float32",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return with_text("llama")
 
 
 def stream_of(lm: LanguageModel, texts: Any = None, **options: Any) -> ActivationStream:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from steersman.sae import SAE, GatedSAE, SAEConfig
 
@@ -31,6 +32,11 @@ def make_sae(architecture: str = "topk", d_in: int = 8, d_sae: int = 64, k: int 
         elif architecture == "jumprelu":
             sae.threshold = torch.rand(d_sae, generator=g)
     return sae
+
+
+def integers(*shape: int, seed: int, high: int = 3) -> Tensor:
+    """Small whole numbers: sums of their products are exact in every dtype and order, and full of ties."""
+    return torch.randint(-high, high + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
 def triton_before(major: int, minor: int) -> bool:
