@@ -142,8 +142,12 @@ def typed(content: Mapping[Any, Any], kind: type[Any], where: str) -> dict[str, 
     names = [field.name for field in dataclasses.fields(kind) if field.init]
     old = getattr(kind, "old_fields", {})
     settings: dict[str, Any] = {}
-    for key, value in content.items():
-        key = old.get(key, key) if key not in names else key
+    for given, value in content.items():
+        key = given if given in names else old.get(given, given)
+        if given in old and not key:
+            continue  # an old field that nothing reads
+        if key in settings:
+            raise SteersmanError(f"{where}: {key} is said twice, by its old and its new name: keep one")
         if key not in names:
             raise SteersmanError(f"{where}: unknown key {key!r}; near it: {near_names(str(key), names, 3)}")
         try:
