@@ -1,7 +1,7 @@
 """What the matrix units read: activations and weights in the dtype of the products, rows of a multiple of UNIT
 elements.
 
-fp32 tensors are multiplied as `precision` says, in bf16 unless told otherwise; the low-precision copy of a
+fp32 tensors are multiplied as `precision` says, in bf16 unless set otherwise; the low-precision copy of a
 weight is made once and made again only when the weight has changed.
 
 Shape letters: N tokens, L latents, D width (here already padded).

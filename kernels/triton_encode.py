@@ -341,7 +341,7 @@ def topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None, *, signed: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See `reference.topk_encode`: values [N, K] fp32 and indices [N, K] int32, with bf16 products unless `operands`
-    is told otherwise. k is at most LARGEST_K; a signed code has at most MOST_SIGNED latents."""
+    is set otherwise. k is at most LARGEST_K; a signed code has at most MOST_SIGNED latents."""
     return topk_encode_counted(x, W_enc, b_enc, k, b_dec, signed=signed)[:2]
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.sae.base import SAE, FeatureStats, SparseCode
 
@@ -17,7 +16,6 @@ DENSE = 0.1
 """A feature active on more than this fraction of the tokens counts as dense."""
 
 
-@renamed_fields(dead_share="dead_fraction", dense_share="dense_fraction")
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
     """Reconstruction metrics over a set of `n_tokens` tokens."""
@@ -139,12 +137,3 @@ class FeatureSums:
             n_tokens=self.n_tokens,
             median_norm=median_norm,
         )
-
-
-@torch.no_grad()
-def collect_feature_stats(sae: SAE, batches: Iterable[Tensor], median_norm: float) -> FeatureStats:
-    """Largest and mean activation and density of every feature over batches of activations [N, D]."""
-    sums = FeatureSums(sae.cfg.d_sae, sae.device)
-    for x in batches:
-        sums.add(sae.encode_sparse(x.to(sae.device)))
-    return sums.stats(median_norm)

@@ -86,7 +86,7 @@ __all__ = [
     "verify_effect",
 ]
 
-# Conveniences of a class whose functions need the class: declared in it for type checkers, and given to it here.
-setattr(SteeringVector, "contrast", staticmethod(contrast))  # noqa: B010
-setattr(SteeringVector, "calibrate", calibrated)  # noqa: B010
-setattr(SteeringVector, "apply", steered)  # noqa: B010
+# Conveniences of a class whose functions need the class, which declares them.
+SteeringVector.contrast = staticmethod(contrast)
+SteeringVector.calibrate = calibrated
+SteeringVector.apply = steered

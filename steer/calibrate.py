@@ -4,7 +4,7 @@ Budgets, all measured on the same texts with the vector applied in the same scop
 
 - `kl`: mean over the predicted tokens of KL(steered || base), in nats, teacher-forced;
 - `loss`: rise of the mean negative log-likelihood of the texts' tokens, in nats;
-- `norm`: |scale v| as a share of the median norm of the residual stream at its hook point.
+- `norm`: |scale v| as a fraction of the median norm of the residual stream at its hook point.
 
 The search is that of `scale_search`: every figure it returns was measured. The loss budget is the rule of SAE-TS (arXiv
 2411.02193, section 3.1).
@@ -29,7 +29,7 @@ from steersman.steer.vectors.vector import SteeringVector
 log = logging.getLogger(__name__)
 
 START_NORM, LOW_NORM, HIGH_NORM = 0.5, 1e-3, 8.0
-"""|scale v| to start from, and the least and greatest tried, as shares of the median norm of the residual stream."""
+"""|scale v| to start from, and the least and greatest tried, as fractions of the median norm of the residual stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class CalibrateConfig:
     target_loss: float | None = None
     """Rise of the loss on the texts, in nats per token."""
     target_norm: float | None = None
-    """|scale v| as a share of the median norm of the residual stream."""
+    """|scale v| as a fraction of the median norm of the residual stream."""
     scope: str = "all"
     """Tokens to steer: all, prompt, generation, last_prompt, a window such as 2:10, or tokens:15,27."""
     batch_size: int = 16
@@ -51,7 +51,7 @@ class CalibrateConfig:
     max_evaluations: int = MAX_EVALUATIONS
     """Scales to try at most."""
     tolerance: float = TOLERANCE
-    """Share of the budget by which the result may miss it."""
+    """Fraction of the budget by which the result may miss it."""
     seed: int = 0
     """Seed of the texts that the model writes itself where none are given."""
 
@@ -109,19 +109,19 @@ def calibrate(
         raise SteersmanError("target_norm is for vectors: give target_kl or target_loss for any other way of steering")
     steered(v, steerer, scope=config.scope)  # refuses what does not fit before anything is run
     meter = CostMeter(steerer.lm, texts, batch_size=config.batch_size, max_length=config.max_length, seed=config.seed)
-    share = START_NORM if vector is None else _norm_share(vector, meter.norms(vector.hook_names))
+    norm = START_NORM if vector is None else _norm_frac(vector, meter.norms(vector.hook_names))
     if budget == "norm":
-        scale = target / share
+        scale = target / norm
         search = ScaleSearch(
-            scale=scale, value=scale * share, target=target, converged=True, reason="converged", evaluations=[]
+            scale=scale, value=scale * norm, target=target, converged=True, reason="converged", evaluations=[]
         )
     else:
         search = search_scale(
             lambda scale: meter.cost(budget, lambda: steered(v, steerer, scale=scale, scope=config.scope)),
             target,
-            start=START_NORM / share,
-            low=LOW_NORM / share,
-            high=HIGH_NORM / share,
+            start=START_NORM / norm,
+            low=LOW_NORM / norm,
+            high=HIGH_NORM / norm,
             max_evaluations=config.max_evaluations,
             tolerance=config.tolerance,
         )
@@ -181,6 +181,6 @@ def _budget(config: CalibrateConfig) -> tuple[Literal["kl", "loss", "norm"], flo
     return name, float(value)  # pyright: ignore[reportReturnType]
 
 
-def _norm_share(v: SteeringVector, norms: Mapping[str, float]) -> float:
+def _norm_frac(v: SteeringVector, norms: Mapping[str, float]) -> float:
     """|v| in median norms: the largest over hook points, and over positions where there are several."""
     return max(float(d.norm(dim=-1).max()) / norms[hook] for hook, d in v.directions.items())

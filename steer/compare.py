@@ -3,7 +3,7 @@
 KL and log-likelihood are taken over the generated tokens of the steered text, teacher-forced through both models with
 the prompt masked, in fp32: KL(steered || base) says how far the steered distribution was pushed at each token, the
 negative log-likelihood under the unsteered model how strange the text is. Low loss with high repetition is
-degeneration, so the repetition rate and the share of distinct bigrams stand beside it.
+degeneration, so the repetition rate and the fraction of distinct bigrams stand beside it.
 """
 
 import json
@@ -77,7 +77,7 @@ class TextPair:
     unsteered_nll: float | None
     """The same for the unsteered text."""
     repetition: float
-    """Share of the steered text's generated tokens that repeat a 4-gram ending seen before in it."""
+    """Fraction of the steered text's generated tokens that repeat a 4-gram ending seen before in it."""
     distinct_2: float
     """Distinct bigrams over bigrams in the steered text's generated tokens."""
 

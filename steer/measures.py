@@ -40,7 +40,7 @@ def token_kl(steered: Tensor, base: Tensor) -> Tensor:
 
 
 def repetition_rate(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of the n-grams of `tokens` that occurred before in it; 0 for texts too short to hold one.
+    """Fraction of the n-grams of `tokens` that occurred before in it; 0 for texts too short to hold one.
 
     >>> repetition_rate([1, 2, 1, 2, 1, 2], n=2)
     0.6

@@ -19,7 +19,7 @@ from steersman.errors import SteersmanError
 
 MAX_EVALUATIONS = 8
 TOLERANCE = 0.05
-"""Share of the budget by which a result may miss it."""
+"""Fraction of the budget by which a result may miss it."""
 WIDEST = 3.0
 """Largest factor between two scales tried one after the other while the budget is not bracketed."""
 
@@ -153,7 +153,7 @@ def search_scales(
     tolerance: float = 0.05,
     evaluations: int = 14,
 ) -> Scales:
-    """Find the smallest scale at which each vector's measure equals `target`, within `tolerance` as a share of it.
+    """Find the smallest scale at which each vector's measure equals `target`, within `tolerance` as a fraction of it.
 
     `measure(which [n], scales [n])` gives the measure [n] of the vectors `which` at those scales; at 0 it is 0. The
     search starts at `start` and never goes beyond `limit`.
@@ -199,7 +199,7 @@ def _next_of_many(low: Tensor, high: Tensor, g_low: Tensor, g_high: Tensor, targ
     # log g against log s between the ends, kept away from both so that the bracket shrinks in any case
     x, y = low.clamp_min(1e-30).log(), g_low.clamp_min(1e-12).log()
     dx, dy = high.log() - x, g_high.log() - y
-    share = ((torch.log(torch.tensor(target)) - y) / dy).nan_to_num(nan=0.5).clamp(0.15, 0.85)
-    between = (x + share * dx).exp()
+    fraction = ((torch.log(torch.tensor(target)) - y) / dy).nan_to_num(nan=0.5).clamp(0.15, 0.85)
+    between = (x + fraction * dx).exp()
     unbounded, bare = high.isinf(), low <= 0
     return torch.where(unbounded, up, torch.where(bare, down, between))

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from steersman.allocator import keep_freed_memory
+from steersman.config import default_of, read_yaml
 from steersman.errors import LostRankError, SteersmanError, UnfinishedError, near_names
-from steersman.yaml_settings import default_of, read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        print("steersman: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("steersman: interrupted; the same command resumes where it stopped", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

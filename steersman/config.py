@@ -1,4 +1,4 @@
-"""What all configurations share: fields that say whether they are part of what the work IS, merging, comparing.
+"""What all configurations share: fields that say whether they are part of what the work IS, merging, comparing, YAML.
 
 A configuration is a frozen, keyword-only dataclass. Most of its fields decide the numbers; those marked
 `setting(..., identity=False)` say only how the work is computed, kept or reported (device, logging, timeouts), and may
@@ -8,8 +8,13 @@ change when it is resumed.
 import dataclasses
 import json
 import os
+import types
+import typing
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
 
 from steersman.errors import SteersmanError, near_names
 
@@ -70,14 +75,11 @@ def merged(kind: type[T], config: T | None, settings: Mapping[str, Any]) -> T:
             raise SteersmanError(f"unknown setting {name!r}; near it: {near_names(name, list(fields), 3)}")
     if config is not None:
         return dataclasses.replace(config, **settings)  # pyright: ignore[reportArgumentType]
-    missing = [name for name, field in fields.items() if _required(field) and name not in settings]
+    required = [name for name, field in fields.items() if default_of(field) is dataclasses.MISSING]
+    missing = [name for name in required if name not in settings]
     if missing:
         raise SteersmanError(f"{kind.__name__} needs {' and '.join(missing)}")
     return kind(**settings)
-
-
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def part_of(kind: type[T], config: Any) -> T:
@@ -105,3 +107,134 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) ->
         elif a != b:
             parts.append(f"{prefix}{name} was {a!r}, now {b!r}")
     return parts
+
+
+# Settings from a YAML file, held to the types of the dataclass that they are for
+
+
+def read_yaml(path: Path, kind: type[Any]) -> dict[str, Any]:
+    """The settings for the dataclass `kind` that the file at `path` holds, each as its field's type.
+
+    Raises a SteersmanError for a file that cannot be read or is no mapping, an unknown key and a value of another type.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SteersmanError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise SteersmanError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SteersmanError(f"{path} must hold a mapping of settings, such as `d_sae: 4096`")
+    return typed(content, kind, str(path))
+
+
+def typed(content: Mapping[Any, Any], kind: type[Any], where: str) -> dict[str, Any]:
+    """The settings in `content` as the fields of the dataclass `kind` have them; `where` is named in errors.
+
+    >>> @dataclasses.dataclass
+    ... class Config:
+    ...     lr: float
+    ...     layers: tuple[int, ...] = ()
+    >>> typed({"lr": "1e-3", "layers": [2, 3]}, Config, "settings.yaml")
+    {'lr': 0.001, 'layers': (2, 3)}
+    """
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind) if field.init]
+    old = getattr(kind, "old_fields", {})
+    settings: dict[str, Any] = {}
+    for given, value in content.items():
+        key = given if given in names else old.get(given, given)
+        if given in old and not key:
+            continue  # an old field that nothing reads
+        if key in settings:
+            raise SteersmanError(f"{where}: {key} is said twice, by its old and its new name: keep one")
+        if key not in names:
+            raise SteersmanError(f"{where}: unknown key {key!r}; near it: {near_names(str(key), names, 3)}")
+        try:
+            settings[key] = _as_type(value, hints[key])
+        except (TypeError, ValueError, OverflowError):
+            expected = _type_name(hints[key])
+            raise SteersmanError(f"{where}: {key} is {value!r}, it should be {expected}") from None
+    return settings
+
+
+def default_of(field: dataclasses.Field[Any], missing: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field's default, or `missing` where it has none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return missing if field.default is dataclasses.MISSING else field.default
+
+
+def _as_type(value: Any, hint: Any) -> Any:
+    """`value`, which YAML gave, as `hint` says; numbers may be texts, as YAML takes `1e-3` for one. Raises TypeError
+    or ValueError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _as_type(value, arguments[0])
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _as_one_of(value, arguments)
+    if origin is Literal:
+        if not any(value == one and type(value) is type(one) for one in arguments):  # True == 1
+            raise ValueError
+        return value
+    if origin is tuple:
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) != len(items):
+            raise ValueError
+        return tuple(_as_type(item, kind) for item, kind in zip(items, kinds))
+    if origin in (dict, list) or hint in (dict, list):
+        if not isinstance(value, origin or hint):
+            raise TypeError
+        return value
+    return _as_plain(value, hint)
+
+
+def _as_one_of(value: Any, hints: tuple[Any, ...]) -> Any:
+    if value is None and type(None) in hints:
+        return None
+    for hint in hints:
+        if hint is not type(None):
+            try:
+                return _as_type(value, hint)
+            except (TypeError, ValueError, OverflowError):
+                continue
+    raise ValueError
+
+
+def _as_plain(value: Any, hint: Any) -> Any:
+    if hint is bool or isinstance(value, bool):
+        if hint is bool and isinstance(value, bool):
+            return value
+        raise TypeError
+    if hint is str and isinstance(value, str | int | float):
+        return str(value)
+    if hint is float and isinstance(value, str | int | float):
+        return float(value)
+    if hint is int and isinstance(value, str | int | float):
+        if isinstance(value, str) and value.lstrip("+-").isdecimal():
+            return int(value)
+        number = float(value) if isinstance(value, str) else value
+        if int(number) != number:
+            raise ValueError
+        return int(number)
+    if isinstance(hint, type) and isinstance(value, hint):
+        return value
+    raise TypeError
+
+
+def _type_name(hint: Any) -> str:
+    """A type in words, for an error message."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(argument) for argument in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        return "a list, each " + _type_name(arguments[0])
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -12,7 +12,7 @@ class SteersmanError(ValueError):
 
 
 class UnfinishedError(SteersmanError):
-    """Work that stopped before its end through no mistake of the user, and that the same command goes on with.
+    """Work that stopped before its end through no mistake of the user, and that the same command resumes.
 
     The command line exits with code 75 (EX_TEMPFAIL), on which a scheduler can put the job back in its queue.
     """

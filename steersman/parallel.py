@@ -92,7 +92,7 @@ class Mesh:
         return self.latent_index * size, (self.latent_index + 1) * size
 
     def owned_latents(self, d_sae: int) -> tuple[int, int]:
-        """First and end latent that this rank updates: its share, among the replicas, of `local_latents`."""
+        """First and end latent that this rank updates: its part, among the replicas, of `local_latents`."""
         size = d_sae // self.world_size
         start = self.local_latents(d_sae)[0] + self.data_index * size
         return start, start + size

@@ -30,7 +30,7 @@ class TextSource(Protocol):
         ...
 
     def identity(self) -> str:
-        """A line that changes when the documents do, as far as can be told without reading all of them."""
+        """A line that changes when the documents do, as far as can be known without reading all of them."""
         ...
 
     def documents(self, start: int = 0) -> Iterator[str]:

@@ -62,7 +62,7 @@ def effect_map() -> EffectMap:
 
 def store_reader(made: Origin, folder: Path) -> None:
     store = store_of(random_rows(50, D), folder / "acts", model_name=NAME)
-    store.hook_of("the SAE", made)
+    store.hook_of(sae_of(made))
     evaluate_sae(sae_of(made), store, split="all")
 
 

@@ -45,7 +45,6 @@ GROUND_FLOOR = {
     "progress",
     "text",
     "version",
-    "yaml_settings",
 }
 MAY_IMPORT = {
     "kernels": {"kernels"},

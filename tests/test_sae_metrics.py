@@ -6,7 +6,7 @@ from support.helpers import make_sae
 
 from steersman.errors import SteersmanError
 from steersman.sae import SparseCode
-from steersman.sae.metrics import ReconstructionSums, collect_feature_stats, measure_reconstruction
+from steersman.sae.metrics import FeatureSums, ReconstructionSums, measure_reconstruction
 
 
 def test_metrics_equal_their_definitions_over_uneven_batches() -> None:
@@ -24,8 +24,6 @@ def test_metrics_equal_their_definitions_over_uneven_batches() -> None:
     assert got.relative_norm == pytest.approx(float((X_hat.norm(dim=1) / X.norm(dim=1)).mean()), rel=1e-5)
     assert got.n_tokens == 500
     assert (got.record()["dead_share"], got.record()["dense_share"]) == (got.dead_fraction, got.dense_fraction)
-    with pytest.warns(DeprecationWarning, match="Reconstruction.dead_share is dead_fraction now"):
-        assert got.dead_share == got.dead_fraction  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_predicting_the_mean_scores_exactly_one() -> None:
@@ -44,7 +42,10 @@ def test_one_token_has_no_variance() -> None:
 def test_feature_statistics_equal_their_definitions() -> None:
     sae = make_sae()
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(1))
-    stats = collect_feature_stats(sae, x.split(77), median_norm=2.0)
+    sums = FeatureSums(sae.cfg.d_sae, sae.device)
+    for part in x.split(77):
+        sums.add(sae.encode_sparse(part))
+    stats = sums.stats(median_norm=2.0)
     F = sae.encode(x)
     torch.testing.assert_close(stats.max_act, F.max(0).values)
     torch.testing.assert_close(stats.density, (F > 0).float().mean(0))

@@ -75,16 +75,13 @@ def test_a_batch_counts_as_its_texts_one_by_one(lm: LanguageModel, store: Activa
         assert getattr(together, name) == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_first_names_of_the_losses_are_written_and_still_read(
-    lm: LanguageModel, store: ActivationStore, sae: SAE
-) -> None:
+def test_the_first_names_of_the_losses_are_written(lm: LanguageModel, store: ActivationStore, sae: SAE) -> None:
     result = evaluate_sae(sae, store, lm, texts(3, seed=8), EvaluateConfig(batch_size=2), split="all")
     loss = result.to_json()["loss"]
     assert list(loss) == ["ce_unsteered", "ce_spliced", "ce_mean_ablated", "ce_recovered", "kl", "n_predictions"]
     assert "ce_recovered" in result.to_text()
     assert result.loss is not None
-    with pytest.warns(DeprecationWarning, match="SplicedLoss.ce_unsteered is ce_clean now"):
-        assert result.loss.ce_unsteered == result.loss.ce_clean == loss["ce_unsteered"]  # pyright: ignore[reportAttributeAccessIssue]
+    assert result.loss.ce_clean == loss["ce_unsteered"]
     assert result.reconstruction.n_tokens == store.n_rows
     with pytest.raises(SteersmanError, match="unknown setting 'spilt'; near it: split"):
         evaluate_sae(sae, store, spilt="all")

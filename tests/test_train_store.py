@@ -393,7 +393,7 @@ def test_no_rows_are_held_out_when_none_are_asked_for(store: ActivationStore) ->
 def test_one_long_document_is_cut_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = store_of(X, tmp_path / "acts", document_rows=N)
     assert store.split_rows("train", 0.1) == (0, 900)
-    assert "held-out rows share it" in caplog.text
+    assert "held-out rows are cut from it" in caplog.text
 
 
 # Damage

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from steersman.kernels import tiles
 
 SHARED_RATE = 0.75
-"""Share of the peak that a large product reaches."""
+"""Fraction of the peak that a large product reaches."""
 EPILOGUE_PASS = 5.0
 """Instructions that one pass over a tile takes for each of its elements: compare, two selects, compare, select."""
 EPILOGUE_FIXED = 4.0

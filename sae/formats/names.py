@@ -1,8 +1,6 @@
-"""Names of hook points and models, between TransformerLens (ours), module paths, and what the formats record."""
+"""Names of hook points and models: from what the formats record to TransformerLens's (ours) and the hub's."""
 
 import re
-
-from steersman.errors import SteersmanError
 
 _BLOCK = re.compile(
     r"(?:(?:model|transformer|gpt_neox|base_model|language_model|decoder|bert|encoder)\.)*"
@@ -11,8 +9,6 @@ _BLOCK = re.compile(
 _ATTENTION = {"attn", "self_attn", "attention", "self_attention"}
 _POST_NORM_FAMILIES = re.compile(r"gemma-?[23]|olmo-?2|glm-?4", re.IGNORECASE)
 """Families that normalise after the sublayer: what `layers.3.mlp` returns is not what is added to the stream there."""
-_H_FAMILIES = re.compile(r"gpt2|gpt-j|gptj|bloom|falcon|codegen|starcoder|mpt", re.IGNORECASE)
-"""Families whose blocks are called `h` below the base model."""
 
 _PREFIXES = (
     (r"gemma-\d", "google"),
@@ -54,35 +50,6 @@ def to_hook_name(name: str, model_name: str = "") -> str:
     return f"{stem}.{kinds[rest]}" if rest in kinds else name
 
 
-def to_module_path(hook_name: str, model_name: str = "") -> str:
-    """The module below `model.base_model` whose output a hook point is, as sparsify names its folders.
-
-    >>> to_module_path("blocks.6.hook_resid_post"), to_module_path("blocks.6.hook_mlp_out", "openai-community/gpt2")
-    ('layers.6', 'h.6.mlp')
-    """
-    if hook_name == "hook_embed":
-        return "wte" if _H_FAMILIES.search(model_name) else "embed_tokens"
-    match = re.fullmatch(r"blocks\.(\d+)\.(hook_\w+)", hook_name)
-    if match is None:
-        if _BLOCK.fullmatch(hook_name) and "hook_" not in hook_name:
-            return hook_name  # a module path that TransformerLens has no name for
-        raise SteersmanError(f"the hook point {hook_name!r} is not the output of a module")
-    layer, kind = int(match[1]), match[2]
-    blocks = "h" if _H_FAMILIES.search(model_name) else "layers"
-    if kind == "hook_resid_pre" and layer > 0:
-        return f"{blocks}.{layer - 1}"
-    post_norm = _POST_NORM_FAMILIES.search(model_name) is not None
-    attention = "attn" if blocks == "h" else "attention" if "pythia" in model_name.lower() else "self_attn"
-    paths = {
-        "hook_resid_post": "",
-        "hook_mlp_out": ".post_feedforward_layernorm" if post_norm else ".mlp",
-        "hook_attn_out": ".post_attention_layernorm" if post_norm else f".{attention}",
-    }
-    if kind not in paths:
-        raise SteersmanError(f"the hook point {hook_name!r} is not the output of a module")
-    return f"{blocks}.{layer}{paths[kind]}"
-
-
 def to_model_name(name: str) -> str:
     """The hub id of a model that is given by it or by a TransformerLens name; an unknown name as it is.
 
@@ -97,19 +64,6 @@ def to_model_name(name: str) -> str:
         if re.match(pattern, name, re.IGNORECASE):
             return f"{organisation}/{name}"
     return name
-
-
-def to_transformer_lens_model(name: str) -> str:
-    """The name that TransformerLens and Neuronpedia use for a model of the hub.
-
-    >>> to_transformer_lens_model("google/gemma-2-2b"), to_transformer_lens_model("openai-community/gpt2")
-    ('gemma-2-2b', 'gpt2-small')
-    """
-    plain = name.rsplit("/", 1)[-1]
-    organisations = {organisation for _, organisation in _PREFIXES} | {"openai-community"}
-    if "/" in name and name.split("/")[0] not in organisations:
-        return name
-    return "gpt2-small" if plain == "gpt2" else plain
 
 
 def hook_in_path(place: str) -> str:

@@ -157,11 +157,9 @@ class Entry:
             )
         place = target.T if self.transposed else target
         start = 0
-        quiet = self.header.n_bytes < _BAR_BYTES
-        options: dict[str, Any] = {"disable": True} if quiet else {}
-        with progress(
-            desc=f"reading {self.name}", total=self.header.n_bytes, unit="B", unit_scale=True, **options
-        ) as bar:
+        shown = self.header.n_bytes >= _BAR_BYTES
+        total = self.header.n_bytes
+        with progress(desc=f"reading {self.name}", total=total, unit="B", unit_scale=True, shown=shown) as bar:
             for block in self.file.blocks(self.name):
                 block = self._values(block)
                 bad = block.isnan() if allow_infinite else ~block.isfinite()

@@ -30,7 +30,7 @@ class Config:
     planted: int = 16
     """Decoder rows in each vector."""
     noise: float = 1.0
-    """Norm of the noise, as a share of the vector's."""
+    """Norm of the noise, as a fraction of the vector's."""
     check: int = 8
     """Vectors compared with the plain implementation."""
     pursuit: Literal["exact", "gradient"] = "exact"

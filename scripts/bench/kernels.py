@@ -3,7 +3,7 @@
     python scripts/bench/kernels.py
 
 For each shape and each of encode, decode, backward, update and the whole step: the median time, the time of the bare
-matrix product of the encoder in the same run, their ratio, memory beyond the inputs, and the share of rows that took
+matrix product of the encoder in the same run, their ratio, memory beyond the inputs, and the fraction of rows that took
 the exact slow path. The same step by eai-sparsify, SAELens and plain PyTorch, where they are installed and fit in
 memory. Every shape is checked against a product in fp64 before it is timed. Prints a table and writes it as JSON
 under benchmarks/. On a CPU it runs small shapes with the PyTorch kernels.
@@ -66,7 +66,7 @@ class Row:
     memory_mb: float | None
     """Largest allocation beyond what was there before; None where the device does not say."""
     slow_rows: float | None = None
-    """Share of rows that took the exact slow path."""
+    """Fraction of rows that took the exact slow path."""
     bandwidth_share: float | None = None
     """For few tokens: one reading of W_enc, over the time and the copy bandwidth of the same run."""
     error: float | None = None

@@ -4,7 +4,7 @@
 
 Everything follows from the seed: the stories come from the grammar in `steersman.demo`, so there is nothing to
 download. Takes about 20 minutes on two CPU cores. Prints the loss on fresh stories beside the grammar's entropy, which
-no model can beat on average, and the share of sampled sentences that the grammar allows.
+no model can beat on average, and the fraction of sampled sentences that the grammar allows.
 """
 
 import json
@@ -52,7 +52,7 @@ class Config:
     batch: int = 8
     """Packed rows per step; a batch of single stories has about as many tokens."""
     single_only: float = 0.5
-    """Share of the steps in which every row is one story. What a word refers to is quickest to find where there is
+    """Fraction of the steps in which every row is one story. What a word refers to is quickest to find where there is
     only one story; afterwards every other batch is packed, as activations are usually cached."""
     steps: int = 3000
     """Optimiser steps."""
@@ -165,7 +165,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def rate(step: int, config: Config) -> float:
-    """The share of the peak learning rate at a step: linear warm-up, then a cosine to a hundredth."""
+    """The fraction of the peak learning rate at a step: linear warm-up, then a cosine to a hundredth."""
     if step < config.warmup:
         return (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)

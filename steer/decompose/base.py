@@ -34,8 +34,8 @@ class DecomposeConfig:
     """Multiples of v given to the encoder or the model. By default: encode reads v itself, antipodal and response read
     v at the median norm of the SAE's activations, behaviour steers by v as it is."""
     penalty: float | None = None
-    """Weight of the L1 norm as a share of the smallest one that leaves no feature, 0 to 1 (0: no penalty); by default
-    the smallest that leaves k features."""
+    """Weight of the L1 norm as a fraction of the smallest one that leaves no feature, 0 to 1 (0: no penalty); by
+    default the smallest that leaves k features."""
     refit: bool | None = None
     """Fit the chosen features again without the penalty (non-negative for nnls); by default yes, unless the penalty
     is given."""
@@ -67,7 +67,7 @@ class DecomposeConfig:
         if self.scale is not None and not 0 < self.scale < float("inf"):
             raise SteersmanError(f"scale must be a positive number, got {self.scale}")
         if self.penalty is not None and not 0 <= self.penalty < 1:
-            raise SteersmanError(f"penalty is a share of the largest one, 0 up to 1, got {self.penalty}")
+            raise SteersmanError(f"penalty is a fraction of the largest one, 0 up to 1, got {self.penalty}")
         if self.n_null < 2:
             raise SteersmanError(f"n_null must be at least 2 random directions, got {self.n_null}")
         for name in ("rows", "steps"):
@@ -189,7 +189,7 @@ class Method(ABC):
     settings: ClassVar[tuple[str, ...]] = ()
     """Fields of `DecomposeConfig` that not every method has."""
     needs_k: ClassVar[bool] = False
-    """Whether it goes on until it has k features, so that k must be a number."""
+    """Whether it adds features until it has k, so that k must be a number."""
     independent: ClassVar[bool] = False
     """Whether its features are independent directions, so that k is at most d_in."""
     makes_vector: ClassVar[bool] = False

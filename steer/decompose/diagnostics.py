@@ -14,7 +14,7 @@ from steersman.steer.decompose.omp import matching_pursuit
 from steersman.steer.decompose.terms import Terms, cumulative_ev, negative_energy, projected_ev, span_of
 
 DENSE = 0.1
-"""A feature active on more than this share of the tokens counts as always on."""
+"""A feature active on more than this fraction of the tokens counts as always on."""
 _COPIES = 0.95  # cosine from which two features are called copies
 
 
@@ -107,8 +107,8 @@ def _feature_warnings(problem: Problem, terms: Terms, ids: list[int]) -> list[st
         dense = [i for i in ids if float(density[i]) > DENSE]
         dead = [i for i in ids if float(largest[i]) <= 0]
         if dense:
-            share = f"{100 * DENSE:.0f} %"
-            warnings.append(f"active on more than {share} of all tokens, so about no one thing: {_named(dense)}")
+            percent = f"{100 * DENSE:.0f} %"
+            warnings.append(f"active on more than {percent} of all tokens, so about no one thing: {_named(dense)}")
         if dead:
             warnings.append(f"never active in {stats.n_tokens:,} tokens, so without a meaning: {_named(dead)}")
     rows = problem.atoms.unit(terms.features[:256])

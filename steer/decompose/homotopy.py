@@ -20,7 +20,7 @@ from steersman.steer.decompose.terms import PathPoint
 
 _NEAR = 16  # rows whose corners are computed again in float64
 _DEPENDENT = 1e-9  # squared distance from the active rows' span below which a row cannot join
-_END = 1e-8  # share of the largest lambda that counts as none
+_END = 1e-8  # fraction of the largest lambda that counts as none
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,9 +34,9 @@ class Solution:
     path: list[PathPoint]
     """Every corner, from the first feature on."""
     penalty: float
-    """lambda at the end, as a share of the largest."""
+    """lambda at the end, as a fraction of the largest."""
     violation: float
-    """Largest violation of the optimality conditions over all rows, as a share of the largest lambda."""
+    """Largest violation of the optimality conditions over all rows, as a fraction of the largest lambda."""
 
 
 class _Walk:
@@ -151,8 +151,8 @@ class _Walk:
 
 
 def walk_path(V: Tensor, atoms: Atoms, *, k: int | None, penalty: float | None, positive: bool) -> list[Solution]:
-    """Walk the paths of V [B, D] float64 until k features would become k + 1, or lambda reaches `penalty` (a share of
-    its largest value; 0 walks to the unpenalised end)."""
+    """Walk the paths of V [B, D] float64 until k features would become k + 1, or lambda reaches `penalty` (a fraction
+    of its largest value; 0 walks to the unpenalised end)."""
     size = V.norm(dim=1, keepdim=True)
     D = V.shape[1]
     walk = _Walk(V / size, atoms, min(k or 32, D), positive, exact=k is None)
@@ -174,8 +174,8 @@ def walk_path(V: Tensor, atoms: Atoms, *, k: int | None, penalty: float | None, 
         explained = (1 - walk.left().square().sum(dim=1)).tolist()
         count = walk.count.tolist()
         for b in walk.live.nonzero()[:, 0].tolist():
-            share = float(walk.penalty[b] / walk.largest[b])
-            paths[b].append(PathPoint(penalty=share, n_features=count[b], explained_variance=explained[b]))
+            fraction = float(walk.penalty[b] / walk.largest[b])
+            paths[b].append(PathPoint(penalty=fraction, n_features=count[b], explained_variance=explained[b]))
             if stop[b] <= step[b]:
                 walk.live[b] = False
             elif first[b] <= step[b]:

@@ -3,7 +3,7 @@
 Without a penalty given, the smallest lambda that leaves at most k features. The penalty picks features; by default they
 are then fitted again without it, as it shrinks every coefficient (Tibshirani 1996; the path by homotopy, see
 `homotopy.py`). `kkt_violation` among the details is the largest violation of the optimality conditions over all
-features, as a share of the largest lambda.
+features, as a fraction of the largest lambda.
 """
 
 from typing import ClassVar

@@ -17,7 +17,7 @@ from steersman.steer.decompose.gradient_pursuit import gradient_pursuit
 from steersman.steer.decompose.terms import Terms
 
 TOGETHER = 128  # vectors that step together: the product is efficient, and B * k * D float64 rows stay small
-_LEFT = 1e-7  # share of |v| below which nothing is left to explain
+_LEFT = 1e-7  # fraction of |v| below which nothing is left to explain
 _DEPENDENT = 1e-10  # squared distance of a unit row from the chosen ones' span below which it adds nothing
 
 

@@ -31,7 +31,7 @@ class Decomposition:
     cosines: Tensor
     """[M] fp64: cosine of each feature's direction to v."""
     densities: Tensor | None
-    """[M] fp32: share of tokens each feature is active on; None for an SAE without statistics."""
+    """[M] fp32: fraction of tokens each feature is active on; None for an SAE without statistics."""
     labels: list[str]
     """A name for each feature; empty where none is known."""
     t: Tensor | None
@@ -58,7 +58,7 @@ class Decomposition:
     zero_overlap: float
     """Jaccard overlap of the features with those that the encoder activates for v = 0."""
     negative_energy: float
-    """Share of the squared coefficients that is negative."""
+    """Fraction of the squared coefficients that is negative."""
     warnings: list[str]
     """What to beware of, in plain words."""
     path: list[PathPoint] | None

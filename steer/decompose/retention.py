@@ -47,7 +47,7 @@ class Variant:
     rise: float | None
     """Rise of the probability of `toward` less that of `away`, mean over tokens; None where no words were given."""
     rise_retained: float | None
-    """The same as a share of the vector's."""
+    """The same as a fraction of the vector's."""
 
 
 @renamed_fields(kept="variants")

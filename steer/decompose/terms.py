@@ -16,7 +16,7 @@ class PathPoint:
     """One corner of a regularisation path."""
 
     penalty: float
-    """Weight of the L1 norm, as a share of the smallest one that leaves no feature."""
+    """Weight of the L1 norm, as a fraction of the smallest one that leaves no feature."""
     n_features: int
     """Features with a coefficient other than 0."""
     explained_variance: float
@@ -74,8 +74,8 @@ def span_of(atoms: Atoms, features: Tensor) -> Tensor:
 
 def projected_ev(v: Tensor, span: Tensor) -> Tensor:
     """Explained variance [M] (or [B, M]) of v [D] (or [B, D]) by least squares on the first m features of a span."""
-    shares = (v @ span.T).square() / v.square().sum(dim=-1, keepdim=True)
-    return shares.cumsum(dim=-1)
+    fractions = (v @ span.T).square() / v.square().sum(dim=-1, keepdim=True)
+    return fractions.cumsum(dim=-1)
 
 
 def refit(v: Tensor, atoms: Atoms, features: Tensor) -> Tensor:
@@ -96,6 +96,6 @@ def jaccard(a: set[int], b: set[int]) -> float:
 
 
 def negative_energy(coefficients: Tensor) -> float:
-    """Share of the squared coefficients that is negative; 0 without coefficients."""
+    """Fraction of the squared coefficients that is negative; 0 without coefficients."""
     energy = coefficients.square()
     return float(energy[coefficients < 0].sum() / energy.sum()) if float(energy.sum()) > 0 else 0.0

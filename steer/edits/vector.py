@@ -14,7 +14,26 @@ from steersman.lm.origin import check_fits
 from steersman.steer.edits.base import Edit, PerRow, blend, common_rows, per_row
 
 
-class VectorEdit(Edit):
+class _Added(Edit):
+    """What adds a `vector` [..., D] times `factor`, scale and gate together."""
+
+    def __init__(self, vector: Tensor, scale: PerRow, gate: PerRow, /, **sizes: int) -> None:
+        if not bool(torch.isfinite(vector).all()):
+            raise SteersmanError("the steering vector holds NaN or infinite values")
+        self.vector = vector
+        scales, gates = per_row(scale, "scale", vector.device), per_row(gate, "gate", vector.device)
+        self.rows = common_rows(**sizes, scale=len(scales), gate=len(gates))
+        self.factor = scales * gates
+        self.active = (self.factor != 0).expand(self.rows)
+
+    def check(self, lm: LanguageModel, point: HookPoint) -> None:
+        if point.kind == "hook_attn_mask":
+            raise SteersmanError(f"no vector can be added to {point.name}, an attention mask: use an AttentionBiasEdit")
+        what = f"a vector of shape {list(self.vector.squeeze(0).shape)}"
+        check_fits(lm, what=what, model_name="", hook_name=point.name, width=self.vector.shape[-1])
+
+
+class VectorEdit(_Added):
     """h + scale gate v: `vector` [D] or [B, D], `scale` and `gate` a number or [B].
 
     The product is formed once in fp32 and cast to h's dtype; with `vector.requires_grad` it is formed in every pass, so
@@ -22,16 +41,10 @@ class VectorEdit(Edit):
     """
 
     def __init__(self, vector: Tensor, scale: PerRow = 1.0, gate: PerRow = 1.0) -> None:
-        device = vector.device
         if vector.ndim not in (1, 2) or vector.numel() == 0:
             raise SteersmanError(f"a steering vector must be [D] or [B, D], got {tuple(vector.shape)}")
-        if not bool(torch.isfinite(vector).all()):
-            raise SteersmanError("the steering vector holds NaN or infinite values")
-        self.vector = vector[None] if vector.ndim == 1 else vector
-        scales, gates = per_row(scale, "scale", device), per_row(gate, "gate", device)
-        self.rows = common_rows(vector=len(self.vector), scale=len(scales), gate=len(gates))
-        self.factor = scales * gates
-        self.active = (self.factor != 0).expand(self.rows)
+        vector = vector[None] if vector.ndim == 1 else vector
+        super().__init__(vector, scale, gate, vector=len(vector))
         self._ready: tuple[Any, Tensor] | None = None
 
     def delta(self, fwd: ForwardPass, h: Tensor) -> Tensor:
@@ -48,27 +61,18 @@ class VectorEdit(Edit):
     def apply(self, h: Tensor, fwd: ForwardPass, where: Tensor | bool) -> Tensor:
         return blend(h, h + self.delta(fwd, h), where)
 
-    def check(self, lm: LanguageModel, point: HookPoint) -> None:
-        check_vector_fits(self.vector, lm, point)
-
     def scaled(self, factor: PerRow) -> "VectorEdit":
         return VectorEdit(self.vector, self.factor, factor)
 
 
-class PositionEdit(Edit):
+class PositionEdit(_Added):
     """h_p + scale gate v_p at absolute position p < P, nothing after: `vector` [P, D], `scale` and `gate` a number or
     [B]."""
 
     def __init__(self, vector: Tensor, scale: PerRow = 1.0, gate: PerRow = 1.0) -> None:
         if vector.ndim != 2 or vector.numel() == 0:
             raise SteersmanError(f"a vector added position by position must be [P, D], got {tuple(vector.shape)}")
-        if not bool(torch.isfinite(vector).all()):
-            raise SteersmanError("the steering vector holds NaN or infinite values")
-        self.vector = vector.float()
-        scales, gates = per_row(scale, "scale", vector.device), per_row(gate, "gate", vector.device)
-        self.rows = common_rows(scale=len(scales), gate=len(gates))
-        self.factor = scales * gates
-        self.active = (self.factor != 0).expand(self.rows)
+        super().__init__(vector.float(), scale, gate)
         self.used = vector.abs().sum(1) > 0  # [P]: a position whose row is zero is not steered
 
     def narrow(self, where: Tensor | bool, fwd: ForwardPass) -> Tensor | bool:
@@ -85,16 +89,5 @@ class PositionEdit(Edit):
         delta = (factor * self.vector[position]).to(h.dtype).to(h.device)
         return blend(h, h + delta, where)
 
-    def check(self, lm: LanguageModel, point: HookPoint) -> None:
-        check_vector_fits(self.vector, lm, point)
-
     def scaled(self, factor: PerRow) -> "PositionEdit":
         return PositionEdit(self.vector, self.factor, factor)
-
-
-def check_vector_fits(vector: Tensor, lm: LanguageModel, point: HookPoint) -> None:
-    """Raise a SteersmanError unless a vector [..., D] can be added to what is at a hook point."""
-    if point.kind == "hook_attn_mask":
-        raise SteersmanError(f"no vector can be added to {point.name}, an attention mask: use an AttentionBiasEdit")
-    what = f"a vector of shape {list(vector.squeeze(0).shape)}"
-    check_fits(lm, what=what, model_name="", hook_name=point.name, width=vector.shape[-1])

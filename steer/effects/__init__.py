@@ -3,4 +3,4 @@
 from steersman.steer.effects.map import EffectMap
 from steersman.steer.effects.verify import verify_effect
 
-setattr(EffectMap, "verify", verify_effect)  # noqa: B010 (declared in the class for type checkers only)
+EffectMap.verify = verify_effect  # declared in the class, which the function needs

@@ -61,7 +61,7 @@ def collect_effects(
 ) -> Effects:
     """Measure the effect of many steering vectors on every feature of `sae`.
 
-    Under `torchrun` the shards are shared out over the ranks; the numbers, and the files, are those of one process.
+    Under `torchrun` the shards are distributed over the ranks; the numbers, and the files, are those of one process.
     When interrupted, the same call with the same `out` resumes after the finished shards and leaves the same bytes.
 
     Args:
@@ -99,7 +99,7 @@ def collect_effects(
     rank, world_size = rank_and_world_size()
     folder = None if config.out is None else Path(config.out)
     if folder is None and world_size > 1:
-        raise SteersmanError("several processes share their work through a folder: give out=")
+        raise SteersmanError("several processes exchange their work through a folder: give out=")
     with Ranks(Mesh(data=world_size, rank=rank), config.timeout_seconds) as ranks:
         if folder is not None:  # nobody may look before the folder is known to be the right one
             ranks.on_rank_zero(lambda: _claim(folder, manifest))
@@ -122,8 +122,8 @@ def _collect(
     total = sum(stop - start for _, (start, stop) in mine)
     done = total - sum(stop - start for _, (start, stop) in waiting)
     finished = []
-    options: dict[str, Any] = {"initial": done, "unit": "vector"} | ({} if ranks.is_rank_zero else {"disable": True})
-    with progress(desc="measuring effects", total=total, **options) as bar:
+    shown = ranks.is_rank_zero
+    with progress(desc="measuring effects", total=total, initial=done, unit="vector", shown=shown) as bar:
         for number, (start, stop) in waiting:
             shard = _shard(meter, rule, vectors[start:stop], start, baseline)
             if folder is None:

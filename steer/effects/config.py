@@ -13,7 +13,7 @@ DEFAULT_PROMPTS = (
 """Short openings that leave the text free to go anywhere; one token each in most vocabularies, so one batch."""
 
 DEFAULT_TARGETS = {"loss": 0.5, "kl": 0.5, "norm": 0.5}
-"""Scale rule -> its target where none is given: nats per token, nats per token, share of the median norm."""
+"""Scale rule -> its target where none is given: nats per token, nats per token, fraction of the median norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class EffectsConfig:
     """How the effects of steering vectors on an SAE's features are measured."""
 
     out: str | None = setting(None, identity=False)
-    """Folder for the effects. Run again, it goes on where it stopped; None keeps everything in memory."""
+    """Folder for the effects. Run again, it resumes where it stopped; None keeps everything in memory."""
     vectors: Literal["decoder", "pairs", "random"] = "decoder"
     """Which vectors to measure: rows of the decoder, pairs of rows with random weights, or random directions."""
     n_vectors: int | None = None
@@ -30,11 +30,12 @@ class EffectsConfig:
     """Hook point to steer at; that of the SAE if not given."""
     scale_rule: Literal["loss", "kl", "norm", "fixed"] = "loss"
     """How each vector's scale is found: the smallest at which the loss on held-out text rises by the target, or
-    KL(steered || base) there reaches it (nats per token); or the target as a share of the median norm, or as it is."""
+    KL(steered || base) there reaches it (nats per token); or the target as a fraction of the median norm, or as it
+    is."""
     scale_target: float | None = None
     """Target of the rule: 0.5 nats (loss, kl) or half the median norm if not given; `fixed` has no default."""
     scale_tolerance: float = 0.05
-    """How near to its target, as a share of it, a scale found by measuring must come."""
+    """How near to its target, as a fraction of it, a scale found by measuring must come."""
     scale_limit: float = 8.0
     """Largest scale that is tried, in units of the median norm; what needs more is marked as not reached."""
     heldout_texts: int = 16

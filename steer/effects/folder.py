@@ -63,7 +63,7 @@ class Effects:
         if missing or not (folder / BASELINE).is_file():
             raise SteersmanError(
                 f"{folder}: {len(missing)} of {len(manifest.shards)} shards are not measured yet; run the same command "
-                "again to go on"
+                "again to resume"
             )
         return cls(manifest, read_baseline(folder, manifest), folder=folder)
 

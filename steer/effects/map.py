@@ -14,35 +14,38 @@ Shape letters: D width, L latents.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.lm import LanguageModel
 from steersman.lm.origin import Origin, check_same_origin
 from steersman.sae import SAE
 from steersman.steer.effects import map_file
 from steersman.steer.effects.fit import adam_fit, check_enough, ridge_fit, score
 from steersman.steer.effects.measured import Baseline, Measured, sae_identity
-from steersman.steer.effects.targets import Targets, weights_of
 from steersman.steer.effects.vectors import unit_rows
-from steersman.steer.effects.verification import Verification
 from steersman.steer.vectors.vector import SteeringVector, VectorLike
 
 _COLUMNS = ("b", "signal", "noise", "r2", "ceiling")
 WEAK = 2.0
 """Signal below which a column of M is taken for noise; see `LinearFit.signal`."""
 
+Targets = Mapping[int, float] | Tensor | int | Sequence[int]
+"""{feature: weight}, a tensor [L], one feature, or several of weight 1."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EffectMap:
     """y = x M + b, from unit vectors at a hook point to the features of one SAE."""
+
+    verify: ClassVar[Callable[..., Any]]
+    """Steers with a vector and compares what it does with the prediction: `verify_effect`, as the package says."""
 
     M: Tensor
     """[D, L] fp32."""
@@ -81,15 +84,15 @@ class EffectMap:
         """Fit a map to measured effects; vectors whose scale was not reached are left out.
 
         `method`: `closed` (ridge regression; `ridge` None chooses by generalised cross-validation) or `adam` (with
-        `lr`, `epochs` and `batch_size`). The share `heldout` of the vectors is kept for the scores and takes no part in
-        the fit. Raises SteersmanError for too few vectors for the map's width.
+        `lr`, `epochs` and `batch_size`). The fraction `heldout` of the vectors is kept for the scores and takes no part
+        in the fit. Raises SteersmanError for too few vectors for the map's width.
         """
         if method not in ("closed", "adam"):
             raise SteersmanError(f"unknown method {method!r}: use 'closed' or 'adam'")
         if adam and method != "adam":
             raise SteersmanError(f"{', '.join(adam)} are settings of method='adam'")
         if not 0 <= heldout < 1:
-            raise SteersmanError(f"heldout is a share of the vectors, from 0 to below 1, got {heldout}")
+            raise SteersmanError(f"heldout is a fraction of the vectors, from 0 to below 1, got {heldout}")
         reached = effects.column("reached")
         used = reached.nonzero()[:, 0]
         order = torch.randperm(len(used), generator=torch.Generator().manual_seed(seed))
@@ -246,7 +249,7 @@ class EffectMap:
         """The unit vector that raises the target features and as little else as `ridge` allows.
 
         `ridge` is mu in the page's formulas: infinite is SAE-TS, 0 the pseudo-inverse; `ridge_unit` is the scale
-        between. `bias_weight` is the share of the general effect b that is worked against. Raises SteersmanError for
+        between. `bias_weight` is the fraction of the general effect b that is worked against. Raises SteersmanError for
         targets as `targets` does.
         """
         if math.isnan(ridge) or ridge < 0:
@@ -333,25 +336,6 @@ class EffectMap:
         notes = {} if of is None else {"targets_of": sae_identity(of)}
         return self._vector(self.rotation(sae, min_signal) @ x, t, "sae_ts_rotation", **notes)
 
-    if TYPE_CHECKING:  # `steersman.steer.effects` gives the class this, whose function needs the class
-
-        def verify(
-            self,
-            lm: LanguageModel,
-            sae: SAE,
-            vector: Tensor | VectorLike,
-            targets: Targets | None = None,
-            *,
-            texts: Sequence[str] = (),
-            scale: float | None = None,
-            rollouts: int | None = None,
-            seed: int = 1,
-            side_effects: int = 10,
-            batch_rows: int = 1024,
-        ) -> Verification:
-            """Steer with a vector, measure what it does and compare it with the prediction: see `verify_effect`."""
-            ...
-
     # What is known of it
 
     def to_text(self) -> str:
@@ -393,3 +377,18 @@ class EffectMap:
         mean, standard_error = tensors.pop("baseline_mean"), tensors.pop("baseline_standard_error")
         baseline = Baseline(mean, standard_error, about.pop("median_norm"))
         return cls(**tensors, baseline=baseline, **about)
+
+
+def weights_of(targets: Targets, d_sae: int) -> dict[int, float]:
+    """Target weights by feature, from what a user writes."""
+    if isinstance(targets, Mapping):
+        return {int(j): float(w) for j, w in targets.items()}
+    if isinstance(targets, Tensor):
+        if targets.shape != (d_sae,):
+            raise SteersmanError(f"target weights must be [{d_sae}], one for each feature, got {tuple(targets.shape)}")
+        return {int(j): float(targets[j]) for j in targets.nonzero()[:, 0]}
+    if isinstance(targets, int):
+        return {targets: 1.0}
+    if isinstance(targets, Sequence) and not isinstance(targets, str):
+        return {int(j): 1.0 for j in targets}
+    raise SteersmanError(f"targets are {{feature: weight}}, feature ids or a tensor [{d_sae}], got {targets!r}")

@@ -153,7 +153,7 @@ class RolloutMeter:
         return sums.averages()
 
     def rollouts_of(self, group: "PromptGroup", rollouts: int) -> Tensor:
-        """Which of a vector's rollouts go on with a prompt of the group: rollout r has prompt r modulo P."""
+        """Which of a vector's rollouts continue a prompt of the group: rollout r has prompt r modulo P."""
         r = torch.arange(rollouts)
         return r[torch.isin(r % len(self.config.openings), group.members)]
 

@@ -2,7 +2,7 @@
 
 A continuation item is a prompt with a positive and a negative continuation. Its margin is log p(positive | prompt) -
 log p(negative | prompt), over all tokens of both (arXiv 2410.17245). The slope of the margin over the scale says how
-steerable the item is, and the share of items with a negative slope how many move the other way (arXiv 2407.12404).
+steerable the item is, and the fraction of items with a negative slope how many move the other way (arXiv 2407.12404).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from steersman.steer.measures import common_prefix, token_nll
 
 @dataclass(frozen=True, kw_only=True)
 class Continuations:
-    """One prompt and two ways to go on."""
+    """One prompt and two ways to continue."""
 
     prompt: str
     """What comes before."""

@@ -73,7 +73,7 @@ class Chosen:
     estimates: dict[str, Estimate]
     """Measures on the half that did not choose."""
     reversed_share: float | None = None
-    """Share of continuation items whose margin falls with the scale."""
+    """Fraction of continuation items whose margin falls with the scale."""
     slope: Estimate | None = None
     """Mean slope of the margin over the scale, with its interval over items."""
 

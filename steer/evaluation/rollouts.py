@@ -1,8 +1,8 @@
 """Text generated while steering, and its measures one prompt at a time.
 
 Per prompt, over its samples: `kl` and `kl_p95` (KL(steered || base) per generated token), `nll` (of the text under the
-unsteered model, prompt masked), `repetition` (share of 4-grams seen before), `distinct_1`, `distinct_2`, `word_rate`
-(target words per 100), `has_word` (share of texts with one), `judge`, and with an SAE the effect of SAE-TS (arXiv
+unsteered model, prompt masked), `repetition` (fraction of 4-grams seen before), `distinct_1`, `distinct_2`, `word_rate`
+(target words per 100), `has_word` (fraction of texts with one), `judge`, and with an SAE the effect of SAE-TS (arXiv
 2411.02193): activations of the generated tokens in the UNSTEERED model, averaged over positions, less those of
 unsteered text: `target_rise`, `side_effects` (summed |change| of the others), `specificity` (target / |effect|).
 
@@ -41,7 +41,7 @@ class Targets:
     judge: Judge | None = None
     """Marks a completion from 0 to 1."""
     criterion: str = ""
-    """What the judge is told to look for."""
+    """What the judge is asked to look for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from steersman.steer.methods.moments import RunningMean
 from steersman.steer.methods.reading import Order, Reader
 
 ROUNDING = 1e-5
-"""Share of the states' length up to which a difference of states is rounding."""
+"""Fraction of the states' length up to which a difference of states is rounding."""
 
 
 @renamed_fields(tokens="positions")
@@ -54,7 +54,7 @@ class ContrastConfig:
     steps: int = 60
     """optimised: gradient steps."""
     max_norm_frac: float = 0.5
-    """optimised: bound of the vector's norm, as a share of the median norm of the residual stream."""
+    """optimised: bound of the vector's norm, as a fraction of the median norm of the residual stream."""
     suppress: float = 1.0
     """optimised: weight of making the negative completions unlikely; 0 only raises the positive ones."""
 

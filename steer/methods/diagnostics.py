@@ -5,7 +5,7 @@
 - `split_half`: cosine between the vectors made from each half of the examples.
 - `auroc`, `d_prime`: how well the vector separates the sides. Each half is projected on the vector of the OTHER half,
   so that a vector cannot score on what it was fitted to: with fewer examples than dimensions anything separates those.
-- `pairs_right`: the share of pairs whose positive lies further along, held out in the same way.
+- `pairs_right`: the fraction of pairs whose positive lies further along, held out in the same way.
 
 Agreement and separability are the predictors that arXiv 2505.22637 finds for steering vectors (it measures them in
 sample). N samples, D width.
@@ -79,7 +79,7 @@ class Projections:
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float:
-    """Share of (positive, negative) pairs that the score orders rightly, ties half.
+    """Fraction of (positive, negative) pairs that the score orders rightly, ties half.
 
     >>> auroc(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0]))
     0.875

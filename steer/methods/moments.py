@@ -57,7 +57,7 @@ class SecondMoment:
         return SecondMoment(self.total + other.total)
 
     def first_component(self) -> tuple[Tensor, float]:
-        """The unit eigenvector [D] float64 of the largest eigenvalue, and that eigenvalue's share of the trace."""
+        """The unit eigenvector [D] float64 of the largest eigenvalue, and that eigenvalue's fraction of the trace."""
         if self.total is None or not float(self.total.trace()) > 0:
             raise SteersmanError("the examples of each pair give the same states: there is no difference to analyse")
         values, vectors = torch.linalg.eigh(self.total)

@@ -8,7 +8,6 @@ from steersman.commands.options import ComputeOptions, on_kernels
 from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.files import write_json
-from steersman.lm.origin import Origin
 from steersman.sae import SAE
 from steersman.steer import (
     DecomposeConfig,
@@ -115,4 +114,4 @@ def _labels(config: DecomposeCommand) -> dict[int, str] | None:
 
 def _activations(path: str, sae: SAE) -> HookView:
     store = ActivationStore.open(path)
-    return HookView(store, store.hook_of("the SAE", Origin.of_sae(sae)))
+    return HookView(store, store.hook_of(sae))

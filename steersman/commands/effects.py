@@ -22,7 +22,7 @@ class EffectsCommand(EffectsConfig, ComputeOptions):
     """Measure what many steering vectors do to an SAE's features, and fit the map from vectors to effects."""
 
     out: str = field()  # a field of its own: the one of EffectsConfig has a default
-    """Folder for the effects and the map. Run again, it goes on where it stopped."""
+    """Folder for the effects and the map. Run again, it resumes where it stopped."""
     model: str
     """Folder or hub id of the model."""
     sae: str
@@ -38,7 +38,7 @@ class EffectsCommand(EffectsConfig, ComputeOptions):
     ridge: float | None = None
     """Ridge of the closed form; chosen by cross-validation if not given."""
     heldout: float = 0.1
-    """Share of the vectors kept out of the fit, for its scores."""
+    """Fraction of the vectors kept out of the fit, for its scores."""
 
 
 @on_kernels

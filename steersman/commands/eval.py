@@ -7,7 +7,7 @@ from steersman.commands.options import ComputeOptions, on_kernels
 from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.files import write_json
-from steersman.lm.origin import Origin, check_sae_fits
+from steersman.lm.origin import check_sae_fits
 from steersman.text import TextSource, open_text
 from steersman.train import ActivationStore
 from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae
@@ -35,7 +35,7 @@ class EvalCommand(EvaluateConfig, ComputeOptions):
 def run(config: EvalCommand) -> None:
     """`steersman eval`."""
     sae, store = config.load_sae(config.sae), ActivationStore.open(config.store)
-    hook = store.hook_of("the SAE", Origin.of_sae(sae))
+    hook = store.hook_of(sae)
     lm, texts = None, None
     if config.model is not None:
         if config.text is None:

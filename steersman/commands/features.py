@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from steersman.commands.options import ComputeOptions, on_kernels
-from steersman.lm.origin import Origin, check_sae_fits
+from steersman.lm.origin import check_sae_fits
 from steersman.sae.formats.saelens import save_statistics
 from steersman.steer.feature_values import feature_ids
 from steersman.train import ActivationStore
@@ -39,7 +39,7 @@ def run(config: FeaturesCommand) -> None:
     """`steersman features`."""
     asked = feature_ids(config.feature)
     sae, store = config.load_sae(config.sae), ActivationStore.open(config.store)
-    hook = store.hook_of("the SAE", Origin.of_sae(sae))
+    hook = store.hook_of(sae)
     lm = config.load_model(config.model)
     check_sae_fits(lm, sae, hook)
     for feature in asked:

@@ -34,7 +34,7 @@ class TargetCommand(ComputeOptions):
     ridge: float = math.inf
     """How much of the effects' interplay to leave out: inf is SAE-TS, 0 the pseudo-inverse."""
     bias_weight: float = 1.0
-    """Share of the general effect of steering that is worked against."""
+    """Fraction of the general effect of steering that is worked against."""
     min_signal: float = WEAK
     """Signal against noise that a target must have in the map."""
     rotation: bool = False

@@ -33,7 +33,7 @@ class ConceptFeature:
 def auroc(scores: Tensor, labels: Tensor) -> Tensor:
     """AUROC of every score for every label: scores [T, L], labels bool [T, C] -> [L, C] float64.
 
-    The Mann-Whitney statistic: the share of (positive, negative) pairs that the score orders rightly, ties half.
+    The Mann-Whitney statistic: the fraction of (positive, negative) pairs that the score orders rightly, ties half.
     NaN where a label is always or never true.
 
     >>> auroc(torch.tensor([[0.0], [1.0], [1.0], [3.0]]), torch.tensor([[False], [False], [True], [True]]))

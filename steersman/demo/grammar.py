@@ -25,7 +25,7 @@ from steersman.demo.frames import ASIDES, ENDINGS, INTRODUCTIONS, OPENINGS, PRON
 BEATS = 3
 """Groups that a story brings in after its opening."""
 FOLLOW_UP = 0.7
-"""Probability that the opening, and each beat, goes on with a sentence that only its concept can bring."""
+"""Probability that the opening, and each beat, is followed by a sentence that only its concept can bring."""
 SECOND_RECALL = 0.5
 """Probability that a second sentence comes back to an earlier beat, in a story that did not dwell on its opening."""
 AFFINITY = 0.5

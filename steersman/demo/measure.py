@@ -28,12 +28,12 @@ class SampleReport:
     """What the recognizer says of a model's samples."""
 
     stories: float
-    """Share of samples that are whole stories of the grammar, to the last word."""
+    """Fraction of samples that are whole stories of the grammar, to the last word."""
     sentences_in_place: float
-    """Share of sentences that the grammar allows in their place, after everything said before in the story; a
+    """Fraction of sentences that the grammar allows in their place, after everything said before in the story; a
     story's sentences after its first mistake count as out of place."""
     sentences: float
-    """Share of sentences that the grammar can say somewhere."""
+    """Fraction of sentences that the grammar can say somewhere."""
     texts: tuple[str, ...]
     """The samples."""
 

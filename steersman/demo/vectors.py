@@ -134,7 +134,7 @@ def target_feature(
     if lm.d_model > WIDEST or not targets:
         log.info("no effect map: a model of width %d needs more vectors than fit here", lm.d_model)
         return None
-    # Random directions: at this number they tell the map more about every feature than as many decoder rows do.
+    # Random directions: at this number they say more to the map about every feature than as many decoder rows do.
     effects = collect_effects(
         lm,
         sae,
@@ -209,7 +209,7 @@ def take_apart(
 ) -> Contrast | None:
     """The contrast of a concept of `first` (or any) with another of its group, as at most 16 features.
 
-    The pair is the first one whose concepts are told by two different features. None where there is no such pair.
+    The pair is the first one whose concepts are detected by two different features. None where there is no such pair.
     """
     named = {match.concept: match for match in concepts}
     order = [name for name in (*first, *named) if name in named and CONCEPTS[name].group != "name"]

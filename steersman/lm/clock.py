@@ -1,6 +1,6 @@
 """The pass clock: which absolute positions a forward pass sees.
 
-Under a KV cache a decoding step sees one token, and the blocks are not told which. So the clock sits at the top: a
+Under a KV cache a decoding step sees one token, and the blocks do not know which. So the clock sits at the top: a
 pre-hook on the whole model reads `input_ids`, `attention_mask` and the length of the cache before each pass, and the
 hooks on the blocks read the `ForwardPass` it leaves. Columns count slots of the (padded) sequence from its start;
 positions count real tokens, so that left padding, right padding and no padding give a token the same position.
@@ -372,7 +372,7 @@ class PassClock:
         self.current = None
 
     def _manual_columns(self, batch: int, past: int, length: int, masked: int) -> int:
-        """Where the prompt ends in a user's own loop: several tokens at once go on with it, single ones follow it."""
+        """Where the prompt ends in a user's own loop: several tokens at once continue it, single ones follow it."""
         if past == 0:
             return max(length, masked)
         known = self._last is not None and self._last[:2] == (past, batch)

@@ -59,7 +59,7 @@ class RowBuffers:
         self._layers: list[Any] = []
 
     def rows(self, i: int, layer: Any, index: Tensor) -> Any:
-        """A cache layer that goes on with rows `index` of layer number `i` of a model."""
+        """A cache layer that continues rows `index` of layer number `i` of a model."""
         from transformers.cache_utils import DynamicLayer
 
         if type(layer) is not DynamicLayer:  # sliding windows and other kinds keep their own rules

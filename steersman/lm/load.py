@@ -85,7 +85,7 @@ def placement(
     tensor_parallel: bool,
     quantization: Quantization | None,
 ) -> dict[str, Any]:
-    """What transformers' `from_pretrained` is told so that it places the weights itself; empty for one plain device.
+    """What transformers' `from_pretrained` is given so that it places the weights itself; empty for one plain device.
 
     Raises SteersmanError for what cannot go together and for packages that are missing.
     """

@@ -24,7 +24,7 @@ from steersman.lm.sampling import Sampling
 from steersman.lm.tokens import TokenBatch
 
 Observer = Callable[[int, Tensor, Tensor], None]
-"""Called for each new token of every row with (step, hidden states [B, D], whether the row's text goes on [B] bool)."""
+"""Called for each new token of every row with (step, hidden states [B, D], whether the row is unfinished [B] bool)."""
 
 
 class Sampler:
@@ -74,7 +74,7 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """Tokens [B, T] int64 and their mask [B, T]: 1 up to and including a row's end token, padding after it.
 
-        `prefix` [Q] names the prompt of each prefix row, `index` [B] the prefix row that each row goes on with, and
+        `prefix` [Q] names the prompt of each prefix row, `index` [B] the prefix row that each row continues, and
         `uniform` [B, T] are its random numbers. `prefix_context` is open while the Q prompts are read, `row_context`
         while the B rows go on: steering with per-row parameters has Q rows in the one and B in the other.
 

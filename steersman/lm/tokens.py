@@ -35,8 +35,8 @@ class TokenBatch:
 def choose_pad_token(tokenizer: Any) -> int | None:
     """The padding id: the tokenizer's own, else its end-of-sequence or unknown token. Embeddings are never resized.
 
-    The tokenizer is told, so that transformers agrees; the attention mask is what marks padding, so an id that also has
-    another meaning does no harm.
+    It is set on the tokenizer, so that transformers agrees; the attention mask is what marks padding, so an id
+    that also has another meaning does no harm.
     """
     if tokenizer.pad_token_id is None:
         for token in (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token):

@@ -67,8 +67,7 @@ def _run(
     that has the writer writes what the model gives, in a thread where one helps."""
     pending: deque[Future[None]] = deque()
     pool = side_executor(capture.lm, "steersman-write")
-    shown = {} if writer is not None else {"disable": True}
-    bar = progress(desc="caching", total=max_rows, initial=row, unit="tok", unit_scale=True, **shown)
+    bar = progress(desc="caching", total=max_rows, initial=row, unit="tok", unit_scale=True, shown=writer is not None)
 
     def drain(n_left: int) -> None:
         while len(pending) > n_left:

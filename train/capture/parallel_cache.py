@@ -40,7 +40,7 @@ _STRETCH = 8
 def shard_rank(number: int, n_ranks: int, n_shards: int | None) -> int:
     """Which rank writes shard `number` of `n_shards` (None: unknown).
 
-    Ranks take turns with stretches of up to 8 consecutive shards, as long as that leaves them equal shares: the fewer
+    Ranks take turns with stretches of up to 8 consecutive shards, as long as that leaves them equal parts: the fewer
     stretches, the fewer batches are run twice, and the shorter, the less text a rank must tokenize before it can start.
 
     >>> [shard_rank(number, 2, 20) for number in range(20)]
@@ -170,7 +170,7 @@ def cache_on_ranks(
     n_ranks: int,
     timeout_seconds: float,
 ) -> None:
-    """Write this rank's share of the store and wait until the others have written theirs. `on_start` is called on
+    """Write this rank's part of the store and wait until the others have written theirs. `on_start` is called on
     rank 0 before the model runs.
 
     Raises what `cache_activations` does, and a LostRankError when nobody has been at work for `timeout_seconds` and
@@ -180,7 +180,7 @@ def cache_on_ranks(
         return
     if store.rank == 0:
         on_start(store)
-    n_rows = _Share(store, capture, n_ranks).write()
+    n_rows = _RankPart(store, capture, n_ranks).write()
     if not n_rows:
         raise SteersmanError(f"{store.folder}: nothing to store: every token was left out, or there was no text")
     n_shards = -(-n_rows // store.shard_rows)
@@ -206,7 +206,7 @@ def cache_on_ranks(
         time.sleep(_LOOK_SECONDS)
 
 
-class _Share:
+class _RankPart:
     """The shards of one rank, written by a thread while the model runs."""
 
     def __init__(self, store: SharedStore, capture: Capture, n_ranks: int) -> None:

@@ -18,7 +18,7 @@ from steersman.lm import LanguageModel
 from steersman.train.capture.capture import Capture, CaptureConfig
 from steersman.train.capture.shuffling import NeededRows, needed_rows, stage_order
 from steersman.train.capture.stream_rows import StreamRows, batch_of, joined
-from steersman.train.store.batch import ActivationBatch
+from steersman.train.store.batch import ActivationBatch, batches_in
 from steersman.train.store.shards import DTYPES
 from steersman.train.store.statistics import (
     SKIP_NEEDS_ONE_PROCESS,
@@ -93,8 +93,8 @@ class ActivationStream:
     def run_part(self, part: int, n_parts: int) -> None:
         """From now on run the model over every `n_parts`-th forward batch alone, beginning with batch `part`.
 
-        Of the rows of the others only what their tokens tell is known, as other processes have them; `whole_batches`
-        gives both. Called before anything is read.
+        Of the rows of the others only what follows from their tokens is known, as other processes have them;
+        `whole_batches` gives both. Called before anything is read.
         """
         if self._skip_bad:
             raise SteersmanError(SKIP_NEEDS_ONE_PROCESS)
@@ -111,14 +111,14 @@ class ActivationStream:
         return [self.hook_name]
 
     @property
-    def model_name(self) -> str:
-        """The model that runs."""
-        return self._capture.lm.name
-
-    @property
     def buffer_rows(self) -> int:
         """Rows of the buffer that shuffles."""
         return self.config.buffer_rows
+
+    @property
+    def model_name(self) -> str:
+        """The model that runs."""
+        return self._capture.lm.name
 
     @property
     def d_in(self) -> int:
@@ -161,7 +161,7 @@ class ActivationStream:
         """Batches of an epoch: counted by tokenizing the text once where its length is known, else from `tokens`; None
         for a text without end. `heldout_fraction` is a store's: a stream holds out `heldout_rows` rows."""
         rows = len(self._heldout[0]) if self._check_split(split) == "heldout" else self._n_train_rows
-        return None if rows is None else rows // batch_size if drop_last else -(-rows // batch_size)
+        return None if rows is None else batches_in(rows, batch_size, drop_last)
 
     @cached_property
     def _n_train_rows(self) -> int | None:
@@ -197,7 +197,7 @@ class ActivationStream:
 
         From `start` on, the batches are those that a full pass would give: the text before is tokenized again, but the
         model runs only over what is still in the buffer then (with on_nonfinite="skip", over all of it). Each rank runs
-        the model itself and takes its share of each batch. Nothing is prefetched: the model is the slower part.
+        the model itself and takes its part of each batch. Nothing is prefetched: the model is the slower part.
         """
         self._check_hook(hook)
         if not 0 <= rank < world_size or batch_size % world_size:
@@ -205,8 +205,8 @@ class ActivationStream:
         whole = self.whole_batches(
             batch_size, split=split, shuffle=shuffle, seed=seed, epoch=epoch, start=start, drop_last=drop_last
         )
-        shares = (rows.share(rank, world_size) for rows in whole)
-        return (batch_of(rows.x, rows.info) for rows in shares)
+        parts = (rows.split(rank, world_size) for rows in whole)
+        return (batch_of(rows.x, rows.info) for rows in parts)
 
     def whole_batches(
         self,

@@ -39,15 +39,15 @@ class StreamRows:
         place = (np.cumsum(here) - 1)[index[here[index]]]
         return StreamRows(self.x[torch.from_numpy(place).to(self.x.device)], self.info[index], self.part)
 
-    def share(self, rank: int, world_size: int) -> "StreamRows":
+    def split(self, rank: int, world_size: int) -> "StreamRows":
         """What of a batch belongs to one of several ranks."""
         n = len(self)
         return self[rank * n // world_size : (rank + 1) * n // world_size]
 
-    def shares(self, n_ranks: int, world_size: int) -> "list[StreamRows]":
+    def splits(self, n_ranks: int, world_size: int) -> "list[StreamRows]":
         """What each of `n_ranks` ranks gets of a batch: the ranks of `world_size` are groups of neighbouring ranks, and
         those of a group get the same."""
-        distinct = [self.share(rank, world_size) for rank in range(world_size)]
+        distinct = [self.split(rank, world_size) for rank in range(world_size)]
         return [distinct[rank * world_size // n_ranks] for rank in range(n_ranks)]
 
 

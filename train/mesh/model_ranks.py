@@ -2,14 +2,14 @@
 
 Which rows make a batch follows from the tokens of the text. So every model rank tokenizes all of it and knows the order
 of all rows, runs the model over every M-th forward batch, and holds that part of the shuffling buffer. The first
-trainer asks for a batch; each model rank then sends each trainer those rows of the trainer's share that it has. Put
+trainer asks for a batch; each model rank then sends each trainer those rows of the trainer's part that it has. Put
 together, they are the batch that one process would have made, bit for bit, whatever the numbers of ranks.
 
 A model rank computes ahead at most half a buffer more than was asked for and sends nothing that was not; a trainer
 reads two batches ahead. The faster side waits for the slower one, and memory stays bounded. Activations travel through
 host memory (gloo), so that neither side's device waits for the other's.
 
-Shape letters: N rows of a trainer's share of a batch, D width, T trainers, M model ranks.
+Shape letters: N rows of a trainer's part of a batch, D width, T trainers, M model ranks.
 """
 
 import pickle
@@ -33,7 +33,7 @@ from steersman.train.capture.capture import in_background
 from steersman.train.capture.stream import ActivationStream
 from steersman.train.capture.stream_rows import StreamRows, batch_of
 from steersman.train.mesh.preemption import Preemption
-from steersman.train.store.batch import ActivationBatch, ActivationSource
+from steersman.train.store.batch import ActivationBatch, ActivationSource, batches_in
 from steersman.train.store.statistics import ActivationStats
 
 _FACTS, _BUSY, _FAILED, _END = -1, -2, -3, -4
@@ -77,7 +77,7 @@ class _Head(NamedTuple):
     reading: int
     """Which call of `batches` it answers."""
     n: int
-    """Rows of the trainer's share of the batch, or one of the words above."""
+    """Rows of the trainer's part of the batch, or one of the words above."""
     here: int
     """How many of them this model rank sends, [here, D]; of other words, the bytes that follow."""
     preempted: int
@@ -177,32 +177,32 @@ class _ModelRank:
 
     def _read(self, reading: int, world_size: int, options: dict[str, Any]) -> None:
         assert self._stream is not None
-        self._reading, self._batches = reading, self._shares(self._stream, world_size, options)
+        self._reading, self._batches = reading, self._splits(self._stream, world_size, options)
         for _ in range(max(self._stream.buffer_rows // 2 // options["batch_size"], _UNRECEIVED)):
             self._ahead.append(self._pool.submit(next, self._batches, None))
 
-    def _shares(
+    def _splits(
         self, stream: ActivationStream, world_size: int, options: dict[str, Any]
     ) -> Generator[list[StreamRows]]:
         """Of each batch, what every trainer is to know and to get from here."""
         for rows in stream.whole_batches(**options):
             on_host = replace(rows, x=rows.x.cpu())
-            yield on_host.shares(len(self._channel.trainers), world_size)
+            yield on_host.splits(len(self._channel.trainers), world_size)
 
     def _next(self) -> None:
         stream, batches = self._stream, self._batches
         assert stream is not None
         assert batches is not None
-        shares = self._await(self._ahead.popleft(), lambda: stream.n_passed)
+        splits = self._await(self._ahead.popleft(), lambda: stream.n_passed)
         self._ahead.append(self._pool.submit(next, batches, None))
-        if shares is None:
+        if splits is None:
             self._reply(_END)
             return
         sending = []
-        for trainer, share in zip(self._channel.trainers, shares):
-            sending.append(self._channel.send(self._head(len(share), len(share.x)), trainer))
-            parts = [torch.from_numpy(share.info)] if self._part == 0 else []
-            sending += [self._channel.send(part, trainer) for part in [*parts, share.x] if part.numel()]
+        for trainer, rows in zip(self._channel.trainers, splits):
+            sending.append(self._channel.send(self._head(len(rows), len(rows.x)), trainer))
+            parts = [torch.from_numpy(rows.info)] if self._part == 0 else []
+            sending += [self._channel.send(part, trainer) for part in [*parts, rows.x] if part.numel()]
         self._under_way(sending)
 
     def _stop(self) -> None:
@@ -351,7 +351,7 @@ class RemoteStream:
     ) -> int | None:
         """As of the stream."""
         rows = self._facts.rows[split]
-        return None if rows is None else rows // batch_size if drop_last else -(-rows // batch_size)
+        return None if rows is None else batches_in(rows, batch_size, drop_last)
 
     def batches(
         self,
@@ -362,7 +362,7 @@ class RemoteStream:
         **reading: Any,
     ) -> Iterator[ActivationBatch]:
         """The stream's batches, on the CPU. All trainers call this together; which rows are this one's follows from
-        `world_size`; see `StreamRows.shares`. Ends what was read before."""
+        `world_size`; see `StreamRows.splits`. Ends what was read before."""
         assert rank == self._channel.rank * world_size // len(self._channel.trainers)
         self._close()
         self._reading += 1

@@ -1,6 +1,6 @@
 """The largest pre-activations over latents that several ranks hold: exactly what one process selects.
 
-TopK takes one round: every rank proposes the K largest of its own latents, which hold all of its share of the answer.
+TopK takes one round: every rank proposes the K largest of its own latents, which hold all of its part of the answer.
 The proposals' values are gathered, and each rank sees which of its own are among the K largest of all. Equal values
 go to the lower latent: ranks hold consecutive latents, and each proposes in that order. Indices need not travel.
 
@@ -28,9 +28,9 @@ def keep_topk(values: Tensor, k: int, axis: RankGroup) -> Tensor:
     if axis.size == 1:
         return torch.ones_like(values, dtype=torch.bool)
     P = values.shape[1]
-    everyone = axis.all_gather(values).transpose(0, 1).reshape(len(values), -1)
-    order = torch.sort(everyone, dim=1, descending=True, stable=True).indices[:, :k]
-    kept = torch.zeros_like(everyone, dtype=torch.bool).scatter_(1, order, True)
+    gathered = axis.all_gather(values).transpose(0, 1).reshape(len(values), -1)
+    order = torch.sort(gathered, dim=1, descending=True, stable=True).indices[:, :k]
+    kept = torch.zeros_like(gathered, dtype=torch.bool).scatter_(1, order, True)
     return kept[:, axis.index * P : (axis.index + 1) * P]
 
 

@@ -1,11 +1,11 @@
 """A stream that the ranks which train on it make together: each runs the model over a part of the text.
 
 Rank r of W runs every W-th forward batch and holds those rows of the shuffling buffer. All ranks know the order of all
-rows, as it follows from tokens alone; of each batch they give one another the rows of their shares in one all-to-all.
+rows, as it follows from tokens alone; of each batch they give one another the rows of their parts in one all-to-all.
 The batches are those of one process, bit for bit. (Where ranks that run the model are not to train, see
 `model_ranks.py`.)
 
-Shape letters: N rows of this rank's share of a batch, D width.
+Shape letters: N rows of this rank's part of a batch, D width.
 """
 
 from collections.abc import Generator, Iterator
@@ -33,26 +33,8 @@ class SharedStream:
 
     def __init__(self, stream: ActivationStream, ranks: Ranks) -> None:
         self._stream, self._ranks = stream, ranks
-
-    @property
-    def hook_name(self) -> str:
-        """The hook point, by its canonical name."""
-        return self._stream.hook_name
-
-    @property
-    def model_name(self) -> str:
-        """The model that runs."""
-        return self._stream.model_name
-
-    @property
-    def d_in(self) -> int:
-        """Width D of the hook point."""
-        return self._stream.d_in
-
-    @property
-    def fingerprint(self) -> str:
-        """That of the stream."""
-        return self._stream.fingerprint
+        self.hook_name, self.model_name, self.d_in = stream.hook_name, stream.model_name, stream.d_in
+        self.fingerprint = stream.fingerprint
 
     def stats(self) -> ActivationStats:
         """Those of the stream, for which every rank runs the model over all of its rows."""
@@ -70,15 +52,15 @@ class SharedStream:
         world_size: int = 1,
         **reading: Any,
     ) -> Iterator[ActivationBatch]:
-        """The stream's batches. Which rows are this rank's follows from `world_size`; see `StreamRows.shares`."""
-        everyone = self._ranks.world
-        with closing(self._all_well(self._stream.whole_batches(batch_size, **reading))) as batches:
+        """The stream's batches. Which rows are this rank's follows from `world_size`; see `StreamRows.splits`."""
+        world = self._ranks.world
+        with closing(self._checked_on_all(self._stream.whole_batches(batch_size, **reading))) as batches:
             for rows in batches:
-                shares = rows.shares(everyone.size, world_size)
-                info = shares[everyone.index].info
-                yield batch_of(_exchange([share.x for share in shares], info[:, 4], everyone), info)
+                parts = rows.splits(world.size, world_size)
+                info = parts[world.index].info
+                yield batch_of(_exchange([one.x for one in parts], info[:, 4], world), info)
 
-    def _all_well(self, batches: Iterator[StreamRows]) -> Generator[StreamRows]:
+    def _checked_on_all(self, batches: Iterator[StreamRows]) -> Generator[StreamRows]:
         """The same batches; a mistake that one rank finds is raised on all of them."""
         while True:
             rows, mistake = None, None
@@ -97,14 +79,14 @@ class SharedStream:
             yield rows
 
 
-def _exchange(parts: list[Tensor], owners: np.ndarray, everyone: RankGroup) -> Tensor:
+def _exchange(parts: list[Tensor], owners: np.ndarray, world: RankGroup) -> Tensor:
     """Give every rank its rows of those here, `parts`, and get the rows [N, D] that `owners` [N] have."""
     here = torch.cat(parts)
-    counts = np.bincount(owners, minlength=everyone.size).tolist()
+    counts = np.bincount(owners, minlength=world.size).tolist()
     got = torch.empty(len(owners), here.shape[1], dtype=here.dtype, device=here.device)
     with comm_errors():  # as bytes, since not every backend knows every type
         dist.all_to_all_single(
-            got.view(torch.uint8), here.view(torch.uint8), counts, list(map(len, parts)), group=everyone.group
+            got.view(torch.uint8), here.view(torch.uint8), counts, list(map(len, parts)), group=world.group
         )
     place = np.argsort(owners, kind="stable")
     return torch.empty_like(got).index_copy_(0, torch.from_numpy(place).to(got.device), got)

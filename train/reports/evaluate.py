@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steersman.config import merged
-from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.lm.origin import Origin, check_sae_fits
+from steersman.lm.origin import check_sae_fits
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.sae.metrics import Reconstruction, measure_reconstruction
@@ -26,7 +25,6 @@ from steersman.train.reports.features import BATCH_ROWS
 from steersman.train.store.store import ActivationStore
 
 
-@renamed_fields(ce_unsteered="ce_clean", ce_spliced="ce_with_sae", ce_recovered="ce_loss_score")
 @dataclass(frozen=True, kw_only=True)
 class SplicedLoss:
     """What replacing the residual stream by its reconstruction does to the model, in nats per predicted token."""
@@ -108,7 +106,7 @@ def evaluate_sae(
         SteersmanError: SAE, store and model do not belong together; a model without texts.
     """
     config = merged(EvaluateConfig, config, overrides)
-    hook = store.hook_of("the SAE", Origin.of_sae(sae))
+    hook = store.hook_of(sae)
     split: Any = {"split": config.split, "heldout_fraction": config.heldout_fraction, "drop_last": False}
     batches = store.batches(BATCH_ROWS, hook=hook, shuffle=False, **split)
     bar = progress(batches, desc="reconstruction", total=store.n_batches(BATCH_ROWS, **split), unit="batch")

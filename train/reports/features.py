@@ -13,7 +13,7 @@ from steersman.config import merged
 from steersman.files import write_json
 from steersman.lm import LanguageModel
 from steersman.lm.lens import logit_lens
-from steersman.lm.origin import Origin, check_sae_fits
+from steersman.lm.origin import check_sae_fits
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.sae.base import FeatureStats
@@ -105,7 +105,7 @@ def summarize_features(
         SteersmanError: SAE, store and model do not belong together; a feature id that is out of range.
     """
     config = merged(FeaturesConfig, config, overrides)
-    hook = store.hook_of("the SAE", Origin.of_sae(sae))
+    hook = store.hook_of(sae)
     check_sae_fits(lm, sae, hook)
     ids = list(config.only) or list(range(sae.cfg.d_sae))
     for feature in ids:

@@ -9,7 +9,7 @@ from steersman.sae import FeatureStats
 
 
 def plot_run(metrics: list[dict[str, Any]], stats: FeatureStats, folder: Path) -> None:
-    """Write `loss.png` (FVU and dead share over tokens) and `density.png` (histogram of feature densities)."""
+    """Write `loss.png` (FVU and dead fraction over tokens) and `density.png` (histogram of feature densities)."""
     from matplotlib.figure import Figure
 
     tokens = [line["tokens"] for line in metrics]

@@ -27,19 +27,19 @@ def training_batches(
     mesh, ready = ranks.mesh, None
     if mesh.world_size == 1:
         yield from _epochs(source, config, recipe, step)
-    share = {"rank": mesh.rank, "world_size": mesh.world_size}
-    for x in _epochs(source, config, recipe, step, **share):
+    part = {"rank": mesh.rank, "world_size": mesh.world_size}
+    for x in _epochs(source, config, recipe, step, **part):
         following: Callable[[], Tensor] = ranks.latent.all_gather_later(x.to(device, non_blocking=True))
         if ready is not None:
             yield ready().flatten(0, 1)
         ready = following
 
 
-def _epochs(source: ActivationSource, config: TrainConfig, recipe: Recipe, step: int, **share: Any) -> Iterator[Tensor]:
+def _epochs(source: ActivationSource, config: TrainConfig, recipe: Recipe, step: int, **part: Any) -> Iterator[Tensor]:
     an_epoch = source.n_batches(recipe.batch_size, split="train", heldout_fraction=config.heldout_fraction)
     epoch, start = divmod(step, an_epoch) if an_epoch else (0, step)
     while True:
-        options = {"split": "train", "epoch": epoch, "start": start, **split_options(config), **share}
+        options = {"split": "train", "epoch": epoch, "start": start, **split_options(config), **part}
         for batch in source.batches(recipe.batch_size, **options):
             yield batch.x
         epoch, start = epoch + 1, 0

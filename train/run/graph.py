@@ -39,7 +39,7 @@ class GraphedStep:
     graphed.
 
     What `step` does on the host, it does only when it is called, which a replay does not. `written` are tensors that it
-    writes to, of which a replay does not tell PyTorch.
+    writes to, of which a replay does not inform PyTorch.
     """
 
     def __init__(

@@ -24,8 +24,7 @@ class MetricsLogger:
         self._wandb = _start_wandb(folder, config, recipe) if rank_zero else None
         self._file = folder.open_metrics(start) if rank_zero else None
         total = recipe.n_steps * recipe.batch_size
-        options: dict[str, Any] = {} if rank_zero else {"disable": True}
-        self._bar = progress(desc="training", total=total, unit="tok", unit_scale=True, **options)
+        self._bar = progress(desc="training", total=total, unit="tok", unit_scale=True, shown=rank_zero)
         self._bar.update(start * recipe.batch_size)
 
     def step_done(self, step: int, read_metrics: Callable[[], dict[str, float]]) -> None:

@@ -26,7 +26,7 @@ class TrainConfig:
     """How to train an SAE. Every field left at None is filled in by `resolve`.
 
     Settings that say only how a run is computed, kept or reported (device, kernels, logging, checkpoints, layout) may
-    change when it is resumed. On another device or with other kernels it goes on from the same weights, but no longer
+    change when it is resumed. On another device or with other kernels it resumes from the same weights, but no longer
     gives the bits of the run that was not moved.
 
     >>> TrainConfig(d_sae=4096, k=32).architecture

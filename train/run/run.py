@@ -140,8 +140,8 @@ class Run:
         ranks, rows, cfg = self.ranks, self.recipe.batch_size, self.cfg
         local, split, (stats, target_stats) = self.trainer.finish(), self.trainer.split, self._stats()
         whole = local if ranks.mesh.world_size == 1 else WholeSAE(local, cfg, ranks.latent)
-        share = {"rank": ranks.mesh.data_index, "world_size": ranks.mesh.data} if ranks.mesh.world_size > 1 else {}
-        reading = {"drop_last": False, **split_options(self.config), **share}
+        part = {"rank": ranks.mesh.data_index, "world_size": ranks.mesh.data} if ranks.mesh.world_size > 1 else {}
+        reading = {"drop_last": False, **split_options(self.config), **part}
 
         heldout = ReconstructionSums(cfg.out_width, cfg.d_sae, self.device)
         if ranks.mesh.world_size > 1:  # sums around one point add up
@@ -156,9 +156,8 @@ class Run:
 
         n_batches = max(1, self.config.statistics_tokens // rows)
         features = FeatureSums(cfg.d_sae, self.device)
-        options = {} if ranks.is_rank_zero else {"disable": True}
         batches = self.source.batches(rows, split="train", **reading)
-        with closing(progress(batches, desc="feature statistics", total=n_batches, **options)) as bar:
+        with closing(progress(batches, desc="feature statistics", total=n_batches, shown=ranks.is_rank_zero)) as bar:
             for batch, _ in zip(bar, range(n_batches)):
                 features.add(whole.encode_sparse(split(batch.x.to(self.device))[0]))
         ranks.data.all_reduce_max_(features.largest)

@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from steersman.config import read_yaml, typed
 from steersman.errors import SteersmanError
 from steersman.parallel import Mesh, Ranks, process_group, rank_and_world_size, use_local_accelerator
 from steersman.sae import SAE
@@ -21,7 +22,6 @@ from steersman.train.mesh.preemption import Preemption
 from steersman.train.run.recipe import TrainConfig
 from steersman.train.run.run import Run, mesh_of, train
 from steersman.train.store.store import ActivationStore, HookView
-from steersman.yaml_settings import read_yaml, typed
 
 
 @dataclass(frozen=True, kw_only=True)

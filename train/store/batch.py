@@ -62,6 +62,11 @@ class ActivationBatch:
         return len(self.x)
 
 
+def batches_in(n_rows: int, batch_size: int, drop_last: bool) -> int:
+    """How many batches rows make; `drop_last` leaves out one that is not full."""
+    return n_rows // batch_size if drop_last else -(-n_rows // batch_size)
+
+
 class ActivationSource(Protocol):
     """What can be trained on: an `ActivationStore`, an `ActivationStream`, or anything that reads like one."""
 

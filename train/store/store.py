@@ -20,7 +20,8 @@ import torch
 
 from steersman.errors import SteersmanError, near_names
 from steersman.lm.origin import Origin, canonical_hook, check_same_origin
-from steersman.train.store.batch import ActivationBatch, RowInfo
+from steersman.sae import SAE
+from steersman.train.store.batch import ActivationBatch, RowInfo, batches_in
 from steersman.train.store.manifest import ROWS, STATISTICS, Manifest
 from steersman.train.store.mapping import MappedShards, first_slots
 from steersman.train.store.order import WINDOW_BYTES, RowOrder
@@ -178,9 +179,10 @@ class ActivationStore:
         """Width D of a hook point (the first one by default)."""
         return self.manifest.hooks[self._hook(hook)]
 
-    def hook_of(self, what: str, origin: Origin) -> str:
-        """The hook point that `what` of `origin` reads; the first where it records none. Raises a SteersmanError naming
-        both sides when it is of another model, hook point or width."""
+    def hook_of(self, sae: SAE) -> str:
+        """The hook point that an SAE reads; the first where it records none. Raises a SteersmanError naming both sides
+        when it is of another model, hook point or width."""
+        what, origin = "the SAE", Origin.of_sae(sae)
         hook = canonical_hook(origin.hook_name or self.hook_name)
         if hook not in self.manifest.hooks:
             raise SteersmanError(f"{what} reads {hook}, the store {self.path} holds {', '.join(self.hook_names)}")
@@ -205,17 +207,17 @@ class ActivationStore:
 
     def row_info(self, rows: torch.Tensor | np.ndarray) -> RowInfo:
         """Token ids, document ids and positions of any rows [n], in the order given."""
+        return self._rows.take(self._numbers(rows))
+
+    def _numbers(self, rows: torch.Tensor | np.ndarray) -> np.ndarray:
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.n_rows):
             raise SteersmanError(f"{self.path}: row {rows.min()} or {rows.max()} is not among its {self.n_rows} rows")
-        return self._rows.take(rows)
+        return rows
 
     def activations(self, rows: torch.Tensor | np.ndarray, hook: str | None = None) -> torch.Tensor:
         """The activations [n, D] of any rows [n], in the order given, in the store's type."""
-        mapped = self._mapped(self._hook(hook))
-        rows = np.asarray(rows, dtype=np.int64)
-        if len(rows) and not (rows.min() >= 0 and rows.max() < self.n_rows):
-            raise SteersmanError(f"{self.path}: row {rows.min()} or {rows.max()} is not among its {self.n_rows} rows")
+        mapped, rows = self._mapped(self._hook(hook)), self._numbers(rows)
         shards = np.searchsorted(self._rows.ends, rows, side="right") - 1
         return self._gather([mapped], rows - self._rows.ends[shards] + self._first_slots[shards])
 
@@ -249,7 +251,7 @@ class ActivationStore:
         if 0 < cut < self.n_rows:
             start = self._rows.document_start(cut)
             if start == 0:
-                log.warning("%s: the first document fills the training share; held-out rows share it", self.path)
+                log.warning("%s: the first document fills the training split; held-out rows are cut from it", self.path)
             cut = start or cut
         return (0, cut) if split == "train" else (cut, self.n_rows)
 
@@ -258,7 +260,7 @@ class ActivationStore:
     ) -> int:
         """Number of global batches in one epoch."""
         start, stop = self.split_rows(split, heldout_fraction)
-        return (stop - start) // batch_size if drop_last else -(-(stop - start) // batch_size)
+        return batches_in(stop - start, batch_size, drop_last)
 
     def batches(
         self,
@@ -281,7 +283,7 @@ class ActivationStore:
 
         The order of all rows is fixed by (seed, epoch, split, widths of the store's hook points), the same for each of
         them. Global batch b holds places [b * batch_size, (b + 1) * batch_size) of it, and rank r of W gets the r-th of
-        W contiguous shares, so that the batches of all ranks together are those of one process.
+        W contiguous parts, so that the batches of all ranks together are those of one process.
 
         Args:
             batch_size: rows of a global batch, over all ranks.
@@ -290,7 +292,7 @@ class ActivationStore:
             shuffle: False reads in the order of the text.
             seed, epoch: fix the order.
             start: first global batch; reaching it costs nothing.
-            rank, world_size: which share of each global batch to give.
+            rank, world_size: which part of each global batch to give.
             drop_last: leave out a last batch that is not full.
             prefetch: reads kept going in the background (a read is whole batches of about 4 MiB); 0 reads in the
                 calling thread.
@@ -310,7 +312,7 @@ class ActivationStore:
             )
         low, high = self.split_rows(split, heldout_fraction)
         n_rows = high - low
-        n_batches = n_rows // batch_size if drop_last else -(-n_rows // batch_size)
+        n_batches = batches_in(n_rows, batch_size, drop_last)
         if not n_batches:
             raise SteersmanError(
                 f"{self.path}: the {split} split has {n_rows} rows, fewer than batch_size {batch_size}; "
@@ -332,9 +334,9 @@ class ActivationStore:
             parts, sizes = [], []
             for low in range(first * batch_size, end * batch_size, batch_size):
                 n = min(batch_size, n_rows - low)
-                share = low + rank * n // world_size, low + (rank + 1) * n // world_size
-                parts += plan.slots(*share)
-                sizes.append(share[1] - share[0])
+                start, stop = low + rank * n // world_size, low + (rank + 1) * n // world_size
+                parts += plan.slots(start, stop)
+                sizes.append(stop - start)
             slots = np.concatenate(parts)
             x = self._gather(maps, slots).split(sizes)
             places = np.split(slots, np.cumsum(sizes)[:-1])

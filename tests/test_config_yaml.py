@@ -7,8 +7,9 @@ from typing import Any, Literal
 import pytest
 import yaml
 
+from steersman.config import read_yaml, typed
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
-from steersman.yaml_settings import read_yaml, typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,3 +92,14 @@ def test_what_was_dumped_is_read_again() -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SteersmanError, match="cannot be read"):
         read_yaml(tmp_path / "none.yaml", Config)
+
+
+def test_an_old_key_stands_for_the_new_one_alone() -> None:
+    @renamed_fields(breadth="width", colour="")
+    @dataclass(frozen=True, kw_only=True)
+    class Renamed(Config):
+        pass
+
+    assert typed({"breadth": 3, "colour": "red"}, Renamed, "a.yaml") == {"width": 3}
+    with pytest.raises(SteersmanError, match="a.yaml: width is said twice, by its old and its new name: keep one"):
+        typed({"breadth": 3, "width": 4}, Renamed, "a.yaml")
