@@ -168,6 +168,7 @@ def test_a_key_taken_from_one_head_is_attention_without_it(head: int, removed: l
 def test_a_bias_of_log_a_multiplies_the_weight() -> None:
     """With base weight m on the chosen keys it becomes a m / (1 - m + a m)."""
     lm, a = with_text("gemma2"), 0.1
+    lm.model.set_attn_implementation("eager")  # which returns the weights, and is not every version's default
     hook = "blocks.1.hook_attn_in"
     weights: list[Tensor] = []
 
