@@ -9,21 +9,25 @@ Shape letters: D width, P positions.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError, near_names
 from steersman.files import make_folder
+from steersman.lm import LanguageModel
 from steersman.lm.origin import same_model
 from steersman.sae import SAE
 from steersman.steer.vectors import file as vector_file
 from steersman.steer.vectors.gguf import read_gguf, write_gguf
+
+if TYPE_CHECKING:
+    from steersman.steer.methods.examples import ExamplesLike
 
 
 @runtime_checkable
@@ -41,6 +45,13 @@ class VectorLike(Protocol):
         ...
 
 
+class Steers(Protocol):
+    """What a `Steerer` is to a vector."""
+
+    lm: LanguageModel
+    """The model that it steers."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SteeringVector:
     """What is added to the residual stream, with its provenance. `SteeringVector.of` makes one from a tensor.
@@ -52,13 +63,6 @@ class SteeringVector:
     >>> v.norm(), (2 * v).vector.tolist(), round(v.cosine(-v), 6)
     (5.0, [6.0, 8.0], -1.0)
     """
-
-    contrast: ClassVar[Callable[..., "SteeringVector"]]
-    """Makes one from examples: `steersman.steer.contrast`, as that package says; so the two that follow."""
-    apply: ClassVar[Callable[..., AbstractContextManager[Any]]]
-    """The steering context of this vector for a `Steerer` or a `LanguageModel`: see `steersman.steer.steered`."""
-    calibrate: ClassVar[Callable[..., "SteeringVector"]]
-    """See `steersman.steer.calibrate.calibrated`."""
 
     directions: dict[str, Tensor]
     """Hook point -> direction, fp32 on the CPU: [D], or [P, D] for one that is added position by position."""
@@ -271,6 +275,34 @@ class SteeringVector:
             raise SteersmanError(
                 f"these vectors belong to different models: {self.model_name!r} and {other.model_name!r}"
             )
+
+    # Use: `steersman.steer` gives the class these, whose functions need the class.
+
+    if TYPE_CHECKING:
+
+        @staticmethod
+        def contrast(
+            lm: LanguageModel,
+            positive: "ExamplesLike",
+            negative: "ExamplesLike | Mapping[str, Tensor]" = (),
+            *,
+            hook: str | Sequence[str],
+            **settings: Any,
+        ) -> "SteeringVector":
+            """See `steersman.steer.contrast`."""
+            ...
+
+        def apply(
+            self, where: Steers | LanguageModel, *, scale: float | Sequence[float] | Tensor = 1.0, **options: Any
+        ) -> AbstractContextManager[Any]:
+            """The steering context of this vector: see `Steerer.vector`."""
+            ...
+
+        def calibrate(
+            self, st: Steers | LanguageModel, *, texts: Sequence[str] | None = None, **settings: Any
+        ) -> "SteeringVector":
+            """See `steersman.steer.calibrate.calibrated`."""
+            ...
 
     # Files
 
