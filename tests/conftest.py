@@ -1,10 +1,16 @@
-"""Without a GPU the Triton kernels run under Triton's interpreter, which has to be chosen before they are imported."""
+"""What must be set before anything is imported, and fixtures that many modules share.
+
+Without a GPU the Triton kernels run under Triton's interpreter. One thread: what is compared to the last bit must not
+depend on how many a process has, tensors here are small, and threads that wait for one another spin.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from typing import TYPE_CHECKING
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

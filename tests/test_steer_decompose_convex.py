@@ -112,7 +112,7 @@ def test_no_non_negative_part() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "lasso", "penalty": 1.5}, "penalty is a share"),
+        ({"method": "lasso", "penalty": 1.5}, "penalty is a fraction"),
         ({"method": "omp", "penalty": 0.1}, "penalty is a setting of lasso and nnls, not of omp"),
         ({"method": "lasso", "k": 65}, "k = 65 is out of range: 1 to 64"),
     ],
