@@ -18,6 +18,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.kernels import UpdateRule, UpdateState, choose, ops
+from steersman.kernels.operands import versions
 from steersman.kernels.update import StepSizes, update_matrix, update_vector
 from steersman.parallel import Mesh, Ranks
 from steersman.sae import SAE
@@ -306,7 +307,7 @@ class FusedUpdater(_WithRule):
         self.operands = torch.float32 if sae.device.type == "cpu" else torch.bfloat16
         self._start(sae, config, self.operands)
         self.lr, self.bias_lr = (torch.zeros(1, device=sae.device) for _ in range(2))
-        self._versions: list[int] = []
+        self._versions: tuple[int, ...] = ()
         self._gradients: tuple[Any, ...] | None = None
 
     def set_rate(self, lr: float) -> None:
@@ -316,8 +317,8 @@ class FusedUpdater(_WithRule):
 
     def _weights_changed(self) -> bool:
         """Whether something else than `step` wrote to the weights since the last call."""
-        versions = [self.sae.W_enc._version, self.sae.W_dec._version]
-        changed, self._versions = versions != self._versions, versions
+        now = versions(self.sae.W_enc, self.sae.W_dec)
+        changed, self._versions = now != self._versions, now
         return changed
 
     @torch.no_grad()
