@@ -60,3 +60,9 @@ def examples_of(data: str | None, positive: str | None, negative: str | None) ->
     sides = [as_examples(read_texts(path), side) if path else [] for path, side in
              ((positive, "positive"), (negative, "negative"))]  # fmt: skip
     return Examples(positive=sides[0], negative=sides[1])
+
+
+def heldout_line(sae: SAE) -> str:
+    """What a trained SAE measured on the rows held out of its training."""
+    heldout = sae.cfg.metadata["heldout"]
+    return f"FVU {heldout['fvu']:.4f}, L0 {heldout['l0']:.1f}, dead {100 * heldout['dead_share']:.2f} %"

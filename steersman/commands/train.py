@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from steersman.commands.options import heldout_line
 from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.parallel import rank_and_world_size
@@ -52,9 +53,7 @@ def run(config: TrainCommand) -> None:
     sae = train_sae(source, settings, config.out)
     if rank_and_world_size()[0]:
         return  # only rank 0 prints
-    heldout = sae.cfg.metadata["heldout"]
-    measured = f"FVU {heldout['fvu']:.4f}, L0 {heldout['l0']:.1f}, dead {100 * heldout['dead_share']:.2f} %"
-    print(f"{config.out}: {sae.cfg.d_sae} features at {sae.cfg.hook_name}; held out: {measured}")
+    print(f"{config.out}: {sae.cfg.d_sae} features at {sae.cfg.hook_name}; held out: {heldout_line(sae)}")
 
 
 def _source(config: TrainCommand) -> ActivationStore | HookView | Callable[[], ActivationStream]:
