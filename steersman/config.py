@@ -7,6 +7,7 @@ change when it is resumed.
 
 import dataclasses
 import json
+import logging
 import os
 import types
 import typing
@@ -17,6 +18,8 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 from steersman.errors import SteersmanError, near_names
+
+log = logging.getLogger(__name__)
 
 __all__ = ["differences", "identity", "merged", "part_of", "setting"]
 
@@ -146,6 +149,8 @@ def typed(content: Mapping[Any, Any], kind: type[Any], where: str) -> dict[str, 
         key = given if given in names else old.get(given, given)
         if given in old and not key:
             continue  # an old field that nothing reads
+        if key != given:
+            log.warning("%s: %s is called %s now; the old name goes with the next release", where, given, key)
         if key in settings:
             raise SteersmanError(f"{where}: {key} is said twice, by its old and its new name: keep one")
         if key not in names:

@@ -94,12 +94,13 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         read_yaml(tmp_path / "none.yaml", Config)
 
 
-def test_an_old_key_stands_for_the_new_one_alone() -> None:
+def test_an_old_key_stands_for_the_new_one_alone(caplog: pytest.LogCaptureFixture) -> None:
     @renamed_fields(breadth="width", colour="")
     @dataclass(frozen=True, kw_only=True)
     class Renamed(Config):
         pass
 
     assert typed({"breadth": 3, "colour": "red"}, Renamed, "a.yaml") == {"width": 3}
+    assert "is called width now" in caplog.text
     with pytest.raises(SteersmanError, match="a.yaml: width is said twice, by its old and its new name: keep one"):
         typed({"breadth": 3, "width": 4}, Renamed, "a.yaml")
