@@ -35,7 +35,8 @@ from steersman import (
     collect_effects,
     train_sae,
 )
-from steersman.demo import CONCEPTS, MODEL_PATH, match_concepts, stories, texts, word_rate, writing_features
+from steersman.demo import CONCEPTS, MODEL_PATH, stories, texts, word_rate
+from steersman.demo.concept_features import match_concepts, writing_features
 from steersman.steer import Estimate, bootstrap, calibrate, generated_tokens, token_kl, token_nll
 
 HOOK = "blocks.2.hook_resid_post"

@@ -19,7 +19,8 @@ from typing import Any
 import tyro
 
 from steersman import SAE, LanguageModel, SteeringVector, TrainConfig, cache_activations, decompose, train_sae
-from steersman.demo import CONCEPTS, GROUPS, MODEL_PATH, ConceptFeature, auroc, encode_stories, stories, texts
+from steersman.demo import CONCEPTS, GROUPS, MODEL_PATH, stories, texts
+from steersman.demo.concept_features import ConceptFeature, auroc, encode_stories
 from steersman.steer import calibrate, measure_retention
 
 

@@ -3,7 +3,6 @@
 from importlib.resources import files
 from pathlib import Path
 
-from steersman.demo.concept_features import ConceptFeature, auroc, encode_stories, match_concepts, writing_features
 from steersman.demo.concepts import CONCEPT_OF_WORD, CONCEPTS, GROUPS, Concept
 from steersman.demo.grammar import Reading, Story, concept_labels, is_sentence, parse, stories, story, texts
 from steersman.demo.targets import word_rate
@@ -17,18 +16,13 @@ __all__ = [
     "GROUPS",
     "MODEL_PATH",
     "Concept",
-    "ConceptFeature",
     "Reading",
     "Story",
-    "auroc",
     "concept_labels",
-    "encode_stories",
     "is_sentence",
-    "match_concepts",
     "parse",
     "stories",
     "story",
     "texts",
     "word_rate",
-    "writing_features",
 ]

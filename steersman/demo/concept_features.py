@@ -15,6 +15,8 @@ from steersman.demo.grammar import Story, concept_labels
 from steersman.lm import LanguageModel
 from steersman.sae import SAE
 
+__all__ = ["ConceptFeature", "auroc", "encode_stories", "match_concepts", "writing_features"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptFeature:
