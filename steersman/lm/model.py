@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.lm.clock import ForwardPass, PassClock, PassDone, PromptLength
+from steersman.lm.digest import model_digest
 from steersman.lm.generate import Generation, sampling_settings, seeded, stop_ids
 from steersman.lm.hooks import LOGITS, MASKED_ATTENTION, SPLIT_KINDS, HookMap, HookPoint
 from steersman.lm.load import Quantization, load_pretrained
@@ -150,6 +151,10 @@ class LanguageModel:
     def matches(self, model_name: str) -> bool:
         """Whether `model_name`, as an SAE or a store recorded it, means this model: see `same_model`."""
         return same_model(model_name, self.name)
+
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits of the configuration and the weights as they are now; see `lm/digest.py`."""
+        return model_digest(self.model, self.config)
 
     # Hook points
 
