@@ -1,5 +1,6 @@
 """Files with a checksum, bounded reading, and folders of which only what is ours is removed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from steersman.errors import SteersmanError
 from steersman.folders import FolderLock, remove_files, remove_folder
 from steersman.reading import parse_json, read_json, read_json_object, read_text
+from steersman.sealed import seal, unseal
 from steersman.tensor_files import check_tensors, load_tensors, save_tensors
 
 METADATA = {"format": 'x"y\n/é\u2028 \U0001f600\x1f', "z": "1", "a": "2"}
@@ -80,6 +82,21 @@ def test_only_regular_bounded_files_are_read(tmp_path: Path) -> None:
 def test_json_that_cannot_be_read_is_one_error(text: str | bytes) -> None:
     with pytest.raises(SteersmanError, match=r"here\.json"):
         parse_json(text, "here.json")
+
+
+def test_every_changed_character_of_a_sealed_object_is_noticed() -> None:
+    data = {"b": [1.5, None, "ä"], "a": {"x": 10**20}}
+    text = json.dumps(seal(data))
+    assert unseal(json.loads(text), "here.json") == data
+    assert unseal(data, "here.json") == data  # of an earlier version
+    for bit in range(len(text) * 8):
+        damaged = bytearray(text.encode())
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            found = unseal(parse_json(bytes(damaged), "here.json"), "here.json")
+        except SteersmanError:
+            continue
+        assert found == data or found.keys() != data.keys()  # the name of the checksum itself was hit
 
 
 def test_one_process_writes_a_folder_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
