@@ -1,8 +1,9 @@
 """Safetensors files that carry a checksum of themselves, and bytes that depend on their content alone.
 
-The library writes a header's metadata in an order that differs between runs. Here it is sorted, and one more entry,
-`crc32`, holds the CRC-32 of the whole file as it is with eight zeros in that place. Other programs ignore it. Files
-without one, of earlier versions or of other programs, are read as they are.
+Files are written here and not by the library, which orders metadata differently from run to run, makes a copy of all
+tensors first, and leaves a temporary file of its own behind when it is killed. One more entry of the metadata, `crc32`,
+holds the CRC-32 of the whole file as it is with eight zeros in that place. Other programs ignore it. Files without one,
+of earlier versions or of other programs, are read as they are.
 """
 
 import json
@@ -11,9 +12,10 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from steersman.errors import SteersmanError
@@ -28,6 +30,13 @@ _ENTRY = re.compile(rb'"%s":"([0-9a-f]{8})"' % CHECKSUM.encode())
 _CHUNK = 1 << 20
 _HEADER_BYTES = 100_000_000
 """Largest header that the library accepts."""
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+"""What the format calls a type."""
 
 
 def save_tensors(
@@ -40,23 +49,32 @@ def save_tensors(
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """`save_tensors` at `path` itself, for callers who make the file whole in their own way."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={**(metadata or {}), CHECKSUM: _UNSET})
-    with open(path, "rb+") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(content) != length:
-            raise SteersmanError(f"{path}: the safetensors library wrote a header of another form than expected")
-        file.seek(8)
-        file.write(content)
-        entry = _find_entry(content)
-        assert entry is not None
-        file.flush()
-        value = f"{_crc(path, length, entry):08x}".encode()
+    # Wide types first, so that every tensor lies at a multiple of its element's size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(sorted({**(metadata or {}), CHECKSUM: _UNSET}.items()))}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    content += b" " * (-len(content) % 8)
+    entry = _find_entry(content)
+    assert entry is not None
+    with open(path, "wb") as file:
+        crc = 0
+        for part in (len(content).to_bytes(8, "little"), content, *(tensor for _, tensor in ordered)):
+            data = memoryview(part) if isinstance(part, bytes) else _bytes_of(part)
+            for low in range(0, len(data), _CHUNK):
+                crc = zlib.crc32(data[low : low + _CHUNK], crc)
+                file.write(data[low : low + _CHUNK])
         file.seek(8 + entry.start(1))
-        file.write(value)
+        file.write(f"{crc:08x}".encode())
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    content: Any = flat.view(torch.uint8).numpy() if len(flat) else b""
+    return memoryview(content)
 
 
 def check_tensors(path: str | os.PathLike[str]) -> None:

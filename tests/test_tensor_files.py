@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from steersman.errors import SteersmanError
 from steersman.folders import FolderLock, remove_files, remove_folder
@@ -131,3 +131,32 @@ def test_removing_takes_named_files_only(tmp_path: Path) -> None:
     assert remove_folder(folder / "b", ["a"])
     assert not (folder / "b").exists()
     assert remove_folder(folder / "b", ["a"])
+
+
+def test_every_type_is_what_the_library_reads(tmp_path: Path) -> None:
+    types = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8, torch.complex64]
+    types += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint16, torch.uint32, torch.uint64]
+    types += [torch.float8_e4m3fn, torch.float8_e5m2]
+    tensors = {str(kind): torch.randint(0, 2, (3, 5)).to(kind) for kind in types}
+    save_tensors(tmp_path / "x.safetensors", tensors)
+    found = load_file(tmp_path / "x.safetensors")
+    for name, tensor in tensors.items():
+        assert found[name].dtype is tensor.dtype
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_a_process_killed_while_it_writes_leaves_one_file_that_the_next_takes_over(tmp_path: Path) -> None:
+    write = (
+        "import os, signal, sys, zlib, torch; from steersman.tensor_files import save_tensors\n"
+        "crc, n = zlib.crc32, [0]\n"
+        "def killed(*args):\n"
+        "    n[0] += 1\n"
+        "    if n[0] == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return crc(*args)\n"
+        "zlib.crc32 = killed; save_tensors(sys.argv[1], {'x': torch.zeros(1 << 20)})"
+    )
+    path = tmp_path / "x.safetensors"
+    assert subprocess.run([sys.executable, "-c", write, path], check=False).returncode == -9
+    assert [child.name for child in tmp_path.iterdir()] == [".x.safetensors.tmp"]
+    save_tensors(path, TENSORS)
+    assert [child.name for child in tmp_path.iterdir()] == ["x.safetensors"]
