@@ -35,6 +35,8 @@ class Command(NamedTuple):
     function: str
     """`module:function`."""
     help: str
+    resumes: bool = False
+    """Whether the same command, run again, goes on where an interrupted one stopped."""
 
     def load(self) -> Callable[[Any], None]:
         module, name = self.function.split(":")
@@ -42,10 +44,10 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
-    "quickstart": Command("steersman.demo.quickstart:run", "see everything at once on the bundled model"),
-    "cache": Command("steersman.commands.cache:run", "run a model over text and store its activations"),
-    "train": Command("steersman.commands.train:run", "train an SAE on a store, or straight from a model"),
-    "sweep": Command("steersman.commands.sweep:run", "train many SAEs from one reading of a store"),
+    "quickstart": Command("steersman.demo.quickstart:run", "see everything at once on the bundled model", resumes=True),
+    "cache": Command("steersman.commands.cache:run", "run a model over text and store its activations", resumes=True),
+    "train": Command("steersman.commands.train:run", "train an SAE on a store, or straight from a model", resumes=True),
+    "sweep": Command("steersman.commands.sweep:run", "train many SAEs from one reading of a store", resumes=True),
     "eval": Command("steersman.commands.eval:run", "measure an SAE: reconstruction, effect on the model"),
     "features": Command("steersman.commands.features:run", "see what each feature fires on and writes"),
     "plan": Command("steersman.commands.plan:run", "memory, network and time that a training run needs"),
@@ -57,7 +59,7 @@ COMMANDS: dict[str, Command] = {
     "vector calibrate": Command("steersman.commands.vector_calibrate:run", "scale a vector to what it may cost"),
     "vector convert": Command("steersman.commands.vector_convert:run", "between safetensors and GGUF"),
     "evaluate": Command("steersman.commands.evaluate:run", "measure a vector against its baselines"),
-    "effects": Command("steersman.commands.effects:run", "measure what steering vectors do to features"),
+    "effects": Command("steersman.commands.effects:run", "measure what steering vectors do to features", resumes=True),
     "target": Command("steersman.commands.target:run", "make the vector that raises chosen features (SAE-TS)"),
     "decompose": Command("steersman.commands.decompose:run", "take vectors apart into signed features"),
 }
@@ -90,9 +92,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `steersman features | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("steersman: interrupted; the same command resumes where it stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"steersman: {str(stop) or _interrupted(sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _interrupted(argv: Sequence[str]) -> str:
+    """What is said of a command that Ctrl-C ended and that has nothing to say itself."""
+    names = [name for name in (" ".join(argv[:1]), " ".join(argv[:2])) if name in COMMANDS]
+    resumes = bool(names) and COMMANDS[names[-1]].resumes
+    return "interrupted" + ("; the same command resumes where it stopped" if resumes else "")
 
 
 def run(argv: list[str]) -> None:

@@ -212,3 +212,28 @@ def test_the_installed_command_exits_with_2() -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "raised", "said"),
+    [
+        ("train", KeyboardInterrupt(), "interrupted; the same command resumes where it stopped"),
+        ("evaluate", KeyboardInterrupt(), "interrupted"),
+        ("effects", KeyboardInterrupt("2 of 3 shards are kept"), "2 of 3 shards are kept"),
+    ],
+)
+def test_resuming_is_promised_by_commands_that_do(
+    command: str,
+    raised: KeyboardInterrupt,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stopped(_: list[str]) -> None:
+        raise raised
+
+    monkeypatch.setattr("steersman.cli.run", stopped)
+    with pytest.raises(SystemExit) as stop:
+        main([command])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == f"steersman: {said}\n"
