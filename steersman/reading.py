@@ -6,16 +6,58 @@ checked before its content is read; and whatever a parser raises becomes a `Stee
 
 import json
 import os
+import reprlib
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from steersman.errors import SteersmanError
 
-__all__ = ["check_regular", "parse_json", "read_bytes", "read_json", "read_json_object", "read_text"]
+__all__ = [
+    "check_regular",
+    "one_error",
+    "parse_json",
+    "read_bytes",
+    "read_json",
+    "read_json_object",
+    "read_text",
+    "shown",
+]
 
 JSON_BYTES = 64 << 20
 """Largest JSON file that is read where the reader names no other bound."""
+
+
+@contextmanager
+def one_error(what: str | os.PathLike[str]) -> Iterator[None]:
+    """The door of a reader of files that anybody may have written: whatever reading `what` raises is a SteersmanError
+    with the cause behind it. Checks say more; this is for what none of them foresaw."""
+    try:
+        yield
+    except SteersmanError:
+        raise
+    except MemoryError as error:
+        raise SteersmanError(f"{what} takes more memory to read than there is") from error
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # a device's, which is no fault of the file
+            raise
+        reason = " ".join(str(error).split())[:200]
+        kind = type(error).__name__
+        raise SteersmanError(f"{what} is damaged or not what is read here ({kind}: {reason})") from error
+
+
+def shown(value: Any) -> str:
+    """What a file holds, as text for a message: a few entries and digits, however much there is.
+
+    >>> shown("x" * 100), shown(12)
+    ("'xxxxxxxxxxxx...xxxxxxxxxxxxx'", '12')
+    """
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a number of thousands of digits
+        return f"a very long {type(value).__name__}"
 
 
 def check_regular(path: str | os.PathLike[str]) -> int:

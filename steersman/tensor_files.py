@@ -115,7 +115,7 @@ def load_tensors(
             return {name: file.get_tensor(name) for name in wanted}, metadata
     except SteersmanError:
         raise
-    except (SafetensorError, OSError, ValueError, OverflowError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, OverflowError, TypeError, RuntimeError, MemoryError) as error:
         raise SteersmanError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 

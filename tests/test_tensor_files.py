@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from steersman.errors import SteersmanError
 from steersman.folders import FolderLock, remove_files, remove_folder
-from steersman.reading import parse_json, read_json, read_json_object, read_text
+from steersman.reading import one_error, parse_json, read_json, read_json_object, read_text
 from steersman.sealed import seal, unseal
 from steersman.tensor_files import check_tensors, load_tensors, save_tensors
 
@@ -160,3 +160,12 @@ def test_a_process_killed_while_it_writes_leaves_one_file_that_the_next_takes_ov
     assert [child.name for child in tmp_path.iterdir()] == [".x.safetensors.tmp"]
     save_tensors(path, TENSORS)
     assert [child.name for child in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_door_lets_one_kind_of_error_through() -> None:
+    for error in (KeyError("x"), RecursionError("deep"), MemoryError(), AssertionError(), OverflowError("9")):
+        with pytest.raises(SteersmanError, match=r"^cfg.json ") as raised, one_error("cfg.json"):
+            raise error
+        assert raised.value.__cause__ is error
+    with pytest.raises(KeyboardInterrupt), one_error("cfg.json"):
+        raise KeyboardInterrupt
