@@ -83,6 +83,19 @@ def test_statistics_are_those_of_the_stored_values(tmp_path: Path, dtype: str) -
     assert figures["median_norm"] == stats.median_norm
 
 
+def test_rows_of_huge_norm_are_counted(tmp_path: Path) -> None:
+    x = torch.nn.functional.normalize(random_rows(500, 8).float(), dim=1)
+    assert not store_of(x * torch.linspace(0.2, 9, 500)[:, None], tmp_path / "ordinary").stats().large_rows()
+    x[::100] *= 40
+    store = store_of(x, tmp_path / "acts", dtype="float32")
+    stats, share = store.stats(), 5 * 1600 / (5 * 1600 + 495)
+    assert (stats.n_large, stats.large_share) == (5, pytest.approx(share, rel=1e-3))
+    assert 40 <= stats.max_norm <= 40.01
+    figures = json.loads((store.path / "manifest.json").read_text())["statistics"][HOOK]
+    assert (figures["n_large"], figures["large_share"]) == (5, stats.large_share)
+    assert stats.large_rows() == "5 rows (1 %) have norms above 10 x the median and hold 94.2 % of the squared norm"
+
+
 def test_rows_of_zeros_have_norm_zero(tmp_path: Path) -> None:
     assert store_of(torch.zeros(9, 4), tmp_path / "acts").stats().median_norm == 0.0
 

@@ -24,3 +24,5 @@ def run(config: CacheCommand) -> None:
     for hook in store.hook_names:
         stats = store.stats(hook)
         print(f"  {hook}: width {store.width(hook)}, mean |x| {stats.mean_norm:.4g}, median {stats.median_norm:.4g}")
+        if large := stats.large_rows():
+            print(f"    {large}")

@@ -63,7 +63,8 @@ class Manifest:
     shards: tuple[ShardRecord, ...] = field(default=())
     """The finished shards, in the order of their rows."""
     statistics: Mapping[str, Mapping[str, float]] | None = None
-    """Hook point -> mean_norm, median_norm, mean_squared_norm, once the store is complete."""
+    """Hook point -> mean_norm, median_norm, mean_squared_norm, and where there are rows whose norm is above ten times
+    the median, their number and share of the squared norm, n_large and large_share; once the store is complete."""
 
     @property
     def n_rows(self) -> int:

@@ -1,5 +1,6 @@
 """What a store knows about the sizes of its activations, gathered while they are written."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,11 @@ from steersman.errors import SteersmanError
 # A norm's histogram bucket is its float32 bit pattern without the last 11 bits: the sign (always 0), the 8 bits of the
 # exponent and 12 of the mantissa. Buckets of one octave are therefore 2^-12 of it wide, and counts merge exactly.
 _DROPPED_BITS = 11
+
+LARGE_NORM_RATIO = 10.0
+"""A row whose norm is above this many times the median counts as large. Norms of ordinary rows stay within a few times
+their median at every hook point; the massive activations of attention sinks (arXiv 2402.17762) are tens to thousands of
+times as long, and nothing lies between."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +34,25 @@ class ActivationStats:
     """Mean over rows of the squared Euclidean norm."""
     n_rows: int
     """Rows that the figures are over."""
+    max_norm: float = math.inf
+    """At least the largest norm of a row, at most 0.025 % more; infinite where that is not known."""
+    n_large: int = 0
+    """Rows whose norm is above `LARGE_NORM_RATIO` times the median."""
+    large_share: float = 0.0
+    """Fraction of the sum of squared norms that those rows hold."""
+
+    def large_rows(self) -> str:
+        """What to tell of the large rows in one line; nothing where there are none.
+
+        >>> ActivationStats(mean=torch.zeros(2), mean_norm=3, median_norm=1, mean_squared_norm=9, n_rows=1000,
+        ...                 n_large=20, large_share=0.52).large_rows()
+        '20 rows (2 %) have norms above 10 x the median and hold 52 % of the squared norm'
+        """
+        if not self.n_large:
+            return ""
+        rows = f"{self.n_large:,} rows ({100 * self.n_large / self.n_rows:.2g} %)"
+        held = f"{100 * self.large_share:.3g} % of the squared norm"
+        return f"{rows} have norms above {LARGE_NORM_RATIO:g} x the median and hold {held}"
 
 
 def row_norms(x: torch.Tensor) -> torch.Tensor:
@@ -118,17 +143,23 @@ class StatsSums:
     def stats(self) -> ActivationStats:
         """The statistics; all zero when there is no row."""
         self._count_pending()
-        n = max(self.n_rows, 1)
-        median = 0.0
+        n, median, lows, highs = max(self.n_rows, 1), 0.0, np.zeros(0), np.zeros(0)
         if self.n_rows:
+            lows, highs = (
+                ((self._keys + step).astype(np.int32) << _DROPPED_BITS).view(np.float32).astype(np.float64)
+                for step in (0, 1)
+            )
             bucket = int(np.searchsorted(np.cumsum(self._counts), (self.n_rows - 1) // 2, side="right"))
-            edges = np.array([self._keys[bucket], self._keys[bucket] + 1], dtype=np.int32) << _DROPPED_BITS
-            low, high = edges.view(np.float32).astype(np.float64)
-            median = 0.0 if self._keys[bucket] == 0 else float((low + high) / 2)
+            median = 0.0 if self._keys[bucket] == 0 else float((lows[bucket] + highs[bucket]) / 2)
+        large = lows >= LARGE_NORM_RATIO * median if median else np.zeros(len(lows), dtype=bool)
+        squares = float(self._counts[large] @ np.square((lows + highs)[large] / 2))
         return ActivationStats(
             mean=(self._sum / n).float(),
             mean_norm=float(self._norm_sums[0] / n),
             median_norm=median,
             mean_squared_norm=float(self._norm_sums[1] / n),
             n_rows=self.n_rows,
+            max_norm=float(highs[-1]) if len(highs) else 0.0,
+            n_large=int(self._counts[large].sum()),
+            large_share=min(1.0, squares / self._norm_sums[1]) if large.any() else 0.0,
         )

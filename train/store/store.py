@@ -407,7 +407,8 @@ class HookView:
         """Statistics of one of the hook points, or of the rows side by side.
 
         Those of rows side by side hold the exact mean and mean squared norm. What their norms are follows only if the
-        norms of the parts do not vary, for which the mean and median norm given are right.
+        norms of the parts do not vary, for which the mean and median norm given are right. Of large rows only the
+        largest norm is known.
         """
         if hook is not None or len(self.hooks) == 1:
             return self.store.stats(hook or self.hook_name)
@@ -418,6 +419,9 @@ class HookView:
             mean_norm=math.hypot(*(part.mean_norm for part in parts)),
             median_norm=math.hypot(*(part.median_norm for part in parts)),
             mean_squared_norm=sum(part.mean_squared_norm for part in parts),
+            max_norm=math.hypot(*(part.max_norm for part in parts)),
+            n_large=0,
+            large_share=0.0,
         )
 
     def n_batches(self, batch_size: int, **options: Any) -> int:

@@ -292,8 +292,10 @@ def _only_begun(folder: Path, manifest: Manifest) -> bool:
 
 
 def _figures(stats: ActivationStats) -> dict[str, float]:
+    large = {"n_large": stats.n_large, "large_share": stats.large_share} if stats.n_large else {}
     return {
         "mean_norm": stats.mean_norm,
         "median_norm": stats.median_norm,
         "mean_squared_norm": stats.mean_squared_norm,
+        **large,
     }
