@@ -5,23 +5,17 @@ flags win over the file). A mistake is one line on standard error and exit code 
 else, and that the same command resumes, is one line and exit code 75, on which a scheduler can queue it again.
 """
 
-import contextlib
-import dataclasses
-import io
 import logging
 import os
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from steersman.allocator import keep_freed_memory
-from steersman.config import default_of, read_yaml
 from steersman.errors import LostRankError, SteersmanError, UnfinishedError, near_names
-
-log = logging.getLogger(__name__)
+from steersman.flag_help import help_text
+from steersman.flags import config_type, in_words_of_the_shell, parse
 
 MISTAKE, INTERRUPTED, UNFINISHED = 2, 130, 75
 
@@ -118,12 +112,16 @@ def run(argv: list[str]) -> None:
     if name is None:
         print(usage(argv[0]))
         return
+    if "--help" in rest or "-h" in rest:
+        print(help_text(COMMANDS[name].function, f"steersman {name}"))
+        sys.exit(0)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("steersman").setLevel(logging.INFO)
     function = COMMANDS[name].load()
     config = parse(config_type(function), rest, f"steersman {name}")
     quiet_transformers()
-    function(config)
+    with in_words_of_the_shell(type(config)):
+        function(config)
 
 
 def _command(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -145,93 +143,3 @@ def quiet_transformers() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-
-def parse(config_type: type[Any], args: list[str], program: str) -> Any:
-    """An instance of the dataclass `config_type` from flags and, where `--config` names one, a YAML file.
-
-    Raises a SteersmanError for an unknown flag or key, a missing or malformed value, and what the dataclass refuses.
-    """
-    import tyro
-
-    args, path = _without_file(_renamed(config_type, args))
-    options: dict[str, Any] = {} if path is None else {"default": _defaults(config_type, path, args)}
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            config, unknown = tyro.cli(
-                config_type,
-                args=args,
-                prog=program,
-                return_unknown_args=True,
-                config=(tyro.conf.UseAppendAction,),
-                **options,
-            )
-    except SystemExit as stop:
-        if stop.code == MISTAKE:
-            raise SteersmanError(_one_line(complaint.getvalue()) + f" (see {program} --help)") from None
-        raise
-    if unknown:
-        flags = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config_type)]
-        raise SteersmanError(f"{program} has no flag {unknown[0]}; near it: {near_names(unknown[0], flags, 3)}")
-    return config
-
-
-def _one_line(complaint: str) -> str:
-    """The message inside tyro's box."""
-    lines = [line.strip(" │|") for line in complaint.splitlines()]
-    body = [line for line in lines[1:] if line and set(line) - set("-─╭╮╰╯")]
-    ends = [i for i, line in enumerate(body) if line.startswith(("For full helptext", "Argument helptext"))]
-    return " ".join(body[: ends[0]] if ends else body) or "these flags cannot be read"
-
-
-def config_type(function: Callable[[Any], None]) -> type[Any]:
-    """The dataclass of a command's flags: the annotation of its function's one argument."""
-    hints = typing.get_type_hints(function)
-    hints.pop("return", None)
-    (config,) = hints.values()
-    return config
-
-
-def _renamed(config_type: type[Any], args: list[str]) -> list[str]:
-    """The flags with those that an earlier version called otherwise under their names of today, each said once."""
-    names = {field.name for field in dataclasses.fields(config_type)}
-    old = {o: new for o, new in getattr(config_type, "old_fields", {}).items() if new and o not in names}
-    flags = {f"--{o.replace('_', '-')}": f"--{new.replace('_', '-')}" for o, new in old.items()}
-    renamed = []
-    for arg in args:
-        flag, equals, value = arg.partition("=")
-        if flag in flags:
-            log.warning("%s is called %s now; the old name goes with the next release", flag, flags[flag])
-        renamed.append(flags.get(flag, flag) + equals + value)
-    return renamed
-
-
-def _without_file(args: list[str]) -> tuple[list[str], Path | None]:
-    """The flags without `--config FILE`, and the file."""
-    for i, arg in enumerate(args):
-        if arg.startswith("--config="):
-            return args[:i] + args[i + 1 :], Path(arg.removeprefix("--config="))
-        if arg == "--config":
-            if i + 1 == len(args):
-                raise SteersmanError("--config needs the name of a YAML file")
-            return args[:i] + args[i + 2 :], Path(args[i + 1])
-    return args, None
-
-
-def _defaults(config_type: type[Any], path: Path, args: list[str]) -> Any:
-    """What the YAML file at `path` holds, as the defaults of the flags: an instance whose rules are not checked yet.
-
-    A flag that may be repeated adds to its default, so the file's value of one that is given is left out.
-    """
-    import tyro
-
-    settings = read_yaml(path, config_type)
-    given = {arg.split("=")[0].removeprefix("--").replace("-", "_") for arg in args}
-    defaults = object.__new__(config_type)  # not through __init__, whose checks need the flags as well
-    for field in dataclasses.fields(config_type):
-        value = default_of(field, tyro.MISSING)
-        if field.name in settings and not (field.name in given and isinstance(settings[field.name], tuple)):
-            value = settings[field.name]
-        object.__setattr__(defaults, field.name, value)
-    return defaults

@@ -9,9 +9,11 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -110,6 +112,35 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) ->
         elif a != b:
             parts.append(f"{prefix}{name} was {a!r}, now {b!r}")
     return parts
+
+
+# Numbers as people write them
+
+
+_NUMBER = re.compile(r"([+-]?[0-9](?:_?[0-9])*(?:\.[0-9]+)?)(?:[eE]\+?([0-9]{1,2})|([kKMGBT]))?", re.ASCII)
+_POWERS = {"k": 3, "K": 3, "M": 6, "G": 9, "B": 9, "T": 12}
+_DIGITS = 25
+
+
+def whole_number(value: str | int | float) -> int:
+    """A whole number from what a flag or a YAML file gives: 1000, 1_000, 1e3, 1k, 2.5M (k, M, G or B, T).
+
+    Raises ValueError for anything else, among it what has a fraction.
+
+    >>> whole_number("10M"), whole_number("1e6"), whole_number("1.5k"), whole_number(8.0)
+    (10000000, 1000000, 1500, 8)
+    """
+    if not isinstance(value, str):
+        if int(value) != value:
+            raise ValueError(f"{value} is not a whole number")
+        return int(value)
+    match = _NUMBER.fullmatch(value.strip())
+    if match is None or len(match[1]) > _DIGITS:
+        raise ValueError(f"{value[:40]!r} is not a whole number: write 1000000, 1_000_000, 1e6 or 1M")
+    exact = Fraction(match[1].replace("_", "")) * 10 ** int(match[2] or _POWERS.get(match[3] or "", 0))
+    if exact.denominator != 1:
+        raise ValueError(f"{value!r} is not a whole number")
+    return int(exact)
 
 
 # Settings from a YAML file, held to the types of the dataclass that they are for
@@ -219,12 +250,7 @@ def _as_plain(value: Any, hint: Any) -> Any:
     if hint is float and isinstance(value, str | int | float):
         return float(value)
     if hint is int and isinstance(value, str | int | float):
-        if isinstance(value, str) and value.lstrip("+-").isdecimal():
-            return int(value)
-        number = float(value) if isinstance(value, str) else value
-        if int(number) != number:
-            raise ValueError
-        return int(number)
+        return whole_number(value)
     if isinstance(hint, type) and isinstance(value, hint):
         return value
     raise TypeError

@@ -105,7 +105,7 @@ WITH_MODEL = ["--sae", "{run}", "--store", "{acts}", "--model", MODEL]
         ([*TRAIN, "--stroe", "{acts}"], "no flag --stroe; near it: --store"),
         (["train", "--out", "{other}", "--d-sae", "eight", "--k", "2"], "--d-sae"),
         (["train", "--out", "{other}"], "--d-sae"),
-        ([*TRAIN[:-1], "9", "--store", "{acts}"], "k = 9 must lie between 1 and d_sae = 8"),
+        ([*TRAIN[:-1], "9", "--store", "{acts}"], "--k 9 must lie between 1 and --d-sae 8"),
         (TRAIN, "nothing to train on"),
         ([*TRAIN, "--store", "{other}"], "{other}"),
         ([*TRAIN, "--store", "{acts}", "--hook", "blocks.0.hook_mlp_out"], "no hook point"),

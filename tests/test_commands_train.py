@@ -100,8 +100,8 @@ def test_what_does_not_go_with_a_store(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--ks", "64"], "run k-64: k = 64 must lie between 1 and d_sae = 32"),
-        ([], "k = 0 must lie between 1"),
+        (["--ks", "64"], "run k-64: --k 64 must lie between 1 and --d-sae 32"),
+        ([], "--k 0 must lie between 1"),
         (["--ks", "2", "--hooks", "blocks.0.hook_mlp_out"], "no hook point 'blocks.0.hook_mlp_out'"),
         (["--ks", "2", "--runs", "none.yaml"], "not both"),
         (["--runs", "none.yaml"], "none.yaml cannot be read"),

@@ -154,9 +154,9 @@ def test_command(bundled: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "response: 5 features" in capsys.readouterr().out
     main([*common, "--method", "encode"])
     assert "! the encoder activates" in capsys.readouterr().out
-    assert "'contrast' needs positive=" in fails(capsys, *common, "--method", "contrast")
+    assert "'contrast' needs --positive" in fails(capsys, *common, "--method", "contrast")
     assert "--retention needs --model and --text" in fails(capsys, *common, "--retention")
-    assert "k = 300 is out of range" in fails(capsys, *common, "--k", "300")
+    assert "--k 300 is out of range" in fails(capsys, *common, "--k", "300")
     assert "penalty is a setting of lasso and nnls" in fails(capsys, *common, "--penalty", "0.1")
     other = SteeringVector.of(torch.ones(128), hook_name="blocks.1.hook_resid_post", model_name=v.model_name)
     other.save(tmp_path / "other.safetensors")
