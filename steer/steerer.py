@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, LanguageModel
+from steersman.lm.hooks import HookName
 from steersman.lm.origin import check_sae_fits
 from steersman.sae import SAE
 from steersman.steer.edit_report import EditReport, Meter
@@ -99,7 +100,7 @@ class Steerer:
 
     def edit(
         self,
-        hook: str | Sequence[str],
+        hook: HookName | Sequence[HookName],
         edit: Edit,
         *,
         scope: ScopeLike = "all",
@@ -118,8 +119,9 @@ class Steerer:
         if measure and not isinstance(edit, FeatureEdit):
             raise SteersmanError(f"measure=True encodes features before and after: {type(edit).__name__} edits none")
         meter = Meter(edit) if measure and isinstance(edit, FeatureEdit) else None
-        hooks = [hook] if isinstance(hook, str) else hook
-        return Steering(self.lm, dict.fromkeys(hooks, edit), Scope.of(scope, include_bos=include_bos), meter)
+        return Steering(
+            self.lm, dict.fromkeys(self.lm.resolve_hooks(hook), edit), Scope.of(scope, include_bos=include_bos), meter
+        )
 
     def features(
         self,
@@ -130,7 +132,7 @@ class Steerer:
         units: str = "raw",
         scope: ScopeLike = "all",
         gate: PerRow = 1.0,
-        hook: str | None = None,
+        hook: HookName | None = None,
         include_bos: bool = False,
         measure: bool = False,
     ) -> Steering:
@@ -155,7 +157,7 @@ class Steerer:
         vector: VectorInput,
         *,
         scale: PerRow = 1.0,
-        hook: str | None = None,
+        hook: HookName | None = None,
         scope: ScopeLike = "all",
         gate: PerRow = 1.0,
         include_bos: bool = False,
@@ -185,7 +187,7 @@ class Steerer:
         units: str = "raw",
         scope: ScopeLike = "all",
         gate: PerRow = 1.0,
-        hook: str | None = None,
+        hook: HookName | None = None,
         include_bos: bool = False,
     ) -> EditReport:
         """What `features(sae, features, ...)` would achieve on `texts`, from one pass over them."""

@@ -120,6 +120,23 @@ def test_unknown_names_and_layers() -> None:
         lm.capture(IDS, hooks=[])
 
 
+def test_a_layer_may_be_given_by_its_number() -> None:
+    lm, post = build("llama"), "blocks.{}.hook_resid_post".format
+    assert [lm.resolve_hook(given) for given in (1, "1", -1, "-1")] == [post(i) for i in (1, 1, LAYERS - 1, LAYERS - 1)]
+    assert lm.resolve_hooks(0) == [post(0)]
+    assert lm.resolve_hooks([0, post(1)]) == [post(0), post(1)]
+    got = lm.capture(IDS, hooks=[1, post(1)])
+    assert torch.equal(got[1], got[post(1)])
+    with lm.edit(-1, lambda h, fwd: h + 1):
+        assert torch.equal(lm.capture(IDS, hooks=2)[2], build("llama").capture(IDS, hooks=post(2))[post(2)] + 1)
+    for wrong in (3, -4, "17"):
+        with pytest.raises(SteersmanError, match=rf"there is no layer {wrong}: the model has 3 layers"):
+            lm.resolve_hook(wrong)
+    for wrong in (None, 1.5, True, ["a"]):
+        with pytest.raises(SteersmanError, match="named by a string or by a layer's number"):
+            lm.resolve_hook(wrong)  # pyright: ignore[reportArgumentType]
+
+
 def test_multimodal_nesting() -> None:
     text = transformers.Gemma3TextConfig(**GEMMA)
     vision = transformers.SiglipVisionConfig(

@@ -11,6 +11,7 @@ from torch import Tensor
 from steersman.config import merged
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.lm.hooks import HookName
 from steersman.steer.methods.base import METHODS, ContrastConfig, Method
 from steersman.steer.methods.diagnostics import warnings
 from steersman.steer.methods.examples import Examples, ExamplesLike, as_examples
@@ -24,7 +25,7 @@ def contrast(
     positive: ExamplesLike,
     negative: ExamplesLike | Mapping[str, Tensor] = (),
     *,
-    hook: str | Sequence[str],
+    hook: HookName | Sequence[HookName],
     config: ContrastConfig | None = None,
     **settings: Any,
 ) -> SteeringVector:
@@ -45,7 +46,7 @@ def contrast(
     """
     config = merged(ContrastConfig, config, settings)
     method = METHODS[config.method]()
-    hooks = [lm.resolve_hook(name) for name in ([hook] if isinstance(hook, str) else hook)]
+    hooks = lm.resolve_hooks(hook)
     if not hooks or len(set(hooks)) != len(hooks):
         raise SteersmanError(f"name each hook point once, and at least one; got {hooks}")
     means = _means(lm, negative, hooks, method) if _is_means(negative) else None

@@ -8,17 +8,18 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.lm.hooks import HookName
 from steersman.lm.origin import check_fits
 from steersman.steer.vectors.vector import SteeringVector, VectorLike
 
 Direction = Tensor | Sequence[float] | Sequence[Sequence[float]]
 """[D], or [B, D] with a vector for each row."""
-VectorInput = SteeringVector | Sequence[SteeringVector] | VectorLike | Direction | Mapping[str, Direction]
+VectorInput = SteeringVector | Sequence[SteeringVector] | VectorLike | Direction | Mapping[HookName, Direction]
 """A `SteeringVector` (or a list of them, one per row), an object with `hook_name` and `vector`, a tensor, which needs
 `hook`, or a mapping {hook: tensor}."""
 
 
-def directions_of(lm: LanguageModel, vector: VectorInput, hook: str | None = None) -> dict[str, Tensor]:
+def directions_of(lm: LanguageModel, vector: VectorInput, hook: HookName | None = None) -> dict[str, Tensor]:
     """Hook point -> [D], [B, D] or, of a `SteeringVector` with positions, [P, D], on the model's device.
 
     Raises SteersmanError for what is no vector, for one whose hook point is not said, and for one of another model or
@@ -29,7 +30,7 @@ def directions_of(lm: LanguageModel, vector: VectorInput, hook: str | None = Non
     return {name: v if v.is_floating_point() else v.float() for name, v in tensors.items()}
 
 
-def _parts(lm: LanguageModel, vector: Any, hook: str | None) -> Mapping[str, Any]:
+def _parts(lm: LanguageModel, vector: Any, hook: HookName | None) -> Mapping[str, Any]:
     if isinstance(vector, SteeringVector):
         return _recorded(lm, vector.directions, vector, hook)
     if isinstance(vector, Mapping):
@@ -47,7 +48,7 @@ def _parts(lm: LanguageModel, vector: Any, hook: str | None) -> Mapping[str, Any
     raise SteersmanError(f"a vector is a tensor, a mapping of them, or has .hook_name and .vector; got {vector!r}")
 
 
-def _recorded(lm: LanguageModel, parts: Mapping[str, Tensor], owner: Any, hook: str | None) -> dict[str, Tensor]:
+def _recorded(lm: LanguageModel, parts: Mapping[str, Tensor], owner: Any, hook: HookName | None) -> dict[str, Tensor]:
     """The parts of a vector that records where it was made, after checking that it fits this model."""
     model_name = getattr(owner, "model_name", "") or ""
     placed = {
@@ -60,7 +61,7 @@ def _recorded(lm: LanguageModel, parts: Mapping[str, Tensor], owner: Any, hook: 
     return placed
 
 
-def _one_per_row(lm: LanguageModel, vectors: Sequence[Any], hook: str | None) -> dict[str, Tensor]:
+def _one_per_row(lm: LanguageModel, vectors: Sequence[Any], hook: HookName | None) -> dict[str, Tensor]:
     """Several vectors, one per row of the batch: [B, D] at each hook point."""
     for i, v in enumerate(vectors):
         if not isinstance(v, SteeringVector) or v.positions is not None:

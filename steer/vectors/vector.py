@@ -21,6 +21,7 @@ from torch import Tensor
 from steersman.errors import SteersmanError, near_names
 from steersman.files import make_folder
 from steersman.lm import LanguageModel
+from steersman.lm.hooks import HookName
 from steersman.lm.origin import same_model
 from steersman.sae import SAE
 from steersman.steer.vectors import file as vector_file
@@ -286,7 +287,7 @@ class SteeringVector:
             positive: "ExamplesLike",
             negative: "ExamplesLike | Mapping[str, Tensor]" = (),
             *,
-            hook: str | Sequence[str],
+            hook: HookName | Sequence[HookName],
             **settings: Any,
         ) -> "SteeringVector":
             """See `steersman.steer.contrast`."""

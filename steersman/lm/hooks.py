@@ -28,8 +28,9 @@ whose attention and MLP both read `hook_resid_pre`.) A mixture of experts has no
 """
 
 import copy
+import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import total_ordering
 from typing import Any
@@ -60,6 +61,8 @@ MASKED_ATTENTION = ("eager", "sdpa")
 """Implementations of attention that add whatever mask they are given."""
 
 Reader = Callable[[Tensor], Tensor | None]
+HookName = str | int
+"""A hook point's name, the path of a module, or the number of a layer (-1 is the last): what its block returns."""
 
 
 class _SharedHook:
@@ -226,6 +229,30 @@ def additive_mask(given: Tensor | None, x: Tensor, n_heads: int, *, past: int = 
     return given.expand(B, n_heads, S, -1)
 
 
+def layer_number(name: Any) -> int | None:
+    """The number of the layer that `name` is, as a number or in digits; None for any other name.
+
+    >>> layer_number(8), layer_number("-1"), layer_number("blocks.8.hook_resid_post"), layer_number(True)
+    (8, -1, None, None)
+    """
+    if isinstance(name, str):
+        return int(name) if re.fullmatch(r"-?\d{1,6}", name.strip()) else None
+    if isinstance(name, bool) or not hasattr(name, "__index__"):
+        return None
+    return operator.index(name)
+
+
+def several_hooks(names: Any) -> list[HookName]:
+    """One hook point, or several, as a list.
+
+    >>> several_hooks(8), several_hooks(["blocks.1.hook_resid_post", 2])
+    ([8], ['blocks.1.hook_resid_post', 2])
+    """
+    if isinstance(names, str | int) or not isinstance(names, Iterable):
+        return [names]
+    return list(names)
+
+
 class HookMap:
     """All hook points of one model, by canonical name and by module path. `config` is the text model's."""
 
@@ -269,16 +296,24 @@ class HookMap:
                 width=int(getattr(config, "vocab_size", None) or _fan_out(head)),
             )
 
-    def resolve(self, name: str) -> HookPoint:
-        """The hook point called `name`: a name of this file's table, or the path of a module (from the model or any
-        depth), which means what the module returns.
+    def resolve(self, name: HookName) -> HookPoint:
+        """The hook point called `name`: a name of this file's table, the path of a module (from the model or any
+        depth), which means what the module returns, or a layer's number, which means what its block returns.
 
         Raises SteersmanError: a layer out of range names the number of layers, a kind that the model's blocks do not
         have names those they have, anything else unknown the nearest names.
         """
+        n = len(self.blocks)
+        if (layer := layer_number(name)) is not None:
+            if not -n <= layer < n:
+                raise SteersmanError(
+                    f"there is no layer {layer}: the model has {n} layers, 0 to {n - 1} (or -1, the last, to {-n})"
+                )
+            return self.points[f"blocks.{layer % n}.hook_resid_post"]
+        if not isinstance(name, str):
+            raise SteersmanError(f"a hook point is named by a string or by a layer's number, got {name!r}")
         if name in self.points:
             return self.points[name]
-        n = len(self.blocks)
         number = re.fullmatch(r"(?:.*\.)?(?:blocks|layers|layer|h|block)\.(-?\d+)(?:\.(.+))?", name)
         if number is not None and not 0 <= int(number[1]) < n:
             raise SteersmanError(

@@ -12,10 +12,10 @@ from steersman.errors import SteersmanError
 from steersman.lm.clock import ForwardPass, PassClock, PassDone, PromptLength
 from steersman.lm.digest import model_digest
 from steersman.lm.generate import Generation, sampling_settings, seeded, stop_ids
-from steersman.lm.hooks import LOGITS, MASKED_ATTENTION, SPLIT_KINDS, HookMap, HookPoint
+from steersman.lm.hooks import LOGITS, MASKED_ATTENTION, SPLIT_KINDS, HookMap, HookName, HookPoint, several_hooks
 from steersman.lm.load import Quantization, load_pretrained
 from steersman.lm.origin import same_model
-from steersman.lm.tokens import TextEncoder, TokenBatch
+from steersman.lm.tokens import Prompt, TextEncoder, TokenBatch, as_prompts
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after")
 
@@ -25,6 +25,7 @@ class LanguageModel:
 
     `model` is used as it is: in evaluation mode, with its own weights, dtype and device, and no hook stays on it.
     `blocks` names the list of transformer blocks when it cannot be found (see `steersman.lm.hooks.find_blocks`).
+    `bos=False` puts no BOS before any text: for families whose own tokenizer never does.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class LanguageModel:
         name: str = "",
         revision: str | None = None,
         blocks: str | None = None,
+        bos: bool = True,
     ) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
@@ -46,8 +48,10 @@ class LanguageModel:
         self.config = config.get_text_config()
         self.hooks = HookMap(model, self.config, blocks)
         self.can_generate: bool = hasattr(model, "can_generate") and bool(self.model.can_generate())
-        self._text = None if tokenizer is None else TextEncoder(tokenizer, is_encoder=self._is_encoder(tokenizer))
-        self._clock = PassClock(model, self.bos_token_id)
+        self._text = (
+            None if tokenizer is None else TextEncoder(tokenizer, is_encoder=self._is_encoder(tokenizer), bos=bos)
+        )
+        self._clock = PassClock(model, None if self._text is None else self._text.known_bos)
 
     def _is_encoder(self, tokenizer: Any) -> bool:
         # An encoder's tokenizer frames the text itself; a decoder's [CLS], where it has one, is its BOS.
@@ -66,11 +70,13 @@ class LanguageModel:
         device_map: str | Mapping[str, Any] | None = None,
         tensor_parallel: bool = False,
         quantization: Quantization | None = None,
+        bos: bool = True,
     ) -> "LanguageModel":
         """Load from a folder or from the Hugging Face hub.
 
         `dtype` None means float32 on the CPU and the checkpoint's own elsewhere; `device` "auto" takes an accelerator
-        if there is one. `name` is what SAEs and stores record; by default the hub id or the folder's name.
+        if there is one. `name` is what SAEs and stores record; by default the hub id or the folder's name. `bos=False`
+        puts no BOS before any text.
 
         For models that one device does not hold: `device_map` ("auto", or {module: device}) spreads the layers over
         devices, the host's memory and disk (through accelerate); `quantization` keeps weights in "8bit" or "4bit"
@@ -91,7 +97,7 @@ class LanguageModel:
             tensor_parallel=tensor_parallel,
             quantization=quantization,
         )
-        lm = cls(model, tokenizer, name=name or found, revision=revision)
+        lm = cls(model, tokenizer, name=name or found, revision=revision, bos=bos)
         lm.quantization, lm.tensor_parallel = quantization, tensor_parallel
         return lm
 
@@ -130,7 +136,8 @@ class LanguageModel:
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token every text starts with ([CLS] for encoders), or None in families that use none."""
+        """The token put before every text ([CLS] for encoders), or None in families that use none and with
+        `bos=False`."""
         return None if self._text is None else self._text.bos_token_id
 
     @property
@@ -162,27 +169,32 @@ class LanguageModel:
         """Every hook point, in the order of the pass."""
         return list(self.hooks.points)
 
-    def resolve_hook(self, name: str) -> str:
-        """The TransformerLens name of a hook point given by that name or by a module path such as `model.layers.6`.
+    def resolve_hook(self, name: HookName) -> str:
+        """The TransformerLens name of a hook point given by that name, by a module path such as `model.layers.6`, or by
+        a layer's number, which means what its block returns; -1 is the last layer.
 
         Raises SteersmanError: a layer that does not exist (naming the number of layers) or an unknown name (listing
         near ones).
         """
         return self.hooks.resolve(name).name
 
-    def hook_point(self, name: str) -> HookPoint:
+    def resolve_hooks(self, names: HookName | Sequence[HookName]) -> list[str]:
+        """`resolve_hook` of one hook point or of several."""
+        return [self.resolve_hook(name) for name in several_hooks(names)]
+
+    def hook_point(self, name: HookName) -> HookPoint:
         """The hook point of a name, as for `resolve_hook`: points compare, `a < b` where a is reached earlier."""
         return self.hooks.resolve(name)
 
-    def hook_width(self, name: str) -> int:
+    def hook_width(self, name: HookName) -> int:
         """Width of what a hook point holds: of its hidden states, the vocabulary, or the heads of an attention mask."""
         return self.hooks.resolve(name).width
 
-    def hook_layer(self, name: str) -> int:
+    def hook_layer(self, name: HookName) -> int:
         """Index of the block a hook point belongs to; the number of blocks for the logits."""
         return self.hooks.resolve(name).layer
 
-    def _reachable(self, name: str) -> HookPoint:
+    def _reachable(self, name: HookName) -> HookPoint:
         """The hook point, after checking that the model as it is loaded holds there what the name says."""
         point = self.hooks.resolve(name)
         if self.tensor_parallel and point.kind in SPLIT_KINDS:
@@ -220,12 +232,21 @@ class LanguageModel:
         return self._text
 
     def encode(
-        self, texts: Sequence[str], *, bos: bool = True, padding_side: str = "right", max_length: int | None = None
+        self,
+        texts: str | Sequence[Prompt] | Tensor,
+        *,
+        bos: bool = True,
+        padding_side: str = "right",
+        max_length: int | None = None,
     ) -> TokenBatch:
-        """Texts as one padded batch on the model's device. `bos` adds the family's special tokens, never twice."""
+        """Texts as one padded batch on the model's device. `bos` adds the family's special tokens, never twice.
+
+        A text may also be given as token ids, taken as they are, or as a conversation (a list of messages), written out
+        by the tokenizer's chat template.
+        """
         return self._texts().batch(texts, bos, padding_side, max_length).to(self.device)
 
-    def token_ids(self, text: str, bos: bool = False) -> list[int]:
+    def token_ids(self, text: Prompt, bos: bool = False) -> list[int]:
         """The ids of one text, without special tokens unless `bos`."""
         return self._texts().ids(text, bos)
 
@@ -263,16 +284,16 @@ class LanguageModel:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        hooks: Sequence[str],
+        hooks: HookName | Sequence[HookName],
         prompt_length: PromptLength | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> dict[Any, Tensor]:
         """What the named hook points hold, from one pass that stops after the last one needed: hidden states [B, S, D]
         (D as `hook_width` says), attention masks [B, H, S, S], logits [B, S, V].
 
         `input_ids` [B, S] and `attention_mask` [B, S] as from `encode`. The keys are the names as given. Inside an edit
         the edited states are read; `prompt_length` is then as for `prompt_length()`. Padding is included as it comes.
         """
-        points = {name: self._reachable(name) for name in ([hooks] if isinstance(hooks, str) else hooks)}
+        points = {name: self._reachable(name) for name in several_hooks(hooks)}
         if not points:
             raise SteersmanError("capture needs at least one hook point")
         inputs = self._inputs(input_ids, attention_mask)
@@ -302,7 +323,7 @@ class LanguageModel:
         return {name: states[point.name] for name, point in points.items()}
 
     @contextmanager
-    def edit(self, hook: str, fn: Callable[[Tensor, ForwardPass], Tensor]) -> Iterator[None]:
+    def edit(self, hook: HookName, fn: Callable[[Tensor, ForwardPass], Tensor]) -> Iterator[None]:
         """While the context is open, `fn(h, fwd)` replaces what is at `hook` in every pass: a hidden state [B, S, D],
         an attention mask [B, H, S, K], or logits [B, n, V] (n < S where the pass computes the last tokens' only).
 
@@ -363,7 +384,7 @@ class LanguageModel:
     @torch.no_grad()
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[Prompt] | Tensor,
         *,
         max_new_tokens: int = 40,
         do_sample: bool | None = None,
@@ -372,9 +393,10 @@ class LanguageModel:
         top_p: float | None = None,
         seed: int | None = None,
         use_cache: bool = True,
+        bos: bool = True,
         **options: Any,
     ) -> Generation:
-        """Continue each prompt by up to `max_new_tokens` tokens, in one left-padded batch.
+        """Continue each prompt by up to `max_new_tokens` tokens, in one left-padded batch. Prompts as for `encode`.
 
         Greedy unless `do_sample`, a temperature other than 0 or 1, `top_k`, `top_p` or a `seed` asks for sampling.
         `seed` leaves the global generators as they were. Further `options` (`num_beams`, `num_return_sequences`, ...)
@@ -386,8 +408,7 @@ class LanguageModel:
         if max_new_tokens < 1:
             raise SteersmanError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         settings = sampling_settings(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        batch = self.encode(prompts, padding_side="left")
+        batch = self.encode(prompts := as_prompts(prompts), bos=bos, padding_side="left")
         width = batch.input_ids.shape[1]
         if self.context_length is not None and width + max_new_tokens > self.context_length:
             raise SteersmanError(
@@ -406,4 +427,5 @@ class LanguageModel:
             )
         tokens: Tensor = out if isinstance(out, Tensor) else out.sequences
         eos = options.get("eos_token_id", self.model.generation_config.eos_token_id)
-        return Generation.from_tokens(self.tokenizer, prompts, batch.attention_mask, tokens, stop_ids(eos))
+        shown = [self._texts().shown(prompt) for prompt in prompts]
+        return Generation.from_tokens(self.tokenizer, shown, batch.attention_mask, tokens, stop_ids(eos))

@@ -8,7 +8,7 @@ import re
 from typing import Any, NamedTuple, Protocol, Self
 
 from steersman.errors import SteersmanError
-from steersman.lm.hooks import KINDS
+from steersman.lm.hooks import KINDS, HookName, layer_number
 
 
 class HookedModel(Protocol):
@@ -16,11 +16,11 @@ class HookedModel(Protocol):
 
     name: str
 
-    def resolve_hook(self, name: str) -> str:
+    def resolve_hook(self, name: HookName) -> str:
         """The canonical name of a hook point."""
         ...
 
-    def hook_width(self, name: str) -> int:
+    def hook_width(self, name: HookName) -> int:
         """The width of the states there."""
         ...
 
@@ -55,22 +55,31 @@ def _plain(name: str) -> str:
     return {"gpt2-small": "gpt2"}.get(plain, plain)
 
 
-def canonical_hook(name: str) -> str:
-    """The name of a hook point without a model to ask: a block's module path is its output, a kind has one name, other
-    names stay.
+def canonical_hook(name: HookName) -> str:
+    """The name of a hook point without a model to ask: a block's module path and a layer's number are its output, a
+    kind has one name, a module inside a block is told by its path from the list of blocks on, other names stay.
 
-    >>> canonical_hook("model.layers.6"), canonical_hook("blocks.6.hook_z"), canonical_hook("blocks.6.hook_mlp_out")
-    ('blocks.6.hook_resid_post', 'blocks.6.attn.hook_z', 'blocks.6.hook_mlp_out')
+    >>> canonical_hook("model.layers.6"), canonical_hook("blocks.6.hook_z"), canonical_hook(6)
+    ('blocks.6.hook_resid_post', 'blocks.6.attn.hook_z', 'blocks.6.hook_resid_post')
+    >>> canonical_hook("blocks.6.hook_mlp_out"), canonical_hook("model.layers.6.mlp")
+    ('blocks.6.hook_mlp_out', 'layers.6.mlp')
     """
+    layer = layer_number(name)
+    if layer is not None:
+        return f"blocks.{layer}.hook_resid_post" if layer >= 0 else str(name)
+    name = str(name)
     block = re.fullmatch(r"(?:\w+\.)*(?:layers|layer|h|blocks)\.(\d+)", name)
     if block is not None:
         return f"blocks.{block[1]}.hook_resid_post"
+    inner = re.fullmatch(r"(?:\w+\.)*?((?:layers|layer|h)\.\d+\..+)", name)
+    if inner is not None and "hook_" not in name:
+        return inner[1]
     stem, _, kind = name.rpartition(".")
     return f"{stem}.{KINDS[kind][0]}" if re.fullmatch(r"blocks\.\d+", stem) and kind in KINDS else name
 
 
 def check_fits(
-    lm: HookedModel, *, what: str, model_name: str, hook_name: str, width: int | None, hook: str | None = None
+    lm: HookedModel, *, what: str, model_name: str, hook_name: str, width: int | None, hook: HookName | None = None
 ) -> str:
     """The canonical hook point of something made for `model_name` at `hook_name`, once it is known to fit `lm`.
 
@@ -85,10 +94,13 @@ def check_fits(
     Raises SteersmanError, naming both sides, for another model, hook point or width.
     """
     if not same_model(model_name, lm.name):
-        raise SteersmanError(f"{what} was made for {model_name!r}, the model is {lm.name!r}: load {model_name}")
-    if not hook_name and not hook:
+        raise SteersmanError(
+            f"{what} was made for {model_name!r}, the model is {lm.name!r}: load {model_name}, or, where this is a "
+            f"copy of it, name it so with name={model_name!r}"
+        )
+    if not hook_name and (hook is None or hook == ""):
         raise SteersmanError(f"{what} records no hook point: name the one it was made at with hook=")
-    name = lm.resolve_hook(hook or hook_name)
+    name = lm.resolve_hook(hook_name if hook is None or hook == "" else hook)
     if hook_name and lm.resolve_hook(hook_name) != name:
         raise SteersmanError(f"{what} was made at {hook_name!r}, not at {name!r}: leave out the hook point")
     if width is not None and width != lm.hook_width(name):
@@ -99,7 +111,7 @@ def check_fits(
     return name
 
 
-def check_sae_fits(lm: HookedModel, sae: Any, hook: str | None = None) -> str:
+def check_sae_fits(lm: HookedModel, sae: Any, hook: HookName | None = None) -> str:
     """`check_fits` of an `SAE`: the hook point of `lm` that it reads, `hook` where it records none."""
     return check_fits(lm, what="this SAE", **Origin.of_sae(sae)._asdict(), hook=hook)
 

@@ -1,8 +1,9 @@
 """Text to token ids: one beginning-of-sequence token where the model's family has one, and a padding id for batches."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 
 log = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""One text: a string, its token ids, or a conversation of `{"role": ..., "content": ...}` messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,34 +51,94 @@ def choose_pad_token(tokenizer: Any) -> int | None:
 
 
 class TextEncoder:
-    """Turns text into ids. Encoders get their own special tokens ([CLS] ... [SEP]), decoders exactly one BOS."""
+    """Turns text into ids. Encoders get their own special tokens ([CLS] ... [SEP]), decoders exactly one BOS.
 
-    def __init__(self, tokenizer: Any, *, is_encoder: bool) -> None:
+    `bos=False` leaves out, in every call, a BOS that the text does not hold itself.
+    """
+
+    def __init__(self, tokenizer: Any, *, is_encoder: bool, bos: bool = True) -> None:
         self.tokenizer = tokenizer
         self.is_encoder = is_encoder
         self.pad_token_id = choose_pad_token(tokenizer)
-        self.bos_token_id = tokenizer.bos_token_id
-        if self.bos_token_id is None and is_encoder:
-            self.bos_token_id = tokenizer.cls_token_id
+        self.known_bos: int | None = tokenizer.bos_token_id
+        """The token that begins a text where it stands there, whoever put it there."""
+        if self.known_bos is None and is_encoder:
+            self.known_bos = tokenizer.cls_token_id
+        self.bos_token_id = self.known_bos if bos else None
+        if self.bos_token_id is not None and not self.adds_bos:
+            _say_bos(str(getattr(tokenizer, "name_or_path", "")), str(tokenizer.convert_ids_to_tokens(self.known_bos)))
 
-    def ids(self, text: str, bos: bool) -> list[int]:
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer begins a text with its BOS by itself, when it is asked for special tokens."""
+        try:
+            return self.tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [self.known_bos]
+        except Exception:  # a tokenizer that cannot read plain text: its own error comes when it is used
+            return True
+
+    def ids(self, text: Prompt, bos: bool) -> list[int]:
         """Token ids of one text, with the beginning-of-sequence token once if `bos` and the family has one."""
         return self.many([text], bos)[0]
 
-    def many(self, texts: Sequence[str], bos: bool) -> list[list[int]]:
-        """Token ids of each text. A BOS written in the text itself is not doubled."""
-        if not texts:
-            return []
-        # verbose=False: longer than the context is this library's own check, with a message that says what to do
-        rows = self.tokenizer(list(texts), add_special_tokens=bos and self.is_encoder, verbose=False)["input_ids"]
-        if bos and not self.is_encoder and self.bos_token_id is not None:
-            rows = [row if row[:1] == [self.bos_token_id] else [self.bos_token_id, *row] for row in rows]
-        return [list(row) for row in rows]
+    def many(self, texts: Sequence[Prompt], bos: bool) -> list[list[int]]:
+        """Token ids of each text. A BOS written in the text itself is not doubled, token ids are taken as they are, and
+        a conversation is what the tokenizer's chat template makes of it.
 
-    def batch(self, texts: Sequence[str], bos: bool, padding_side: str, max_length: int | None) -> TokenBatch:
+        Raises SteersmanError for what is none of these, and for a conversation where the tokenizer has no template.
+        """
+        rows: list[list[int]] = [self._given(i, text) for i, text in enumerate(texts)]
+        strings = [i for i, text in enumerate(texts) if isinstance(text, str)]
+        if strings:
+            # verbose=False: longer than the context is this library's own check, with a message that says what to do
+            special = bos and self.is_encoder and self.bos_token_id is not None
+            read = self.tokenizer([texts[i] for i in strings], add_special_tokens=special, verbose=False)["input_ids"]
+            start = [self.bos_token_id] if bos and not self.is_encoder and self.bos_token_id is not None else []
+            for i, row in zip(strings, read):
+                rows[i] = [*start, *row] if row[:1] != start else list(row)
+        return rows
+
+    def _given(self, i: int, text: Any) -> list[int]:
+        """The ids that text `i` is, where it is no string."""
+        if isinstance(text, str):
+            return []
+        if isinstance(text, Tensor) and text.ndim == 1 and not text.is_floating_point():
+            text = text.tolist()
+        if isinstance(text, list | tuple) and text:
+            if all(isinstance(entry, int) and not isinstance(entry, bool) for entry in text):
+                return self._checked(i, text)
+            if all(_is_message(entry) for entry in text):
+                return self._chat(i, text)
+        got = type(text).__name__ if not isinstance(text, list | tuple) else f"{type(text).__name__} of {len(text)}"
+        raise SteersmanError(
+            f"text {i} is a {got}: give strings, token ids, or conversations of messages with a role and a content"
+        )
+
+    def _checked(self, i: int, ids: Sequence[int]) -> list[int]:
+        n = len(self.tokenizer)
+        if unknown := [token for token in ids if not 0 <= token < n]:
+            raise SteersmanError(f"text {i} holds the token id {unknown[0]}: the tokenizer has ids 0 to {n - 1}")
+        return [int(token) for token in ids]
+
+    def _chat(self, i: int, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise SteersmanError(
+                f"text {i} is a conversation, and the tokenizer has no chat template: write it out as one string"
+            )
+        try:
+            given = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=messages[-1]["role"] != "assistant",
+                tokenize=True,
+                return_dict=True,
+            )
+        except Exception as error:  # templates are programs of their authors, and refuse in many ways
+            reason = " ".join(str(error).split())[:200]
+            raise SteersmanError(f"text {i}: the chat template refuses the conversation ({reason})") from error
+        return [int(token) for token in given["input_ids"]]
+
+    def batch(self, texts: Any, bos: bool, padding_side: str, max_length: int | None) -> TokenBatch:
         """Ids of all texts in one [B, S] batch, padded on `padding_side` and cut to `max_length` tokens."""
-        if isinstance(texts, str):
-            texts = [texts]
+        texts = as_prompts(texts)
         if padding_side not in ("left", "right"):
             raise SteersmanError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
         if not texts:
@@ -82,9 +146,8 @@ class TextEncoder:
         rows = [row[:max_length] for row in self.many(texts, bos)]
         for i, row in enumerate(rows):
             if not row:
-                raise SteersmanError(
-                    f"text {i} of {len(rows)} is empty and the tokenizer has no BOS token to stand for it"
-                )
+                fix = "the tokenizer has no BOS token" if self.known_bos is None else "no BOS was asked for"
+                raise SteersmanError(f"text {i} of {len(rows)} is empty and {fix} to stand for it")
         width = max(map(len, rows))
         if self.pad_token_id is None and any(len(row) < width for row in rows):
             raise SteersmanError(
@@ -97,3 +160,39 @@ class TextEncoder:
             input_ids[i, where] = torch.tensor(row)
             mask[i, where] = 1
         return TokenBatch(input_ids=input_ids, attention_mask=mask)
+
+    def shown(self, text: Prompt) -> str:
+        """A text as a string, whatever it was given as."""
+        return text if isinstance(text, str) else str(self.tokenizer.decode(self._given(0, text)))
+
+
+def as_prompts(texts: Any) -> list[Prompt]:
+    """The texts that were given, as a list: one string, one conversation or one row of token ids is one text.
+
+    >>> as_prompts("hello"), as_prompts([{"role": "user", "content": "hello"}]), as_prompts([[0, 5], [0, 6]])
+    (['hello'], [[{'role': 'user', 'content': 'hello'}]], [[0, 5], [0, 6]])
+    """
+    if isinstance(texts, Tensor):
+        texts = texts.tolist()
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+        raise SteersmanError(f"texts must be a string or a list of them, got {type(texts).__name__}")
+    texts = list(texts)
+    if texts and (isinstance(texts[0], int) or _is_message(texts[0])):
+        return [texts]
+    return texts
+
+
+def _is_message(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and "role" in entry and "content" in entry
+
+
+@cache
+def _say_bos(tokenizer: str, token: str) -> None:
+    """Once for each tokenizer."""
+    log.warning(
+        "the tokenizer %sputs no BOS before a text by itself: %s is put there all the same; bos=False leaves it out",
+        f"of {tokenizer} " if tokenizer else "",
+        token,
+    )

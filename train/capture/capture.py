@@ -118,7 +118,7 @@ def capture_settings(lm: LanguageModel, config: CaptureConfig) -> CaptureSetting
     """Check what a user asked for against the model. Raises `SteersmanError` naming the value and its limit."""
     if lm.tokenizer is None:
         raise SteersmanError(f"{lm.name} was wrapped without a tokenizer, so it cannot read text; give it one")
-    names = tuple(lm.resolve_hook(hook) for hook in ([config.hook] if isinstance(config.hook, str) else config.hook))
+    names = tuple(lm.resolve_hooks(config.hook))
     if not names or len(set(names)) != len(names):
         raise SteersmanError(f"hook must name one or several different hook points, got {config.hook!r}")
     if rowless := [name for name in names if lm.hook_point(name).kind == "hook_attn_mask"]:
