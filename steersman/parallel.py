@@ -9,6 +9,8 @@ Shape letters: N tokens of a batch, L latents, D width.
 """
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,9 +22,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steersman.device import local_rank
-from steersman.errors import LostRankError, SteersmanError
+from steersman.errors import LostRankError, PreemptedError, SteersmanError, UnfinishedError
 
-__all__ = ["Mesh", "RankGroup", "Ranks", "comm_errors", "process_group", "rank_and_world_size", "use_local_accelerator"]
+__all__ = [
+    "Mesh",
+    "RankGroup",
+    "Ranks",
+    "comm_errors",
+    "ending_on_sigterm",
+    "process_group",
+    "rank_and_world_size",
+    "use_local_accelerator",
+]
 
 # Newer PyTorch has other names for the same functions.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -285,6 +296,8 @@ class Ranks:
         if self.is_rank_zero:
             try:
                 answer = [action(), None]
+            except UnfinishedError:  # the others lose the connection, and end as unfinished too
+                raise
             except SteersmanError as error:
                 answer = [None, str(error)]
         with comm_errors():
@@ -293,8 +306,48 @@ class Ranks:
             raise SteersmanError(answer[1])
         return answer[0]
 
+    def on_every_rank(self, action: Callable[[], object]) -> None:
+        """Run `action` on every rank and wait for all. A SteersmanError of one of them is raised on all."""
+        if self.mesh.world_size == 1:
+            action()
+            return
+        mistake: SteersmanError | None = None
+        try:
+            action()
+        except UnfinishedError:
+            raise
+        except SteersmanError as error:
+            mistake = error
+        said: list[Any] = [None] * self.mesh.world_size
+        with comm_errors():
+            dist.all_gather_object(said, None if mistake is None else str(mistake), group=self.control.group)
+        if mistake is not None:
+            raise mistake
+        if elsewhere := [message for message in said if message is not None]:
+            raise SteersmanError(elsewhere[0])
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """While it is entered, SIGTERM raises a `PreemptedError` at once, for work that loses little when it is cut short.
+
+    A handler that the program set itself is left alone, and so is all outside the main thread.
+    """
+
+    def end(*_: object) -> None:
+        raise PreemptedError("asked to end")
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -97,13 +97,17 @@ def check_tensors(path: str | os.PathLike[str]) -> None:
 
 
 def load_tensors(
-    path: str | os.PathLike[str], names: Iterable[str] | None = None
+    path: str | os.PathLike[str], names: Iterable[str] | None = None, *, checked: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file (those called `names`, or all) and its metadata, after `check_tensors`.
+    """The tensors of a safetensors file (those called `names`, or all) and its metadata, after `check_tensors` (unless
+    the caller says that the file was `checked`, to read a part of it without reading all).
 
     Raises SteersmanError, naming the file, when it is missing, damaged, no safetensors file, or lacks a name.
     """
-    check_tensors(path)
+    if checked:
+        check_regular(path)
+    else:
+        check_tensors(path)
     try:
         with safe_open(path, framework="pt") as file:
             there = list(file.keys())

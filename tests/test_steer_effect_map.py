@@ -1,11 +1,14 @@
 """Effect maps: both ends of `solve` and between, the rotation's direction, files, and one line for each mistake."""
 
+import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.tiny_models import toy_sae
 from torch import Tensor
@@ -15,6 +18,7 @@ from steersman.sae import SAE, SAEConfig
 from steersman.steer.effects.folder import Effects
 from steersman.steer.effects.map import EffectMap
 from steersman.steer.vectors.vector import SteeringVector
+from steersman.tensor_files import save_tensors
 
 D, L, N = 12, 30, 400
 HOOK = "blocks.1.hook_resid_post"
@@ -243,7 +247,7 @@ def test_files_that_are_no_map(tmp_path: Path) -> None:
     m.save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-50])
-    with pytest.raises(SteersmanError, match="truncated"):
+    with pytest.raises(SteersmanError, match="damaged"):
         EffectMap.load(path)
     path.write_bytes(whole)
     tensors = load_file(path)
@@ -255,7 +259,50 @@ def test_files_that_are_no_map(tmp_path: Path) -> None:
     with pytest.raises(SteersmanError, match="version 9"):
         EffectMap.load(tmp_path / "late.safetensors")
     save_file(tensors, tmp_path / "bare.safetensors", metadata={**header, "version": "1"})
-    with pytest.raises(SteersmanError, match="cannot be read"):
+    with pytest.raises(SteersmanError, match="not readable as JSON"):
         EffectMap.load(tmp_path / "bare.safetensors")
     with pytest.raises(SteersmanError, match="no such file"):
         EffectMap.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"median_norm": "x"}, "median_norm"),
+        ({"median_norm": 10**400}, "median_norm"),
+        ({"model_name": 5}, "model_name"),
+        ({"sae": {"hash": "a", "d_sae": 3}}, "sae"),
+        ({"provenance": []}, "provenance"),
+        ({"provenance": {"median_scale": "large"}}, "provenance.median_scale"),
+        ({"provenance": {"r2": True}}, "provenance.r2"),
+        ("[" * 5000, "nested too deeply"),
+        ("[]", "model_name, hook_name"),
+    ],
+)
+def test_a_header_that_says_what_cannot_be(change: Any, said: str, tmp_path: Path) -> None:
+    m, _, _, _ = toy_map()
+    m.save(tmp_path / "map.safetensors")
+    with safe_open(tmp_path / "map.safetensors", framework="pt") as file:
+        about = json.loads(file.metadata()["about"])
+    text = change if isinstance(change, str) else json.dumps({**about, **change})
+    header = {"format": "steersman.effect_map", "version": "1", "about": text}
+    save_tensors(tmp_path / "map.safetensors", load_file(tmp_path / "map.safetensors"), header)
+    with pytest.raises(SteersmanError, match=said) as error:
+        EffectMap.load(tmp_path / "map.safetensors")
+    assert "map.safetensors" in str(error.value)
+
+
+def test_every_flipped_bit_of_a_map_is_noticed(tmp_path: Path) -> None:
+    m, _, _, _ = toy_map()
+    path = tmp_path / "map.safetensors"
+    m.save(path)
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(SteersmanError):
+            EffectMap.load(path)
+    m.save(path)
+    assert path.read_bytes() == whole

@@ -153,27 +153,6 @@ def test_a_mistake_is_told_by_every_rank(tmp_path: Path) -> None:
         assert "holds no effects" in message
 
 
-def test_damage_is_named(tmp_path: Path) -> None:
-    lm, sae = toy()
-    out = tmp_path / "e"
-    collect_effects(lm, sae, config=quick(out=str(out)))
-    shard = out / "00001.safetensors"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-9])
-    with pytest.raises(SteersmanError, match="00001.safetensors is missing or damaged"):
-        list(Effects.open(out).iterate())
-    shard.write_bytes(whole)
-    text = (out / "manifest.json").read_text()
-    (out / "manifest.json").write_text(text.replace('"seed": 0', '"seed": 5'))
-    with pytest.raises(SteersmanError, match="other settings than its manifest"):
-        Effects.open(out)
-    (out / "manifest.json").write_text("{")
-    with pytest.raises(SteersmanError, match="not a readable manifest"):
-        Effects.open(out)
-    with pytest.raises(SteersmanError, match="no effects here"):
-        Effects.open(tmp_path)
-
-
 def test_kinds_of_vectors() -> None:
     _, sae = toy()
     for kind, expected in (("decoder", 40), ("pairs", 8 * D), ("random", 8 * D)):

@@ -7,25 +7,32 @@ sampled under many vectors at once, the average of each feature over those texts
 import hashlib
 import logging
 import math
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steersman.config import differences, merged
-from steersman.errors import SteersmanError
+from steersman.errors import PreemptedError, SteersmanError
+from steersman.files import make_folder
+from steersman.folders import FolderLock
 from steersman.lm import LanguageModel
 from steersman.lm.origin import check_sae_fits
-from steersman.parallel import Mesh, Ranks, rank_and_world_size
+from steersman.parallel import Mesh, Ranks, ending_on_sigterm, rank_and_world_size
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.steer.effects.config import EffectsConfig
 from steersman.steer.effects.folder import (
     BASELINE,
     Effects,
+    check_place,
+    finished_shards,
     read_baseline,
+    read_shard,
     shard_path,
     write_baseline,
     write_tensors,
@@ -40,7 +47,7 @@ from steersman.steer.effects.measured import (
 )
 from steersman.steer.effects.rollouts import RolloutMeter
 from steersman.steer.effects.scales import ScaleRule
-from steersman.steer.effects.vectors import given_vectors, make_vectors
+from steersman.steer.effects.vectors import given_vectors, make_vectors, source_tensors, unit_rows
 from steersman.steer.vectors.vector import VectorLike
 
 log = logging.getLogger(__name__)
@@ -62,7 +69,8 @@ def collect_effects(
     """Measure the effect of many steering vectors on every feature of `sae`.
 
     Under `torchrun` the shards are distributed over the ranks; the numbers, and the files, are those of one process.
-    When interrupted, the same call with the same `out` resumes after the finished shards and leaves the same bytes.
+    When interrupted, the same call with the same `out` resumes after the finished shards and leaves the same bytes. One
+    job at a time writes a folder; a second one is refused.
 
     Args:
         lm: the model.
@@ -75,34 +83,37 @@ def collect_effects(
     Raises:
         SteersmanError: an SAE of another model, hook point or width; vectors of another width, model or hook point,
             zero or not finite; no held-out texts where the rule needs them; a rule that no vector reaches; a folder
-            that holds something else, or effects measured with other settings (naming them).
+            that holds something else, damaged files, or effects of another model or other settings (naming them), or
+            that another job is writing.
     """
     config = merged(EffectsConfig, config, settings | ({"vectors": vectors} if isinstance(vectors, str) else {}))
+    folder = None if config.out is None else Path(config.out)
     read_at = check_sae_fits(lm, sae)
     hook = read_at if config.hook is None else lm.resolve_hook(config.hook)
     if vectors is None or isinstance(vectors, str):
         source = sae if rows_of is None else rows_of
         check_sae_fits(lm, source)
-        directions = make_vectors(config, source, lm.hook_width(hook))
+        directions, sources = make_vectors(config, source, lm.hook_width(hook)), source_tensors(config, source)
     else:
-        directions = given_vectors(vectors, lm, hook)
+        given = given_vectors(vectors, lm, hook)
+        directions, sources = unit_rows(given), [given]
     heldout = _first_texts(texts, config) if config.needs_texts else []
+    rank, world_size = rank_and_world_size()
+    if folder is None and world_size > 1:
+        raise SteersmanError("several processes exchange their work through a folder: give out=")
     manifest = EffectsManifest(
         model_name=lm.name,
         hook_name=hook,
         sae=sae_identity(sae),
         n_vectors=len(directions),
-        vectors_hash=tensor_hash(directions),
+        vectors_hash=tensor_hash(*sources),
         texts_hash=hashlib.sha256("\0".join(heldout).encode()).hexdigest()[:16] if heldout else "",
         settings={**config.identity(), "hook": hook, "vectors": config.vectors if _made(vectors) else "given"},
+        model_digest=lm.digest(),
     )
-    rank, world_size = rank_and_world_size()
-    folder = None if config.out is None else Path(config.out)
-    if folder is None and world_size > 1:
-        raise SteersmanError("several processes exchange their work through a folder: give out=")
-    with Ranks(Mesh(data=world_size, rank=rank), config.timeout_seconds) as ranks:
+    with Ranks(Mesh(data=world_size, rank=rank), config.timeout_seconds) as ranks, ExitStack() as held:
         if folder is not None:  # nobody may look before the folder is known to be the right one
-            ranks.on_rank_zero(lambda: _claim(folder, manifest))
+            manifest = ranks.on_rank_zero(lambda: _claim(folder, manifest, directions, held))
         meter = RolloutMeter(lm, sae, hook, config)
         return _collect(meter, directions, heldout, manifest, folder, ranks)
 
@@ -115,26 +126,51 @@ def _collect(
     folder: Path | None,
     ranks: Ranks,
 ) -> Effects:
-    baseline, rule = _baseline(meter, vectors, texts, manifest, folder, ranks)
-    shards = list(enumerate(manifest.shards))
-    mine = [shard for shard in shards if shard[0] % ranks.mesh.world_size == ranks.mesh.rank]
-    waiting = [shard for shard in mine if folder is None or not shard_path(folder, shard[0]).is_file()]
-    total = sum(stop - start for _, (start, stop) in mine)
-    done = total - sum(stop - start for _, (start, stop) in waiting)
-    finished = []
-    shown = ranks.is_rank_zero
-    with progress(desc="measuring effects", total=total, initial=done, unit="vector", shown=shown) as bar:
-        for number, (start, stop) in waiting:
-            shard = _shard(meter, rule, vectors[start:stop], start, baseline)
-            if folder is None:
-                finished.append(shard)
-            else:
-                write_tensors(shard_path(folder, number), shard._asdict(), manifest)
-            bar.update(stop - start)
-    ranks.control.barrier()
+    with _saying_what_is_kept(folder, manifest):
+        baseline, rule = _baseline(meter, vectors, texts, manifest, folder, ranks)
+        done = set() if folder is None else set(finished_shards(folder, manifest))
+        mine = range(ranks.mesh.rank, manifest.n_shards, ranks.mesh.world_size)
+        finished: list[EffectShard] = []
+
+        def measure() -> None:
+            sizes = {number: stop - start for number in mine for start, stop in [manifest.shard(number)]}
+            total, before = sum(sizes.values()), sum(size for number, size in sizes.items() if number in done)
+            shown = ranks.is_rank_zero
+            with progress(desc="measuring effects", total=total, initial=before, unit="vector", shown=shown) as bar:
+                for number in mine:
+                    if number in done:
+                        continue
+                    start, stop = manifest.shard(number)
+                    shard = _shard(meter, rule, vectors[start:stop], start, baseline)
+                    if folder is None:
+                        finished.append(shard)
+                    else:
+                        write_tensors(shard_path(folder, number), shard._asdict(), manifest)
+                    bar.update(stop - start)
+
+        ranks.on_every_rank(measure)
     effects = Effects(manifest, baseline, shards=finished) if folder is None else Effects.open(folder)
     _check_reached(effects, meter.config, baseline)
     return effects
+
+
+@contextmanager
+def _saying_what_is_kept(folder: Path | None, manifest: EffectsManifest) -> Iterator[None]:
+    """Ctrl-C and the system's request to end (SIGTERM) are raised with a line that says what is kept."""
+
+    def kept() -> str:
+        if folder is None:
+            return "nothing is kept, as no folder was named"
+        done = len(finished_shards(folder, manifest))
+        return f"{done} of {manifest.n_shards} shards are finished and kept in {folder}; the same command resumes"
+
+    try:
+        with ending_on_sigterm():
+            yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted: {kept()}") from None
+    except PreemptedError as error:
+        raise PreemptedError(f"asked to end: {kept()}") from error
 
 
 def _shard(meter: RolloutMeter, rule: ScaleRule, vectors: Tensor, first: int, baseline: Baseline) -> EffectShard:
@@ -143,6 +179,11 @@ def _shard(meter: RolloutMeter, rule: ScaleRule, vectors: Tensor, first: int, ba
     scales = rule.find(vectors, None if math.isnan(baseline.typical_scale) else baseline.typical_scale)
     numbers = range(first, first + len(vectors))
     averages = meter.measure(vectors, scales.scale, numbers, config.rollouts, config.seed)
+    if not bool(averages.mean.isfinite().all()):
+        raise SteersmanError(
+            f"{meter.lm.name} steered by vectors {first} to {first + len(vectors) - 1} gives NaN or "
+            "infinite activations; lower scale_target or scale_limit"
+        )
     return EffectShard(
         vectors=vectors,
         scale=scales.scale,
@@ -223,23 +264,38 @@ def _first_texts(texts: Iterable[str], config: EffectsConfig) -> list[str]:
 
 def _settings(manifest: EffectsManifest) -> dict[str, Any]:
     """Everything in a manifest, the settings under the names that a user knows."""
-    data = asdict(manifest)
+    data = manifest.to_dict()
     return data.pop("settings") | data
 
 
-def _claim(folder: Path, manifest: EffectsManifest) -> None:
-    """Make the folder, or check that what is in it was started with the same settings."""
+def _claim(folder: Path, manifest: EffectsManifest, vectors: Tensor, held: ExitStack) -> EffectsManifest:
+    """Make the folder, or check that what is in it was started with the same settings and is whole; hold it until
+    `held` is closed. Returns the folder's manifest, which is `manifest` but where an earlier version wrote it."""
+    check_place(folder)
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / MANIFEST).exists():
-            if difference := differences(_settings(EffectsManifest.load(folder)), _settings(manifest)):
-                raise SteersmanError(
-                    f"{folder}: holds effects measured with other settings: {difference}; choose another folder, or "
-                    "delete this one"
-                )
-        elif any(child for child in folder.iterdir() if not child.name.endswith(".tmp")):
-            raise SteersmanError(f"{folder}: exists and holds no effects; choose an empty or new folder")
-        else:
-            manifest.save(folder)
+        held.enter_context(FolderLock(folder, "these effects"))
     except OSError as error:
         raise SteersmanError(f"{folder} cannot be used for effects: {error.strerror}") from error
+    check_place(folder)  # now that nobody else begins here
+    if not (folder / MANIFEST).exists():
+        manifest.save(folder)
+        return manifest
+    there = EffectsManifest.load(folder)
+    done = finished_shards(folder, there)
+    if there.model_digest is None:  # of version 1, which identified the vectors by what this CPU may round otherwise
+        known = there.vectors_hash if done else tensor_hash(vectors)
+        manifest = replace(manifest, model_digest=None, vectors_hash=known)
+    if difference := differences(_settings(there), _settings(manifest)):
+        if "model_digest" in difference:
+            difference += " (other weights, another configuration or another dtype of the model)"
+        raise SteersmanError(
+            f"{folder}: holds effects measured with other settings: {difference}; choose another folder, or delete "
+            "this one"
+        )
+    for number in progress(done, desc="checking finished shards", unit="shard", shown=len(done) > 100):
+        start, stop = there.shard(number)
+        found = read_shard(folder, number, there, vectors.shape[1]).vectors
+        if not torch.allclose(found, vectors[start:stop], rtol=0, atol=1e-5):
+            raise SteersmanError(f"{folder}: shard {number} was measured on other vectors; choose another folder")
+    return there

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from steersman.config import identity, setting
+from steersman.config import identity, setting, typed
 from steersman.errors import SteersmanError
 from steersman.lm.sampling import Sampling
 
@@ -118,5 +118,5 @@ class EffectsConfig:
 
     @classmethod
     def from_identity(cls, identity: dict[str, Any], **changes: Any) -> "EffectsConfig":
-        """The configuration that `identity` describes, with `changes`."""
-        return cls(**{**identity, "prompts": tuple(identity["prompts"]), **changes})
+        """The configuration that `identity` describes, with `changes`. Raises SteersmanError for one that cannot be."""
+        return cls(**{**typed(identity, cls, "the settings that these effects were measured with"), **changes})

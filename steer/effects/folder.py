@@ -7,31 +7,34 @@ The folder holds
 - `00000.safetensors`, ...: for the vectors of a shard `vectors` [n, D], `scale`, `achieved` [n], `reached` [n],
   `effect`, `standard_error` [n, L], `positions` [n].
 
-A file exists only when it is whole, so the folder itself says what is done. Each carries the manifest's fingerprint,
-and nothing in any of them depends on when, in how many attempts or by how many processes they were written.
+A file exists only when it is whole, so the folder itself says what is done. Each carries the manifest's fingerprint and
+a checksum of itself, compared when it is read, and nothing in any of them depends on when, in how many attempts or by
+how many processes they were written. Files of other names are never looked at.
 """
 
+import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.files import write_whole
+from steersman.files import temporary_path
 from steersman.sae import SAE
 from steersman.steer.effects.map import EffectMap
 from steersman.steer.effects.measured import (
     FORMAT,
+    MANIFEST,
     Baseline,
     EffectShard,
     EffectsManifest,
     sae_identity,
     tensor_hash,
 )
+from steersman.tensor_files import load_tensors, save_tensors
 
 BASELINE = "baseline.safetensors"
 
@@ -53,17 +56,18 @@ class Effects:
     ) -> None:
         self.manifest, self.baseline, self.folder = manifest, baseline, folder
         self._shards: list[EffectShard] = list(shards)
+        self._checked: set[int] = set()
 
     @classmethod
     def open(cls, folder: str | Path) -> "Effects":
         """Effects that `collect_effects(out=...)` wrote. Raises SteersmanError when some are not there yet."""
         folder = Path(folder)
         manifest = EffectsManifest.load(folder)
-        missing = [i for i in range(len(manifest.shards)) if not shard_path(folder, i).is_file()]
-        if missing or not (folder / BASELINE).is_file():
+        missing = manifest.n_shards - len(finished_shards(folder, manifest))
+        if missing or not os.path.lexists(folder / BASELINE):
             raise SteersmanError(
-                f"{folder}: {len(missing)} of {len(manifest.shards)} shards are not measured yet; run the same command "
-                "again to resume"
+                f"{folder}: {missing} of {manifest.n_shards} shards are not measured yet; run the same command again "
+                "to resume"
             )
         return cls(manifest, read_baseline(folder, manifest), folder=folder)
 
@@ -107,19 +111,27 @@ class Effects:
         return f"Effects({m.n_vectors} vectors at {m.hook_name} of {m.model_name} on {m.sae['d_sae']} features)"
 
     def iterate(self) -> Iterator[EffectShard]:
-        """The shards, in order."""
+        """The shards, in order. Raises SteersmanError for one that is missing, damaged or of other settings."""
         if self.folder is None:
             yield from self._shards
             return
-        for i in range(len(self.manifest.shards)):
-            yield read_shard(self.folder, i, self.manifest)
+        width = None
+        for number in range(self.manifest.n_shards):
+            shard = read_shard(self.folder, number, self.manifest, width, checked=number in self._checked)
+            self._checked.add(number)
+            width = shard.vectors.shape[1]
+            yield shard
 
     def column(self, name: str) -> Tensor:
         """One of the small fields over all vectors, such as `scale`, `reached` or `positions`: [n]."""
         if self.folder is None:
             return torch.cat([getattr(shard, name) for shard in self._shards])
-        paths = [shard_path(self.folder, i) for i in range(len(self.manifest.shards))]
-        return torch.cat([_read(path, self.manifest, [name])[name] for path in paths])
+        parts = []
+        for number in range(self.manifest.n_shards):
+            checked = number in self._checked
+            parts.append(_read_fields(self.folder, number, self.manifest, [name], None, checked=checked)[name])
+            self._checked.add(number)
+        return torch.cat(parts)
 
     def fit(self, **options: Any) -> EffectMap:
         """The effect map of these effects: see `EffectMap.fit`."""
@@ -144,27 +156,76 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], manifest: EffectsManifest) -> None:
-    """Write one file of the folder, atomically."""
-    header = {FORMAT: manifest.fingerprint}  # a single entry: safetensors writes several in no fixed order
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+def finished_shards(folder: Path, manifest: EffectsManifest) -> list[int]:
+    """The shards that are there, rising."""
+    there = set(os.listdir(folder))
+    stems = (name.partition(".")[0] for name in there)
+    numbers = {int(stem) for stem in stems if stem.isdecimal()}
+    return sorted(n for n in numbers if n < manifest.n_shards and shard_path(folder, n).name in there)
 
 
-def _read(path: Path, manifest: EffectsManifest, names: list[str]) -> dict[str, Tensor]:
+def check_place(folder: Path) -> None:
+    """Raise SteersmanError unless effects can be written to `folder`: it holds some, holds nothing, or is not there."""
     try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get(FORMAT) != manifest.fingerprint:
-                raise SteersmanError(f"{path} was measured with other settings than its manifest names; delete it")
-            return {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise SteersmanError(f"{path} is missing or damaged ({error}); delete it and measure again") from error
+        if not os.path.lexists(folder):
+            return
+        names = set(os.listdir(folder))
+    except OSError as error:
+        raise SteersmanError(f"{folder} cannot be used for effects: {error.strerror}") from error
+    begun = {temporary_path(Path(MANIFEST)).name, f"{MANIFEST}.tmp"}  # a process was killed while it began
+    if MANIFEST not in names and names - begun:
+        raise SteersmanError(f"{folder}: exists and holds no effects; choose an empty or new folder")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], manifest: EffectsManifest) -> None:
+    """Write one file of the folder, whole or not at all."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    try:
+        save_tensors(path, tensors, {FORMAT: manifest.fingerprint})
+    except SteersmanError as error:
+        done = len(finished_shards(path.parent, manifest))
+        raise SteersmanError(
+            f"{error}; {done} of {manifest.n_shards} shards are finished and kept: make room and run the same command "
+            "again to resume"
+        ) from error
+
+
+def _read(
+    path: Path,
+    manifest: EffectsManifest,
+    shapes: dict[str, tuple[int | None, ...]],
+    kinds: dict[str, torch.dtype],
+    *,
+    checked: bool = False,
+) -> dict[str, Tensor]:
+    """The tensors of `shapes`, in which None is any size; those that `kinds` does not name are fp32."""
+    try:
+        tensors, header = load_tensors(path, shapes, checked=checked)
+    except SteersmanError as error:
+        raise SteersmanError(f"{error}; delete this file and run the same command to measure it again") from error
+    if header.get(FORMAT) != manifest.fingerprint:
+        raise SteersmanError(f"{path} was measured with other settings than its manifest names; delete it")
+    for name, shape in shapes.items():
+        found = tensors[name]
+        fits = found.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, found.shape))
+        if not fits or found.dtype != kinds.get(name, torch.float32):
+            wanted = ", ".join("any" if n is None else str(n) for n in shape)
+            raise SteersmanError(
+                f"{path}: {name} is {found.dtype} {list(found.shape)}, the manifest asks for [{wanted}]; delete this "
+                "file and run the same command to measure it again"
+            )
+    return tensors
 
 
 def read_baseline(folder: Path, manifest: EffectsManifest) -> Baseline:
-    """The folder's `baseline.safetensors`."""
-    tensors = _read(folder / BASELINE, manifest, list(Baseline._fields))
+    """The folder's `baseline.safetensors`. Raises SteersmanError when it is missing, damaged or of other settings."""
+    L = manifest.sae["d_sae"]
+    shapes: dict[str, tuple[int | None, ...]] = {"mean": (L,), "standard_error": (L,)}
+    shapes |= {"median_norm": (), "typical_scale": ()}
+    tensors = _read(folder / BASELINE, manifest, shapes, dict.fromkeys(("median_norm", "typical_scale"), torch.float64))
     numbers = {name: float(tensors[name]) for name in ("median_norm", "typical_scale")}
+    if not bool(tensors["mean"].isfinite().all()) or not math.isfinite(numbers["median_norm"]):
+        raise SteersmanError(f"{folder / BASELINE} holds values that are not finite; delete it and measure again")
     return Baseline(tensors["mean"], tensors["standard_error"], **numbers)
 
 
@@ -175,6 +236,29 @@ def write_baseline(folder: Path, baseline: Baseline, manifest: EffectsManifest) 
     write_tensors(folder / BASELINE, tensors, manifest)
 
 
-def read_shard(folder: Path, number: int, manifest: EffectsManifest) -> EffectShard:
-    """A finished shard."""
-    return EffectShard(**_read(shard_path(folder, number), manifest, list(EffectShard._fields)))
+def read_shard(
+    folder: Path, number: int, manifest: EffectsManifest, width: int | None = None, *, checked: bool = False
+) -> EffectShard:
+    """A finished shard, of vectors of `width` where that is known; `checked`: its checksum was compared before.
+
+    Raises SteersmanError when it is missing, damaged or of other settings.
+    """
+    fields = _read_fields(folder, number, manifest, list(EffectShard._fields), width, checked=checked)
+    shard = EffectShard(**fields)
+    if not bool(shard.vectors.isfinite().all()) or not bool(shard.effect.isfinite().all()):
+        raise SteersmanError(
+            f"{shard_path(folder, number)} holds values that are not finite; delete it and run the same command to "
+            "measure it again"
+        )
+    return shard
+
+
+def _read_fields(
+    folder: Path, number: int, manifest: EffectsManifest, names: list[str], width: int | None, *, checked: bool
+) -> dict[str, Tensor]:
+    first, end = manifest.shard(number)
+    n, L = end - first, manifest.sae["d_sae"]
+    wide: dict[str, tuple[int | None, ...]] = {"vectors": (n, width), "effect": (n, L), "standard_error": (n, L)}
+    shapes = {name: wide.get(name, (n,)) for name in names}
+    kinds = {"reached": torch.bool, "positions": torch.int64}
+    return _read(shard_path(folder, number), manifest, shapes, kinds, checked=checked)

@@ -342,12 +342,13 @@ class EffectMap:
         """What it was fitted to and how well it predicts, in a few lines."""
         p, known = self.provenance, self.r2.isfinite()
         lines = [repr(self)]
-        lines.append(f"fitted ({p['method']}, ridge {p['ridge']:.3g}) to {p['n_vectors']} vectors")
-        if p.get("r2") is not None:
+        if "method" in p:
+            lines.append(f"fitted ({p['method']}, ridge {p.get('ridge', 0):.3g}) to {p.get('n_vectors', '?')} vectors")
+        if p.get("r2") is not None and p.get("r2_ceiling") is not None:
             median = float(self.r2[known].median()) if bool(known.any()) else float("nan")
             lines.append(
-                f"held out, {p['n_heldout']} vectors: R2 {p['r2']:.3f} over all features (exact expected effects would "
-                f"have {p['r2_ceiling']:.3f}), median over features {median:.3f}"
+                f"held out, {p.get('n_heldout', '?')} vectors: R2 {p['r2']:.3f} over all features (exact expected "
+                f"effects would have {p['r2_ceiling']:.3f}), median over features {median:.3f}"
             )
         lines.append(
             f"{int((self.signal >= WEAK).sum())} of {self.d_sae} features with a signal above {WEAK:g} x noise"

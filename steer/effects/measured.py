@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,9 +16,12 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.files import write_json
+from steersman.reading import read_json_object
 from steersman.sae import SAE
+from steersman.sealed import seal, unseal
 
-FORMAT, VERSION = "steersman.effects", 1
+FORMAT, VERSION = "steersman.effects", 2
+"""Version 1 had neither `model_digest` nor checksums, and its `vectors_hash` was of the unit vectors."""
 MANIFEST = "manifest.json"
 
 
@@ -59,50 +62,85 @@ class EffectsManifest:
     n_vectors: int
     """Number of vectors."""
     vectors_hash: str
-    """Hash of the unit vectors."""
+    """Hash of what the unit vectors are made from: the given vectors, or kind, seed and the SAE of the rows."""
     texts_hash: str
     """Hash of the held-out texts that the scale rule measures on; empty when it needs none."""
     settings: dict[str, Any]
     """`EffectsConfig.identity()`."""
+    model_digest: str | None = None
+    """`LanguageModel.digest()`; None where it was not recorded (version 1 of the format)."""
+
+    @property
+    def n_shards(self) -> int:
+        """Number of shards."""
+        return -(-self.n_vectors // self.settings["shard_vectors"])
 
     @property
     def shards(self) -> list[tuple[int, int]]:
         """First and last + 1 vector of each shard."""
+        return [self.shard(number) for number in range(self.n_shards)]
+
+    def shard(self, number: int) -> tuple[int, int]:
+        """First and last + 1 vector of a shard."""
         size = self.settings["shard_vectors"]
-        return [(start, min(start + size, self.n_vectors)) for start in range(0, self.n_vectors, size)]
+        return number * size, min((number + 1) * size, self.n_vectors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, without a digest that was not recorded."""
+        data = asdict(self)
+        return data if self.model_digest is not None else {k: v for k, v in data.items() if k != "model_digest"}
 
     @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change when anything in it changes."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json`."""
-        write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **asdict(self)})
+        version = 1 if self.model_digest is None else VERSION
+        write_json(folder / MANIFEST, seal({"format": FORMAT, "version": version, **self.to_dict()}))
 
     @classmethod
     def load(cls, folder: Path) -> "EffectsManifest":
-        """Read `folder`'s manifest. Raises SteersmanError when there is none or it is not one of ours."""
+        """Read `folder`'s manifest. Raises SteersmanError when there is none, it is not one of ours, or damaged."""
         path = folder / MANIFEST
-        try:
-            data = json.loads(path.read_text())
-            if data.pop("format") != FORMAT:
-                raise KeyError("format")
-            version = data.pop("version")
-            if version != VERSION:
-                raise SteersmanError(
-                    f"{path}: written in version {version} of the format, this program reads {VERSION}"
-                )
-            if {field.name for field in fields(cls)} != set(data):
-                raise KeyError("its fields")
-            return cls(**data)
-        except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
             raise SteersmanError(
                 f"{folder}: no effects here (there is no {MANIFEST}); measure them with collect_effects or "
                 "`steersman effects`"
-            ) from None
-        except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise SteersmanError(f"{path}: not a readable manifest of effects ({error})") from error
+            )
+        data = read_json_object(path)
+        if data.get("format") != FORMAT:
+            raise SteersmanError(f"{path} is no manifest of effects: its format is {str(data.get('format'))[:60]!r}")
+        data = unseal(data, path)
+        del data["format"]
+        if (version := data.pop("version", None)) not in (1, VERSION) or isinstance(version, bool):
+            raise SteersmanError(
+                f"{path}: written in version {str(version)[:20]} of the format, this program reads up to {VERSION}"
+            )
+        wrong = _wrong_entries(data, version)
+        if wrong:
+            raise SteersmanError(f"{path} is no readable manifest of effects: {', '.join(wrong[:5])} missing or wrong")
+        return cls(**data)
+
+
+def _wrong_entries(data: dict[str, Any], version: int) -> list[str]:
+    """Entries of a manifest that are missing, unknown or hold what they cannot."""
+    texts = ["model_name", "hook_name", "vectors_hash", "texts_hash", *(["model_digest"] if version > 1 else [])]
+    wrong = [name for name in texts if not isinstance(data.get(name), str)]
+    wrong += [] if _is_count(data.get("n_vectors")) else ["n_vectors"]
+    for group, counts, words in (("sae", ("d_in", "d_sae"), ("hash",)), ("settings", ("shard_vectors",), ())):
+        entries = data.get(group)
+        if not isinstance(entries, dict):
+            wrong.append(group)
+            continue
+        wrong += [f"{group}.{name}" for name in counts if not _is_count(entries.get(name))]
+        wrong += [f"{group}.{name}" for name in words if not isinstance(entries.get(name), str)]
+    return wrong + sorted(name[:40] for name in data.keys() - {*texts, "n_vectors", "sae", "settings"})
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 40
 
 
 class Baseline(NamedTuple):

@@ -60,8 +60,16 @@ def make_vectors(config: EffectsConfig, sae: SAE, width: int) -> Tensor:
     return unit_rows(w * rows[first] + (1 - w) * rows[second])
 
 
+def source_tensors(config: EffectsConfig, sae: SAE) -> list[Tensor]:
+    """What `make_vectors` makes them from, besides the settings: what identifies the vectors on every machine.
+
+    Unit vectors do not, as a norm is rounded differently from one CPU to another.
+    """
+    return [] if config.vectors == "random" else [sae.W_dec.detach().cpu(), usable_rows(sae)]
+
+
 def given_vectors(given: Any, lm: LanguageModel, hook: str) -> Tensor:
-    """Vectors from the caller, [n, D] or a sequence of `SteeringVector`, as unit rows [n, D] fp32 on the CPU.
+    """Vectors from the caller, [n, D] or a sequence of `SteeringVector`, as they are, [n, D] fp32 on the CPU.
 
     Raises SteersmanError for one of another width, model or hook point, one that is zero, and one that is not finite.
     """
@@ -77,7 +85,7 @@ def given_vectors(given: Any, lm: LanguageModel, hook: str) -> Tensor:
     zero = (x.norm(dim=1) == 0).nonzero()[:, 0]
     if len(zero):
         raise SteersmanError(f"vector {int(zero[0])} of {len(x)} is zero: it has no direction")
-    return unit_rows(x)
+    return x
 
 
 def _sequence(given: Any) -> Sequence[Any]:
