@@ -1,12 +1,16 @@
 """What an SAE is: its widths, its architecture, and where its inputs come from."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
+from steersman.reading import shown
 from steersman.registry import Registry
 
 InputNorm = Literal["none", "layer_norm", "constant_norm"]
@@ -60,6 +64,8 @@ class SAEConfig:
     """Provenance: anything worth keeping that does not change what the SAE computes."""
 
     def __post_init__(self) -> None:
+        for field_ in fields(self):
+            object.__setattr__(self, field_.name, _of_type(field_.name, getattr(self, field_.name), field_.type))
         if self.d_in < 1 or self.d_sae < 1 or self.out_width < 1:
             widths = f"{self.d_in} and {self.d_sae}" + ("" if self.d_out is None else f" (d_out {self.d_out})")
             raise SteersmanError(f"an SAE needs d_in and d_sae of at least 1, not {widths}")
@@ -92,13 +98,39 @@ class SAEConfig:
         return fields
 
     @classmethod
-    def from_record(cls, fields: Mapping[str, Any], **others: Any) -> "SAEConfig":
+    def from_record(cls, fields: Mapping[str, Any], **others: Any) -> SAEConfig:
         """The configuration of what `record` gave. Raises TypeError or ValueError for anything else."""
         ours = {name: ours for ours, name in _ON_DISK.items()}
         named = {ours.get(name, name): value for name, value in fields.items()}
-        named["group_sizes"] = tuple(named.get("group_sizes") or ())
+        sizes = named.get("group_sizes")
+        named["group_sizes"] = tuple(sizes) if isinstance(sizes, list) else sizes or ()
         return cls(**named, **others)
 
 
 _ON_DISK = {"architecture": "activation"}
 """Fields that files know by another name."""
+
+
+def _of_type(name: str, value: Any, hint: Any) -> Any:
+    """A field's value, which a file may say, as what the field is declared to hold. Raises SteersmanError for another
+    type: nothing is guessed, and the text "false" is not False."""
+    if hint == "int | None" and value is None:
+        return None
+    if hint in ("int", "int | None"):
+        fits, words = _is_whole(value), "a whole number"
+        value = int(value) if fits else value
+    elif hint == "tuple[int, ...]":
+        fits, words = isinstance(value, tuple | list) and all(map(_is_whole, value)), "a list of whole numbers"
+        value = tuple(map(int, value)) if fits else value
+    else:
+        kind, words = {"bool": (bool, "True or False"), "dict[str, Any]": (dict, "a dictionary")}.get(
+            hint, (str, "text")
+        )
+        fits = isinstance(value, kind)
+    if not fits:
+        raise SteersmanError(f"{name} of an SAE is {shown(value)}, it should be {words}")
+    return value
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -38,7 +38,7 @@ def unseal(data: Mapping[str, Any], where: str | os.PathLike[str]) -> dict[str, 
     if not intact:
         raise SteersmanError(
             f"{where} was changed or is damaged: its content does not have the checksum that it was written with; "
-            "restore it"
+            f"restore it, or take out its {CHECKSUM} where it was changed on purpose"
         )
     return content
 

@@ -1,6 +1,7 @@
 """What an architecture owns: its name, its rules, its training step; and that one from outside the package is like any
 other."""
 
+import json
 from pathlib import Path
 from typing import ClassVar
 
@@ -326,7 +327,10 @@ def test_options_are_saved(tmp_path: Path) -> None:
 
 def test_files_of_an_architecture_that_nobody_defined_name_those_there_are(tmp_path: Path) -> None:
     make_sae().save(tmp_path)
-    text = (tmp_path / "cfg.json").read_text()
-    (tmp_path / "cfg.json").write_text(text.replace('"activation": "topk"', '"activation": "top_q"'))
+    fields = json.loads((tmp_path / "cfg.json").read_text())
+    own = fields["metadata"]["steersman"]
+    del own["crc32"]
+    own["config"]["activation"] = "top_q"
+    (tmp_path / "cfg.json").write_text(json.dumps(fields))
     with pytest.raises(SteersmanError, match=r"cfg.json: unknown architecture 'top_q'; have .*topk.* import"):
         SAE.load(tmp_path)

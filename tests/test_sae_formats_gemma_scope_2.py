@@ -72,7 +72,7 @@ def test_a_transcoder_with_an_affine_connection(tmp_path: Path) -> None:
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(SteersmanError, match="cross-layer transcoder, which writes to many layers"):
         SAE.load(write(tmp_path / "clt", tensors(w_dec=torch.zeros(L, 3, D))))
-    with pytest.raises(SteersmanError, match="cannot read architecture 'topk', only jump_relu"):
+    with pytest.raises(SteersmanError, match="with architecture 'topk'; can read 'jump_relu'"):
         SAE.load(write(tmp_path / "topk", tensors(), CONFIG | {"architecture": "topk"}))
     with pytest.raises(SteersmanError, match="has no tensor 'threshold'"):
         SAE.load(write(tmp_path / "short", {k: v for k, v in tensors().items() if k != "threshold"}))

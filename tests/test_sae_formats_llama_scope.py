@@ -78,7 +78,7 @@ def test_the_saes_of_the_distilled_model(tmp_path: Path) -> None:
         ({"dataset_average_activation_norm": {"in": "x"}}, "is 'x', not a positive number"),
         ({"jump_relu_threshold": None}, "jump_relu_threshold is None, not a number"),
         ({"d_sae": L + 1}, "the weights have d_sae 40, the configuration says 41"),
-        ({"d_model": "six"}, "d_model is 'six', not a width"),
+        ({"d_model": "six"}, "d_model is 'six', not a whole number"),
     ],
 )
 def test_configurations_that_are_wrong(change: dict, message: str, tmp_path: Path) -> None:

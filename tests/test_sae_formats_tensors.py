@@ -18,7 +18,7 @@ from steersman.errors import SteersmanError
 from steersman.sae import SAE
 from steersman.sae.formats import tensors as module
 from steersman.sae.formats.inspection import row_norms
-from steersman.sae.formats.tensors import open_tensors
+from steersman.sae.formats.source import open_tensors
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

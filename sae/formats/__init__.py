@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from steersman.errors import SteersmanError
+from steersman.reading import one_error
 from steersman.sae.base import SAE
 from steersman.sae.formats.base import Format, Parts, build, recognise
 from steersman.sae.formats.source import open_source
@@ -48,9 +49,10 @@ def load(
     Raises SteersmanError for what is no SAE, saying what was found, and for files that are malformed.
     """
     source = open_source(path)
-    layout = recognise(source, format)
-    parts = layout.read(source)
-    sae = build(parts, torch.device(device), dtype)
+    with one_error(source.label):
+        layout = recognise(source, format)
+        parts = layout.read(source)
+        sae = build(parts, torch.device(device), dtype)
     if not parts.native or "repo_id" in source.origin:
         origin = {"format": layout.name, **source.origin}
         sae.cfg = replace(sae.cfg, metadata={**sae.cfg.metadata, "origin": origin})

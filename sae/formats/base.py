@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
+from steersman.reading import shown
 from steersman.registry import Registry
 from steersman.sae.base import SAE, FeatureStats
 from steersman.sae.config import SAEConfig
 from steersman.sae.formats.source import Source
 from steersman.sae.formats.tensors import Entry, TensorFile
+
+_LARGEST, _LARGEST_FLOAT = 1 << 62, torch.finfo(torch.float32).max
+"""Bounds of the numbers in configurations: what tensors can be sized by, and hold."""
 
 
 @dataclass(kw_only=True)
@@ -97,11 +101,8 @@ def _unrecognised(source: Source) -> str:
 
 def build(parts: Parts, device: torch.device, dtype: torch.dtype) -> SAE:
     """The SAE, its weights read straight to where they stay: memory is the SAE and one block of a file."""
-    cfg = parts.cfg
-    _check_names(parts)
-    sae = without_weights(cfg, parts.file.path)
-    wanted = dict(sae.named_parameters())
-    _check_shapes(parts, wanted)
+    sae = check(parts)
+    parts.file.check()
     sae.to_empty(device=device)
     for parameter in sae.parameters():
         if parameter.dtype != dtype:
@@ -119,7 +120,7 @@ def build(parts: Parts, device: torch.device, dtype: torch.dtype) -> SAE:
         for name, buffer in sae.named_buffers():
             _fill(buffer, name, parts, sae)
         if parts.decoder_factor is not None:
-            sae.W_dec.mul_(parts.decoder_factor.read().to(sae.W_dec)[:, None])
+            sae.W_dec.mul_(parts.decoder_factor.read().to(sae.W_dec).reshape(-1, 1))
         norms = None
         if parts.fold_decoder_norm or parts.threshold_by_decoder_norm:
             norms = sae.W_dec.norm(dim=1, dtype=torch.float32).clamp_min_(1e-8)
@@ -131,7 +132,25 @@ def build(parts: Parts, device: torch.device, dtype: torch.dtype) -> SAE:
         if norms is not None and parts.threshold_by_decoder_norm:
             assert isinstance(sae.threshold, Tensor)
             sae.threshold = sae.threshold / norms
+    for name, parameter in sae.named_parameters():
+        if not all(bool(bound.isfinite()) for bound in parameter.detach().aminmax()):
+            raise SteersmanError(
+                f"{parts.file.path}: {name} has values too large for {dtype} once scales are folded in"
+            )
     sae.feature_stats = parts.stats
+    return sae
+
+
+def check(parts: Parts) -> SAE:
+    """The SAE that the parts make, without its weights. Raises SteersmanError for tensors that do not fit it."""
+    _check_names(parts)
+    sae = without_weights(parts.cfg, parts.file.path)
+    _check_shapes(parts, dict(sae.named_parameters()))
+    factor = parts.decoder_factor
+    if factor is not None and factor.shape not in ((), (1,), (parts.cfg.d_sae,)):
+        raise SteersmanError(
+            f"{parts.file.path}: {factor.name} has shape {list(factor.shape)}, it should have {parts.cfg.d_sae} numbers"
+        )
     return sae
 
 
@@ -207,16 +226,69 @@ def matrix(entry: Entry) -> tuple[int, int]:
 def integer(value: Any, what: str, path: Path) -> int:
     """A whole number from a configuration. Raises SteersmanError for anything else."""
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if isinstance(value, bool) or not whole:
-        raise SteersmanError(f"{path} is not a readable SAE configuration: {what} is {value!r}, not a whole number")
+    if isinstance(value, bool) or not whole or abs(value) > _LARGEST:
+        raise SteersmanError(
+            f"{path} is not a readable SAE configuration: {what} is {shown(value)}, not a whole number"
+        )
     return int(value)
+
+
+def positive(value: Any, what: str, path: Path) -> float:
+    """A number above 0 from a configuration. Raises SteersmanError for anything else."""
+    if not _is_number(value) or value <= 0:
+        raise SteersmanError(f"{path}: {what} is {shown(value)}, not a positive number")
+    return float(value)
+
+
+def number(value: Any, what: str, path: Path) -> float:
+    """A number from a configuration. Raises SteersmanError for anything else, and for one that fp32 cannot hold."""
+    if not _is_number(value):
+        raise SteersmanError(f"{path}: {what} is {shown(value)}, not a number")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain and abs(value) <= _LARGEST_FLOAT  # a NaN is not
+
+
+def flag(fields: dict[str, Any], key: str, default: bool, path: Path) -> bool:
+    """True or false from a configuration. Raises SteersmanError for anything else, such as the text "false"."""
+    value = fields.get(key, default)
+    if not isinstance(value, bool):
+        raise SteersmanError(
+            f"{path} is not a readable SAE configuration: {key} is {shown(value)}, it should be true or false"
+        )
+    return value
+
+
+def section(fields: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """An object within a configuration, empty where there is none. Raises SteersmanError for anything else."""
+    value = fields.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise SteersmanError(f"{path} is not a readable SAE configuration: {key} is {shown(value)}, not an object")
+    return value
+
+
+def refuse(fields: dict[str, Any], plain: Mapping[str, tuple[Any, ...]], path: Path) -> None:
+    """Raise SteersmanError where a key that changes what an SAE computes has another value than those in `plain`, which
+    are the ones that mean nothing is changed. An absent key means nothing either."""
+    for key, known in plain.items():
+        value = fields.get(key)
+        if value is not None and not any(value == one and type(value) is type(one) for one in known):
+            able = ", ".join(map(repr, known))
+            raise SteersmanError(f"{path}: cannot read an SAE with {key} {shown(value)}; can read {able}")
 
 
 def text(fields: dict[str, Any], key: str, default: str, path: Path) -> str:
     """A string of a configuration. Raises SteersmanError for anything else."""
-    value = fields.get(key, default)
+    value = fields.get(key)
+    if value is None:
+        return default
     if not isinstance(value, str):
-        raise SteersmanError(f"{path} is not a readable SAE configuration: {key} is {value!r}, not a name")
+        raise SteersmanError(f"{path} is not a readable SAE configuration: {key} is {shown(value)}, not a name")
     return value
 
 

@@ -26,12 +26,14 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.files import make_folder, write_json, write_whole
+from steersman.reading import shown
 from steersman.sae.base import SAE
 from steersman.sae.config import SAEConfig
-from steersman.sae.formats.base import Format, Parts, first_of, integer, matrix, text
+from steersman.sae.formats.base import Format, Parts, first_of, integer, matrix, positive, refuse, text
 from steersman.sae.formats.names import to_hook_name, to_model_name
+from steersman.sae.formats.pt import PtFile
 from steersman.sae.formats.source import Source
-from steersman.sae.formats.tensors import Entry, PtFile, TensorFile
+from steersman.sae.formats.tensors import Entry, TensorFile
 
 CLASSES = {
     "AutoEncoder": "relu",
@@ -59,11 +61,17 @@ class DictionaryLearning(Format):
         file = source.tensors(weights, below="ae")
         assert isinstance(file, PtFile)
         trainer = _trainer(source, file)
+        refuse(trainer, {"output_features": (False,)}, file.path)
         kind = text(trainer, "dict_class", "", file.path) or _guess(file)
         if kind not in CLASSES:
             raise SteersmanError(f"{file.path}: cannot read dict_class {kind!r}; can read {', '.join(CLASSES)}")
         tensors = _find(kind, file)
         d_in, d_sae = matrix(tensors["W_enc"])
+        for what, width in (("activation_dim", d_in), ("dict_size", d_sae)):
+            if trainer.get(what) is not None and integer(trainer[what], what, file.path) != width:
+                raise SteersmanError(
+                    f"{file.path}: the weights have {what} {width}, the configuration says {shown(trainer[what])}"
+                )
         warnings: list[str] = []
         numbers = {name: file.entry(name).number() for name in ("k", "threshold") if _is_number(file, name)}
         unset = kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE") and numbers.get("threshold", -1.0) < 0
@@ -76,8 +84,8 @@ class DictionaryLearning(Format):
             d_sae=d_sae,
             k=_k(kind, numbers, trainer, file),
             architecture=CLASSES[kind],
-            hook_name=_hook(trainer),
-            model_name=to_model_name(str(trainer.get("lm_name") or "")),
+            hook_name=_hook(trainer, file.path),
+            model_name=to_model_name(text(trainer, "lm_name", "", file.path)),
             apply_b_dec_to_input=kind not in ("AutoEncoderNew", "JumpReluAutoEncoder"),
             group_sizes=_groups(file) if kind == "MatryoshkaBatchTopKSAE" else (),
         )
@@ -119,7 +127,9 @@ class DictionaryLearning(Format):
 def _trainer(source: Source, file: PtFile) -> dict[str, Any]:
     """The trainer's configuration: beside the weights, one folder up, or inside a backup; empty where there is none."""
     config = source.json("config.json") if source.has("config.json") else source.above("config.json")
-    trainer = (config or {}).get("trainer") or file.others.get("config") or {}
+    trainer = (config or {}).get("trainer")
+    trainer = file.others.get("config") if trainer is None else trainer
+    trainer = {} if trainer is None else trainer
     if not isinstance(trainer, dict):
         raise SteersmanError(f"{source.label}: the trainer's configuration is no JSON object")
     return trainer
@@ -162,7 +172,8 @@ def _is_number(file: TensorFile, name: str) -> bool:
 def _k(kind: str, numbers: dict[str, float], trainer: dict[str, Any], file: TensorFile) -> int:
     if not SAE.architectures[CLASSES[kind]].uses_k:
         return 0
-    k = numbers.get("k", trainer.get("k"))
+    noted = trainer.get("k")
+    k = numbers.get("k", noted)
     if k is None:
         raise SteersmanError(f"{file.path} holds no k, and no config.json says it")
     return integer(k, "k", file.path)
@@ -183,14 +194,14 @@ def _norm_factor(file: PtFile) -> float:
     if factor is None:
         return 1.0
     if isinstance(factor, Tensor):
-        factor = float(factor)
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not (math.isfinite(factor) and factor > 0):
-        raise SteersmanError(f"{file.path}: norm_factor is {factor!r}, not a positive number")
-    return float(factor)
+        if factor.numel() != 1 or factor.is_complex():
+            raise SteersmanError(f"{file.path}: norm_factor has shape {list(factor.shape)}, it should be one number")
+        factor = factor.item()
+    return positive(factor, "norm_factor", file.path)
 
 
-def _hook(trainer: dict[str, Any]) -> str:
-    layer, submodule = trainer.get("layer"), str(trainer.get("submodule_name") or "")
+def _hook(trainer: dict[str, Any], path: Path) -> str:
+    layer, submodule = trainer.get("layer"), text(trainer, "submodule_name", "", path)
     if "hook_" in submodule:
         return submodule
     if isinstance(layer, list):

@@ -13,7 +13,7 @@ import re
 
 from steersman.errors import SteersmanError
 from steersman.sae.config import SAEConfig
-from steersman.sae.formats.base import Format, Parts, matrix, with_metadata
+from steersman.sae.formats.base import Format, Parts, integer, matrix, refuse, text, with_metadata
 from steersman.sae.formats.names import to_model_name
 from steersman.sae.formats.source import Source
 
@@ -32,9 +32,8 @@ class GemmaScope2(Format):
         if weights is None:
             raise SteersmanError(f"{source.label} has no params.safetensors; found {source.describe()}")
         fields = source.json("config.json") if source.has("config.json") else {}
-        if fields.get("architecture", "jump_relu") != "jump_relu":
-            raise SteersmanError(f"{source.label}: cannot read architecture {fields['architecture']!r}, only jump_relu")
         file = source.tensors(weights)
+        refuse(fields, {"architecture": ("jump_relu",)}, file.path)
         names = {"W_enc": "w_enc", "W_dec": "w_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
         tensors = {ours: file.entry(theirs) for ours, theirs in names.items()}
         if len(tensors["W_dec"].shape) == 3:
@@ -43,7 +42,12 @@ class GemmaScope2(Format):
         skip = "affine_skip_connection" in file
         if skip:
             tensors["W_skip"] = file.entry("affine_skip_connection").T
-        path_in, path_out = str(fields.get("hf_hook_point_in") or ""), str(fields.get("hf_hook_point_out") or "")
+        path_in, path_out = (text(fields, f"hf_hook_point_{end}", "", file.path) for end in ("in", "out"))
+        for what, width in (("width", d_sae),):
+            if fields.get(what) is not None and integer(fields[what], what, file.path) != width:
+                raise SteersmanError(f"{file.path}: the weights have {what} {width}, the configuration another")
+        if fields.get("affine_connection") and not skip:
+            raise SteersmanError(f"{file.path} lacks the affine_skip_connection that its configuration says it has")
         transcoder = skip or path_out != "" or "transcoder" in source.place
         layer = re.search(r"layers?[._](\d+)", path_in) or re.search(r"layer_(\d+)", source.place)
         cfg = SAEConfig(
@@ -51,7 +55,7 @@ class GemmaScope2(Format):
             d_sae=d_sae,
             architecture="jumprelu",
             hook_name=_hook(source.place, path_in, layer[1] if layer else None, transcoder),
-            model_name=_model(str(fields.get("model_name") or ""), source.place),
+            model_name=_model(text(fields, "model_name", "", file.path), source.place),
             apply_b_dec_to_input=False,
             reshape_heads=not transcoder and _kind(source.place, path_in) == "attn.hook_z",
             transcoder=transcoder,

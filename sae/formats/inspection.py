@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from steersman.files import format_bytes
+from steersman.reading import one_error
 from steersman.sae.config import SAEConfig
-from steersman.sae.formats.base import Parts, recognise
-from steersman.sae.formats.source import open_source
+from steersman.sae.formats.base import Parts, check, recognise
+from steersman.sae.formats.source import Source, open_source
 from steersman.sae.formats.tensors import Entry
 
 
@@ -77,8 +78,15 @@ def inspect(path: str | Path, format: str | None = None) -> Inspection:
     warning here.
     """
     source = open_source(path)
+    with one_error(source.label):
+        return _inspect(source, format)
+
+
+def _inspect(source: Source, format: str | None) -> Inspection:
     layout = recognise(source, format)
     parts = layout.read(source)
+    check(parts)
+    parts.file.check()
     where = source.label
     if "repo_id" in source.origin:
         where += f" at {source.origin['revision']}"

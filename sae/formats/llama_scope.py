@@ -16,14 +16,34 @@ from pathlib import Path
 from typing import Any
 
 from steersman.errors import SteersmanError
+from steersman.reading import shown
 from steersman.sae.config import SAEConfig
-from steersman.sae.formats.base import Format, Parts, matrix, with_metadata
+from steersman.sae.formats.base import (
+    Format,
+    Parts,
+    integer,
+    matrix,
+    number,
+    positive,
+    refuse,
+    section,
+    text,
+    with_metadata,
+)
 from steersman.sae.formats.names import to_hook_name
 from steersman.sae.formats.source import Source
 from steersman.sae.formats.tensors import TensorFile
 
 HYPERPARAMETERS, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 _DISTILL = ("config.json", "sae_weights.safetensors")
+_PLAIN = {
+    "act_fn": ("jumprelu",),
+    "apply_decoder_bias_to_pre_encoder": (False,),
+    "use_decoder_bias": (True,),
+    "use_glu_encoder": (False,),
+    "norm_activation": ("dataset-wise",),
+}
+"""Keys that change what an SAE computes, and the values at which it is what is read here."""
 
 
 class LlamaScope(Format):
@@ -39,9 +59,8 @@ class LlamaScope(Format):
         s = norm_scale(fields, path)
         if s is None:
             raise SteersmanError(f"{path} has no dataset_average_activation_norm: the scale of the input is unknown")
-        threshold = fields.get("jump_relu_threshold")
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
-            raise SteersmanError(f"{path}: jump_relu_threshold is {threshold!r}, not a number")
+        refuse(fields, _PLAIN, path)
+        threshold = number(fields.get("jump_relu_threshold"), "jump_relu_threshold", path)
         cfg = _config(source, fields, file)
         return Parts(cfg=cfg, tensors=_tensors(file), file=file, input_scale=s, constants={"threshold": threshold * s})
 
@@ -55,10 +74,11 @@ class LlamaScopeDistill(Format):
 
     def read(self, source: Source) -> Parts:
         fields, file = source.json(_DISTILL[0]), source.tensors(_DISTILL[1])
+        refuse(fields, {**_PLAIN, "norm_activation": ("dataset-wise", "inference")}, source.path(_DISTILL[0]))
         tensors = _tensors(file) | {"threshold": file.entry("log_jumprelu_threshold").exp()}
         prefix = "dataset_average_activation_norm"
         noted = {name.removeprefix(f"{prefix}."): name for name in file.headers if name.startswith(prefix)}
-        hook = str(fields.get("hook_point_in") or "in")
+        hook = text(fields, "hook_point_in", "in", file.path)
         if hook in noted:
             fields = {**fields, prefix: {"in": file.entry(noted[hook]).number()}}
         s = norm_scale(fields, source.path(_DISTILL[0]))
@@ -81,24 +101,24 @@ def _tensors(file: TensorFile) -> dict[str, Any]:
 
 def norm_scale(fields: dict[str, Any], path: Path) -> float | None:
     """`sqrt(D) / norm`, where the configuration records the average norm of the activations."""
-    norms = fields.get("dataset_average_activation_norm")
-    norm = norms.get("in") if isinstance(norms, dict) else None
+    norm = section(fields, "dataset_average_activation_norm", path).get("in")
     if norm is None:
         return None
-    width = fields.get("d_model")
-    if isinstance(norm, bool) or not isinstance(norm, int | float) or not (math.isfinite(norm) and norm > 0):
-        raise SteersmanError(f"{path}: dataset_average_activation_norm.in is {norm!r}, not a positive number")
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise SteersmanError(f"{path}: d_model is {width!r}, not a width")
-    return math.sqrt(width) / norm
+    width = integer(fields.get("d_model"), "d_model", path)
+    if width < 1:
+        raise SteersmanError(f"{path}: d_model is {width}, not a width")
+    return math.sqrt(width) / positive(norm, "dataset_average_activation_norm.in", path)
 
 
 def _config(source: Source, fields: dict[str, Any], file: TensorFile) -> SAEConfig:
     d_sae, d_in = matrix(file.entry("encoder.weight"))
     for what, width in (("d_model", d_in), ("d_sae", d_sae)):
         if fields.get(what, width) != width:
-            raise SteersmanError(f"{file.path}: the weights have {what} {width}, the configuration says {fields[what]}")
-    hook = to_hook_name(str(fields.get("hook_point_in") or ""))
+            raise SteersmanError(
+                f"{file.path}: the weights have {what} {width}, the configuration says {shown(fields[what])}"
+            )
+    hook_in, hook_out = (text(fields, f"hook_point_{end}", "", file.path) for end in ("in", "out"))
+    hook = to_hook_name(hook_in)
     distill = "R1-Distill" in source.place
     cfg = SAEConfig(
         d_in=d_in,
@@ -112,8 +132,8 @@ def _config(source: Source, fields: dict[str, Any], file: TensorFile) -> SAEConf
         else "",
         apply_b_dec_to_input=False,
         reshape_heads=hook.endswith("hook_z"),
-        transcoder=bool(fields.get("hook_point_out")) and fields["hook_point_out"] != fields.get("hook_point_in"),
-        hook_name_out=to_hook_name(str(fields.get("hook_point_out") or "")),
+        transcoder=hook_out not in ("", hook_in),
+        hook_name_out=to_hook_name(hook_out),
     )
     return with_metadata(cfg, neuronpedia_id=_neuronpedia(source.place))
 

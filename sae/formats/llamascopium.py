@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from steersman.errors import SteersmanError
+from steersman.reading import shown
 from steersman.sae.config import SAEConfig
-from steersman.sae.formats.base import Format, Parts, integer, matrix, text
+from steersman.sae.formats.base import Format, Parts, flag, integer, matrix, refuse, text
 from steersman.sae.formats.names import to_hook_name
 from steersman.sae.formats.source import Source
 from steersman.sae.formats.tensors import TensorFile
@@ -49,18 +50,18 @@ class Llamascopium(Format):
         file = source.tensors(weights, below="sae")
         activation = _check(fields, path)
         tensors = {"W_enc": file.entry("W_E"), "b_enc": file.entry("b_E"), "W_dec": file.entry("W_D")}
-        if fields.get("use_decoder_bias", True):
+        if flag(fields, "use_decoder_bias", True, path):
             tensors["b_dec"] = file.entry("b_D")
         d_in, d_sae = matrix(tensors["W_enc"])
         if activation == "jumprelu":
             tensors["threshold"] = file.entry("activation_function.log_jumprelu_threshold").exp()
-        hook_in, hook_out = str(fields.get("hook_point_in") or ""), str(fields.get("hook_point_out") or "")
+        hook_in, hook_out = (text(fields, f"hook_point_{end}", "", path) for end in ("in", "out"))
         transcoder = hook_out not in ("", hook_in)
         norm = fields.get("norm_activation", "dataset-wise")
         scales = _scales(norm, hook_in, hook_out or hook_in, d_in, file)
         if norm == "token-wise" and transcoder:
             raise SteersmanError(f"{path}: a token-wise normalised transcoder cannot be undone without its target")
-        include = bool(fields.get("sparsity_include_decoder_norm", True))
+        include = flag(fields, "sparsity_include_decoder_norm", True, path)
         warnings = []
         if include and activation == "topk":
             warnings.append("activations are in units of unit decoder rows: the source library's times their length")
@@ -93,8 +94,9 @@ class Llamascopium(Format):
 def _check(fields: dict[str, Any], path: Path) -> str:
     """The activation. Raises SteersmanError for what is not an SAE that can be read."""
     if fields.get("sae_type") != "sae":
-        raise SteersmanError(f"{path}: cannot read sae_type {fields.get('sae_type')!r}, only 'sae'")
-    if fields.get("use_glu_encoder", False):
+        raise SteersmanError(f"{path}: cannot read sae_type {shown(fields.get('sae_type'))}, only 'sae'")
+    refuse(fields, {"apply_decoder_bias_to_pre_encoder": (False,)}, path)
+    if flag(fields, "use_glu_encoder", False, path):
         raise SteersmanError(f"{path}: cannot read an SAE with a gated linear unit in its encoder (use_glu_encoder)")
     activation = text(fields, "act_fn", "relu", path)
     if activation == "batchtopk":
@@ -113,7 +115,7 @@ def _scales(norm: Any, hook_in: str, hook_out: str, d_in: int, file: TensorFile)
         return 1.0, 1.0
     if norm != "dataset-wise":
         raise SteersmanError(
-            f"{file.path}: cannot read norm_activation {norm!r}; can read dataset-wise, token-wise and inference"
+            f"{file.path}: cannot read norm_activation {shown(norm)}; can read dataset-wise, token-wise and inference"
         )
 
     def scale(hook: str) -> float:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from steersman.errors import SteersmanError
+from steersman.reading import shown
 from steersman.sae.config import SAEConfig
 from steersman.sae.formats.base import Format, Parts, integer, matrix, with_metadata
+from steersman.sae.formats.pt import PtFile
 from steersman.sae.formats.source import Source
-from steersman.sae.formats.tensors import PtFile
 
 _PATTERN = r"(?!ae(_\d+)?\.pt$).+\.pt"
 _STATISTICS = frozenset({"stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"})
@@ -71,9 +72,11 @@ def _k(others: dict[str, Any], path: Path) -> int | None:
         return None
     state = others.get("activation_state_dict")
     if activation != "TopK" or not isinstance(state, dict):
-        raise SteersmanError(f"{path}: cannot read activation {activation!r}; can read ReLU and TopK")
+        raise SteersmanError(f"{path}: cannot read activation {shown(activation)}; can read ReLU and TopK")
     if state.get("postact_fn") != "ReLU":
-        raise SteersmanError(f"{path}: TopK without a ReLU ({state.get('postact_fn')!r}) gives negative activations")
+        raise SteersmanError(
+            f"{path}: TopK without a ReLU ({shown(state.get('postact_fn'))}) gives negative activations"
+        )
     return integer(state.get("k"), "k", path)
 
 

@@ -19,16 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from steersman.errors import SteersmanError
-from steersman.files import make_folder, write_json, write_whole
+from steersman.files import make_folder, write_json
+from steersman.reading import shown
 from steersman.sae.base import SAE, FeatureStats
 from steersman.sae.config import SAEConfig
-from steersman.sae.formats.base import Format, Parts, integer, text, without_weights
+from steersman.sae.formats.base import Format, Parts, flag, integer, positive, refuse, section, text, without_weights
 from steersman.sae.formats.names import to_hook_name, to_model_name
 from steersman.sae.formats.source import Source
 from steersman.sae.formats.tensors import Entry, SafetensorsFile, TensorFile
+from steersman.sealed import seal, unseal
+from steersman.tensor_files import CHECKSUM, check_tensors, save_tensors
 
 CONFIG, WEIGHTS, STATS, SCALER = (
     "cfg.json",
@@ -36,6 +38,10 @@ CONFIG, WEIGHTS, STATS, SCALER = (
     "feature_stats.safetensors",
     "activation_scaler.json",
 )
+
+FORMAT = "steersman.sae"
+"""What the header of weights says that Steersman wrote."""
+_WEIGHTS_SUM = "weights_crc32"
 
 ARCHITECTURES = {
     "standard": "relu",
@@ -82,9 +88,15 @@ class SAELens(Format):
     def read(self, source: Source) -> Parts:
         fields = source.json(CONFIG)
         file = source.tensors(WEIGHTS)
-        own = (fields.get("metadata") or {}).get("steersman") if isinstance(fields.get("metadata"), dict) else None
+        path = source.path(CONFIG)
+        own = section(fields, "metadata", path).get("steersman")
         if own is not None:
             return _read_own(source, own, file)
+        if isinstance(file, SafetensorsFile) and file.metadata.get("format") == FORMAT:
+            raise SteersmanError(
+                f"{path} is not a readable SAE configuration: {WEIGHTS} was written with one that holds "
+                "metadata.steersman; restore it"
+            )
         return _read_saelens(source, _modern(fields, source.path(CONFIG)), file)
 
     def write(self, sae: SAE, path: Path) -> None:
@@ -100,10 +112,15 @@ class SAELens(Format):
 def _read_own(source: Source, own: Any, file: TensorFile) -> Parts:
     path = source.path(CONFIG)
     try:
-        own = dict(own)
+        own = unseal(dict(own), path)
+        weights = own.pop(_WEIGHTS_SUM, None)
+        known = file.metadata if isinstance(file, SafetensorsFile) else {}
+        if weights is not None and known.get(CHECKSUM, weights) != weights:
+            raise SteersmanError(
+                f"{source.path(WEIGHTS)} is not the file that {CONFIG} was written with: they are of different SAEs, "
+                "or a save was cut short; restore them, or save the SAE again"
+            )
         settings = dict(own.pop("config"))
-        for name in ("d_in", "d_sae", "k"):
-            settings[name] = integer(settings.get(name, 0), name, path)
         kind = settings.get("activation")
         if isinstance(kind, str) and kind not in SAE.architectures:
             raise SteersmanError(
@@ -114,7 +131,7 @@ def _read_own(source: Source, own: Any, file: TensorFile) -> Parts:
     except SteersmanError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SteersmanError(f"{path} is not a readable SAE configuration: {error!r}") from error
+        raise SteersmanError(f"{path} is not a readable SAE configuration: {shown(error)}") from error
     tensors = {name: file.entry(name) for name in without_weights(cfg, path).state_dict()}
     stats = _read_stats(source.path(STATS), cfg.d_sae) if source.has(STATS) else None
     return Parts(cfg=cfg, tensors=tensors, file=file, stats=stats, native=True)
@@ -125,11 +142,15 @@ def _modern(fields: dict[str, Any], path: Path) -> dict[str, Any]:
     if isinstance(fields.get("metadata"), dict):  # only version 6 and later have one
         return fields
     flat = {_OLD_NAMES.get(key, key): value for key, value in fields.items()}
-    hook = str(flat.get("hook_name") or "")
+    hook = text(flat, "hook_name", "", path)
     flat.setdefault("architecture", "standard")
-    arguments = flat.get("activation_fn_kwargs") or {}
-    if flat.get("activation_fn") == "topk" and isinstance(arguments, dict) and arguments.get("k") is not None:
-        flat["architecture"], flat["k"] = "topk", arguments["k"]
+    arguments = section(flat, "activation_fn_kwargs", path)
+    refuse(flat, {"activation_fn": ("relu", "topk")}, path)
+    if flat.get("activation_fn") == "topk":
+        refuse(arguments, {"postact_fn": ("relu", "ReLU")}, path)
+        if arguments.get("k") is None and flat.get("k") is None:
+            raise SteersmanError(f"{path} is not a readable SAE configuration: its topk has no k")
+        flat["architecture"], flat["k"] = "topk", arguments.get("k", flat.get("k"))
     norm = flat.get("normalize_activations")
     if isinstance(norm, bool):
         norm = "expected_average_only_in" if norm else "none"
@@ -152,13 +173,14 @@ def _read_saelens(source: Source, fields: dict[str, Any], file: TensorFile) -> P
             f"{path}: cannot read normalize_activations {norm!r}; can read {', '.join(NORMS)} (a whitened SAE must be "
             "folded by SAELens first)"
         )
+    refuse(fields, {"reshape_activations": ("none", "hook_z")}, path)
     scale = _input_scale(source)
     if norm == "expected_average_only_in" and scale is None:
         warnings.append(
             "its inputs were scaled to an average norm in training and the scale is not recorded: activations are "
             "taken as they are"
         )
-    metadata = fields["metadata"] if isinstance(fields.get("metadata"), dict) else {}
+    metadata = section(fields, "metadata", path)
     transcoder = "transcoder" in architecture
     for what in ("d_in", "d_sae"):
         if what not in fields:
@@ -173,20 +195,23 @@ def _read_saelens(source: Source, fields: dict[str, Any], file: TensorFile) -> P
         d_sae=d_sae,
         k=integer(k, "k", path),
         architecture=kind.name,
-        hook_name=to_hook_name(str(metadata.get("hook_name") or "")),
-        model_name=to_model_name(str(metadata.get("model_name") or "")),
-        apply_b_dec_to_input=bool(fields.get("apply_b_dec_to_input", True)) and not transcoder,
+        hook_name=to_hook_name(text(metadata, "hook_name", "", path)),
+        model_name=to_model_name(text(metadata, "model_name", "", path)),
+        apply_b_dec_to_input=flag(fields, "apply_b_dec_to_input", True, path) and not transcoder,
         input_norm=NORMS[norm],  # pyright: ignore[reportArgumentType]
         reshape_heads=fields.get("reshape_activations", "none") == "hook_z",
         transcoder=transcoder,
         d_out=integer(fields["d_out"], "d_out", path) if transcoder and "d_out" in fields else None,
-        hook_name_out=to_hook_name(str(metadata.get("hook_name_out") or "")) if transcoder else "",
+        hook_name_out=to_hook_name(text(metadata, "hook_name_out", "", path)) if transcoder else "",
         skip_connection="skip" in architecture,
         group_sizes=_group_sizes(fields, d_sae, path) if kind.uses_groups else (),
         metadata=_kept(metadata),
     )
-    tensors, factor, ignored = _find(cfg, file, bool(fields.get("finetuning_scaling_factor")))
-    by_norm = bool(fields.get("rescale_acts_by_decoder_norm"))
+    finetuned = fields.get("finetuning_scaling_factor") is not None and flag(
+        fields, "finetuning_scaling_factor", False, path
+    )
+    tensors, factor, ignored = _find(cfg, file, finetuned)
+    by_norm = flag(fields, "rescale_acts_by_decoder_norm", False, path)
     if scale is not None and by_norm and "topk_threshold" in file:
         # Its unit is the pre-activation times the decoder row's length, which folding the input scale shortens.
         tensors["threshold"] = tensors["threshold"].scaled(1 / scale)
@@ -215,16 +240,14 @@ def _input_scale(source: Source) -> float | None:
     scale = source.json(SCALER).get("scaling_factor")
     if scale is None:
         return None
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not (math.isfinite(scale) and scale > 0):
-        raise SteersmanError(f"{source.path(SCALER)}: scaling_factor is {scale!r}, not a positive number")
-    return float(scale)
+    return positive(scale, "scaling_factor", source.path(SCALER))
 
 
 def _group_sizes(fields: dict[str, Any], d_sae: int, path: Path) -> tuple[int, ...]:
     """The sizes of the groups from the widths that the nested SAEs end at."""
     widths = fields.get("matryoshka_widths")
-    if not isinstance(widths, list) or not widths or not all(isinstance(width, int) for width in widths):
-        raise SteersmanError(f"{path}: matryoshka_widths is {widths!r}, not a list of widths")
+    if not isinstance(widths, list) or not widths or not all(type(width) is int for width in widths):
+        raise SteersmanError(f"{path}: matryoshka_widths is {shown(widths)}, not a list of widths")
     ends = widths if widths[-1] == d_sae else [*widths, d_sae]
     return tuple(end - start for start, end in zip([0, *ends[:-1]], ends))
 
@@ -247,6 +270,7 @@ def _find(cfg: SAEConfig, file: TensorFile, finetuned: bool) -> tuple[dict[str, 
 
 
 def _read_stats(path: Path, d_sae: int) -> FeatureStats:
+    check_tensors(path)
     file = SafetensorsFile(path)
     arrays = {name: torch.empty(d_sae) for name in ("max_act", "density", "mean_act")}
     for name, array in arrays.items():
@@ -255,6 +279,8 @@ def _read_stats(path: Path, d_sae: int) -> FeatureStats:
         n_tokens, median = int(file.metadata["n_tokens"]), float(file.metadata["median_norm"])
     except (KeyError, ValueError) as error:
         raise SteersmanError(f"{path} lacks n_tokens or median_norm in its header") from error
+    if n_tokens < 0 or not (math.isfinite(median) and median >= 0):
+        raise SteersmanError(f"{path}: n_tokens {n_tokens} and median_norm {median} in its header are impossible")
     return FeatureStats(**arrays, n_tokens=n_tokens, median_norm=median)
 
 
@@ -263,20 +289,21 @@ def save(sae: SAE, path: str | Path) -> None:
     complete, cfg.json; each of them whole or not at all."""
     path = Path(path)
     make_folder(path)
-    tensors = {name: value.detach().float().contiguous() for name, value in sae.weights().items()}
-    write_whole(path / WEIGHTS, lambda temporary: save_file(tensors, temporary))
+    tensors = {name: value.detach().float() for name, value in sae.weights().items()}
+    save_tensors(path / WEIGHTS, tensors, {"format": FORMAT})
     if sae.feature_stats is None:
         (path / STATS).unlink(missing_ok=True)
     else:
         save_statistics(sae.feature_stats, path)
-    write_json(path / CONFIG, _config_to_json(sae.cfg))
+    sum_of_weights = SafetensorsFile(path / WEIGHTS).metadata[CHECKSUM]
+    write_json(path / CONFIG, _config_to_json(sae.cfg, sum_of_weights))
 
 
 def save_statistics(stats: FeatureStats, path: Path) -> None:
     """Write the feature statistics into the SAE folder `path`."""
-    arrays = {name: getattr(stats, name).contiguous() for name in ("max_act", "density", "mean_act")}
+    arrays = {name: getattr(stats, name) for name in ("max_act", "density", "mean_act")}
     header = {"n_tokens": str(stats.n_tokens), "median_norm": repr(stats.median_norm)}
-    write_whole(path / STATS, lambda temporary: save_file(arrays, temporary, metadata=header))
+    save_tensors(path / STATS, arrays, header)
 
 
 def architecture_name(cfg: SAEConfig) -> str:
@@ -292,7 +319,7 @@ def architecture_name(cfg: SAEConfig) -> str:
     return f"{plain}{'_skip' * cfg.skip_connection}{'_transcoder' * cfg.transcoder}"
 
 
-def _config_to_json(cfg: SAEConfig) -> dict[str, Any]:
+def _config_to_json(cfg: SAEConfig, sum_of_weights: str) -> dict[str, Any]:
     fields = {
         "architecture": architecture_name(cfg),
         "d_in": cfg.d_in,
@@ -307,7 +334,7 @@ def _config_to_json(cfg: SAEConfig) -> dict[str, Any]:
         fields |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
     if cfg.transcoder:
         fields |= {"d_out": cfg.out_width}
-    own = {"config": cfg.record(), **cfg.metadata}
+    own = seal({"config": cfg.record(), **cfg.metadata, _WEIGHTS_SUM: sum_of_weights})
     kept = cfg.metadata.get("saelens")
     metadata = {**kept} if isinstance(kept, dict) else {}
     metadata |= {"model_name": cfg.model_name, "hook_name": cfg.hook_name, "steersman": own}

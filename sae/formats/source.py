@@ -4,17 +4,28 @@ A source knows the names of the files first; a file of the hub is fetched only w
 """
 
 import logging
+import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from steersman.errors import SteersmanError
-from steersman.sae.formats.tensors import TensorFile, open_tensors, read_json
+from steersman.reading import check_regular, read_json_object
+from steersman.sae.formats.npz import NpzFile
+from steersman.sae.formats.pt import PtFile
+from steersman.sae.formats.tensors import SafetensorsFile, TensorFile
 
 log = logging.getLogger(__name__)
 
 _MOST_FILES = 10_000
+_DEEPEST = 3
+"""Folders below the one that is named are looked into that far."""
+_CONFIG_BYTES = 16 << 20
+"""Largest configuration that is read."""
+_ENDINGS = (".json", ".safetensors", ".npz", ".pt", ".pth", ".dcp")
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[^@]+)?)(@(?P<revision>[^@]+))?", re.ASCII)
 
 
@@ -76,22 +87,25 @@ class LocalSource(Source):
         self.folder = path.parent if path.is_file() else path
         self.only = path.name if path.is_file() else None
         self.place = self.folder.resolve().as_posix()
-        self.origin = {"path": path.resolve().as_posix()} if origin is None else origin
-        names = []
-        for child in self.folder.rglob("*"):
-            relative = child.relative_to(self.folder)
-            if len(relative.parts) <= 3 and (child.is_file() or child.suffix == ".dcp"):
-                names.append(relative.as_posix())
-            if len(names) >= _MOST_FILES:
-                break
-        self.names = sorted(names)
+        self.origin = {"path": path.resolve().name} if origin is None else origin
+        self.names = sorted(islice(_files_below(self.folder), _MOST_FILES))
 
     def path(self, name: str) -> Path:
         return self.folder / inside(name)
 
     def above(self, name: str) -> dict[str, Any] | None:
         path = self.folder.resolve().parent / inside(name)
-        return read_json(path) if path.is_file() else None
+        return read_json(path) if os.path.lexists(path) else None
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    """Everything in `folder` and below that is no folder, and folders of a file's name: a link that leads nowhere, a
+    pipe or a folder in the place of a file is there, and an error when it is opened."""
+    for place, folders, files in os.walk(folder):
+        here = Path(place).relative_to(folder)
+        for name in sorted(files) + sorted(name for name in folders if name.endswith(_ENDINGS)):
+            yield (here / name).as_posix()
+        folders[:] = sorted(folders) if len(here.parts) < _DEEPEST - 1 else []
 
 
 class HubSource(Source):
@@ -149,6 +163,26 @@ class HubSource(Source):
             if isinstance(error.__cause__, EntryNotFoundError):
                 return None
             raise
+
+
+def open_tensors(path: Path, below: str | None = None) -> TensorFile:
+    """The tensors of a file, by the ending of its name. `below` is for `.pt` files that keep them one level down."""
+    check_regular(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if path.suffix == ".npz":
+        return NpzFile(path)
+    if path.suffix in (".pt", ".pth"):
+        return PtFile(path, below)
+    raise SteersmanError(f"{path}: tensors are read from .safetensors, .npz and .pt files")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises SteersmanError for anything else."""
+    try:
+        return read_json_object(path, limit=_CONFIG_BYTES)
+    except SteersmanError as error:
+        raise SteersmanError(f"{path} is not a readable SAE configuration: {error}") from error
 
 
 def inside(name: str) -> str:

@@ -4,7 +4,8 @@
 `skip_connection`. `cfg.json`: `activation` (topk or groupmax), `k`, `num_latents` (0 for `d_in * expansion_factor`),
 `d_in`, `transcode`, `skip_connection`. `z = topk(ReLU(x' W_enc^T + b_enc))` with `x' = x - b_dec`, or `x' = x` with
 `transcode`; `y = z W_dec + b_dec (+ x W_skip^T)`. The hook point is the name of the folder: the submodule of the base
-model whose output it is.
+model whose output it is. With `signed`, which versions before 1.0 had, there is no ReLU and the K largest are those by
+absolute value.
 
 Source: eai-sparsify 1.3, `sparse_coder.py`, `fused_encoder.py`, `config.py`.
 """
@@ -13,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from steersman.errors import SteersmanError
-from steersman.files import make_folder, write_json, write_whole
+from steersman.files import make_folder, write_json
 from steersman.sae.base import SAE
 from steersman.sae.config import SAEConfig
-from steersman.sae.formats.base import Format, Parts, integer, matrix, text
+from steersman.sae.formats.base import Format, Parts, flag, integer, matrix, refuse, section, text
 from steersman.sae.formats.names import hook_in_path, to_model_name
 from steersman.sae.formats.source import Source
+from steersman.tensor_files import save_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+_PLAIN = {"cross_layer": (0, False), "n_targets": (0,), "n_sources": (0,), "coalesce_topk": ("none",)}
+"""Keys of its development branches, which write to many layers, and the values at which they change nothing."""
 
 
 class Sparsify(Format):
@@ -41,10 +44,14 @@ class Sparsify(Format):
             raise SteersmanError(f"{path}: cannot read activation {activation!r}; sparsify has topk and groupmax")
         if "k" not in fields or "d_in" not in fields:
             raise SteersmanError(f"{path} is not a readable SAE configuration: it has no k or no d_in")
+        refuse(fields, _PLAIN, path)
+        signed = flag(fields, "signed", False, path)
+        if signed and activation != "topk":
+            raise SteersmanError(f"{path}: cannot read a signed SAE of activation {activation!r}, only of topk")
         d_in = integer(fields["d_in"], "d_in", path)
         d_sae = integer(fields.get("num_latents") or 0, "num_latents", path)
         d_sae = d_sae or d_in * integer(fields.get("expansion_factor", 32), "expansion_factor", path)
-        transcode = bool(fields.get("transcode", False))
+        transcode = flag(fields, "transcode", False, path)
         encoder = file.entry("encoder.weight")
         matrix(encoder)
         hook, model = _origin(source, fields)
@@ -52,13 +59,13 @@ class Sparsify(Format):
             d_in=d_in,
             d_sae=d_sae,
             k=integer(fields["k"], "k", path),
-            architecture=activation,
+            architecture="abs_topk" if signed else activation,
             hook_name=hook,
             model_name=model,
             apply_b_dec_to_input=not transcode,
             transcoder=transcode,
             hook_name_out=hook if transcode else "",  # sparsify reads and writes around one module
-            skip_connection=bool(fields.get("skip_connection", False)),
+            skip_connection=flag(fields, "skip_connection", False, path),
         )
         tensors = {
             "W_enc": encoder.T,
@@ -92,8 +99,7 @@ class Sparsify(Format):
         if cfg.skip_connection:
             tensors["W_skip"] = sae.W_skip.detach()
         make_folder(path)
-        tensors = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
-        write_whole(path / WEIGHTS, lambda temporary: save_file(tensors, temporary))
+        save_tensors(path / WEIGHTS, {name: tensor.float() for name, tensor in tensors.items()})
         fields: dict[str, Any] = {
             "activation": cfg.architecture,
             "expansion_factor": max(1, cfg.d_sae // cfg.d_in),
@@ -114,8 +120,8 @@ class Sparsify(Format):
 
 def _origin(source: Source, fields: dict[str, Any]) -> tuple[str, str]:
     """Hook point and model: as Steersman noted them, else from the folder's name and the run's configuration above."""
-    noted = fields.get("steersman")
-    if isinstance(noted, dict):
-        return str(noted.get("hook_name") or ""), str(noted.get("model_name") or "")
+    path = source.path(CONFIG)
+    if noted := section(fields, "steersman", path):
+        return text(noted, "hook_name", "", path), text(noted, "model_name", "", path)
     run = source.above("config.json") or {}
-    return hook_in_path(source.place), to_model_name(str(run.get("model") or ""))
+    return hook_in_path(source.place), to_model_name(text(run, "model", "", path))

@@ -4,34 +4,27 @@ Nothing here trusts a file: a header is checked against the size of the file bef
 is unpickled but tensors, and every block is looked at for NaN on its way into memory.
 """
 
-import json
 import math
-import pickle
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.progress import progress
+from steersman.reading import check_regular
+from steersman.tensor_files import check_tensors
 
 BLOCK_BYTES = 64 << 20
 """Bytes of a tensor that are read at a time."""
 _BAR_BYTES = 1 << 30
 """Tensors larger than this show a progress bar while they are read."""
-_BOMB_BYTES, _BOMB_RATIO = 64 << 20, 20
-"""Compressed weights that claim to be larger than this and grow by more than this factor are refused: floating-point
-weights hardly compress at all."""
 
-_SAFETENSORS_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -43,6 +36,7 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""What is read, of whatever kind of file, by the names that safetensors has for it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +69,10 @@ class TensorFile(ABC):
                 f"{self.path} has no tensor {name!r}; it has {', '.join(sorted(self.headers)) or 'none'}"
             )
         return Entry(self, name)
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise SteersmanError where the file carries a checksum that its content does not have. One read of it."""
 
     @abstractmethod
     def blocks(self, name: str) -> Iterator[Tensor]:
@@ -140,7 +138,7 @@ class Entry:
         """The number it holds. Raises SteersmanError for more than one, or one that is not finite."""
         if math.prod(self.shape) != 1:
             raise SteersmanError(f"{self.file.path}: {self.name} has shape {list(self.shape)}, it should be one number")
-        value = float(self.read())
+        value = float(self.read().reshape(()))
         if not math.isfinite(value):
             raise SteersmanError(f"{self.file.path}: {self.name} is {value}")
         return value
@@ -165,11 +163,13 @@ class Entry:
                 bad = block.isnan() if allow_infinite else ~block.isfinite()
                 if bool(bad.any()):
                     raise SteersmanError(f"{self.file.path}: {self.name} holds values that are not finite")
-                if block.ndim == 0:
-                    place.copy_(block)
-                else:
-                    place[start : start + len(block)].copy_(block)
-                    start += len(block)
+                part = place if block.ndim == 0 else place[start : start + len(block)]
+                part.copy_(block)
+                if part.dtype != block.dtype and not allow_infinite and not bool(part.isfinite().all()):
+                    raise SteersmanError(
+                        f"{self.file.path}: {self.name} holds values that are too large for {part.dtype}"
+                    )
+                start += 0 if block.ndim == 0 else len(block)
                 bar.update(block.numel() * self.header.dtype.itemsize)
 
 
@@ -179,19 +179,23 @@ class SafetensorsFile(TensorFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.headers = {}
+        check_regular(path)
         try:
             with safe_open(path, framework="pt") as file:
                 self.metadata: dict[str, str] = file.metadata() or {}
                 for name in file.keys():  # noqa: SIM118  (a safe_open is no mapping)
                     piece = file.get_slice(name)
-                    dtype = _SAFETENSORS_DTYPES.get(piece.get_dtype())
+                    dtype = DTYPES.get(piece.get_dtype())
                     if dtype is None:
                         raise SteersmanError(f"{path}: {name} has dtype {piece.get_dtype()}, which is not supported")
                     self.headers[name] = Header(tuple(piece.get_shape()), dtype)
-        except (SafetensorError, ValueError, OverflowError, OSError) as error:
-            if isinstance(error, SteersmanError):
-                raise
+        except SteersmanError:
+            raise
+        except (SafetensorError, ValueError, OverflowError, OSError, RuntimeError, TypeError) as error:
             raise SteersmanError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+    def check(self) -> None:
+        check_tensors(self.path)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         shape = self.headers[name].shape
@@ -204,176 +208,3 @@ class SafetensorsFile(TensorFile):
             # Opened anew for each block: pages of a mapping that is closed no longer count as this process's memory.
             with safe_open(self.path, framework="pt") as file:
                 yield file.get_slice(name)[start : start + rows]
-
-
-class NpzFile(TensorFile):
-    """`.npz`: a zip archive of NumPy arrays. Read without NumPy's loader, which trusts the sizes in the archive."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.headers = {}
-        self._members: dict[str, tuple[str, int, bool]] = {}
-        try:
-            with zipfile.ZipFile(path) as archive:
-                for info in archive.infolist():
-                    self._add(archive, info)
-        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, zlib.error) as error:
-            raise SteersmanError(f"{path} is truncated or not an npz file: {error}") from error
-        total, size = sum(header.n_bytes for header in self.headers.values()), path.stat().st_size
-        if total > _BOMB_BYTES and total > _BOMB_RATIO * size:
-            raise SteersmanError(
-                f"{path} has {size:,} bytes and claims to hold arrays of {total:,}: weights do not compress like that"
-            )
-
-    def _add(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-        if not info.filename.endswith(".npy") or "/" in info.filename or "\\" in info.filename:
-            raise SteersmanError(f"{self.path} holds {info.filename!r}: an npz file of weights holds only arrays")
-        name = info.filename.removesuffix(".npy")
-        with archive.open(info) as stream:
-            try:
-                shape, fortran, dtype = _read_npy_header(stream)
-            except Exception as error:  # NumPy reads it as Python source, which fails in many ways
-                raise SteersmanError(f"{self.path}: the header of {name} cannot be read: {error}") from error
-            start = stream.tell()
-        if dtype.hasobject or dtype.fields is not None or dtype.kind not in "fiub":
-            raise SteersmanError(f"{self.path}: {name} holds {dtype}, which is not numbers: it is not read")
-        if any(not isinstance(n, int) or n < 0 for n in shape):
-            raise SteersmanError(f"{self.path}: {name} has the impossible shape {shape}")
-        declared = math.prod(shape) * dtype.itemsize
-        if info.file_size - start != declared:
-            raise SteersmanError(
-                f"{self.path}: {name} of shape {list(shape)} should take {declared:,} bytes, the archive holds "
-                f"{info.file_size - start:,}"
-            )
-        try:
-            torch_dtype = torch.from_numpy(np.zeros(1, dtype.newbyteorder("="))).dtype
-        except TypeError as error:
-            raise SteersmanError(f"{self.path}: {name} holds {dtype}, which is not supported") from error
-        if name in self.headers:
-            raise SteersmanError(f"{self.path} holds {name} twice")
-        self.headers[name] = Header(shape, torch_dtype)
-        self._members[name] = (dtype.str, start, fortran and len(shape) > 1)
-
-    def entry(self, name: str) -> "Entry":
-        entry = super().entry(name)
-        if self._members[name][2]:
-            raise SteersmanError(f"{self.path}: {name} is stored in Fortran order, which is not supported")
-        return entry
-
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        header, (dtype, start, _) = self.headers[name], self._members[name]
-        rows = self._rows_at_a_time(name) if header.shape else 1
-        row_shape = header.shape[1:]
-        row_bytes = math.prod(row_shape) * np.dtype(dtype).itemsize
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
-                stream.read(start)
-                for first in range(0, header.shape[0] if header.shape else 1, rows):
-                    n = min(rows, header.shape[0] - first) if header.shape else 1
-                    data = stream.read(n * row_bytes)
-                    if len(data) != n * row_bytes:
-                        raise SteersmanError(f"{self.path} is truncated: {name} ends early")
-                    array = np.frombuffer(data, dtype).astype(np.dtype(dtype).newbyteorder("="))
-                    yield torch.from_numpy(array.reshape((n, *row_shape) if header.shape else ()))
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-            raise SteersmanError(f"{self.path} is truncated or damaged at {name}: {error}") from error
-
-
-def _read_npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(stream)
-    raise ValueError(f"version {version} of the npy format")
-
-
-class PtFile(TensorFile):
-    """`.pt`: tensors that `torch.save` wrote. Opened with `weights_only=True`: a file that would run code is refused.
-
-    `below` names an entry of the saved dictionary that holds the tensors. What is not a tensor is in `others`.
-    """
-
-    def __init__(self, path: Path, below: str | None = None) -> None:
-        super().__init__(path)
-        self._below = below
-        tensors, self.others = self._open()
-        for key, value in tensors.items():
-            if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-                raise SteersmanError(f"{path}: {key} is not a plain dense tensor")
-        self.headers = {key: Header(tuple(value.shape), value.dtype) for key, value in tensors.items()}
-        # A mapped file is opened anew for each block, as a safetensors file is; an old one is in memory already.
-        self._held = None if zipfile.is_zipfile(path) else tensors
-
-    def _open(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors, and everything else."""
-        saved, others, path = _load_pt(self.path), {}, self.path
-        if not isinstance(saved, dict):
-            raise SteersmanError(f"{path} holds a {type(saved).__name__}, not a dictionary of tensors")
-        if self._below is not None and self._below in saved:
-            others = {str(key): value for key, value in saved.items() if key != self._below}
-            saved = saved[self._below]
-            if not isinstance(saved, dict):
-                raise SteersmanError(f"{path}: {self._below!r} holds a {type(saved).__name__}, not tensors")
-        others |= {str(key): value for key, value in saved.items() if not isinstance(value, Tensor)}
-        return {str(key): value for key, value in saved.items() if isinstance(value, Tensor)}, others
-
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        shape = self.headers[name].shape
-        rows = self._rows_at_a_time(name) if shape else 1
-        for start in range(0, shape[0] if shape else 1, rows):
-            tensor = (self._held or self._open()[0])[name].detach()
-            yield tensor[start : start + rows] if shape else tensor
-
-
-def _load_pt(path: Path) -> Any:
-    try:
-        zipped = zipfile.is_zipfile(path)  # raises for archives of several parts
-        if zipped:
-            with zipfile.ZipFile(path) as archive:
-                packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
-                if packed:
-                    raise SteersmanError(
-                        f"{path} holds compressed entries ({packed[0]}), which torch.save never writes"
-                    )
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        if "GLOBAL" in str(error) or "Unsupported" in str(error) or "global" in str(error):
-            raise SteersmanError(
-                f"{path} holds more than tensors, and reading it would run code from the file: it is refused"
-            ) from error
-        raise SteersmanError(f"{path} is truncated or not a file of tensors: {reason}") from error
-    except SteersmanError:
-        raise
-    except Exception as error:  # the reader of a damaged file fails in many ways
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise SteersmanError(f"{path} is truncated or not a file of tensors: {reason}") from error
-
-
-def open_tensors(path: Path, below: str | None = None) -> TensorFile:
-    """The tensors of a file, by the ending of its name. `below` is for `.pt` files that keep them one level down."""
-    if not path.is_file():
-        raise SteersmanError(f"{path} is missing")
-    if path.suffix == ".safetensors":
-        return SafetensorsFile(path)
-    if path.suffix == ".npz":
-        return NpzFile(path)
-    if path.suffix in (".pt", ".pth"):
-        return PtFile(path, below)
-    raise SteersmanError(f"{path}: tensors are read from .safetensors, .npz and .pt files")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises SteersmanError for anything else."""
-    try:
-        if path.stat().st_size > 64 << 20:
-            raise SteersmanError(f"{path} is too large for a configuration")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, SteersmanError):
-            raise
-        raise SteersmanError(f"{path} is not a readable SAE configuration: {error}") from error
-    if not isinstance(value, dict):
-        raise SteersmanError(f"{path} is not a readable SAE configuration: it holds no JSON object")
-    return value

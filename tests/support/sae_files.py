@@ -21,7 +21,7 @@ def write_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Path:
         if path.suffix == ".json":
             path.write_text(json.dumps(content))
         elif path.suffix == ".safetensors":
-            save_file(dict(content), path)
+            save_file({key: value.detach().contiguous() for key, value in content.items()}, path)
         elif path.suffix == ".npz":
             np.savez(path, **{key: np.asarray(value) for key, value in content.items()})  # pyright: ignore[reportArgumentType]
         else:
