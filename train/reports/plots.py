@@ -1,26 +1,31 @@
 """Pictures of a training run."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from steersman.files import write_bytes
 from steersman.sae import FeatureStats
 
 
 def plot_run(metrics: list[dict[str, Any]], stats: FeatureStats, folder: Path) -> None:
-    """Write `loss.png` (FVU and dead fraction over tokens) and `density.png` (histogram of feature densities)."""
+    """Write `loss.png` (FVU and dead fraction over tokens) and `density.png` (histogram of feature densities).
+
+    Raises SteersmanError when they cannot be written.
+    """
     from matplotlib.figure import Figure
 
     tokens = [line["tokens"] for line in metrics]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(tokens, [line["fvu"] for line in metrics], color="C0")
+    axes.plot(tokens, [line.get("fvu", np.nan) for line in metrics], color="C0")
     axes.set(xlabel="tokens", ylabel="FVU (training batches)", yscale="log")
     twin = axes.twinx()
-    twin.plot(tokens, [100 * line["dead_share"] for line in metrics], color="C1", linewidth=1)
+    twin.plot(tokens, [100 * line.get("dead_share", np.nan) for line in metrics], color="C1", linewidth=1)
     twin.set_ylabel("dead features (%)", color="C1")
-    figure.savefig(folder / "loss.png", dpi=120)
+    _save(figure, folder / "loss.png")
 
     density = stats.density.numpy()
     alive = density[density > 0]
@@ -30,4 +35,10 @@ def plot_run(metrics: list[dict[str, Any]], stats: FeatureStats, folder: Path) -
         axes.hist(np.log10(alive), bins=50, color="C0")
     axes.set(xlabel="log10 of the fraction of tokens", ylabel="features")
     axes.set_title(f"{len(alive)} of {len(density)} features fired on {stats.n_tokens:,} tokens", fontsize=10)
-    figure.savefig(folder / "density.png", dpi=120)
+    _save(figure, folder / "density.png")
+
+
+def _save(figure: Any, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
+    write_bytes(path, content.getvalue())

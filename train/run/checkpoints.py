@@ -6,29 +6,38 @@
   and counters of the latents that the process updates; what does not belong to latents is in the first one's file;
 - `state.json`: the step, the SAE's configuration, and the size and latents of each file.
 
-Everything is written to `.writing-00001000`, synced, and renamed when the last process has finished its part.
+All of them carry checksums, which are compared before anything is resumed from them. Everything is written to
+`.writing-00001000-of-00004` (by four processes), synced, and renamed when the last process has finished its part. Of
+what lies in these folders, only the files that are named here are ever removed.
 """
 
-import json
 import os
-import shutil
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.files import fsync_folder, write_json, write_whole
+from steersman.files import fsync_folder, temporary_path, write_json
+from steersman.folders import remove_folder
 from steersman.parallel import RankGroup
+from steersman.reading import read_json_object
 from steersman.sae import SAE, SAEConfig
 from steersman.sae.formats.saelens import CONFIG
+from steersman.sealed import seal, unseal
+from steersman.tensor_files import check_tensors, save_tensors
 
 STATE = "state.json"
+_FOLDER = re.compile(r"step_(\d{8,})")
+_UNFINISHED = re.compile(r"\.writing-\d{8,}(?:-of-(\d{5,}))?")
+_PART = re.compile(r"state(?:-\d{5,}-of-\d{5,})?\.safetensors")
+_EVERY = (0, 1 << 62)
 
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
@@ -57,19 +66,37 @@ def latent_dim(sae: SAE, name: str, tensor: Tensor) -> int | None:
     return 0 if kind == "rule" and dim is not None else dim  # a rule's state is latent-major
 
 
+def part_name(index: int, size: int) -> str:
+    """The file of one of `size` processes.
+
+    >>> part_name(2, 4), part_name(0, 1)
+    ('state-00002-of-00004.safetensors', 'state.safetensors')
+    """
+    return f"state-{index:05d}-of-{size:05d}.safetensors" if size > 1 else "state.safetensors"
+
+
 class Checkpoints:
     """The checkpoints of one run. With several processes, each has one of these and all call its methods together."""
 
-    def __init__(self, folder: Path, keep: int, group: RankGroup | None = None) -> None:
-        """`group` holds all processes of the run and is used by the thread alone."""
-        self.folder, self.keep, self.group = folder, keep, group or RankGroup()
+    def __init__(self, folder: Path, keep: int, group: RankGroup | None = None, keep_also: int | None = None) -> None:
+        """`keep` of them are kept, the newest, and that of step `keep_also`. `group` holds all processes of the run
+        and, while one is written, is used by the thread alone."""
+        self.folder, self.keep, self.group, self.keep_also = folder, keep, group or RankGroup(), keep_also
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def clear_unfinished(self) -> None:
         """Delete what a killed run was writing. For one process, before the others start."""
-        for unfinished in self.folder.glob(".writing*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        for child in self.folder.iterdir():
+            if (found := _UNFINISHED.fullmatch(child.name)) and child.is_dir():
+                names = [part_name(index, int(found[1] or 1)) for index in range(int(found[1] or 1))]
+                _remove(child, [STATE, *names])
+
+    def remove(self, step: int) -> None:
+        """Delete a checkpoint: the files that it lists, what lists them last."""
+        folder = self.folder_of(step)
+        with suppress(SteersmanError):  # one that cannot be read stays
+            _remove(folder, [*(record["name"] for record in read_state(folder)["files"]), STATE])
 
     # Writing
 
@@ -108,76 +135,170 @@ class Checkpoints:
             self._error = error
 
     def _write(self, step: int, tensors: dict[str, Tensor], latents: tuple[int, int], state: dict[str, Any]) -> None:
-        temporary = self.folder / f".writing-{step:08d}"
+        index, n = self.group.index, self.group.size
+        temporary = self.folder / (f".writing-{step:08d}" + (f"-of-{n:05d}" if n > 1 else ""))
         problem: Exception | None = None
         size = 0
         try:
             temporary.mkdir(exist_ok=True)
-            file = temporary / self._name(self.group.index)
-            for name in tensors:  # one after another, so that the transposed ones are not all held twice
-                tensors[name] = tensors[name].contiguous()
-            write_whole(file, lambda path: save_file(tensors, path))
+            file = temporary / part_name(index, n)
+            save_tensors(file, tensors)
             size = file.stat().st_size
-        except (OSError, SafetensorError, SteersmanError) as error:
+        except (OSError, SteersmanError) as error:
             problem = error
         parts = self.group.all_gather(torch.tensor([problem is None, size, *latents])).tolist()
+        written = all(part[0] for part in parts)
         try:
-            if problem is None and self.group.index == 0 and all(part[0] for part in parts):
+            if written and index == 0:
                 self._commit(temporary, step, parts, state)
         except (OSError, SteersmanError) as error:
             problem = error
-        if problem is not None or not all(part[0] for part in parts):
+        if problem is not None or not written:
             failed = [rank for rank, part in enumerate(parts) if not part[0]]
-            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                _remove(temporary, [part_name(index, n), *([STATE] if index == 0 else [])])
             what = problem or f"rank {', '.join(map(str, failed))} could not write its part"
             raise SteersmanError(
-                f"{self.folder}: checkpoint {step} could not be written: {what}; earlier ones are intact: free space "
-                "and run the same command again to resume"
+                f"{self.folder}: checkpoint {step} could not be written: {getattr(what, 'strerror', None) or what}; "
+                "earlier ones are intact: free space and run the same command again to resume"
             ) from problem
-
-    def _name(self, index: int) -> str:
-        return f"state-{index:05d}-of-{self.group.size:05d}.safetensors" if self.group.size > 1 else "state.safetensors"
 
     def _commit(self, temporary: Path, step: int, parts: list[list[int]], state: dict[str, Any]) -> None:
         files = [
-            {"name": self._name(index), "bytes": size, "latents": [start, stop]}
+            {"name": part_name(index, len(parts)), "bytes": size, "latents": [start, stop]}
             for index, (_, size, start, stop) in enumerate(parts)
         ]
-        write_json(temporary / STATE, state | {"files": files})
-        final = self.folder / f"step_{step:08d}"
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        write_json(temporary / STATE, seal(state | {"files": files}))
+        final = self.folder_of(step)
+        if (final / STATE).is_file():
+            self.remove(step)
+        if final.exists():  # with something of the user's in it
+            for record in [*files, {"name": STATE}]:
+                os.replace(temporary / record["name"], final / record["name"])
+            temporary.rmdir()
+        else:
+            os.replace(temporary, final)
         fsync_folder(self.folder)
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / f"step_{old:08d}")
+            if old != self.keep_also:
+                self.remove(old)
 
     # Reading
 
+    def folder_of(self, step: int) -> Path:
+        """Where the checkpoint of `step` is, or would be."""
+        return self.folder / f"step_{step:08d}"
+
     def steps(self) -> list[int]:
         """The steps of which there is a checkpoint, in order."""
-        return sorted(int(child.name.removeprefix("step_")) for child in self.folder.glob("step_*"))
+        found = ((_FOLDER.fullmatch(child.name), child) for child in self.folder.glob("step_*"))
+        return sorted(int(match[1]) for match, child in found if match and (child / STATE).is_file())
 
-    def load(self, latents: Callable[[str], tuple[int, int]]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest checkpoint's tensors, of each the part of `latents(name)`, and its state; None if there is none.
+    def load(
+        self, latents: Callable[[str], tuple[int, int]], step: int | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors of a checkpoint, the newest if no step is given, of each the part of `latents(name)`, and its
+        state; None if there is none.
 
-        Raises a SteersmanError that names a file which is missing, cut short or damaged.
+        Each process compares the checksums of its share of the files. Raises a SteersmanError that names a file which
+        is missing, cut short or damaged, on all of them.
         """
         steps = self.steps()
-        return load_checkpoint(self.folder / f"step_{steps[-1]:08d}", latents) if steps else None
+        if not steps:
+            return None
+        step = steps[-1] if step is None else step
+        folder, problem = self.folder_of(step), None
+        try:
+            for number, record in enumerate(read_state(folder)["files"]):
+                if number % self.group.size == self.group.index:
+                    check_tensors(folder / record["name"])
+        except SteersmanError as error:
+            problem = error
+        intact = self.group.all_gather(torch.tensor([problem is None])).flatten().tolist()
+        with self.naming(step):
+            if problem is not None:
+                raise problem
+            if not all(intact):
+                raise SteersmanError(f"{folder}: a file of it that rank {intact.index(False)} read is damaged")
+            return load_checkpoint(folder, latents, check=False)
+
+    @contextmanager
+    def naming(self, step: int) -> Iterator[None]:
+        """The block reads the checkpoint of `step`: its errors say what to do about it."""
+        try:
+            with readable(self.folder_of(step)):
+                yield
+        except SteersmanError as error:
+            before = [other for other in self.steps() if other < step]
+            instead = f"resume from step {before[-1]}" if before else "begin again"
+            raise SteersmanError(f"{error}; delete {self.folder_of(step)} to {instead}") from error
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """What a checkpoint lacks, or holds in another form than expected, becomes a SteersmanError that names it."""
+    try:
+        yield
+    except SteersmanError:
+        raise
+    except KeyError as error:
+        raise SteersmanError(f"{folder} cannot be read: it lacks {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise SteersmanError(f"{folder} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `state.json` of a checkpoint holds. Raises a SteersmanError, naming it, for anything but a state."""
+    path = folder / STATE
+    state = unseal(read_json_object(path), path)
+    axes, files = state.get("axes"), state.get("files")
+    well_formed = (
+        _whole(state.get("step"))
+        and isinstance(state.get("sae"), dict)
+        and all(isinstance(state.get(name, 1.0), int | float) for name in ("scale", "scale_out"))
+        and isinstance(axes, dict)
+        and all(axis in (0, 1) for axis in axes.values())
+        and isinstance(files, list)
+        and all(isinstance(record, dict) and _is_file_record(record) for record in files)
+    )
+    if not well_formed:
+        raise SteersmanError(f"{path} is not the state of a checkpoint")
+    return state
+
+
+def _is_file_record(record: dict[str, Any]) -> bool:
+    latents = record.get("latents")
+    named = isinstance(record.get("name"), str) and _PART.fullmatch(record["name"]) is not None
+    ranged = isinstance(latents, list) and len(latents) == 2 and all(map(_whole, latents)) and latents[0] <= latents[1]
+    return named and ranged and _whole(record.get("bytes"))
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _remove(folder: Path, names: list[str]) -> None:
+    """Remove the files called `names`, whole or half written, and the folder if nothing else is in it."""
+    remove_folder(folder, [one for name in names for one in (temporary_path(folder / name).name, name)])
 
 
 def load_checkpoint(
-    folder: Path, latents: Callable[[str], tuple[int, int]]
+    folder: Path, latents: Callable[[str], tuple[int, int]], *, check: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the parts of a checkpoint that belong to some latents; see `Checkpoints.load`."""
-    try:
-        state = json.loads((folder / STATE).read_text())
-        parts: dict[str, list[Tensor]] = {}
-        axes: dict[str, int] = state["axes"]
+    """Read the parts of a checkpoint that belong to some latents, after comparing all checksums if `check` says so; see
+    `Checkpoints.load`."""
+    state = read_state(folder)
+    parts: dict[str, list[Tensor]] = {}
+    axes: dict[str, int] = state["axes"]
+    with readable(folder):
         for record in sorted(state["files"], key=lambda record: record["latents"]):
             path = folder / record["name"]
+            if not path.is_file():
+                raise SteersmanError(f"{folder} cannot be read: {record['name']} is missing")
             if path.stat().st_size != record["bytes"]:
-                raise ValueError(f"{record['name']} was cut short or altered")
+                raise SteersmanError(f"{folder} cannot be read: {record['name']} was cut short or altered")
+            if check:
+                check_tensors(path)
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     part = _overlap(file.get_slice(name), axes.get(name), record["latents"], latents(name))
@@ -187,9 +308,7 @@ def load_checkpoint(
             name: torch.cat(found, dim=axes.get(name, 0)) if len(found) > 1 else found[0]
             for name, found in parts.items()
         }
-        return tensors, state
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise SteersmanError(f"{folder} cannot be read ({error}); delete it to resume from the one before") from error
+    return tensors, state
 
 
 def _overlap(stored: Any, axis: int | None, held: list[int], wanted: tuple[int, int]) -> Tensor | None:
@@ -224,11 +343,11 @@ def checkpoint_to_sae(path: str | Path) -> SAE:
         if not steps:
             raise SteersmanError(f"{folder} holds no checkpoint: name a run folder or one of its checkpoints/step_*")
         folder = folder / "checkpoints" / f"step_{steps[-1]:08d}"
-    tensors, state = load_checkpoint(folder, lambda _: (0, 1 << 62))
-    sae = SAE(SAEConfig.from_record(state["sae"]))
-    with torch.no_grad():
+    tensors, state = load_checkpoint(folder, lambda _: _EVERY)
+    with readable(folder), torch.no_grad():
+        sae = SAE(SAEConfig.from_record(state["sae"]))
         for name, value in sae.state_dict().items():
             value.copy_(tensors.get(f"ema.{state_key(name)}", tensors[f"sae.{name}"]))
-    sae.normalize_decoder()
-    sae.fold_scales(state["scale"], state.get("scale_out", state["scale"]))
+        sae.normalize_decoder()
+        sae.fold_scales(state["scale"], state.get("scale_out", state["scale"]))
     return sae

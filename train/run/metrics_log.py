@@ -40,7 +40,7 @@ class MetricsLogger:
         self._clock, self._since = now, step
         line = {"step": step, "tokens": step * recipe.batch_size, **metrics}
         if self._file is not None:
-            self.folder.append(self._file, line)
+            self._file.append(line)
         self._bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("loss", "fvu", "l0", "dead_share")})
         if self._wandb is not None:
             self._wandb.log(line, step=step)
@@ -60,12 +60,17 @@ def _start_wandb(folder: RunFolder, config: TrainConfig, recipe: Recipe) -> Any:
     import wandb
 
     try:
-        return wandb.init(
+        known = folder.wandb_id(config.wandb_project)
+        run = wandb.init(
             project=config.wandb_project,
             name=folder.path.name,
             dir=str(folder.path),
             config=asdict(config) | {"recipe": asdict(recipe)},
+            id=known,
             resume="allow",
         )
-    except wandb.Error as error:
+        if known is None:
+            folder.set_wandb_id(config.wandb_project, run.id)
+        return run
+    except (wandb.Error, OSError) as error:
         raise SteersmanError(f"Weights & Biases: {error} WANDB_MODE=offline logs to the run folder.") from error

@@ -9,8 +9,9 @@ The defaults come from sweeps on real and planted data (`scripts/bench/recipe.py
 """
 
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
 from steersman.config import setting
@@ -107,7 +108,12 @@ class TrainConfig:
     kernels: Implementation = setting("auto", identity=False)
     """Implementation of the SAE's arithmetic: triton (NVIDIA GPUs), torch, or auto, the faster that the device has."""
     wandb_project: str | None = setting(None, identity=False)
-    """Weights & Biases project to log to as well; None does not."""
+    """Weights & Biases project to log to as well; None does not. A resumed run goes on with its run there."""
+    extend: bool = setting(False, identity=False)
+    """Whether the run in the folder, finished or not, may go on to more `tokens` than it was made for. It goes back to
+    the checkpoint where the learning rate began to fall, which is kept for this, and ends with the same bits as a run
+    of the greater length with the first one's rates, batch size and other settings; the rate falls over the same
+    fraction of the steps, at the new end. A folder without a run is trained as usual."""
     options: dict[str, Any] = setting(default_factory=dict)
     """Settings that the architecture has of its own, by name; those left out are at its defaults."""
 
@@ -175,7 +181,7 @@ class TrainConfig:
 _ON_DISK = {"architecture": "activation"}
 """Fields that files know by another name."""
 _RECORDED_IF_SET = ("options", "hook_out")
-_UNRECORDED = ("latent_shards", "model_ranks", "timeout_seconds")
+_UNRECORDED = ("latent_shards", "model_ranks", "timeout_seconds", "extend")
 _NO_IDENTITY = {field.name for field in fields(TrainConfig) if not field.metadata.get("identity", True)}
 
 
@@ -203,6 +209,42 @@ class Recipe:
         down = (self.n_steps - step) / self.decay_steps if self.decay_steps else 1.0
         return min(1.0, up, down)
 
+    @property
+    def decay_start(self) -> int:
+        """How many steps are done when the learning rate begins to fall: until then, nothing depends on `n_steps`."""
+        return self.n_steps - self.decay_steps
+
+    def of_length(self, n_steps: int, decay: float) -> "Recipe":
+        """The same with more steps, of which the fraction `decay` at the end is that in which the rate falls."""
+        return replace(self, n_steps=n_steps, decay_steps=round(decay * n_steps))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], where: str | os.PathLike[str]) -> "Recipe":
+        """The schedule that a file holds; SteersmanError, naming `where` it stands, for anything else."""
+        try:
+            recipe = cls(**record)
+        except TypeError:
+            recipe = None
+        if recipe is None or not all(_is_count(name, value) for name, value in asdict(recipe).items()):
+            raise SteersmanError(f"{where}: its recipe is not the schedule of a run")
+        return recipe
+
+
+def _is_count(name: str, value: Any) -> bool:
+    if name == "lr":
+        return isinstance(value, int | float) and 0 < value < math.inf
+    return isinstance(value, int) and not isinstance(value, bool) and value >= (name in ("batch_size", "n_steps"))
+
+
+def tokens_of(config: TrainConfig, n_rows: int | None) -> int:
+    """How many rows a run takes, where there are `n_rows` to train on (None: endless)."""
+    tokens = config.tokens if config.tokens is not None else n_rows
+    if tokens is None:
+        raise SteersmanError("an endless stream of activations needs --tokens: how many to train on")
+    if tokens == 0 or n_rows == 0:
+        raise SteersmanError("no rows are left to train on beside those that are held out: give more text")
+    return tokens
+
 
 def resolve(config: TrainConfig, d_in: int, n_rows: int | None) -> Recipe:
     """Fill in what `config` leaves open for activations of width d_in and `n_rows` rows to train on (None: endless).
@@ -211,11 +253,7 @@ def resolve(config: TrainConfig, d_in: int, n_rows: int | None) -> Recipe:
     >>> recipe.batch_size, recipe.n_steps, round(recipe.lr, 4)
     (1024, 976, 0.0063)
     """
-    tokens = config.tokens if config.tokens is not None else n_rows
-    if tokens is None:
-        raise SteersmanError("an endless stream of activations needs --tokens: how many to train on")
-    if tokens == 0 or n_rows == 0:
-        raise SteersmanError("no rows are left to train on beside those that are held out: give more text")
+    tokens = tokens_of(config, n_rows)
     batch_size = config.batch_size or min(4096, max(512, 1 << round(math.log2(max(1, tokens / 1000)))))
     batch_size = min(batch_size, tokens) if n_rows is None else min(batch_size, tokens, n_rows)
     n_steps = tokens // batch_size

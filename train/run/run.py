@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from steersman.train.reports.plots import plot_run
 from steersman.train.run.batches import split_options, training_batches
 from steersman.train.run.checkpoints import Checkpoints
 from steersman.train.run.metrics_log import MetricsLogger
-from steersman.train.run.recipe import TrainConfig, resolve
+from steersman.train.run.recipe import Recipe, TrainConfig, resolve, tokens_of
 from steersman.train.run.run_folder import RunFolder
 from steersman.train.run.trainer import Trainer
 from steersman.train.store.batch import ActivationSource
@@ -55,11 +55,11 @@ class Run:
         self.config, self.ranks, self.device = config, ranks or Ranks(Mesh()), pick_device(config.device)
         hook = source.hook_name
         self.source = source if config.hook_out is None else _with_target(source, config.hook_out)
+        rows = _rows(source, config)
         with using(config.kernels, self.device):
-            self.recipe = resolve(config, source.d_in, _rows(source, config))
+            self.recipe = resolve(config, source.d_in, rows)
         data = {"hook_name": hook, "model_name": source.model_name, "fingerprint": source.fingerprint}
-        training, recipe = config.record(), asdict(self.recipe)
-        self.cfg = SAEConfig(
+        cfg = SAEConfig(
             d_in=source.d_in,
             d_sae=config.d_sae,
             k=config.k,
@@ -67,17 +67,25 @@ class Run:
             options=config.options,
             hook_name=hook,
             model_name=source.model_name,
-            metadata={"version": __version__, "training": training | recipe, "data": data["fingerprint"]},
             **self._transcoder(),
         )
-        record = {"training": training, "recipe": recipe, "data": data}
-        self.ranks.on_rank_zero(lambda: Checkpoints(RunFolder(out, record).checkpoints, 1).clear_unfinished())
-        self.folder = RunFolder(out, record)
-        self.finished = self.folder.finished
-        """Whether the folder held the trained SAE when it was opened."""
-        self.checkpoints = Checkpoints(self.folder.checkpoints, config.keep_checkpoints, self.ranks.background)
+        record = {"training": config.record(), "recipe": asdict(self.recipe), "data": data}
+        self.folder, tokens = RunFolder(out), tokens_of(config, rows)
+        known, self.finished = self.ranks.on_rank_zero(lambda: self.folder.open(record, config, tokens))
+        """`finished`: whether the folder held the trained SAE when it was opened."""
+        self.recipe = Recipe(**known["recipe"])
+        metadata = {"version": __version__, "training": config.record() | known["recipe"], "data": data["fingerprint"]}
+        extended = {"extended": known["extended"]} if known.get("extended") else {}
+        self.cfg = replace(cfg, metadata=metadata | extended)
+        self.checkpoints = Checkpoints(
+            self.folder.checkpoints, config.keep_checkpoints, self.ranks.background, self.recipe.decay_start
+        )
         self.trainer: Trainer
         self._logger: MetricsLogger
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        self.folder.close()
 
     def _transcoder(self) -> dict[str, Any]:
         """What of an SAE's configuration makes a transcoder of it."""
@@ -110,6 +118,8 @@ class Run:
         else:
             with closing(batches_of(self)) as batches:
                 self.trainer.fit_encoder_scale(next(batches))
+        if self.n_steps_done < self.recipe.n_steps:
+            self._check_space()
         zero = self.ranks.is_rank_zero
         self._logger = MetricsLogger(self.folder, self.config, self.recipe, self.n_steps_done, rank_zero=zero)
         with closing(self._logger):
@@ -119,6 +129,12 @@ class Run:
                 self.checkpoints.settle()
         self.checkpoints.wait()
 
+    def _check_space(self) -> None:
+        """Before the first step: is there room for a checkpoint beside those that are there, and for the SAE?"""
+        needed = torch.tensor([self.trainer.state_bytes(), self.trainer.weight_bytes()])
+        total = int(self.ranks.control.all_reduce_sum_(needed).sum())
+        self.ranks.on_rank_zero(lambda: self.folder.check_space(total, "a checkpoint and the finished SAE"))
+
     @property
     def n_steps_done(self) -> int:
         return self.trainer.n_steps_done
@@ -127,6 +143,12 @@ class Run:
         """One step on this replica's rows of a batch, logged."""
         self.trainer.step(rows)
         self._logger.step_done(self.n_steps_done, self.trainer.read_metrics)
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        """Whether the state after the last step is one to keep."""
+        step, recipe = self.n_steps_done, self.recipe
+        return step == recipe.decay_start or (step < recipe.n_steps and step % self.config.checkpoint_every == 0)
 
     def save(self) -> None:
         """Write a checkpoint, in the background."""
@@ -173,8 +195,14 @@ class Run:
                 sae.feature_stats = features.stats(stats.median_norm)
                 sae.cfg.metadata["heldout"] = result.record()
                 log.info("held out: FVU %.4f, L0 %.1f, dead %.2f %%", result.fvu, result.l0, 100 * result.dead_fraction)
-                plot_run(self.folder.metrics(), sae.feature_stats, self.folder.path)
-                sae.save(self.folder.path)
+                try:
+                    plot_run(self.folder.metrics(), sae.feature_stats, self.folder.path)
+                    self.folder.retract()
+                    sae.save(self.folder.path)
+                except (SteersmanError, OSError) as error:
+                    raise SteersmanError(
+                        f"{error}; the checkpoints are intact: mend this and run the same command again to resume"
+                    ) from error
 
         ranks.on_rank_zero(save)
         del self.trainer  # its memory is that of the next run
@@ -241,7 +269,10 @@ def _take_steps(runs: Sequence[Run], preemption: Preemption) -> None:
             for run in runs:
                 if run.n_steps_done < step <= run.recipe.n_steps:
                     run.step(x)
+            due = [run for run in runs if run.n_steps_done == step and run.is_checkpoint_due]
             if step == stop:
+                for run in due:
+                    run.save()
                 return
             if preemption.now():
                 for run in runs:
@@ -251,9 +282,8 @@ def _take_steps(runs: Sequence[Run], preemption: Preemption) -> None:
                 raise preemption.error(
                     f"asked to end at step {step}, which is saved; the same command resumes from here"
                 )
-            for run in runs:
-                if run.n_steps_done == step < run.recipe.n_steps and step % run.config.checkpoint_every == 0:
-                    run.save()
+            for run in due:
+                run.save()
 
 
 def train_sae(
@@ -301,6 +331,7 @@ def train_sae(
         if source_here is not None:  # else this rank has run the model for the others
             source_here, ranks = _opened(source_here, config, rank, n_ranks, stack)
             run = Run(source_here, config, Path(out), ranks)
+            stack.callback(run.close)
             if run.finished:
                 log.info("%s is finished; loading it", out)
             else:

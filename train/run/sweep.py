@@ -73,6 +73,7 @@ def train_many(
                 if mesh not in ranks_of:
                     ranks_of[mesh] = stack.enter_context(Ranks(mesh, run.config.timeout_seconds))
                 opened[name] = Run(source, run.config, Path(out) / name, ranks_of[mesh])
+                stack.callback(opened[name].close)
         groups: dict[tuple[object, ...], list[Run]] = {}
         for run in opened.values():
             if not run.finished:

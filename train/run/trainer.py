@@ -11,6 +11,7 @@ Shape letters: N tokens of a batch, L latents of this rank, D width.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -197,6 +198,15 @@ class Trainer:
                 own[name] = tensor
         return own
 
+    def state_bytes(self) -> int:
+        """Bytes that this rank writes in a checkpoint."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._state().values())
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that this rank moves."""
+        whole = sum(tensor.numel() * tensor.element_size() for tensor in self.sae.state_dict().values())
+        return whole * (self.owned[1] - self.owned[0]) // max(1, self.held[1] - self.held[0])
+
     def save(self, checkpoints: Checkpoints) -> None:
         """Have the state written as a checkpoint, in the background."""
         tensors = self._state()
@@ -214,12 +224,16 @@ class Trainer:
         newest = checkpoints.load(lambda name: self.held if _of_held(name) else self.owned)
         if newest is None:
             return False
-        tensors, state = newest
-        with torch.no_grad():
-            for name, value in self.sae.state_dict().items():
-                value.copy_(tensors[f"sae.{name}"])
-            for name, average in self.ema.items():
-                average.copy_(tensors[f"ema.{state_key(name)}"])
+        with checkpoints.naming(newest[1]["step"]):
+            self._restore(*newest)
+        return True
+
+    @torch.no_grad()
+    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        for name, value in self.sae.state_dict().items():
+            value.copy_(tensors[f"sae.{name}"])
+        for name, average in self.ema.items():
+            average.copy_(tensors[f"ema.{state_key(name)}"])
         self.updater.restore(tensors)
         self.dead_latents.restore(tensors["silent_steps"])
         further = [name for name in tensors if name.startswith("sums.")]
@@ -234,7 +248,6 @@ class Trainer:
         log_every = state["sae"]["metadata"].get("training", {}).get("log_every", self.config.log_every)
         self.n_steps_summed = state.get("steps_summed", self.n_steps_done % log_every)
         torch.set_rng_state(tensors["rng"])
-        return True
 
     @torch.no_grad()
     def finish(self) -> SAE:
