@@ -5,15 +5,19 @@ flags win over the file). A mistake is one line on standard error and exit code 
 else, and that the same command resumes, is one line and exit code 75, on which a scheduler can queue it again.
 """
 
+import contextlib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from steersman.allocator import keep_freed_memory
 from steersman.errors import LostRankError, SteersmanError, UnfinishedError, near_names
+from steersman.files import check_place
 from steersman.flag_help import help_text
 from steersman.flags import config_type, in_words_of_the_shell, parse
 
@@ -31,31 +35,58 @@ class Command(NamedTuple):
     help: str
     resumes: bool = False
     """Whether the same command, run again, goes on where an interrupted one stopped."""
+    writes: Mapping[str, Literal["file", "folder"]] = {}
+    """The settings that name what it writes; the places are tried before the work."""
 
     def load(self) -> Callable[[Any], None]:
         module, name = self.function.split(":")
         return getattr(import_module(module), name)
 
 
+FOLDER: Mapping[str, Literal["file", "folder"]] = {"out": "folder"}
+FILE: Mapping[str, Literal["file", "folder"]] = {"out": "file"}
+
 COMMANDS: dict[str, Command] = {
-    "quickstart": Command("steersman.demo.quickstart:run", "see everything at once on the bundled model", resumes=True),
-    "cache": Command("steersman.commands.cache:run", "run a model over text and store its activations", resumes=True),
-    "train": Command("steersman.commands.train:run", "train an SAE on a store, or straight from a model", resumes=True),
-    "sweep": Command("steersman.commands.sweep:run", "train many SAEs from one reading of a store", resumes=True),
-    "eval": Command("steersman.commands.eval:run", "measure an SAE: reconstruction, effect on the model"),
-    "features": Command("steersman.commands.features:run", "see what each feature fires on and writes"),
+    "quickstart": Command(
+        "steersman.demo.quickstart:run", "see everything at once on the bundled model", resumes=True, writes=FOLDER
+    ),
+    "cache": Command(
+        "steersman.commands.cache:run", "run a model over text and store its activations", resumes=True, writes=FOLDER
+    ),
+    "train": Command(
+        "steersman.commands.train:run", "train an SAE on a store, or straight from a model", resumes=True, writes=FOLDER
+    ),
+    "sweep": Command(
+        "steersman.commands.sweep:run", "train many SAEs from one reading of a store", resumes=True, writes=FOLDER
+    ),
+    "eval": Command("steersman.commands.eval:run", "measure an SAE: reconstruction, effect on the model", writes=FILE),
+    "features": Command("steersman.commands.features:run", "see what each feature fires on and writes", writes=FILE),
     "plan": Command("steersman.commands.plan:run", "memory, network and time that a training run needs"),
-    "steer": Command("steersman.commands.steer:run", "generate text with features turned up or down"),
+    "steer": Command("steersman.commands.steer:run", "generate text with features turned up or down", writes=FILE),
     "inspect": Command("steersman.commands.inspect:run", "see what an SAE's files hold, in any format"),
-    "convert": Command("steersman.commands.convert:run", "write an SAE in another library's format"),
-    "vector make": Command("steersman.commands.vector_make:run", "a steering vector from examples or a feature"),
+    "convert": Command(
+        "steersman.commands.convert:run", "write an SAE in another library's format", writes={"target": "folder"}
+    ),
+    "vector make": Command(
+        "steersman.commands.vector_make:run", "a steering vector from examples or a feature", writes=FILE
+    ),
     "vector show": Command("steersman.commands.vector_show:run", "what is known of vectors, and their cosines"),
-    "vector calibrate": Command("steersman.commands.vector_calibrate:run", "scale a vector to what it may cost"),
-    "vector convert": Command("steersman.commands.vector_convert:run", "between safetensors and GGUF"),
-    "evaluate": Command("steersman.commands.evaluate:run", "measure a vector against its baselines"),
-    "effects": Command("steersman.commands.effects:run", "measure what steering vectors do to features", resumes=True),
-    "target": Command("steersman.commands.target:run", "make the vector that raises chosen features (SAE-TS)"),
-    "decompose": Command("steersman.commands.decompose:run", "take vectors apart into signed features"),
+    "vector calibrate": Command(
+        "steersman.commands.vector_calibrate:run", "scale a vector to what it may cost", writes=FILE
+    ),
+    "vector convert": Command("steersman.commands.vector_convert:run", "between safetensors and GGUF", writes=FILE),
+    "evaluate": Command("steersman.commands.evaluate:run", "measure a vector against its baselines", writes=FOLDER),
+    "effects": Command(
+        "steersman.commands.effects:run", "measure what steering vectors do to features", resumes=True, writes=FOLDER
+    ),
+    "target": Command(
+        "steersman.commands.target:run", "make the vector that raises chosen features (SAE-TS)", writes=FILE
+    ),
+    "decompose": Command(
+        "steersman.commands.decompose:run",
+        "take vectors apart into signed features",
+        writes={"out": "file", "plot": "file"},
+    ),
 }
 """Subcommands, of one word or two."""
 
@@ -117,11 +148,41 @@ def run(argv: list[str]) -> None:
         sys.exit(0)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("steersman").setLevel(logging.INFO)
-    function = COMMANDS[name].load()
-    config = parse(config_type(function), rest, f"steersman {name}")
-    quiet_transformers()
+    with _ending_at_once(name):
+        function = COMMANDS[name].load()
+        config = parse(config_type(function), rest, f"steersman {name}")
+        quiet_transformers()
     with in_words_of_the_shell(type(config)):
+        _check_places(COMMANDS[name], config)
         function(config)
+
+
+def _check_places(command: Command, config: Any) -> None:
+    """Refuse what cannot be written to before anything is loaded."""
+    from steersman.parallel import rank_and_world_size  # here, as it loads PyTorch
+
+    rank, n_ranks = rank_and_world_size()
+    for field, kind in command.writes.items():
+        if rank == 0 and getattr(config, field) is not None:
+            check_place(getattr(config, field), kind, keep=kind == "file" or n_ranks > 1)
+
+
+@contextlib.contextmanager
+def _ending_at_once(name: str) -> Iterator[None]:
+    """Within the block Ctrl-C ends the process: libraries that are being loaded catch and bury the exception."""
+
+    def end(*_: object) -> None:
+        print(f"steersman: {_interrupted([name])}", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _command(argv: list[str]) -> tuple[str | None, list[str]]:

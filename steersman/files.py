@@ -5,17 +5,27 @@ reader, and a power cut, find the old file or the new one, never a part of eithe
 under the temporary name is taken over by the next one that writes the file.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
 from steersman.errors import SteersmanError
 
-__all__ = ["format_bytes", "fsync_folder", "make_folder", "write_bytes", "write_json", "write_text", "write_whole"]
+__all__ = [
+    "check_place",
+    "format_bytes",
+    "fsync_folder",
+    "make_folder",
+    "write_bytes",
+    "write_json",
+    "write_text",
+    "write_whole",
+]
 
 
 def temporary_path(path: Path) -> Path:
@@ -73,6 +83,43 @@ def make_folder(path: str | os.PathLike[str]) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SteersmanError(f"{path} cannot be made: {error.strerror or error}") from error
+
+
+def check_place(path: str | os.PathLike[str], kind: Literal["file", "folder"], *, keep: bool = False) -> None:
+    """Refuse a place that no file, or no folder with files in it, can be written to: for before the work.
+
+    It is tried with a file of no bytes, which goes again, as do the folders made for it unless they are to be kept.
+
+    Raises SteersmanError: a name that is empty or too long, a folder in place of a file or the other way around, what
+    is neither, a place that cannot be written to.
+    """
+    place = Path(path)
+    if not os.fspath(path).strip():
+        raise SteersmanError(f"the {kind} to write to has no name")
+    try:
+        if kind == "file" and place.is_dir():
+            raise SteersmanError(f"{path} is a folder: name a file to write")
+        if kind == "file" and place.exists() and not place.is_file():
+            raise SteersmanError(f"{path} is no regular file, so it is not written over")
+        if kind == "folder" and place.exists() and not place.is_dir():
+            raise SteersmanError(f"{path} is a file: name a folder to write to")
+        folder = place if kind == "folder" else place.parent
+        made = [one for one in (folder, *folder.parents) if not one.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe = temporary_path(place) if kind == "file" else folder / f".probe.{os.getpid()}.tmp"
+            probe.touch()
+            probe.unlink()
+        finally:
+            for one in () if keep else made:
+                with contextlib.suppress(OSError):  # not empty: somebody else uses it by now
+                    one.rmdir()
+    except (OSError, ValueError) as error:
+        if isinstance(error, SteersmanError):
+            raise
+        raise SteersmanError(
+            f"{str(path)[:200]} cannot be written: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def fsync_folder(folder: str | os.PathLike[str]) -> None:
