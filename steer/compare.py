@@ -8,6 +8,8 @@ degeneration, so the repetition rate and the fraction of distinct bigrams stand 
 
 import json
 import textwrap
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
@@ -21,7 +23,9 @@ from steersman.sae import SAE
 from steersman.steer.edit_report import EditReport
 from steersman.steer.feature_values import parse_features
 from steersman.steer.measures import distinct, generated_tokens, repetition_rate, token_kl, token_nll
-from steersman.steer.steerer import Steerer
+from steersman.steer.steerer import Steerer, Steering
+from steersman.steer.vectors.vector import SteeringVector
+from steersman.visible import visible
 
 DEFAULT_PROMPTS = ("Once upon a time",)  # not the field's default: a flag that may be repeated adds to its default
 
@@ -29,17 +33,17 @@ DEFAULT_PROMPTS = ("Once upon a time",)  # not the field's default: a flag that 
 @renamed_fields(model="", sae="", device="", kernels="", dtype="")
 @dataclass(frozen=True, kw_only=True)
 class SteerConfig:
-    """What to do to an SAE's features, and on which prompts to look at it."""
+    """How to steer, and on which prompts to look at it."""
 
-    feature: tuple[str, ...]
+    feature: tuple[str, ...] = ()
     """Features with their strengths, as `id=strength` (or `id` for strength 1); several are edited at once."""
     prompt: tuple[str, ...] = ()
     """Prompts to continue, in one batch; without any, "Once upon a time"."""
     mode: str = "add"
-    """Edit mode: add, clamp, floor, scale or project_out."""
-    units: str = "max_act"
-    """Unit of the strengths: raw, max_act (multiples of the largest activation in training) or norm_frac (of the
-    median norm). The modes scale and project_out take a plain factor and need raw."""
+    """Edit mode of the features: add, clamp, floor, scale or project_out."""
+    units: str = "raw"
+    """Unit of the features' strengths: raw activations, max_act (multiples of the largest activation in training) or
+    norm_frac (of the median norm). The modes scale and project_out take a plain factor and need raw."""
     scope: str = "all"
     """Tokens to steer: all, prompt, generation, last_prompt, a window such as 2:10, or tokens:15,27."""
     include_bos: bool = False
@@ -68,11 +72,11 @@ class TextPair:
     """The steered continuation."""
     unsteered: str | None
     """The unsteered continuation, or None when it was not asked for."""
-    kl_mean: float
-    """Mean over the steered text's generated tokens of KL(steered || base), in nats."""
-    kl_p95: float
+    kl_mean: float | None
+    """Mean over the steered text's generated tokens of KL(steered || base), in nats; None where none was generated."""
+    kl_p95: float | None
     """95th percentile of the same."""
-    nll: float
+    nll: float | None
     """Mean negative log-likelihood per generated token of the steered text under the unsteered model, in nats."""
     unsteered_nll: float | None
     """The same for the unsteered text."""
@@ -89,31 +93,35 @@ class Comparison:
     pairs: list[TextPair]
     """One entry per prompt."""
     edit: EditReport | None
-    """Achieved activations and collateral over the steered tokens; None when the scope met no token."""
-    kl_mean: float
-    """Mean KL(steered || base) over all generated tokens, in nats."""
-    kl_p95: float
+    """Achieved activations and collateral of the features over the steered tokens; None without features, and when the
+    scope met no token."""
+    n_steered: int
+    """Tokens that were steered, over the finished texts."""
+    kl_mean: float | None
+    """Mean KL(steered || base) over all generated tokens, in nats; None where none was generated."""
+    kl_p95: float | None
     """95th percentile over all generated tokens."""
 
     def to_text(self, width: int = 110) -> str:
         """Texts side by side, with the measures beneath them."""
         lines = []
         for pair in self.pairs:
-            lines += [f"prompt: {pair.prompt}", ""]
+            lines += [f"prompt: {visible(pair.prompt)}", ""]
             lines += _columns(pair.unsteered, pair.steered, width)
             base = "" if pair.unsteered_nll is None else f" (unsteered text {pair.unsteered_nll:.2f})"
             lines += [
                 "",
-                f"KL per token {pair.kl_mean:.3f}, p95 {pair.kl_p95:.3f}   NLL unsteered model {pair.nll:.2f}{base}   "
+                f"KL per token {_number(pair.kl_mean, 3)}, p95 {_number(pair.kl_p95, 3)}   "
+                f"NLL unsteered model {_number(pair.nll, 2)}{base}   "
                 f"repetition {pair.repetition:.2f}   distinct-2 {pair.distinct_2:.2f}",
                 "",
             ]
-        if self.edit is None:
+        if not self.n_steered:
             lines.append("no token was steered: the scope met none")
-        else:
+        elif self.edit is not None:
             lines.append(str(self.edit))
         if len(self.pairs) > 1:
-            lines.append(f"all prompts: KL per token {self.kl_mean:.3f}, p95 {self.kl_p95:.3f}")
+            lines.append(f"all prompts: KL per token {_number(self.kl_mean, 3)}, p95 {_number(self.kl_p95, 3)}")
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -121,41 +129,51 @@ class Comparison:
         return json.dumps(asdict(self), indent=2)
 
 
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def _columns(left: str | None, right: str, width: int) -> list[str]:
+    right = visible(right, newline="↵ ")
     if left is None:
         return ["steered", *(textwrap.wrap(right, width) or [""])]
     half = (width - 3) // 2
+    left = visible(left, newline="↵ ")
     rows = zip_longest(textwrap.wrap(left, half), textwrap.wrap(right, half), fillvalue="")
     return [f"{'unsteered':<{half}} | steered", *(f"{a:<{half}} | {b}" for a, b in rows)]
 
 
-def steer_and_compare(lm: LanguageModel, sae: SAE, config: SteerConfig) -> Comparison:
-    """Continue the prompts with the features edited (and, with `compare`, without) and measure the difference.
+def steer_and_compare(
+    lm: LanguageModel,
+    sae: SAE | None,
+    config: SteerConfig,
+    vectors: Sequence[tuple[SteeringVector, float]] = (),
+) -> Comparison:
+    """Continue the prompts steered (and, with `compare`, unsteered) and measure the difference.
 
-    Raises SteersmanError for every mistake `Steerer.features` knows, before anything is generated.
+    Steered by the features of `config`, for which an SAE is needed, and by `vectors`, each times its scale, together.
+
+    Raises SteersmanError for every mistake that `Steerer.features` and `Steerer.vector` know, and where there is
+    nothing to steer by, before anything is generated.
     """
     settings: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
     if config.temperature > 0:
         settings |= {"temperature": config.temperature, "top_p": config.top_p, "do_sample": True, "seed": config.seed}
     elif config.temperature < 0 or config.top_p is not None:
         raise SteersmanError("top_p needs a temperature above 0, and a temperature is never negative")
-    steering = Steerer(lm).features(
-        sae,
-        parse_features(config.feature),
-        mode=config.mode,
-        units=config.units,
-        scope=config.scope,
-        hook=config.hook,
-        include_bos=config.include_bos,
-        measure=True,
-    )
+    steerings = _steerings(lm, sae, config, vectors)
     prompts = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt or DEFAULT_PROMPTS)
     plain = lm.generate(prompts, **settings) if config.compare else None
-    with steering:
+    with ExitStack() as stack:
+        for steering in steerings:
+            stack.enter_context(steering)
         text = lm.generate(prompts, **settings)
-    with steering:  # entered anew: the report is over each token of the finished texts once
+    with ExitStack() as stack:  # entered anew: the report is over each token of the finished texts once
+        for steering in steerings:
+            stack.enter_context(steering)
         forced = lm.logits(text.tokens, text.attention_mask, prompt_length=text.prompt_length)
-    edit = steering.report() if steering.trace.count else None
+    n_steered = max(steering.trace.count for steering in steerings)
+    edit = steerings[0].report() if config.feature and steerings[0].trace.count else None
     base = lm.logits(text.tokens, text.attention_mask)
     chosen = generated_tokens(text)
     kl, nll = token_kl(forced, base)[:, :-1], token_nll(base, text.tokens)
@@ -165,23 +183,46 @@ def steer_and_compare(lm: LanguageModel, sae: SAE, config: SteerConfig) -> Compa
     pairs = []
     for i, prompt in enumerate(prompts):
         tokens = text.new_tokens[i][text.new_mask[i].bool()].tolist()
-        row_kl = kl[i][chosen[i]]
         pairs.append(
             TextPair(
                 prompt=prompt,
                 steered=text.completions[i],
                 unsteered=None if plain is None else plain.completions[i],
-                kl_mean=float(row_kl.mean()),
-                kl_p95=float(row_kl.quantile(0.95)),
-                nll=float(nll[i][chosen[i]].mean()),
+                kl_mean=_mean(kl[i][chosen[i]]),
+                kl_p95=_p95(kl[i][chosen[i]]),
+                nll=_mean(nll[i][chosen[i]]),
                 unsteered_nll=None if plain is None or plain_nll is None else _row_mean(plain_nll, plain, i),
                 repetition=repetition_rate(tokens),
                 distinct_2=distinct(tokens),
             )
         )
     every = kl[chosen]
-    return Comparison(pairs=pairs, edit=edit, kl_mean=float(every.mean()), kl_p95=float(every.quantile(0.95)))
+    return Comparison(pairs=pairs, edit=edit, n_steered=n_steered, kl_mean=_mean(every), kl_p95=_p95(every))
 
 
-def _row_mean(nll: Tensor, text: Generation, row: int) -> float:
-    return float(nll[row][generated_tokens(text)[row]].mean())
+def _steerings(
+    lm: LanguageModel, sae: SAE | None, config: SteerConfig, vectors: Sequence[tuple[SteeringVector, float]]
+) -> list[Steering]:
+    """The contexts to open, that of the features first."""
+    if not config.feature and not vectors:
+        raise SteersmanError("nothing to steer by: give --feature id=strength, or --vector")
+    where: dict[str, Any] = {"scope": config.scope, "include_bos": config.include_bos}
+    opened: list[Steering] = []
+    if config.feature:
+        if sae is None:
+            raise SteersmanError("features are those of an SAE: give --sae, the SAE")
+        features, how = parse_features(config.feature), {"mode": config.mode, "units": config.units}
+        opened.append(Steerer(lm).features(sae, features, hook=config.hook, measure=True, **how, **where))
+    return opened + [Steerer(lm).vector(vector, scale=scale, **where) for vector, scale in vectors]
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.mean()) if values.numel() else None
+
+
+def _p95(values: Tensor) -> float | None:
+    return float(values.quantile(0.95)) if values.numel() else None
+
+
+def _row_mean(nll: Tensor, text: Generation, row: int) -> float | None:
+    return _mean(nll[row][generated_tokens(text)[row]])

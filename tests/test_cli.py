@@ -186,7 +186,9 @@ def test_a_dead_feature_has_no_max_act(work: Path, capsys: pytest.CaptureFixture
     with torch.no_grad():
         sae.feature_stats.max_act[5] = 0
     sae.save(work / "dead")
-    line = fails(capsys, "steer", "--model", MODEL, "--sae", str(work / "dead"), "--feature", "5=2")
+    line = fails(
+        capsys, "steer", "--model", MODEL, "--sae", str(work / "dead"), "--feature", "5=2", "--units", "max_act"
+    )
     assert "5" in line
     assert "max_act" in line
 

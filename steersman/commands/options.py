@@ -1,15 +1,20 @@
 """What several commands share: loading what their flags name."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import wraps
 from typing import Any
+
+from torch import Tensor
 
 from steersman.config import setting
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.kernels import Implementation, using
 from steersman.lm import LanguageModel
+from steersman.lm.load import local_folder
 from steersman.sae import SAE
 from steersman.steer.methods import Examples, as_examples, read_examples
 from steersman.text import read_texts
@@ -35,6 +40,84 @@ class ComputeOptions:
     def load_sae(self, name: str) -> SAE:
         """The SAE `name`, a folder, file or hub id."""
         return SAE.load(name, pick_device(self.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrintOptions:
+    """How results are printed."""
+
+    json: bool = setting(False, identity=False)
+    """Print the results as JSON, for programs, in place of the table."""
+
+    def show(self, text: Callable[[], str], record: Any) -> None:
+        """Print the results: as `text()`, or `record` as JSON."""
+        print(as_json(record) if self.json else text())
+
+    def note(self, line: str) -> None:
+        """Print a line beside the results, which is none of them."""
+        if not self.json:
+            print(line)
+
+
+def as_json(record: Any) -> str:
+    """A result as JSON that every parser reads: numbers that are not finite are null."""
+    return json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def hook_points(
+    hook: str | Sequence[str] | None, layer: int | Sequence[int] | None, model: str | None, revision: str | None = None
+) -> tuple[str, ...]:
+    """The hook points that `--hook` and `--layer` name together: layer N is `blocks.N.hook_resid_post`, the state after
+    it, and -1 the last one of the model, a folder or hub id, whose configuration alone is read."""
+    named = [hook] if isinstance(hook, str) else list(hook or ())
+    layers = [layer] if isinstance(layer, int) else list(layer or ())
+    if isinstance(layer, int) and hook:
+        raise SteersmanError("give either --hook or --layer, not both")
+    return (*named, *(f"blocks.{_layer(number, model, revision)}.hook_resid_post" for number in layers))
+
+
+def hook_point(hook: str | None, layer: int | None, model: str | None, revision: str | None = None) -> str | None:
+    """The one hook point that `--hook` or `--layer` names; None where neither is given."""
+    found = hook_points(hook, layer, model, revision)
+    return found[0] if found else None
+
+
+def _layer(number: int, model: str | None, revision: str | None) -> int:
+    if number >= 0:
+        return number
+    if model is None:
+        raise SteersmanError(
+            f"--layer {number} counts from a model's last layer, and there is no --model: count from 0"
+        )
+    n_layers = model_config(model, revision).get_text_config().num_hidden_layers
+    if n_layers + number < 0:
+        raise SteersmanError(f"--layer {number}: {model} has {n_layers} layers, so -{n_layers} to {n_layers - 1}")
+    return n_layers + number
+
+
+def model_config(model: str, revision: str | None = None) -> Any:
+    """The configuration of a model, a folder or hub id, without its weights."""
+    from transformers import AutoConfig
+
+    folder = local_folder(model)
+    try:
+        return AutoConfig.from_pretrained(model if folder is None else str(folder), revision=revision)
+    except Exception as error:  # whatever transformers makes of a damaged or missing file
+        raise SteersmanError(f"the configuration of {model} cannot be read: {error}") from error
 
 
 def on_kernels(run: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -1,24 +1,80 @@
 """`steersman steer`."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
-from steersman.commands.options import ComputeOptions, on_kernels
+from steersman.commands.options import ComputeOptions, PrintOptions, hook_point, on_kernels
 from steersman.config import part_of
-from steersman.steer import SteerConfig, steer_and_compare
+from steersman.errors import SteersmanError
+from steersman.files import write_json
+from steersman.sae import SAE
+from steersman.steer import SteerConfig, SteeringVector, parse_features, steer_and_compare
+from steersman.text import read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerCommand(SteerConfig, ComputeOptions):
-    """Continue prompts with an SAE's features edited and without, side by side, with what the edit cost."""
+class SteerCommand(SteerConfig, ComputeOptions, PrintOptions):
+    """Continue prompts steered, by an SAE's features or by vectors or both, and unsteered, side by side, with what the
+    steering cost."""
 
     model: str
     """Folder or hub id of the model."""
-    sae: str
-    """Folder, file or hub id of the SAE."""
+    sae: str | None = None
+    """Folder, file or hub id of the SAE, for --feature."""
+    vector: tuple[str, ...] = ()
+    """Vector file to add, as FILE or FILE=scale; several are added at once, and to what --feature does."""
+    prompts: str | None = None
+    """File of prompts, one per line (or .jsonl with text), beside those of --prompt."""
+    layer: int | None = None
+    """Layer in place of --hook: the state after it, counted from 0; -1 is the last."""
+    out: str | None = None
+    """Also write texts and figures to this JSON file."""
 
 
 @on_kernels
 def run(config: SteerCommand) -> None:
     """`steersman steer`."""
-    sae, lm = config.load_sae(config.sae), config.load_model(config.model)
-    print(steer_and_compare(lm, sae, part_of(SteerConfig, config)).to_text())
+    if not config.feature and not config.vector:
+        raise SteersmanError("nothing to steer by: give --feature id=strength with --sae, or --vector FILE")
+    if config.feature and config.sae is None:
+        raise SteersmanError("--feature needs --sae: the SAE whose features they are")
+    vectors = [_scaled(text) for text in config.vector]
+    prompts = () if config.prompts is None else tuple(read_texts(config.prompts))
+    hook = hook_point(config.hook, config.layer, config.model, config.revision)
+    settings = replace(part_of(SteerConfig, config), prompt=(*config.prompt, *prompts), hook=hook)
+    sae = None if config.sae is None or not config.feature else config.load_sae(config.sae)
+    found = steer_and_compare(config.load_model(config.model), sae, settings, vectors)
+    if sae is not None and config.units == "raw" and config.mode in ("add", "clamp", "floor"):
+        for line in _in_largest_activations(sae, parse_features(config.feature)):
+            config.note(line)
+    config.show(found.to_text, found)
+    if config.out is not None:
+        write_json(config.out, asdict(found), ensure_ascii=False)
+        config.note(f"written to {config.out}")
+
+
+def _in_largest_activations(sae: SAE, features: dict[int, float]) -> list[str]:
+    """How large raw strengths are, beside what the features do by themselves."""
+    if sae.feature_stats is None:
+        return []
+    largest = {j: float(sae.feature_stats.max_act[j]) for j in features}
+    return [
+        f"feature {j}: strength {strength:g} is {strength / largest[j]:.2g} times its largest activation"
+        for j, strength in features.items()
+        if largest[j] > 0
+    ]
+
+
+def _scaled(text: str) -> tuple[SteeringVector, float]:
+    """The vector and the scale of `FILE` or `FILE=scale`."""
+    path, equals, scale = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return SteeringVector.load(text), 1.0
+    try:
+        number = float(scale)
+    except ValueError:
+        raise SteersmanError(f"--vector {text}: {scale!r} is no scale; write FILE or FILE=scale") from None
+    if not math.isfinite(number):
+        raise SteersmanError(f"--vector {text}: the scale must be a finite number")
+    return SteeringVector.load(path), number
