@@ -79,6 +79,8 @@ class Meter:
         """Measure the steered tokens of one pass: h and h' [B, S, D]."""
         everywhere = torch.ones(fwd.batch, fwd.length, dtype=torch.bool, device=h.device)
         rows, places = (everywhere if isinstance(where, bool) else where).nonzero(as_tuple=True)
+        if not len(rows):
+            return
         for part in torch.arange(len(rows), device=rows.device).split(CHUNK):
             r, s = rows[part], places[part]
             self._add(h[r, s].float(), new[r, s].float(), fwd, r)
