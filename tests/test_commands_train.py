@@ -60,7 +60,7 @@ def test_a_sweep_trains_each_combination(work: Path, tmp_path: Path, capsys: pyt
 def test_streaming_has_the_settings_of_caching(work: Path, tmp_path: Path) -> None:
     def train(out: str, *flags: str) -> SAE:
         source = ["--model", MODEL, "--text", str(work / "stories.txt"), "--hook", HOOKS[0], "--buffer-rows", "2048"]
-        sizes = ["--d-sae", "32", "--k", "2", "--tokens", "2000", "--batch-size", "200", "--contexts", "2"]
+        sizes = ["--d-sae", "32", "--k", "2", "--tokens", "2000", "--batch-size", "200", "--model-batch-size", "2"]
         main(["train", *source, *sizes, "--out", str(tmp_path / out), *flags])
         return SAE.load(tmp_path / out)
 
@@ -81,7 +81,7 @@ def test_a_text_that_is_held_out_whole(work: Path, tmp_path: Path, capsys: pytes
     ("flags", "message"),
     [
         (["--context-length", "64"], "--context-length is for training straight from a model"),
-        (["--contexts", "8"], "--contexts is for training straight from a model"),
+        (["--model-batch-size", "8"], "--model-batch-size is for training straight from a model"),
         (["--dtype", "bfloat16"], "--dtype is for training straight from a model"),
         (["--option", "p=0.5"], "architecture 'topk' has no option 'p'"),
         (["--option", "p"], "option 'p' is not of the form name=value"),

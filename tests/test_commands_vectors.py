@@ -156,12 +156,15 @@ def test_groups_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "message"),
     [
         (["make", "--out", "v.safetensors"], "make it from examples"),
-        (["make", "--data", "{}/pairs.jsonl", "--out", "v.safetensors"], "examples need --model and --hook"),
+        (
+            ["make", "--data", "{}/pairs.jsonl", "--out", "v.safetensors"],
+            "examples need --model, and --hook or --layer",
+        ),
         (["make", "--data", "{}/none.jsonl", "--out", "v.safetensors"], "cannot be read"),
         (["make", "--data", "{}/pairs.jsonl", "--positive", "x", "--out", "v"], "not both"),
         (["make", "--negative", "{}/texts.txt", "--out", "v"], "--negative needs --positive"),
         (["make", "--sae", "{}/none", "--out", "v"], "--sae needs --feature"),
-        (["make", "--out", "v", "--layer", "3"], "no flag --layer"),
+        (["make", "--out", "v", "--lawyer", "3"], "no flag --lawyer; near it: --layer"),
         (["show", "--vector", "{}/none.safetensors"], "none.safetensors: no such file"),
         (["show", "--vector", "{}/texts.txt"], "not a safetensors file"),
         (["convert", "--vector", "{}/v.safetensors"], "out"),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steersman.commands.options import ComputeOptions, on_kernels
+from steersman.commands.options import ComputeOptions, PrintOptions, as_json, hook_point, on_kernels
 from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.files import write_json
@@ -20,12 +20,13 @@ from steersman.steer import (
 from steersman.steer.decompose import Decomposition, plot_decompositions
 from steersman.text import read_texts
 from steersman.train import ActivationStore, HookView
+from steersman.visible import visible
 
 RETENTION_TEXTS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecomposeCommand(DecomposeConfig, ComputeOptions):
+class DecomposeCommand(DecomposeConfig, ComputeOptions, PrintOptions):
     """Take steering vectors apart into signed features of an SAE, with what must be known to believe it."""
 
     vector: tuple[str, ...]
@@ -34,6 +35,8 @@ class DecomposeCommand(DecomposeConfig, ComputeOptions):
     """Folder, file or hub id of the SAE, of the vectors' hook point."""
     hook: str = ""
     """Hook point, for an SAE that records none."""
+    layer: int | None = None
+    """Layer in place of --hook: the state after it, counted from 0; -1, the last, with --model."""
     labels: str | None = None
     """JSON with feature names: {id: name}, or what `steersman features` wrote; by default features.json in the SAE's
     folder, else with --model the tokens that each feature promotes."""
@@ -68,6 +71,7 @@ def run(config: DecomposeCommand) -> None:
         raise SteersmanError("--retention needs --model and --text: what to steer, and the texts to measure on")
     if config.text is not None and not (config.retention or config.method == "behaviour"):
         raise SteersmanError("--text is read by --retention and by --method behaviour only")
+    hook = hook_point(config.hook, config.layer, config.model, config.revision) or ""
     vectors = [SteeringVector.load(path) for path in config.vector]
     sae = config.load_sae(config.sae)
     lm = None if config.model is None else config.load_model(config.model)
@@ -84,25 +88,28 @@ def run(config: DecomposeCommand) -> None:
         negative=None if config.negative is None else read_texts(config.negative),
         activations=None if config.store is None else _activations(config.store, sae),
         effect_map=None if config.effects is None else EffectMap.load(config.effects),
-        hook=config.hook,
+        hook=hook,
     )
     records: list[dict[str, Any]] = []
     for path, one in zip(config.vector, found):
         records.append({"vector": path, **one.to_dict()})
-        print(f"{path}\n{one.to_text()}")
+        config.note(f"{path}\n{visible(one.to_text(), newline=chr(10))}")
         if config.retention and lm is not None and texts is not None:
-            kept = measure_retention(one, lm, texts, scale=config.strength, hook=config.hook)
+            kept = measure_retention(one, lm, texts, scale=config.strength, hook=hook)
             records[-1]["retention"] = kept.to_dict()
-            print(kept.to_text())
-        print()
+            config.note(kept.to_text())
+        config.note("")
     if config.plot is not None:
         names = {Path(path).stem if len(set(config.vector)) > 1 else config.method: one
                  for path, one in zip(config.vector, found)}  # fmt: skip
         plot_decompositions(names, config.plot)
-        print(f"curves drawn to {config.plot}")
+        config.note(f"curves drawn to {config.plot}")
     if config.out is not None:
         write_json(config.out, records, indent=1, ensure_ascii=False)
-        print(f"written to {config.out}")
+        config.note(f"written to {config.out}")
+
+    if config.json:
+        print(as_json(records))
 
 
 def _labels(config: DecomposeCommand) -> dict[int, str] | None:

@@ -1,11 +1,13 @@
 """`steersman effects`."""
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from steersman.commands.options import ComputeOptions, on_kernels
+from steersman.commands.options import ComputeOptions, PrintOptions, hook_point, on_kernels
 from steersman.config import part_of
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.parallel import rank_and_world_size
 from steersman.steer import (
@@ -14,11 +16,14 @@ from steersman.steer import (
 from steersman.steer.effects.collect import collect_effects
 from steersman.steer.effects.config import EffectsConfig
 from steersman.steer.effects.map_file import NAME
-from steersman.text import read_texts
+from steersman.text import SUFFIXES, read_texts
+
+log = logging.getLogger(__name__)
 
 
+@renamed_fields(vector_files="vector")
 @dataclass(frozen=True, kw_only=True)
-class EffectsCommand(EffectsConfig, ComputeOptions):
+class EffectsCommand(EffectsConfig, ComputeOptions, PrintOptions):
     """Measure what many steering vectors do to an SAE's features, and fit the map from vectors to effects."""
 
     out: str = field()  # a field of its own: the one of EffectsConfig has a default
@@ -31,8 +36,14 @@ class EffectsCommand(EffectsConfig, ComputeOptions):
     """File, folder or dataset id of held-out text, for the scale rules loss and kl."""
     rows_of: str | None = None
     """Folder of another SAE at the same hook point, to take decoder rows from."""
-    vector_files: tuple[str, ...] = ()
-    """Measure the vectors in these files instead of made ones."""
+    vector: tuple[str, ...] = ()
+    """Vector file; those given are measured instead of made ones."""
+    layer: int | None = None
+    """Layer in place of --hook: the state after it, counted from 0; -1 is the last."""
+    prompt: tuple[str, ...] = ()
+    """Opening of the sampled texts; fourteen short ones if none is given."""
+    prompts: tuple[str, ...] = ()
+    """File of openings, one per line (or .jsonl with text)."""
     fit: Literal["closed", "adam", "none"] = "closed"
     """Fit the map in closed form, by Adam, or not."""
     ridge: float | None = None
@@ -44,23 +55,34 @@ class EffectsCommand(EffectsConfig, ComputeOptions):
 @on_kernels
 def run(config: EffectsCommand) -> None:
     """`steersman effects`."""
+    openings = (*config.prompt, *(text for source in config.prompts for text in _openings(source)))
+    hook = hook_point(config.hook, config.layer, config.model, config.revision)
+    settings = replace(part_of(EffectsConfig, config), prompts=openings, hook=hook)
+    given = [SteeringVector.load(path) for path in config.vector] or None
     sae = config.load_sae(config.sae)
     rows_of = None if config.rows_of is None else config.load_sae(config.rows_of)
     lm = config.load_model(config.model)
-    settings = part_of(EffectsConfig, config)
-    given = [SteeringVector.load(path) for path in config.vector_files] or None
     effects = collect_effects(lm, sae, _texts(config.text, settings), settings, vectors=given, rows_of=rows_of)
     if rank_and_world_size()[0]:
         return
-    print(effects.to_text())
     if config.fit == "none":
-        print(f"{config.out}: effects")
+        config.show(effects.to_text, {"out": config.out, "vectors": len(effects)})
+        config.note(f"{config.out}: effects")
         return
+    config.note(effects.to_text())
     ridge = {"ridge": config.ridge} if config.fit == "closed" else {}
     fitted = effects.fit(method=config.fit, heldout=config.heldout, seed=config.seed, **ridge)
     fitted.save(Path(config.out) / NAME)
-    print(fitted.to_text())
-    print(f"{config.out}: effects and {NAME}")
+    config.show(fitted.to_text, {"out": config.out, "map": str(Path(config.out) / NAME), **fitted.provenance})
+    config.note(f"{config.out}: effects and {NAME}")
+
+
+def _openings(source: str) -> list[str]:
+    """The openings in a file; of an earlier version's `--prompts TEXT` the text itself."""
+    if Path(source).suffix in SUFFIXES or Path(source).exists():
+        return read_texts(source)
+    log.warning("--prompts is a file of openings now; give one itself as --prompt %r", source)
+    return [source]
 
 
 def _texts(source: str | None, config: EffectsConfig) -> list[str]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import islice
 
-from steersman.commands.options import ComputeOptions, on_kernels
+from steersman.commands.options import ComputeOptions, PrintOptions, on_kernels
 from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.files import write_json
@@ -14,7 +14,7 @@ from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalCommand(EvaluateConfig, ComputeOptions):
+class EvalCommand(EvaluateConfig, ComputeOptions, PrintOptions):
     """Measure an SAE on a store's held-out rows and, with --model and --text, its effect on the model's loss."""
 
     sae: str
@@ -45,7 +45,7 @@ def run(config: EvalCommand) -> None:
         source = open_text(config.text)
         texts = list(islice(source.documents(_first_document(store, source, config)), config.documents))
     result = evaluate_sae(sae, store, lm, texts, part_of(EvaluateConfig, config))
-    print(result.to_text())
+    config.show(result.to_text, result.to_json())
     if config.out is not None:
         write_json(config.out, result.to_json())
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from steersman.commands.options import ComputeOptions, examples_of, on_kernels
+from steersman.commands.options import ComputeOptions, PrintOptions, examples_of, on_kernels
 from steersman.config import part_of
 from steersman.steer import EvaluationConfig, SteeringVector, evaluate_steering
 from steersman.steer.feature_values import feature_ids
@@ -11,7 +11,7 @@ from steersman.text import read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand(EvaluationConfig, ComputeOptions):
+class EvaluateCommand(EvaluationConfig, ComputeOptions, PrintOptions):
     """Measure what a vector does to text, over scales, against a random direction, diffmean, prompting and nothing."""
 
     model: str
@@ -67,5 +67,5 @@ def run(config: EvaluateCommand) -> None:
         config=part_of(EvaluationConfig, config),
     )
     found.save(config.out)
-    print(found.to_text())
-    print(f"written to {config.out}")
+    config.show(found.to_text, found.to_json())
+    config.note(f"written to {config.out}")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from steersman.commands.options import ComputeOptions, on_kernels
+from steersman.commands.options import ComputeOptions, PrintOptions, on_kernels
 from steersman.lm.origin import check_sae_fits
 from steersman.sae.formats.saelens import save_statistics
 from steersman.steer.feature_values import feature_ids
@@ -13,7 +13,7 @@ from steersman.train.reports.features import features_to_text, summarize_feature
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesCommand(ComputeOptions):
+class FeaturesCommand(ComputeOptions, PrintOptions):
     """See what features fire on and which tokens they promote, from one pass over a store."""
 
     sae: str
@@ -52,5 +52,6 @@ def run(config: FeaturesCommand) -> None:
         save_statistics(report.stats, Path(config.sae))
     key = {"max_act": lambda i: -described[i].max_act, "density": lambda i: -described[i].density, "id": lambda i: i}
     shown = asked or sorted(range(len(described)), key=key[config.sort])[: config.top]
-    print(features_to_text([described[i] for i in shown]), end="")
-    print(f"{len(described)} features written to {out}")
+    chosen = [described[i] for i in shown]
+    config.show(lambda: features_to_text(chosen).rstrip("\n"), chosen)
+    config.note(f"{len(described)} features written to {out}")

@@ -1,13 +1,26 @@
 """`steersman sweep`."""
 
-from steersman.commands.options import heldout_line
+from dataclasses import dataclass, replace
+
+from steersman.commands.options import heldout_line, hook_points
+from steersman.config import part_of
 from steersman.parallel import rank_and_world_size
 from steersman.train import ActivationStore, SweepConfig, train_many
 
 
-def run(config: SweepConfig) -> None:
+@dataclass(frozen=True, kw_only=True)
+class SweepCommand(SweepConfig):
+    """Train many SAEs on one store, which is read once for all that can share it: one for each combination of what the
+    lists say, or those of a file. All other settings are the same for all."""
+
+    layers: tuple[int, ...] = ()
+    """Layers in place of --hooks: the states after them, counted from 0."""
+
+
+def run(config: SweepCommand) -> None:
     """`steersman sweep`."""
-    trained = train_many(ActivationStore.open(config.store), config.each(), config.out)
+    settings = replace(part_of(SweepConfig, config), hooks=hook_points(config.hooks, config.layers, None))
+    trained = train_many(ActivationStore.open(config.store), settings.each(), config.out)
     if rank_and_world_size()[0]:
         return  # only rank 0 prints, of the runs that it had a part in
     width = max(map(len, trained), default=0)

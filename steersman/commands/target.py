@@ -1,9 +1,10 @@
 """`steersman target`."""
 
+import json
 import math
 from dataclasses import dataclass
 
-from steersman.commands.options import ComputeOptions, on_kernels
+from steersman.commands.options import ComputeOptions, PrintOptions, as_json, on_kernels
 from steersman.errors import SteersmanError
 from steersman.steer import EffectMap, parse_features
 from steersman.steer.effects.fgaa import fgaa_targets
@@ -12,7 +13,7 @@ from steersman.text import read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetCommand(ComputeOptions):
+class TargetCommand(ComputeOptions, PrintOptions):
     """Make the steering vector that raises chosen features and little else, from an effect map (SAE-TS)."""
 
     effects: str
@@ -84,7 +85,7 @@ def run(config: TargetCommand) -> None:
         texts = [read_texts(str(source), 4096) for source in (config.positive, config.negative)]
         keep = {name: getattr(config, name) for name in ("max_density", "n_positive", "n_negative")}
         targets = fgaa_targets(lm, sae, texts[0], texts[1], **keep)
-        print("targets: " + ", ".join(f"{j} ({w:+.3f})" for j, w in targets.items()))
+        config.note("targets: " + ", ".join(f"{j} ({w:+.3f})" for j, w in targets.items()))
     if config.rotation:
         assert sae is not None
         vector = effect_map.solve_rotated(targets, sae, min_signal=config.min_signal)
@@ -95,12 +96,21 @@ def run(config: TargetCommand) -> None:
     predicted = effect_map.predict(vector)
     for j in list(targets)[:8]:
         signal = float(effect_map.signal[j])
-        print(f"feature {j}: predicted effect {float(predicted[j]):+.4f}, signal {signal:.1f} x noise")
+        config.note(f"feature {j}: predicted effect {float(predicted[j]):+.4f}, signal {signal:.1f} x noise")
     scale = effect_map.median_scale
-    print(f"{config.out}: {vector.method}, unit norm; the map's vectors had a median scale of {scale:.4g}")
+    config.note(f"{config.out}: {vector.method}, unit norm; the map's vectors had a median scale of {scale:.4g}")
+    effects = {
+        j: {"weight": w, "predicted": float(predicted[j]), "signal": float(effect_map.signal[j])}
+        for j, w in targets.items()
+    }
+    record = {"out": config.out, "method": vector.method, "targets": effects, "median_scale": scale}
     if config.verify:
         assert lm is not None
         assert sae is not None
         texts = read_texts(config.text, 4096) if config.text is not None else []
         options = {"scale": config.scale, "rollouts": config.rollouts, "seed": config.seed}
-        print(effect_map.verify(lm, sae, vector, targets, texts=texts, **options).to_text())
+        verified = effect_map.verify(lm, sae, vector, targets, texts=texts, **options)
+        config.note(verified.to_text())
+        record["verified"] = json.loads(verified.to_json())
+    if config.json:
+        print(as_json(record))

@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
-from steersman.commands.options import heldout_line
+from steersman.commands.options import heldout_line, hook_point
 from steersman.config import part_of
+from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.parallel import rank_and_world_size
 from steersman.train import (
@@ -21,6 +22,7 @@ from steersman.train import (
 )
 
 
+@renamed_fields(contexts="model_batch_size")
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand(TrainConfig, StreamConfig):
     """Train an SAE on a store (--store), or straight from a model and text with nothing written (--model, --text,
@@ -34,8 +36,10 @@ class TrainCommand(TrainConfig, StreamConfig):
     """Hook point: which of the store's, or where to read the model."""
     batch_size: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - that of training
     """Rows a step; None: a power of two between 512 and 4096 that leaves about 1000 steps."""
-    contexts: int = StreamConfig.batch_size
-    """Without a store: contexts of a forward pass (what `steersman cache` calls its batch size)."""
+    layer: int | None = None
+    """Layer in place of --hook: the state after it, counted from 0; -1, the last, where a model is read."""
+    model_batch_size: int = StreamConfig.batch_size
+    """Without a store: contexts of a forward pass (the batch size of `steersman cache`)."""
     option: tuple[str, ...] = ()
     """Setting of the architecture's own, as name=value; may be repeated."""
 
@@ -60,16 +64,18 @@ def _source(config: TrainCommand) -> ActivationStore | HookView | Callable[[], A
     if config.store is not None:
         if config.model or config.text:
             raise SteersmanError("give either --store, or --model with --text and --hook, not both")
-        for name, default in (_STREAMED | {"contexts": StreamConfig.batch_size}).items():
+        for name, default in (_STREAMED | {"model_batch_size": StreamConfig.batch_size}).items():
             if name != "batch_size" and getattr(config, name) != default:
                 flag = f"--{name.replace('_', '-')}"
                 raise SteersmanError(f"{flag} is for training straight from a model: a store's rows are there already")
         store = ActivationStore.open(config.store)
-        return store if config.hook is None else HookView(store, config.hook)
-    if not (config.model and config.text and config.hook):
-        raise SteersmanError("nothing to train on: give --store, or --model with --text and --hook")
+        hook = hook_point(config.hook, config.layer, None)
+        return store if hook is None else HookView(store, hook)
+    hook = hook_point(config.hook, config.layer, config.model, config.revision)
+    if not (config.model and config.text and hook):
+        raise SteersmanError("nothing to train on: give --store, or --model with --text and --hook or --layer")
     settings: dict[str, Any] = {name: getattr(config, name) for name in _STREAMED}
-    stream = StreamConfig(**settings | {"hook": config.hook, "device": config.device, "batch_size": config.contexts})
+    stream = StreamConfig(**settings | {"hook": hook, "device": config.device, "batch_size": config.model_batch_size})
     return lambda: stream_activations(config=stream)
 
 

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
-from steersman.commands.options import ComputeOptions, examples_of, on_kernels
-from steersman.commands.vector_show import describe
+from steersman.commands.options import ComputeOptions, PrintOptions, examples_of, hook_points, on_kernels
+from steersman.commands.vector_show import describe, record
 from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.steer import ContrastConfig, SteeringVector, contrast, parse_features
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorMakeCommand(ContrastConfig, ComputeOptions):
+class VectorMakeCommand(ContrastConfig, ComputeOptions, PrintOptions):
     """Make a steering vector: from examples (--data, or --positive and --negative), or a feature's direction (--sae,
     --feature)."""
 
@@ -20,6 +20,8 @@ class VectorMakeCommand(ContrastConfig, ComputeOptions):
     """Folder or hub id of the model; needed for examples."""
     hook: tuple[str, ...] = ()
     """Hook point, such as blocks.12.hook_resid_post; several make one vector at all of them."""
+    layer: tuple[int, ...] = ()
+    """Layer in place of a hook point: the state after it, counted from 0; -1 is the last."""
     data: str | None = None
     """JSONL file of examples: positive and negative (with or without prompt), or text and label."""
     positive: str | None = None
@@ -38,20 +40,21 @@ def run(config: VectorMakeCommand) -> None:
     examples = examples_of(config.data, config.positive, config.negative)
     if (examples is None) == (config.sae is None):
         raise SteersmanError("make it from examples (--data, or --positive and --negative) or from --sae and --feature")
+    hooks = hook_points(config.hook, config.layer, config.model, config.revision)
     if config.sae is not None:
-        if not config.feature or len(config.hook) > 1:
-            raise SteersmanError("--sae needs --feature, and --hook once at most")
-        weights, hook = parse_features(config.feature), config.hook[0] if config.hook else ""
+        if not config.feature or len(hooks) > 1:
+            raise SteersmanError("--sae needs --feature, and --hook or --layer once at most")
+        weights, hook = parse_features(config.feature), hooks[0] if hooks else ""
         sae = config.load_sae(config.sae)
         parts = [(SteeringVector.of_feature(sae, j, hook_name=hook), weight) for j, weight in weights.items()]
         first, *others = [part if weight == 1 else part * weight for part, weight in parts]
         v = sum(others, start=first)
     else:
         assert examples is not None
-        if config.model is None or not config.hook:
-            raise SteersmanError("examples need --model and --hook: where to read them")
+        if config.model is None or not hooks:
+            raise SteersmanError("examples need --model, and --hook or --layer: where to read them")
         lm = config.load_model(config.model)
-        v = contrast(lm, examples.positive, examples.negative, hook=config.hook, config=part_of(ContrastConfig, config))
+        v = contrast(lm, examples.positive, examples.negative, hook=hooks, config=part_of(ContrastConfig, config))
     v.save(config.out)
-    print(describe(v))
-    print(f"written to {config.out}")
+    config.show(lambda: describe(v), record(v))
+    config.note(f"written to {config.out}")

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from steersman.commands.options import ComputeOptions, on_kernels
+from steersman.commands.options import ComputeOptions, PrintOptions, as_json, on_kernels
 from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
 from steersman.lm.lens import logit_lens
 from steersman.steer import Steerer, SteeringVector
 from steersman.steer.methods.diagnostics import warnings
@@ -31,8 +33,17 @@ def describe(v: SteeringVector) -> str:
     return "\n".join(lines)
 
 
+def record(v: SteeringVector) -> dict[str, Any]:
+    """The same for a program."""
+    directions = {
+        hook: {"shape": list(direction.shape), "norm": float(direction.norm()), "largest": float(direction.abs().max())}
+        for hook, direction in v.directions.items()
+    }
+    return {"model": v.model_name, "method": v.method, "directions": directions, "metadata": dict(v.metadata)}
+
+
 @dataclass(frozen=True, kw_only=True)
-class VectorShowCommand(ComputeOptions):
+class VectorShowCommand(ComputeOptions, PrintOptions):
     """Show vectors: shape, norm, where they come from, the cosines between several, and the tokens they promote."""
 
     vector: tuple[str, ...]
@@ -52,16 +63,26 @@ def run(config: VectorShowCommand) -> None:
     lm = None if config.model is None else config.load_model(config.model)
     if lm is not None:
         lm.unembed()  # refuses a model without an output layer
-    for path, v in zip(config.vector, vectors):
+    lenses = [{} if lm is None else _lens(lm, v, config.top) for v in vectors]
+    cosines = [[a.cosine(b) if a.norm() and b.norm() else None for b in vectors] for a in vectors]
+    if config.json:
+        shown = [{"file": f, **record(v), "lens": lens} for f, v, lens in zip(config.vector, vectors, lenses)]
+        print(as_json({"vectors": shown, "cosines": cosines}))
+        return
+    for path, v, lens in zip(config.vector, vectors, lenses):
         print(f"{path}: {describe(v)}")
-        if lm is not None:
-            Steerer(lm).vector(v)  # refuses one of another model
-            means = torch.stack([d if d.ndim == 1 else d.mean(0) for d in v.directions.values()])
-            for hook, sides in zip(v.directions, logit_lens(lm, means, config.top)):
-                raised, lowered = (" ".join(map(repr, tokens)) for tokens in sides)
-                print(f"  {hook} promotes {raised}\n  {hook} suppresses {lowered}")
+        for hook, sides in lens.items():
+            for what, tokens in sides.items():
+                print(f"  {hook} {what} {' '.join(map(repr, tokens))}")
     if len(vectors) > 1:
         print("cosines:")
-        for a, name in zip(vectors, config.vector):
-            row = " ".join(f"{a.cosine(b):>7.3f}" if a.norm() and b.norm() else "      -" for b in vectors)
-            print(f"  {row}  {name}")
+        for row, name in zip(cosines, config.vector):
+            print("  " + " ".join("      -" if x is None else f"{x:>7.3f}" for x in row) + f"  {name}")
+
+
+def _lens(lm: LanguageModel, v: SteeringVector, top: int) -> dict[str, dict[str, list[str]]]:
+    """Hook point -> the tokens that the vector promotes and suppresses."""
+    Steerer(lm).vector(v)  # refuses one of another model
+    means = torch.stack([d if d.ndim == 1 else d.mean(0) for d in v.directions.values()])
+    sides = zip(v.directions, logit_lens(lm, means, top))
+    return {hook: {"promotes": list(raised), "suppresses": list(lowered)} for hook, (raised, lowered) in sides}

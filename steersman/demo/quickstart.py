@@ -54,6 +54,8 @@ class QuickstartConfig:
     """File, folder or dataset id of the text; stories of the grammar if not given."""
     hook: str | None = None
     """Hook point; the output of the middle block if not given."""
+    layer: int | None = None
+    """Layer in place of --hook: the state after it, counted from 0; -1 is the last."""
     tokens: int = 400_000
     """Tokens to cache and train on."""
     d_sae: int = 512
@@ -103,7 +105,10 @@ def quickstart(config: QuickstartConfig) -> Results:
 
     log.info("[1/8] loading the model and caching activations")
     lm = LanguageModel.load(config.model or str(MODEL_PATH), device=device)
-    hook = lm.resolve_hook(config.hook or f"blocks.{lm.n_layers // 2}.hook_resid_post")
+    if config.hook is not None and config.layer is not None:
+        raise SteersmanError("give either --hook or --layer, not both")
+    layer = lm.n_layers // 2 if config.layer is None else config.layer
+    hook = lm.resolve_hook(config.hook or layer)
     source: Any = config.text if config.text is not None else texts(config.tokens // 60 + 50, seed=config.seed)
     store = cache_activations(lm, source, hook=hook, out=str(out / "acts"), tokens=config.tokens)
 
