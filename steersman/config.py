@@ -20,12 +20,16 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 from steersman.errors import SteersmanError, near_names
+from steersman.reading import read_text, shown
 
 log = logging.getLogger(__name__)
 
 __all__ = ["differences", "identity", "merged", "part_of", "setting"]
 
 T = TypeVar("T")
+
+_YAML_BYTES = 1 << 18
+"""Largest file of settings that is read: its reader is slow."""
 
 
 def setting(
@@ -151,15 +155,39 @@ def read_yaml(path: Path, kind: type[Any]) -> dict[str, Any]:
 
     Raises a SteersmanError for a file that cannot be read or is no mapping, an unknown key and a value of another type.
     """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise SteersmanError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise SteersmanError(f"{path} is not YAML: {error}") from error
+    content = parse_yaml(read_text(path, limit=_YAML_BYTES), str(path))
     if not isinstance(content, dict):
         raise SteersmanError(f"{path} must hold a mapping of settings, such as `d_sae: 4096`")
     return typed(content, kind, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain settings: no value that another one is, by an alias, which makes small files large; no dates."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name) stands for another value; write the value itself")
+        return super().compose_node(parent, index)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text, of plain settings only. Raises a SteersmanError of one line that names `where` it is.
+
+    >>> parse_yaml("{d_sae: 64, texts: [a, b]}", "settings.yaml")
+    {'d_sae': 64, 'texts': ['a', 'b']}
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise SteersmanError(f"{where} is not YAML that is read here: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError, LookupError, AttributeError) as error:
+        raise SteersmanError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from error
 
 
 def typed(content: Mapping[Any, Any], kind: type[Any], where: str) -> dict[str, Any]:
@@ -185,12 +213,13 @@ def typed(content: Mapping[Any, Any], kind: type[Any], where: str) -> dict[str, 
         if key in settings:
             raise SteersmanError(f"{where}: {key} is said twice, by its old and its new name: keep one")
         if key not in names:
-            raise SteersmanError(f"{where}: unknown key {key!r}; near it: {near_names(str(key), names, 3)}")
+            near = near_names(str(key)[:100], names, 3)
+            raise SteersmanError(f"{where}: unknown key {shown(key)}; near it: {near}")
         try:
             settings[key] = _as_type(value, hints[key])
         except (TypeError, ValueError, OverflowError):
             expected = _type_name(hints[key])
-            raise SteersmanError(f"{where}: {key} is {value!r}, it should be {expected}") from None
+            raise SteersmanError(f"{where}: {key} is {shown(value)}, it should be {expected}") from None
     return settings
 
 

@@ -160,7 +160,7 @@ def test_groups_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
             ["make", "--data", "{}/pairs.jsonl", "--out", "v.safetensors"],
             "examples need --model, and --hook or --layer",
         ),
-        (["make", "--data", "{}/none.jsonl", "--out", "v.safetensors"], "cannot be read"),
+        (["make", "--data", "{}/none.jsonl", "--out", "v.safetensors"], "none.jsonl: no such file"),
         (["make", "--data", "{}/pairs.jsonl", "--positive", "x", "--out", "v"], "not both"),
         (["make", "--negative", "{}/texts.txt", "--out", "v"], "--negative needs --positive"),
         (["make", "--sae", "{}/none", "--out", "v"], "--sae needs --feature"),

@@ -90,7 +90,7 @@ def test_what_was_dumped_is_read_again() -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SteersmanError, match="cannot be read"):
+    with pytest.raises(SteersmanError, match="no such file"):
         read_yaml(tmp_path / "none.yaml", Config)
 
 
@@ -104,3 +104,37 @@ def test_an_old_key_stands_for_the_new_one_alone(caplog: pytest.LogCaptureFixtur
     assert "is called width now" in caplog.text
     with pytest.raises(SteersmanError, match="a.yaml: width is said twice, by its old and its new name: keep one"):
         typed({"breadth": 3, "width": 4}, Renamed, "a.yaml")
+
+
+BOMB = "features: [&a [x, x, x]" + "".join(f", &{b} [*{a}, *{a}, *{a}]" for a, b in zip("abcdefgh", "bcdefghi")) + "]"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "an alias .* stands for another value"),
+        ("options: &a {b: *a}", "an alias"),
+        ("width: " + "9" * 5000, "settings.yaml is not YAML"),
+        ("options: " + "[" * 20_000, "nested too deeply"),
+        ("options: " + "{a: " * 20_000, "nested too deeply"),
+        ("? [a]\n: b", "not YAML"),
+        ("a: b: c", "not YAML"),
+        ("width: !!python/object/apply:os.system [ls]", "not YAML"),
+        ("width: !!binary x", "not YAML"),
+        ("\x00", "not YAML"),
+        ("#" * (1 << 19), "at most 262,144 are read"),
+    ],
+)
+def test_files_that_are_large_deep_or_odd_get_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(SteersmanError, match=message) as raised:
+        read_yaml(path, Config)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 600
+
+
+def test_what_looks_like_a_date_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("name: 2020-99-99\nfeatures: [2020-01-01]\n")
+    assert read_yaml(path, Config) == {"name": "2020-99-99", "features": ("2020-01-01",)}

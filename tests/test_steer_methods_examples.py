@@ -41,7 +41,7 @@ def test_jsonl(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ("{", "line 2 is not JSON"),
+        ("{", "line 2: not readable as JSON"),
         ("[1]", "line 2 is list, not an object"),
         ({"positive": "x"}, r"line 2 has \['positive'\]; it needs"),
         ({"positive": "x", "negative": " "}, "line 2, negative: is empty"),
@@ -56,5 +56,5 @@ def test_wrong_lines(tmp_path: Path, record: object, message: str) -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SteersmanError, match="cannot be read: No such file"):
+    with pytest.raises(SteersmanError, match="no such file"):
         read_examples(tmp_path / "none.jsonl")

@@ -1,12 +1,12 @@
 """Names for features: given by the user, read from a file, or the tokens that a feature writes."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.lens import logit_lens
+from steersman.reading import read_json
 from steersman.sae import SAE
 
 _TOKENS = 5
@@ -15,13 +15,11 @@ _TOKENS = 5
 def load_labels(path: str | Path) -> dict[int, str]:
     """Labels by feature id from a JSON file: `{"12": "fog", ...}`, or the list that `steersman features` writes (an
     entry's `label`, or else the tokens it promotes)."""
+    found = read_json(path)
     try:
-        found = json.loads(Path(path).read_text())
         if isinstance(found, dict):
             return {int(feature): str(label) for feature, label in found.items()}
         return {int(entry["id"]): entry.get("label") or _tokens(entry.get("promotes", ())) for entry in found}
-    except OSError as error:
-        raise SteersmanError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SteersmanError(
             f'{path} holds no feature labels: {{"12": "fog"}} or the features.json of `steersman features` is needed'

@@ -7,13 +7,15 @@ An example is a text, or a prompt and an answer. In a JSONL file each line is on
     {"text": "I love it", "label": "positive"}                             a text by itself (or true / false)
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from steersman.errors import SteersmanError
+from steersman.reading import parse_json, read_bytes, shown
+
+_LARGEST_FILE = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ def _example(entry: Any, where: str) -> Example:
             raise SteersmanError(f"{where} has an empty answer")
         entry = Example(text=entry[0] + entry[1], prompt=entry[0])
     if not isinstance(entry, Example):
-        raise SteersmanError(f"{where} is neither a text nor a (prompt, answer) pair: {entry!r}")
+        raise SteersmanError(f"{where} is neither a text nor a (prompt, answer) pair: {shown(entry)}")
     if not entry.text.strip():
         raise SteersmanError(f"{where} is empty")
     return entry
@@ -93,31 +95,28 @@ def read_examples(path: str | Path) -> Examples:
                 value = record[side] if prompt is None else (prompt, record[side])
                 found.append(_example(value, f"{where}, {side}:"))
         elif {"text", "label"} <= set(record):
-            side = {True: "positive", False: "negative"}.get(record["label"], record["label"])
-            if side not in sides:
-                raise SteersmanError(f"{where}: the label must be positive or negative, got {record['label']!r}")
+            label = record["label"]
+            side = ("positive" if label else "negative") if isinstance(label, bool) else label
+            if not isinstance(side, str) or side not in sides:
+                raise SteersmanError(f"{where}: the label must be positive or negative, got {shown(label)}")
             sides[side].append(_example(record["text"], f"{where}:"))
         else:
             raise SteersmanError(
-                f"{where} has {sorted(record)}; it needs positive and negative (with or without prompt), or text and "
-                "label"
+                f"{where} has {shown(sorted(record))}; it needs positive and negative (with or without prompt), or "
+                "text and label"
             )
     return Examples(positive=sides["positive"], negative=sides["negative"])
 
 
 def _records(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    content = read_bytes(path, limit=_LARGEST_FILE)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise SteersmanError(f"{path} cannot be read: {error.strerror}") from error
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise SteersmanError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     for number, line in enumerate(lines, 1):
         if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise SteersmanError(f"{path}: line {number} is not JSON ({error})") from error
+            record = parse_json(line, f"{path}: line {number}")
             if not isinstance(record, dict):
                 raise SteersmanError(f"{path}: line {number} is {type(record).__name__}, not an object with fields")
             yield number, record

@@ -1,5 +1,7 @@
 """What may be given as a steering vector, and the one parser of it."""
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,14 @@ from steersman.lm import LanguageModel
 from steersman.lm.hooks import HookName
 from steersman.lm.origin import check_fits
 from steersman.steer.vectors.vector import SteeringVector, VectorLike
+
+log = logging.getLogger(__name__)
+
+_SHARED = {
+    "mistral": "llama", "mixtral": "llama", "ministral": "llama", "phi": "phi2", "phimoe": "phi3", "cohere": "commandr",
+    "gptbigcode": "starcoder", "mistral3": "llama",
+}  # fmt: skip
+"""What llama.cpp calls types by another name than transformers."""
 
 Direction = Tensor | Sequence[float] | Sequence[Sequence[float]]
 """[D], or [B, D] with a vector for each row."""
@@ -56,9 +66,24 @@ def _recorded(lm: LanguageModel, parts: Mapping[str, Tensor], owner: Any, hook: 
         for name, v in parts.items()
     }
     kind, own = getattr(owner, "metadata", {}).get("model_type"), getattr(lm.config, "model_type", "")
-    if kind and own and kind != own:
-        raise SteersmanError(f"this vector was made for a model of type {kind!r}, {lm.name!r} is {own!r}")
+    if kind and own and not same_type(str(kind), own):
+        log.warning("this vector says that it is for a model of type %r, %r is %r", kind, lm.name, own)
     return placed
+
+
+def same_type(a: str, b: str) -> bool:
+    """Whether two names of a model's type mean one: as transformers writes it, or as llama.cpp does in GGUF files,
+    where several types that are computed alike share a name.
+
+    >>> same_type("llama", "mistral"), same_type("gemma3", "gemma3_text"), same_type("llama", "gpt2")
+    (True, True, False)
+    """
+    return _plain_type(a) == _plain_type(b)
+
+
+def _plain_type(name: str) -> str:
+    plain = re.sub(r"[^a-z0-9]", "", name.lower().removesuffix("_text"))
+    return _SHARED.get(plain, plain)
 
 
 def _one_per_row(lm: LanguageModel, vectors: Sequence[Any], hook: HookName | None) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 The rules: every tensor is a direction in fp32, [D] or [P, D], under the name of its hook point. The header's metadata
 holds `format` = `steersman.vector`, `version` = `1` and `provenance`, a JSON object with `model_name`, `method`
-and `metadata`. A file with another format or a later version is refused; so are numbers that are not finite.
+and `metadata`. A file with another format or a later version is refused; so are numbers that are not finite, and
+content that does not have the checksum it was written with.
 """
 
 import json
@@ -10,12 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.files import write_whole
+from steersman.reading import parse_json, shown
+from steersman.tensor_files import load_tensors, save_tensors
 
 FORMAT, VERSION = "steersman.vector", 1
 
@@ -32,36 +32,33 @@ class Parts(NamedTuple):
 def write(parts: Parts, path: Path) -> None:
     """Write the vector to `path`, whole or not at all."""
     header = {"format": FORMAT, "version": str(VERSION), "provenance": json.dumps(parts.provenance)}
-    write_whole(path, lambda temporary: save_file(parts.directions, temporary, metadata=header))
+    save_tensors(path, parts.directions, header)
 
 
 def read(path: Path) -> Parts:
     """Read the vector in `path`. Raises SteersmanError, naming the file, when it holds none."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            check_header(path, header)
-            directions = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise SteersmanError(f"{path} is truncated or not a safetensors file: {error}") from error
+    directions, header = load_tensors(path)
+    check_header(path, header)
     return Parts(directions, _provenance(path, header))
 
 
 def check_header(path: Path, header: dict[str, str]) -> None:
     """Raise SteersmanError unless the header says that this is a vector this version can read."""
     if header.get("format") != FORMAT:
-        named = header.get("format", "no format of ours")
+        named = shown(header.get("format", "no format of ours"))
         raise SteersmanError(f"{path} is a safetensors file but no steering vector: its header names {named}")
     version = header.get("version", "")
-    if not version.isdecimal() or not 1 <= int(version) <= VERSION:
-        raise SteersmanError(f"{path} is a steering vector of version {version!r}; this program reads up to {VERSION}")
+    if not version.isdecimal() or len(version) > 4 or not 1 <= int(version) <= VERSION:
+        raise SteersmanError(
+            f"{path} is a steering vector of version {shown(version)}; this program reads up to {VERSION}"
+        )
 
 
 def _provenance(path: Path, header: dict[str, str]) -> dict[str, Any]:
     try:
-        known = json.loads(header["provenance"])
+        known = parse_json(header["provenance"], f"{path}: the provenance in its header")
         model_name, method, metadata = known["model_name"], known["method"], known["metadata"]
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise SteersmanError(f"{path}: the provenance in its header cannot be read ({error!r})") from error
     if not (isinstance(model_name, str) and isinstance(method, str) and isinstance(metadata, dict)):
         raise SteersmanError(f"{path}: the provenance in its header has values of the wrong type")

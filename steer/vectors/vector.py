@@ -9,6 +9,7 @@ Shape letters: D width, P positions.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ from steersman.errors import SteersmanError, near_names
 from steersman.files import make_folder
 from steersman.lm import LanguageModel
 from steersman.lm.hooks import HookName
-from steersman.lm.origin import same_model
+from steersman.lm.origin import canonical_hook, same_model
+from steersman.reading import check_regular, one_error
 from steersman.sae import SAE
 from steersman.steer.vectors import file as vector_file
 from steersman.steer.vectors.gguf import read_gguf, write_gguf
@@ -81,7 +83,7 @@ class SteeringVector:
         object.__setattr__(self, "directions", parts)
         try:
             object.__setattr__(self, "metadata", json.loads(json.dumps(dict(self.metadata))))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise SteersmanError(f"the metadata of a steering vector must be what JSON can hold: {error}") from None
 
     @classmethod
@@ -167,6 +169,24 @@ class SteeringVector:
             near = near_names(hook, self.hook_names)
             raise SteersmanError(f"this vector has nothing at {hook!r}; its hook points are {near}")
         return self._with({hook: self.directions[hook]})
+
+    def layers(self, start: int, stop: int) -> "SteeringVector":
+        """The parts in blocks `start` to `stop - 1`, as `range` counts, as a vector of its own: what a vector that was
+        trained on some layers needs where its file holds a direction for each (repeng's do).
+
+        Raises SteersmanError where no part lies there.
+        """
+        found = {hook: block_of(hook) for hook in self.directions}
+        kept = {
+            hook: self.directions[hook] for hook, block in found.items() if block is not None and start <= block < stop
+        }
+        if not kept:
+            have = sorted(block for block in found.values() if block is not None)
+            raise SteersmanError(
+                f"this vector has nothing in blocks {start} to {stop - 1}; it has "
+                + (f"blocks {', '.join(map(str, have))}" if have else f"only {', '.join(self.hook_names)}")
+            )
+        return self._with(kept, layers=[start, stop])
 
     def mean_over_positions(self) -> "SteeringVector":
         """The mean over positions where it is added position by position, without those that are all zero."""
@@ -323,14 +343,20 @@ class SteeringVector:
     def load(cls, path: str | Path) -> "SteeringVector":
         """Read a file that `save` wrote, or a GGUF control vector. Raises a one-line SteersmanError that names it."""
         path = Path(path)
-        if not path.is_file():
-            raise SteersmanError(f"{path}: {'a folder, not a vector file' if path.exists() else 'no such file'}")
+        check_regular(path)
         read = read_gguf if path.suffix.lower() == ".gguf" else vector_file.read
-        directions, provenance = read(path)
-        try:
-            return cls(directions=directions, **provenance)
-        except SteersmanError as error:
-            raise SteersmanError(f"{path}: {error}") from None
+        with one_error(path):
+            directions, provenance = read(path)
+            try:
+                return cls(directions=directions, **provenance)
+            except SteersmanError as error:
+                raise SteersmanError(f"{path}: {error}") from None
+
+
+def block_of(hook: str) -> int | None:
+    """The block that a hook point lies in, or None."""
+    match = re.match(r"blocks\.(\d+)\.", canonical_hook(hook))
+    return None if match is None else int(match[1])
 
 
 def _direction(hook: str, given: Any) -> Tensor:

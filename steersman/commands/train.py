@@ -4,10 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import yaml
-
 from steersman.commands.options import heldout_line, hook_point
-from steersman.config import part_of
+from steersman.config import parse_yaml, part_of
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.parallel import rank_and_world_size
@@ -85,5 +83,5 @@ def _options(given: tuple[str, ...]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise SteersmanError(f"option {text!r} is not of the form name=value, such as sparsity=0.3")
-        options[name] = yaml.safe_load(value)
+        options[name] = parse_yaml(value, f"option {name}")
     return options

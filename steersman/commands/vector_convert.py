@@ -3,9 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
-from steersman.steer import (
-    SteeringVector,
-)
+from steersman.errors import SteersmanError
+from steersman.steer import SteeringVector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +17,24 @@ class VectorConvertCommand:
     """File to write: .safetensors or .gguf."""
     model_type: str | None = None
     """For GGUF: the model's type, such as llama or gemma2, where the vector does not record it."""
+    layers: str | None = None
+    """Keep only the directions of these blocks, first and last, such as 13:22 (repeng's files hold one for every block,
+    also for those it was not trained on)."""
+
+
+def _range(text: str) -> tuple[int, int]:
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise SteersmanError(f"--layers {text!r} should be the first and the last block, such as 13:22")
+    return int(parts[0]), int(parts[1])
 
 
 def run(config: VectorConvertCommand) -> None:
     """`steersman vector convert`."""
     v = SteeringVector.load(config.vector)
+    if config.layers is not None:
+        first, last = _range(config.layers)
+        v = v.layers(first, last + 1)
     if config.model_type is not None:
         v = dataclasses.replace(v, metadata={**v.metadata, "model_type": config.model_type})
     v.save(config.out)
