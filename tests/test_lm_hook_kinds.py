@@ -254,7 +254,7 @@ def test_names_of_transformer_lens_and_ours(lm: LanguageModel, given: str, name:
     "given",
     [
         "blocks.2.ln1.hook_normalized",  # the gain may be in it or not
-        "model.layers.2.mlp.down_proj",  # a path is what the module returns
+        "blocks.2.mlp.down_proj",  # a module has its own path
     ],
 )
 def test_names_of_no_hook_point(lm: LanguageModel, given: str) -> None:

@@ -102,8 +102,31 @@ def test_sublayer_path_means_what_is_added_to_the_stream() -> None:
     assert build("llama").resolve_hook("model.layers.2.mlp") == "blocks.2.hook_mlp_out"
     gemma = build("gemma2")
     assert gemma.resolve_hook("layers.2.post_feedforward_layernorm") == "blocks.2.hook_mlp_out"
-    with pytest.raises(SteersmanError, match="near names"):
-        gemma.resolve_hook("layers.2.mlp")  # its output is normalised again before it is added
+    assert gemma.resolve_hook("layers.2.mlp") == "model.layers.2.mlp"  # normalised again before it is added
+    assert gemma.capture(IDS, hooks=["layers.2.mlp"])["layers.2.mlp"].shape == (2, 7, D)
+
+
+def test_the_path_of_any_module_is_a_hook_point() -> None:
+    """Named by its path where no other name is the same tensor, and placed where it runs."""
+    lm = build("gemma2")
+    path = "model.layers.1.mlp"
+    point, seen = lm.hook_point("layers.1.mlp"), []
+    assert (point.name, point.layer, point.width, point.kind) == (path, 1, D, "module")
+    assert lm.hook_point("blocks.1.hook_mlp_in") < point < lm.hook_point("blocks.1.hook_mlp_out")
+    assert lm.hook_point("model.embed_tokens") < lm.hook_point(0)
+    assert lm.hook_point(LAYERS - 1) < lm.hook_point("model.norm") < lm.hook_point("logits")
+    assert lm.hook_width("layers.0.mlp.up_proj") == 24
+    handle = lm.model.get_submodule(path).register_forward_hook(lambda m, a, out: seen.append(out))
+    got = lm.capture(IDS, hooks=["layers.1.mlp"])["layers.1.mlp"]
+    handle.remove()
+    assert torch.equal(got, seen[0])
+    norm = lm.model.get_submodule("model.layers.1.post_feedforward_layernorm")
+    out = "blocks.1.hook_mlp_out"
+    with lm.edit("layers.1.mlp", lambda h, fwd: h + 1):
+        torch.testing.assert_close(lm.capture(IDS, hooks=[out])[out], norm(got + 1))
+    for wrong, message in {"model.layers": "runs 0 times", "model.rotary_emb": "does not return one state"}.items():
+        with pytest.raises(SteersmanError, match=message):
+            lm.resolve_hook(wrong)
 
 
 def test_unknown_names_and_layers() -> None:

@@ -30,7 +30,7 @@ from steersman.reading import shown
 from steersman.sae.base import SAE
 from steersman.sae.config import SAEConfig
 from steersman.sae.formats.base import Format, Parts, first_of, integer, matrix, positive, refuse, text
-from steersman.sae.formats.names import to_hook_name, to_model_name
+from steersman.sae.formats.names import hook_of_model, to_model_name
 from steersman.sae.formats.pt import PtFile
 from steersman.sae.formats.source import Source
 from steersman.sae.formats.tensors import Entry, TensorFile
@@ -202,18 +202,16 @@ def _norm_factor(file: PtFile) -> float:
 
 def _hook(trainer: dict[str, Any], path: Path) -> str:
     layer, submodule = trainer.get("layer"), text(trainer, "submodule_name", "", path)
+    model = text(trainer, "lm_name", "", path)
     if "hook_" in submodule:
         return submodule
     if isinstance(layer, list):
         layer = layer[0] if len(layer) == 1 else None
     if isinstance(layer, bool) or not isinstance(layer, int):
-        return to_hook_name(submodule)
-    kind = "hook_resid_post"
+        return hook_of_model(submodule, model)
     if "mlp" in submodule:
-        kind = "hook_mlp_out"
-    elif "att" in submodule:
-        kind = "hook_attn_out"
-    return f"blocks.{layer}.{kind}"
+        return hook_of_model(f"layers.{layer}.mlp", model)
+    return hook_of_model(f"layers.{layer}.self_attn" if "att" in submodule else f"layers.{layer}", model)
 
 
 def _class_for(sae: SAE) -> str:

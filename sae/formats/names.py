@@ -10,6 +10,12 @@ _ATTENTION = {"attn", "self_attn", "attention", "self_attention"}
 _POST_NORM_FAMILIES = re.compile(r"gemma-?[23]|olmo-?2|glm-?4", re.IGNORECASE)
 """Families that normalise after the sublayer: what `layers.3.mlp` returns is not what is added to the stream there."""
 
+_PLAIN_FAMILIES = re.compile(
+    r"(^|[/_-])(gpt-?2|gpt-?j|gpt-neo|pythia|llama|smollm|mistral|qwen|gemma-(1|2b|7b)|phi-?3)", re.IGNORECASE
+)
+"""Families known to add what a sublayer returns as it is. Of all others `layers.3.mlp` stays what it says: the model
+itself is asked when the hook point is used."""
+
 _PREFIXES = (
     (r"gemma-\d", "google"),
     (r"pythia-", "EleutherAI"),
@@ -66,10 +72,29 @@ def to_model_name(name: str) -> str:
     return name
 
 
-def hook_in_path(place: str) -> str:
-    """The hook point that the last folders of a path name, as sparsify's do: `.../layers.10` or `.../h.3.mlp`."""
+def hook_of_model(name: str, model_name: str) -> str:
+    """`to_hook_name`, but for what a sublayer returns in a named model that is not known to add it as it is: its path.
+
+    >>> hook_of_model("layers.3.mlp", "EleutherAI/pythia-70m"), hook_of_model("layers.3.mlp", "an/other")
+    ('blocks.3.hook_mlp_out', 'layers.3.mlp')
+    """
+    found = to_hook_name(name, model_name)
+    if not model_name:
+        return found
+    path = name.removesuffix(".output")
+    if found == name or not found.endswith(("hook_mlp_out", "hook_attn_out")) or _PLAIN_FAMILIES.search(model_name):
+        return found
+    known = _POST_NORM_FAMILIES.search(model_name) is not None and path.endswith("layernorm")
+    return found if known else path
+
+
+def hook_in_path(place: str, model_name: str = "") -> str:
+    """The hook point that the last folders of a path name, as sparsify's do: `.../layers.10` or `.../h.3.mlp`.
+
+    What a sublayer's path means is the model's to say: see `hook_of_model`.
+    """
     for part in reversed(place.split("/")[-2:]):
-        name = to_hook_name(part)
+        name = hook_of_model(part, model_name)
         if name != part or re.match(r"(blocks|layers|h)\.\d+", part):
             return name
     return ""

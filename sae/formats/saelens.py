@@ -26,7 +26,7 @@ from steersman.reading import shown
 from steersman.sae.base import SAE, FeatureStats
 from steersman.sae.config import SAEConfig
 from steersman.sae.formats.base import Format, Parts, flag, integer, positive, refuse, section, text, without_weights
-from steersman.sae.formats.names import to_hook_name, to_model_name
+from steersman.sae.formats.names import hook_of_model, to_model_name
 from steersman.sae.formats.source import Source
 from steersman.sae.formats.tensors import Entry, SafetensorsFile, TensorFile
 from steersman.sealed import seal, unseal
@@ -190,19 +190,20 @@ def _read_saelens(source: Source, fields: dict[str, Any], file: TensorFile) -> P
     k = fields.get("k", 0) if kind.uses_k else 0
     if isinstance(k, float) and not kind.exact_k and math.isfinite(k):
         k = max(1, round(k))  # an average, and only used in training
+    model = to_model_name(text(metadata, "model_name", "", path))
     cfg = SAEConfig(
         d_in=integer(fields["d_in"], "d_in", path),
         d_sae=d_sae,
         k=integer(k, "k", path),
         architecture=kind.name,
-        hook_name=to_hook_name(text(metadata, "hook_name", "", path)),
-        model_name=to_model_name(text(metadata, "model_name", "", path)),
+        hook_name=hook_of_model(text(metadata, "hook_name", "", path), model),
+        model_name=model,
         apply_b_dec_to_input=flag(fields, "apply_b_dec_to_input", True, path) and not transcoder,
         input_norm=NORMS[norm],  # pyright: ignore[reportArgumentType]
         reshape_heads=fields.get("reshape_activations", "none") == "hook_z",
         transcoder=transcoder,
         d_out=integer(fields["d_out"], "d_out", path) if transcoder and "d_out" in fields else None,
-        hook_name_out=to_hook_name(text(metadata, "hook_name_out", "", path)) if transcoder else "",
+        hook_name_out=hook_of_model(text(metadata, "hook_name_out", "", path), model) if transcoder else "",
         skip_connection="skip" in architecture,
         group_sizes=_group_sizes(fields, d_sae, path) if kind.uses_groups else (),
         metadata=_kept(metadata),

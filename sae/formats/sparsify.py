@@ -124,4 +124,5 @@ def _origin(source: Source, fields: dict[str, Any]) -> tuple[str, str]:
     if noted := section(fields, "steersman", path):
         return text(noted, "hook_name", "", path), text(noted, "model_name", "", path)
     run = source.above("config.json") or {}
-    return hook_in_path(source.place), to_model_name(text(run, "model", "", path))
+    model = to_model_name(text(run, "model", "", path))
+    return hook_in_path(source.place, model or "unknown"), model

@@ -13,6 +13,7 @@ from torch import Tensor
 from steersman.demo.concepts import CONCEPTS
 from steersman.demo.grammar import Story, concept_labels
 from steersman.lm import LanguageModel
+from steersman.lm.final_norm import norm_gain
 from steersman.sae import SAE
 
 __all__ = ["ConceptFeature", "auroc", "encode_stories", "match_concepts", "writing_features"]
@@ -91,8 +92,7 @@ def match_concepts(lm: LanguageModel, sae: SAE, stories: Sequence[Story]) -> lis
 def writing_features(lm: LanguageModel, sae: SAE, words: Sequence[str], n: int = 4) -> list[int]:
     """The n features whose decoder rows raise the logits of `words` most above the mean of all tokens (logit lens)."""
     W_U, norm = lm.unembed()
-    gain = getattr(norm, "weight", torch.ones(()))
     first = torch.tensor([lm.token_ids(" " + word)[0] for word in words], device=W_U.device)
-    logits = (sae.W_dec.to(W_U.device) * gain.float()) @ W_U.float()
+    logits = (sae.W_dec.to(W_U.device) * norm_gain(norm).to(W_U.device)) @ W_U.float()
     score = logits[:, first].mean(dim=1) - logits.mean(dim=1)
     return score.topk(min(n, len(score))).indices.tolist()

@@ -21,10 +21,16 @@ norm, ours behind it: what is there before is `hook_resid_pre` and `hook_resid_m
 alias, because the gain may or may not be in it. `blocks.i.hook_z` and `blocks.i.hook_mlp_post` are accepted as well.
 
 `hook_attn_out` and `hook_mlp_out` are what a block adds to the residual stream, so for families that normalise after
-the sublayer (Gemma 2 and 3, OLMo 2) they are read after that norm, and `resid_pre + attn_out = resid_mid`,
-`resid_mid + mlp_out = resid_post` wherever a block is a sum. (A block that normalises the sum itself, as BERT's does,
-is none; its `hook_resid_post` is the block's output all the same, and it has no `hook_resid_mid`, as a block has none
-whose attention and MLP both read `hook_resid_pre`.) A mixture of experts has no `mlp.hook_post`.
+the sublayer (Gemma 2 and 3, OLMo 2) they are read after that norm, and `resid_pre + attn_out = resid_mid`, `resid_mid +
+mlp_out = resid_post` wherever a block is a sum. That is tried on the model before the names are used
+(`steersman.lm.sums`): a factor that the block multiplies with (Granite) is applied, the module inside or behind is
+taken where that is what is added (MPT), and where nothing fits the names are not offered, with the reason. (A block
+that normalises the sum itself, as BERT's does, is none; its `hook_resid_post` is the block's output all the same, and
+it has no `hook_resid_mid`, as a block has none whose attention and MLP both read `hook_resid_pre`.) A mixture of
+experts has no `mlp.hook_post`.
+
+The path of any module that runs once in a pass is a hook point too: what the module returns, by one of the names above
+where that is the same tensor (`model.layers.3.mlp` of a Llama), else by the path itself (of a Gemma 2).
 """
 
 import copy
@@ -38,8 +44,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steersman.errors import SteersmanError, near_names
-from steersman.lm.layout import Tap, block_parts, find_blocks, submodule
+from steersman.errors import SteersmanError
+from steersman.lm import probe
+from steersman.lm.layout import Tap, find_blocks
+
+__all__ = [
+    "KINDS",
+    "LOGITS",
+    "MASKED_ATTENTION",
+    "MODULE",
+    "SPLIT_KINDS",
+    "UNCHECKED",
+    "HookName",
+    "HookPoint",
+    "additive_mask",
+    "find_blocks",
+    "layer_number",
+    "several_hooks",
+]
 
 # kind -> (name within the block, shape), in the order of the pass
 KINDS = {
@@ -55,6 +77,10 @@ KINDS = {
     "hook_resid_post": ("hook_resid_post", "B S D"),
 }
 LOGITS = "logits"
+MODULE = "module"
+"""The kind of a hook point that is named by a module's path because no other name means the same tensor."""
+UNCHECKED = ("hook_resid_pre", "hook_attn_mask", "hook_resid_post", LOGITS)
+"""Kinds that mean what they say by construction; the others are tried on the model before their first use."""
 SPLIT_KINDS = ("hook_attn_mask", "hook_z", "hook_mlp_post")
 """Kinds of which a rank of a tensor-parallel model holds its own heads or neurons only."""
 MASKED_ATTENTION = ("eager", "sdpa")
@@ -65,7 +91,7 @@ HookName = str | int
 """A hook point's name, the path of a module, or the number of a layer (-1 is the last): what its block returns."""
 
 
-class _SharedHook:
+class SharedHook:
     """The one hook of a STREAM hook point: it stands before all others on its module and calls its readers in order.
 
     The block keeps the tensor that it hands to the module, to add to it later, so the stream is changed by writing into
@@ -77,14 +103,14 @@ class _SharedHook:
         self.readers: list[Reader] = []
         self._handle: Any = None
 
-    def add(self, fn: Reader) -> "_SharedHook.Handle":
+    def add(self, fn: Reader) -> "SharedHook.Handle":
         if not self.readers:
             self._handle = self.module.register_forward_pre_hook(self._run, with_kwargs=True, prepend=True)
         self.readers.append(fn)
         return self.Handle(self, fn)
 
     def _run(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        h = args[0] if args else kwargs["hidden_states"]
+        h = probe.first_input(args, kwargs)
         for fn in tuple(self.readers):
             new = fn(h.clone())
             if new is not None:
@@ -93,7 +119,7 @@ class _SharedHook:
     class Handle:
         """Takes one reader away, and the hook with the last."""
 
-        def __init__(self, shared: "_SharedHook", fn: Reader) -> None:
+        def __init__(self, shared: "SharedHook", fn: Reader) -> None:
             self.shared, self.fn = shared, fn
 
         def remove(self) -> None:
@@ -110,10 +136,10 @@ class HookPoint:
     name: str
     """Canonical name, such as `blocks.2.hook_resid_post`."""
     layer: int
-    """Index of the block, from 0; the number of blocks for `logits`."""
+    """Index of the block, from 0; the number of blocks for `logits` and modules after them, -1 for modules before."""
     kind: str
-    """One of `KINDS`, or `logits`."""
-    order: int
+    """One of `KINDS`, `logits`, or `module`."""
+    order: float
     """Place within the block."""
     path: str
     """Module path inside the model, such as `model.layers.2.mlp`; empty for the model itself."""
@@ -125,16 +151,22 @@ class HookPoint:
     """What it holds, in the letters of this file's table: `B S D`, `B S (H d)`, `B S M`, `B H S K`, `B S V`."""
     width: int
     """Entries of its last axis; of an attention mask, whose last axis grows with the text, its heads H."""
-    _shared: _SharedHook | None = field(default=None, repr=False)
+    factor: float = 1.0
+    """What the block multiplies the module's output by: the hook point holds the product."""
+    _shared: SharedHook | None = field(default=None, repr=False)
+
+    @property
+    def _place(self) -> tuple[float, float, str]:
+        return self.layer, self.order, self.path if self.kind == MODULE else ""
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, HookPoint) and (self.layer, self.order) == (other.layer, other.order)
+        return isinstance(other, HookPoint) and self._place == other._place
 
     def __lt__(self, other: "HookPoint") -> bool:
-        return (self.layer, self.order) < (other.layer, other.order)
+        return self._place[:2] < other._place[:2]
 
     def __hash__(self) -> int:
-        return hash((self.layer, self.order))
+        return hash(self._place)
 
     @property
     def holds_states(self) -> bool:
@@ -146,6 +178,26 @@ class HookPoint:
 
         `past()` is the number of tokens in the KV cache, asked for where a mask has to be made.
         """
+        return self._attach(lambda h: None if probe.running() else fn(h), past)
+
+    def states(self, h: Any, batch: int, length: int) -> Tensor:
+        """`h`, read here in a pass over [batch, length] tokens, as [batch, length, width]; masks and logits as they
+        are. Raises SteersmanError for a tensor of another shape: the model keeps something else there.
+        """
+        if isinstance(h, Tensor):
+            if h.ndim == 2 and h.shape[0] == batch * length:
+                h = h.reshape(batch, length, -1)  # OPT folds batch and sequence together
+            if not self.holds_states or h.shape == (batch, length, self.width):
+                return h
+        found = f"a tensor {tuple(h.shape)}" if isinstance(h, Tensor) else f"a {type(h).__name__}"
+        raise SteersmanError(
+            f"{self.name} holds {found} in this model, not one state of width {self.width} for each of {batch} x "
+            f"{length} tokens: it cannot be read or edited there"
+        )
+
+    def _attach(self, fn: Reader, past: Callable[[], int] = lambda: 0) -> Any:
+        if self.factor != 1:
+            fn = _scaled(fn, self.factor)
         if self.tap is Tap.STREAM:
             assert self._shared is not None
             return self._shared.add(fn)
@@ -156,12 +208,21 @@ class HookPoint:
         return self.module.register_forward_hook(_logits_hook(fn) if self.tap is Tap.LOGITS else _output_hook(fn))
 
 
+def _scaled(fn: Reader, factor: float) -> Reader:
+    def run(h: Tensor) -> Tensor | None:
+        new = fn(h * factor)
+        return None if new is None else new / factor
+
+    return run
+
+
 def _input_hook(fn: Reader) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        new = fn(args[0] if args else kwargs["hidden_states"])
+        name = "" if args else probe.first_keyword(kwargs)
+        new = fn(args[0] if args else kwargs[name])
         if new is None:
             return None
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, name: new})
 
     return hook
 
@@ -251,116 +312,3 @@ def several_hooks(names: Any) -> list[HookName]:
     if isinstance(names, str | int) or not isinstance(names, Iterable):
         return [names]
     return list(names)
-
-
-class HookMap:
-    """All hook points of one model, by canonical name and by module path. `config` is the text model's."""
-
-    def __init__(self, model: nn.Module, config: Any, blocks: str | None = None) -> None:
-        self.path, self.blocks = find_blocks(model, getattr(config, "num_hidden_layers", None), blocks)
-        self.points: dict[str, HookPoint] = {}
-        self._by_path: dict[str, str] = {}
-        kinds = list(KINDS)
-        for layer, block in enumerate(self.blocks):
-            for kind, (within, tap) in block_parts(block).items():
-                module = submodule(block, within)
-                assert module is not None
-                name, shape = KINDS[kind]
-                path = f"{self.path}.{layer}.{within}".rstrip(".")
-                point = HookPoint(
-                    name=f"blocks.{layer}.{name}",
-                    layer=layer,
-                    kind=kind,
-                    order=kinds.index(kind),
-                    path=path,
-                    module=module,
-                    tap=tap,
-                    shape=shape,
-                    width=_width(kind, module, config),
-                    _shared=_SharedHook(module) if tap is Tap.STREAM else None,
-                )
-                self.points[point.name] = point
-                if tap is Tap.OUTPUT:
-                    self._by_path[path] = point.name  # a module's path means its output
-        head = _output_layer(model)
-        if head is not None:
-            self.points[LOGITS] = HookPoint(
-                name=LOGITS,
-                layer=len(self.blocks),
-                kind=LOGITS,
-                order=0,
-                path="",
-                module=model,
-                tap=Tap.LOGITS,
-                shape="B S V",
-                width=int(getattr(config, "vocab_size", None) or _fan_out(head)),
-            )
-
-    def resolve(self, name: HookName) -> HookPoint:
-        """The hook point called `name`: a name of this file's table, the path of a module (from the model or any
-        depth), which means what the module returns, or a layer's number, which means what its block returns.
-
-        Raises SteersmanError: a layer out of range names the number of layers, a kind that the model's blocks do not
-        have names those they have, anything else unknown the nearest names.
-        """
-        n = len(self.blocks)
-        if (layer := layer_number(name)) is not None:
-            if not -n <= layer < n:
-                raise SteersmanError(
-                    f"there is no layer {layer}: the model has {n} layers, 0 to {n - 1} (or -1, the last, to {-n})"
-                )
-            return self.points[f"blocks.{layer % n}.hook_resid_post"]
-        if not isinstance(name, str):
-            raise SteersmanError(f"a hook point is named by a string or by a layer's number, got {name!r}")
-        if name in self.points:
-            return self.points[name]
-        number = re.fullmatch(r"(?:.*\.)?(?:blocks|layers|layer|h|block)\.(-?\d+)(?:\.(.+))?", name)
-        if number is not None and not 0 <= int(number[1]) < n:
-            raise SteersmanError(
-                f"hook point {name!r}: there is no layer {number[1]}, the model has {n} layers (0 to {n - 1})"
-            )
-        if number is not None and name.startswith("blocks."):
-            kind = next((kind for kind, (own, _) in KINDS.items() if number[2] in (kind, own)), None)
-            if kind is not None:
-                return self._of_kind(int(number[1]), kind)
-        stem = self.path.split(".")
-        for depth in range(len(stem)):
-            # `model.layers.6`, `layers.6` and, when the list is called otherwise, the plain `layers.6` all work.
-            prefix = ".".join(stem[:depth])
-            candidate = f"{prefix}.{name}" if prefix else name
-            if candidate in self._by_path:
-                return self.points[self._by_path[candidate]]
-        plain = re.fullmatch(r"(?:model\.|transformer\.|gpt_neox\.)?(?:layers|h)\.(\d+)", name)
-        if plain is not None:
-            return self.points[f"blocks.{plain[1]}.hook_resid_post"]
-        raise SteersmanError(f"unknown hook point {name!r}; near names: {near_names(name, list(self.points))}")
-
-    def _of_kind(self, layer: int, kind: str) -> HookPoint:
-        stem = f"blocks.{layer}."
-        point = self.points.get(stem + KINDS[kind][0])
-        if point is None:
-            own = ", ".join(name.removeprefix(stem) for name in self.points if name.startswith(stem))
-            raise SteersmanError(f"block {layer} of this model has no {kind}; it has {own}")
-        return point
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    find = getattr(model, "get_output_embeddings", None)
-    return None if find is None else find()
-
-
-def _width(kind: str, module: nn.Module, config: Any) -> int:
-    if kind in ("hook_z", "hook_mlp_post"):
-        return _fan_in(module)
-    return int(config.num_attention_heads if kind == "hook_attn_mask" else config.hidden_size)
-
-
-def _fan_in(projection: nn.Module) -> int:
-    """Entries that a projection reads. GPT-2's Conv1D keeps its weight the other way round, quantised ones packed."""
-    if hasattr(projection, "in_features"):
-        return int(projection.in_features)  # pyright: ignore[reportArgumentType]
-    return int(projection.weight.shape[0])  # pyright: ignore[reportIndexIssue, reportArgumentType]
-
-
-def _fan_out(head: nn.Module) -> int:
-    return int(getattr(head, "out_features", None) or head.weight.shape[0])  # pyright: ignore[reportIndexIssue, reportArgumentType]

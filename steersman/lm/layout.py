@@ -40,6 +40,7 @@ KNOWN_BLOCK_PATHS = (
 SUBLAYER_LAYOUTS = (
     ("post_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"),  # Gemma 2, 3, OLMo 2
     ("post_mlp_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"),  # GLM-4
+    ("pre_mlp_layernorm/post_mlp_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),  # AFMoE
     ("attention.output.dense", "attention.output.dense", "output.dense"),  # BERT, ESM: before the input is added
     (
         "self_attention.query_key_value/mlp.dense_4h_to_h/mlp.gelu_impl",
@@ -60,6 +61,7 @@ DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "li
 MID_LAYOUTS = (
     ("pre_feedforward_layernorm", "pre_feedforward_layernorm"),  # Gemma 2, 3
     ("post_feedforward_layernorm/mlp", "mlp"),  # OLMo 2, 3: the MLP reads the stream itself
+    ("pre_mlp_layernorm", "pre_mlp_layernorm"),  # AFMoE
     ("attention.LayerNorm", "LayerNorm"),  # ESM
     ("attention.output.LayerNorm", ""),  # BERT normalises the sum: there is no such stream
     ("post_attention_layernorm", "post_attention_layernorm"),  # Llama and its kin, NeoX, BLOOM, Falcon, GLM-4
@@ -156,7 +158,7 @@ def block_parts(block: nn.Module) -> dict[str, tuple[str, Tap]]:
 def _outputs(block: nn.Module) -> tuple[str | None, str | None]:
     """The submodules whose outputs are what attention and MLP add to the residual stream."""
     for marks, attention, mlp in SUBLAYER_LAYOUTS:
-        if _has(block, marks):
+        if _has(block, f"{marks}/{attention}/{mlp}"):  # all of it, or it is another layout
             return attention, mlp
     return _first(block, ATTENTION_NAMES), _first(block, MLP_NAMES)
 
@@ -168,7 +170,7 @@ def _middle(block: nn.Module) -> str | None:
         return None
     if getattr(block, "apply_residual_connection_post_layernorm", False):
         return None
-    return next((path for marks, path in MID_LAYOUTS if _has(block, marks)), "") or None
+    return next((path for marks, path in MID_LAYOUTS if _has(block, f"{marks}/{path}")), "") or None
 
 
 def _adds_its_mask(block: nn.Module, attention: str | None) -> bool:
@@ -178,7 +180,7 @@ def _adds_its_mask(block: nn.Module, attention: str | None) -> bool:
 
 
 def _has(block: nn.Module, marks: str) -> bool:
-    return all(submodule(block, mark) is not None for mark in marks.split("/"))
+    return all(submodule(block, mark) is not None for mark in marks.split("/") if mark)
 
 
 def _first(block: nn.Module, paths: Iterable[str]) -> str | None:

@@ -6,10 +6,13 @@ Shape letters: n directions, D width, V vocabulary.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steersman.errors import SteersmanError
+from steersman.lm.final_norm import norm_gain
 from steersman.lm.model import LanguageModel
+
+__all__ = ["logit_lens", "norm_gain"]
 
 _BLOCK = 256  # directions whose logits are held at once
 
@@ -33,14 +36,6 @@ def logit_lens(lm: LanguageModel, directions: Tensor, n_tokens: int = 8) -> list
         bottom = (-logits).topk(n_tokens, dim=1).indices.tolist()
         lens += [(_texts(lm.tokenizer, a), _texts(lm.tokenizer, b)) for a, b in zip(top, bottom)]
     return lens
-
-
-def norm_gain(norm: nn.Module | None) -> Tensor:
-    """The factor per dimension of the final norm; Gemma stores it less one."""
-    weight: Any = getattr(norm, "weight", None)
-    if weight is None:
-        return torch.ones(())
-    return weight.detach().float() + 1.0 if "Gemma" in type(norm).__name__ else weight.detach().float()
 
 
 def _texts(tokenizer: Any, ids: list[int]) -> list[str]:

@@ -1,5 +1,6 @@
 """`LanguageModel`: a transformers model with named hook points that can be read, edited and generated with."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
@@ -11,13 +12,19 @@ from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.lm.clock import ForwardPass, PassClock, PassDone, PromptLength
 from steersman.lm.digest import model_digest
+from steersman.lm.final_norm import find_final_norm
 from steersman.lm.generate import Generation, sampling_settings, seeded, stop_ids
-from steersman.lm.hooks import LOGITS, MASKED_ATTENTION, SPLIT_KINDS, HookMap, HookName, HookPoint, several_hooks
+from steersman.lm.hook_map import HookMap
+from steersman.lm.hooks import LOGITS, MASKED_ATTENTION, SPLIT_KINDS, HookName, HookPoint, several_hooks
 from steersman.lm.load import Quantization, load_pretrained
 from steersman.lm.origin import same_model
+from steersman.lm.positions import context_length, own_offset
+from steersman.lm.probe import module_device
 from steersman.lm.tokens import Prompt, TextEncoder, TokenBatch, as_prompts
 
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after")
+log = logging.getLogger(__name__)
+
+_UNKNOWN: Any = object()  # a norm that has not been looked for
 
 
 class LanguageModel:
@@ -47,6 +54,8 @@ class LanguageModel:
         self.name = name or getattr(config, "_name_or_path", "") or type(model).__name__
         self.config = config.get_text_config()
         self.hooks = HookMap(model, self.config, blocks)
+        self._norm: Any = _UNKNOWN
+        self._first_position = own_offset(model)
         self.can_generate: bool = hasattr(model, "can_generate") and bool(self.model.can_generate())
         self._text = (
             None if tokenizer is None else TextEncoder(tokenizer, is_encoder=self._is_encoder(tokenizer), bos=bos)
@@ -105,8 +114,9 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the embeddings are, and so where token ids go."""
-        return self.model.get_input_embeddings().weight.device
+        """Where the embeddings are, and so where token ids go; of offloaded ones, where they are brought to."""
+        embeddings = self.model.get_input_embeddings()
+        return module_device(embeddings, embeddings.weight.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,8 +141,7 @@ class LanguageModel:
     @property
     def context_length(self) -> int | None:
         """Largest number of tokens the model was built for, or None where its configuration names none."""
-        length = getattr(self.config, "max_position_embeddings", None)
-        return None if length is None else int(length)
+        return context_length(self.model, self.config)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -215,14 +224,19 @@ class LanguageModel:
         Raises SteersmanError for models without an output layer over a vocabulary.
         """
         head = self.model.get_output_embeddings()
+        if head is not None and head.weight.device.type == "meta":
+            raise SteersmanError(f"the output layer of {self.name} is kept elsewhere (offloaded): load it whole")
         if head is None or head.weight.shape[-1] != self.d_model:
             raise SteersmanError(f"{self.name} has no output layer over its vocabulary of width {self.d_model}")
         return head.weight.T, self.final_norm()
 
     def final_norm(self) -> nn.Module | None:
-        """The norm between the last block and the output layer, or None."""
-        parent: Any = self.model.get_submodule(self.hooks.path.rpartition(".")[0])
-        return next((norm for name in FINAL_NORMS if isinstance(norm := getattr(parent, name, None), nn.Module)), None)
+        """The norm between the last block and the output layer, or None where there is none (said once)."""
+        if self._norm is _UNKNOWN:
+            self._norm = find_final_norm(self.model, self.hooks.path, self.blocks, self.d_model)
+            if self._norm is None and self.can_generate:
+                log.info("%s has no norm before its output layer: its logit lens is the output layer alone", self.name)
+        return self._norm
 
     # Text
 
@@ -272,8 +286,8 @@ class LanguageModel:
             mask = torch.as_tensor(attention_mask, device=self.device).long().reshape(ids.shape)
             inputs["attention_mask"] = mask
             if self.accepts("position_ids") and bool((mask[:, 0] == 0).any()):
-                # Left padding: text starts at position 0, as it does in generate. Otherwise the default is the same.
-                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+                # Left padding: text starts where it does without, as in generate. Otherwise the default is the same.
+                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + self._first_position
         if self.accepts("use_cache"):
             inputs["use_cache"] = False
         return inputs
@@ -297,16 +311,16 @@ class LanguageModel:
         if not points:
             raise SteersmanError("capture needs at least one hook point")
         inputs = self._inputs(input_ids, attention_mask)
-        shape = (*inputs["input_ids"].shape, -1)
+        shape = inputs["input_ids"].shape
         waiting = {point.name for point in points.values()}
         states: dict[str, Tensor] = {}
 
-        def reader(name: str, kind: str) -> Callable[[Tensor], None]:
+        def reader(point: HookPoint) -> Callable[[Tensor], None]:
             # Falcon adds the attention's output into the MLP's in place: keep what a sublayer takes and returns apart.
-            own = kind.startswith("hook_resid") or kind == LOGITS
+            name, own = point.name, point.kind.startswith("hook_resid") or point.kind == LOGITS
 
             def read(h: Tensor) -> None:
-                h = h.reshape(shape) if h.ndim == 2 else h
+                h = point.states(h, *shape)
                 states[name] = h if own else h.clone()
                 waiting.discard(name)
                 if not waiting:
@@ -317,7 +331,7 @@ class LanguageModel:
         with ExitStack() as stack:
             stack.enter_context(self._clock.declare(prompt_length))
             for point in {p.name: p for p in points.values()}.values():
-                stack.callback(point.attach(reader(point.name, point.kind)).remove)
+                stack.callback(point.attach(reader(point)).remove)
             with suppress(PassDone):
                 self.model(**inputs)
         return {name: states[point.name] for name, point in points.items()}
@@ -338,7 +352,7 @@ class LanguageModel:
 
         def apply(h: Tensor) -> Tensor | None:
             fwd = self._clock.now()
-            x = h.reshape(fwd.batch, fwd.length, -1) if h.ndim == 2 else h  # OPT folds batch and sequence together
+            x = point.states(h, fwd.batch, fwd.length)
             new = fn(x, fwd.last(x.shape[1]) if point.kind == LOGITS else fwd)
             if new is x:
                 return None
