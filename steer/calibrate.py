@@ -101,12 +101,8 @@ def calibrate(
     """
     steerer = as_steerer(st)
     config = merged(CalibrateConfig, config, settings)
-    budget, target = _budget(config)
+    budget, target = check_budget(config, v)
     vector = _as_vector(v)
-    if vector is not None:
-        vector.check_not_zero("a scale for it")
-    elif budget == "norm":
-        raise SteersmanError("target_norm is for vectors: give target_kl or target_loss for any other way of steering")
     steered(v, steerer, scope=config.scope)  # refuses what does not fit before anything is run
     meter = CostMeter(steerer.lm, texts, batch_size=config.batch_size, max_length=config.max_length, seed=config.seed)
     norm = START_NORM if vector is None else _norm_frac(vector, meter.norms(vector.hook_names))
@@ -168,7 +164,8 @@ def _as_vector(what: Dosed) -> SteeringVector | None:
     return what if isinstance(what, SteeringVector) else None
 
 
-def _budget(config: CalibrateConfig) -> tuple[Literal["kl", "loss", "norm"], float]:
+def check_budget(config: CalibrateConfig, v: Dosed) -> tuple[Literal["kl", "loss", "norm"], float]:
+    """The budget and its size. Raises SteersmanError for none, several or one that `v` cannot be given."""
     given = {"kl": config.target_kl, "loss": config.target_loss, "norm": config.target_norm}
     asked = {name: value for name, value in given.items() if value is not None}
     if len(asked) != 1:
@@ -178,6 +175,11 @@ def _budget(config: CalibrateConfig) -> tuple[Literal["kl", "loss", "norm"], flo
         raise SteersmanError(f"target_{name} must be a number above 0, got {value}")
     if config.max_evaluations < 1 or not 0 < config.tolerance < 1:
         raise SteersmanError("max_evaluations must be at least 1, and the tolerance between 0 and 1")
+    vector = _as_vector(v)
+    if vector is not None:
+        vector.check_not_zero("a scale for it")
+    elif name == "norm":
+        raise SteersmanError("target_norm is for vectors: give target_kl or target_loss for any other way of steering")
     return name, float(value)  # pyright: ignore[reportReturnType]
 
 

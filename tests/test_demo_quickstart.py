@@ -7,22 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from steersman.demo.concept_features import auroc
 from steersman.demo.quickstart import QuickstartConfig, quickstart
 from steersman.errors import SteersmanError
-
-
-def test_auroc_equals_counting_pairs() -> None:
-    g = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 4, (60, 3), generator=g).float()
-    labels = torch.rand(60, 2, generator=g) > 0.7
-    got = auroc(scores, labels)
-    for latent in range(3):
-        for concept in range(2):
-            positive = scores[labels[:, concept], latent]
-            negative = scores[~labels[:, concept], latent]
-            above = (positive[:, None] > negative).double() + 0.5 * (positive[:, None] == negative).double()
-            assert float(got[latent, concept]) == pytest.approx(float(above.mean()))
 
 
 def test_quickstart_makes_a_report(tmp_path: Path) -> None:

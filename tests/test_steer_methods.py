@@ -13,7 +13,7 @@ from steersman import SteeringVector
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.steer import METHODS, Steerer, contrast
-from steersman.steer.methods.diagnostics import Agreement, auroc, d_prime, warnings
+from steersman.steer.methods.diagnostics import Agreement, d_prime, warnings
 from steersman.steer.methods.moments import SampleFile
 
 HOOK, OTHER = "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"
@@ -265,7 +265,6 @@ def test_diagnostics_by_hand() -> None:
     agreement.add(torch.zeros(2, 5))
     cosines = torch.nn.functional.cosine_similarity(d[:, None], d[None], dim=-1)
     assert agreement.figures()["agreement"] == pytest.approx(float((cosines.sum() - 9) / 72), abs=1e-6)
-    assert auroc(torch.tensor([2.0, 2.0]), torch.tensor([1.0, 2.0, 3.0])) == 0.5
     assert d_prime(torch.tensor([3.0, 5.0]), torch.tensor([0.0, 2.0])) == pytest.approx(3 / 2**0.5)
     assert d_prime(torch.ones(2), torch.zeros(2)) is None
     assert warnings({"agreement": 0.0, "split_half": 0.9, "auroc": 0.9, "heldout": True}) == [
@@ -329,8 +328,8 @@ WRONG: list[tuple[Any, Any, dict[str, Any], str]] = [
     (POSITIVE, 7, {}, "must be a list of texts"),
     ([], NEGATIVE, {}, "no positive examples"),
     (POSITIVE, [], {}, "no negative examples"),
-    (POSITIVE, NEGATIVE, {"positions": "answer"}, "positive example 0 has no answer to read"),
-    (POSITIVE, NEGATIVE, {"method": "caa"}, "positive example 0 has no answer to read"),
+    (POSITIVE, NEGATIVE, {"positions": "answer"}, "reads the answer to a prompt, and positive example 0"),
+    (POSITIVE, NEGATIVE, {"method": "caa"}, "reads the answer to a prompt, and positive example 0"),
     (POSITIVE, NEGATIVE, {"positions": "first"}, "unknown positions 'first'"),
     (POSITIVE, NEGATIVE, {"positions": "index:4"}, "positive example 2 has 4 tokens .BOS included., so no token 4"),
     (POSITIVE, NEGATIVE, {"method": "pca", "positions": "all"}, "one state per text"),

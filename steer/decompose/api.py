@@ -121,18 +121,18 @@ def decompose(
         "activations": activations,
         "effect_map": effect_map,
     }
-    _check_given(method, {**given, "lm": lm})
+    check_given(config.method, {**given, "lm": lm})
     several = isinstance(vectors, list | tuple) or (isinstance(vectors, Tensor) and vectors.ndim == 2)
     each: list[Any] = list(vectors) if several else [vectors]  # pyright: ignore[reportArgumentType]
     if not each:
         raise SteersmanError("no vector to take apart: the list is empty")
     hook = _hook(each[0], sae, lm, hook)
-    data = method.read(Sources(sae=sae, config=config, lm=lm, hook=hook, **given))
-    if vectors is None and method.makes_vector:
-        each = [method.own_vector(data)]
-    rows = [_row(one, i if several else None, sae, lm, hook) for i, one in enumerate(each)]
     sae.check_residual("decompose")
     _check_k(method, config, sae)
+    makes = vectors is None and method.makes_vector
+    rows = [] if makes else [_row(one, i if several else None, sae, lm, hook) for i, one in enumerate(each)]
+    data = method.read(Sources(sae=sae, config=config, lm=lm, hook=hook, **given))
+    rows = [_row(method.own_vector(data), None, sae, lm, hook)] if makes else rows
     problem = Problem(
         vectors=torch.stack(rows).to(sae.device),
         sae=sae,
@@ -153,8 +153,10 @@ def _check_k(method: Method, config: DecomposeConfig, sae: SAE) -> None:
         raise SteersmanError(f"k = {config.k} is out of range: 1 to {k_most} ({what})")
 
 
-def _check_given(method: Method, given: Mapping[str, object]) -> None:
-    """Needed data is there, and none is given that would not be read (a model is always welcome, for labels)."""
+def check_given(name: str, given: Mapping[str, object]) -> None:
+    """Raise SteersmanError unless what method `name` needs is there, and nothing is given that it would not read (a
+    model is always welcome, for labels). `given` holds what there is, or will be, by the names of `decompose`."""
+    method = METHODS[name]()
     for name, value in given.items():
         if value is not None and name not in method.reads and name != "lm":
             readers = [other.name for other in METHODS.values() if name in other.reads]

@@ -10,12 +10,13 @@ from steersman.reading import read_json
 from steersman.sae import SAE
 
 _TOKENS = 5
+_LARGEST_FILE = 1 << 28  # features.json has half a kilobyte for each feature
 
 
 def load_labels(path: str | Path) -> dict[int, str]:
     """Labels by feature id from a JSON file: `{"12": "fog", ...}`, or the list that `steersman features` writes (an
     entry's `label`, or else the tokens it promotes)."""
-    found = read_json(path)
+    found = read_json(path, limit=_LARGEST_FILE)
     try:
         if isinstance(found, dict):
             return {int(feature): str(label) for feature, label in found.items()}

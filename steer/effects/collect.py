@@ -29,7 +29,7 @@ from steersman.steer.effects.config import EffectsConfig
 from steersman.steer.effects.folder import (
     BASELINE,
     Effects,
-    check_place,
+    check_folder,
     finished_shards,
     read_baseline,
     read_shard,
@@ -271,13 +271,13 @@ def _settings(manifest: EffectsManifest) -> dict[str, Any]:
 def _claim(folder: Path, manifest: EffectsManifest, vectors: Tensor, held: ExitStack) -> EffectsManifest:
     """Make the folder, or check that what is in it was started with the same settings and is whole; hold it until
     `held` is closed. Returns the folder's manifest, which is `manifest` but where an earlier version wrote it."""
-    check_place(folder)
+    check_folder(folder)
     make_folder(folder)
     try:
         held.enter_context(FolderLock(folder, "these effects"))
     except OSError as error:
         raise SteersmanError(f"{folder} cannot be used for effects: {error.strerror}") from error
-    check_place(folder)  # now that nobody else begins here
+    check_folder(folder)  # now that nobody else begins here
     if not (folder / MANIFEST).exists():
         manifest.save(folder)
         return manifest

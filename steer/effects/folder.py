@@ -164,7 +164,7 @@ def finished_shards(folder: Path, manifest: EffectsManifest) -> list[int]:
     return sorted(n for n in numbers if n < manifest.n_shards and shard_path(folder, n).name in there)
 
 
-def check_place(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Raise SteersmanError unless effects can be written to `folder`: it holds some, holds nothing, or is not there."""
     try:
         if not os.path.lexists(folder):

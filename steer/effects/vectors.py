@@ -33,12 +33,19 @@ def usable_rows(sae: SAE) -> Tensor:
     return usable.nonzero()[:, 0]
 
 
+def n_vectors(config: EffectsConfig, sae: SAE, width: int) -> int:
+    """How many vectors `make_vectors` makes."""
+    if config.n_vectors is not None:
+        return config.n_vectors
+    return len(usable_rows(sae)) if config.vectors == "decoder" else 8 * width
+
+
 def make_vectors(config: EffectsConfig, sae: SAE, width: int) -> Tensor:
     """Unit vectors [n, D] fp32 on the CPU, as `config` asks. Raises SteersmanError where the SAE has too few rows."""
     g = torch.Generator().manual_seed(config.seed)
-    n = config.n_vectors
+    n = n_vectors(config, sae, width)
     if config.vectors == "random":
-        return unit_rows(torch.randn(8 * width if n is None else n, width, generator=g))
+        return unit_rows(torch.randn(n, width, generator=g))
     if sae.cfg.d_in != width:
         raise SteersmanError(f"decoder rows have width {sae.cfg.d_in}, the hook point to steer at has {width}")
     ids = usable_rows(sae)
@@ -46,14 +53,12 @@ def make_vectors(config: EffectsConfig, sae: SAE, width: int) -> Tensor:
     if len(ids) < 2:
         raise SteersmanError("this SAE has fewer than two living features: use vectors='random'")
     if config.vectors == "decoder":
-        n = len(ids) if n is None else n
         if n > len(ids):
             raise SteersmanError(
                 f"n_vectors {n} is more than the {len(ids)} living features of the SAE: ask for fewer, or use "
                 "vectors='pairs' or 'random'"
             )
         return rows[torch.randperm(len(ids), generator=g)[:n]]
-    n = 8 * width if n is None else n
     first = torch.randint(len(ids), (n,), generator=g)
     second = (first + torch.randint(1, len(ids), (n,), generator=g)) % len(ids)
     w = torch.rand(n, 1, generator=g)

@@ -130,15 +130,9 @@ def verify_effect(
     check_sae_fits(lm, sae)
     place = {"hook_name": effect_map.hook_name, "width": effect_map.d_in}
     check_fits(lm, what="this effect map", model_name=effect_map.model_name, **place)
-    settings = dict(effect_map.provenance.get("effects", {}))
-    if "prompts" not in settings:
-        raise SteersmanError("this effect map was not measured by rollouts: there is no setting to measure under")
-    settings |= {"vectors": "random"} if settings["vectors"] == "given" else {}
-    config = EffectsConfig.from_identity(settings, batch_rows=batch_rows)
-    rollouts = 4 * config.rollouts if rollouts is None else rollouts
-    if rollouts < 2:
-        raise SteersmanError(f"rollouts must be at least 2, got {rollouts}")
     x = effect_map.direction(vector)
+    config = check_verifiable(effect_map, texts, scale=scale, rollouts=rollouts, batch_rows=batch_rows)
+    rollouts = 4 * config.rollouts if rollouts is None else rollouts
     t = _targets(effect_map, vector, targets)
     achieved, reached = math.nan, True
     if scale is None:
@@ -176,6 +170,32 @@ def verify_effect(
         r2=float(1 - (measured - predicted).square().sum() / spread) if float(spread) > 0 else math.nan,
         rollouts=rollouts,
     )
+
+
+def check_verifiable(
+    effect_map: EffectMap,
+    texts: Sequence[str],
+    *,
+    scale: float | None = None,
+    rollouts: int | None = None,
+    batch_rows: int = 1024,
+) -> EffectsConfig:
+    """The settings that the map's vectors were measured with. Raises SteersmanError for what `verify_effect` cannot do,
+    as far as this can be known before a model is loaded."""
+    settings = dict(effect_map.provenance.get("effects", {}))
+    if "prompts" not in settings:
+        raise SteersmanError("this effect map was not measured by rollouts: there is no setting to measure under")
+    settings |= {"vectors": "random"} if settings.get("vectors") == "given" else {}
+    config = EffectsConfig.from_identity(settings, batch_rows=batch_rows)
+    if rollouts is not None and rollouts < 2:
+        raise SteersmanError(f"rollouts must be at least 2, got {rollouts}")
+    if scale is not None and not math.isfinite(scale):
+        raise SteersmanError(f"the scale must be a finite number, got {scale}")
+    if scale is None and config.needs_texts and not any(text.strip() for text in texts):
+        raise SteersmanError(
+            f"the map's scale rule {config.scale_rule!r} measures on held-out text: give texts, or a scale"
+        )
+    return config
 
 
 def _targets(effect_map: EffectMap, vector: Tensor | VectorLike, targets: Targets | None) -> Tensor:

@@ -66,17 +66,12 @@ def evaluate_steering(
     """
     config = merged(EvaluationConfig, config, settings)
     st = Steerer(lm)
-    prompts = _checked_texts(prompts, "prompt", least=2)
-    texts = _checked_texts(texts, "text") if texts else []
+    prompts, texts = check_request(vector, prompts, texts, has_sae=sae is not None, features=features)
     items = as_continuations(continuations)
     is_vector = isinstance(vector, SteeringVector)
-    if is_vector:
-        vector.check_not_zero("its effect")
     steered(vector, st, scope=config.scope)  # refuses what does not fit before anything is run
     if sae is not None:
         st.features(sae, dict.fromkeys(features or (0,), 0.0))  # checks model, hook point, width and ids
-    elif features:
-        raise SteersmanError("features need the SAE they belong to: give sae=")
     targets = Targets(words=tuple(words), sae=sae, features=tuple(features), judge=judge, criterion=criterion)
 
     missing: dict[str, str] = {}
@@ -135,6 +130,19 @@ def evaluate_steering(
         prompt_prefix=prompt_prefix or "",
         config=config,
     )
+
+
+def check_request(
+    vector: Dosed, prompts: Sequence[str], texts: Sequence[str], *, has_sae: bool, features: Sequence[int]
+) -> tuple[list[str], list[str]]:
+    """The prompts and texts as lists. Raises SteersmanError for what cannot be evaluated, as far as this can be known
+    before a model is loaded."""
+    found = _checked_texts(prompts, "prompt", least=2), _checked_texts(texts, "text") if texts else []
+    if isinstance(vector, SteeringVector):
+        vector.check_not_zero("its effect")
+    if features and not has_sae:
+        raise SteersmanError("features need the SAE they belong to: give sae=")
+    return found
 
 
 def _arm(st: Steerer, what: Dosed, scale: float, scope: str) -> Arm:

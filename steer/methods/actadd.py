@@ -24,6 +24,12 @@ class ActAdd(Method):
     source = "arXiv 2308.10248"
     positions = "one by one"
 
+    def check(self, examples: Examples, config: ContrastConfig, *, has_means: bool = False) -> None:
+        super().check(examples, config, has_means=has_means)
+        examples.check_pairs(self.name)
+        if config.positions is not None:
+            raise SteersmanError("method 'actadd' reads every position: leave out positions")
+
     def make(
         self,
         lm: LanguageModel,
@@ -32,9 +38,6 @@ class ActAdd(Method):
         config: ContrastConfig,
         means: Mapping[str, Tensor] | None,
     ) -> Made:
-        examples.check_pairs(self.name)
-        if config.positions is not None:
-            raise SteersmanError("method 'actadd' reads every position: leave out positions")
         space = space_token(lm)
         totals: dict[str, Tensor] = {}
         size: dict[str, float] = {}  # the largest norm of a prompt's states, to tell a difference from rounding

@@ -26,7 +26,7 @@ from steersman.registry import Registry
 from steersman.steer.methods.diagnostics import Agreement, Projections
 from steersman.steer.methods.examples import Examples
 from steersman.steer.methods.moments import RunningMean
-from steersman.steer.methods.reading import Order, Reader
+from steersman.steer.methods.reading import Order, Reader, check_positions
 
 ROUNDING = 1e-5
 """Fraction of the states' length up to which a difference of states is rounding."""
@@ -92,6 +92,20 @@ class Method(ABC):
     def __init_subclass__(cls) -> None:
         METHODS.register(cls, cls)
 
+    def check(self, examples: Examples, config: ContrastConfig, *, has_means: bool = False) -> None:
+        """Raise SteersmanError for what cannot be made, as far as this can be known before a model is loaded.
+
+        A subclass that asks for more calls this first. `has_means`: the states' means stand in for negatives.
+        """
+        if not examples.positive:
+            raise SteersmanError("there are no positive examples")
+        if not examples.negative and not has_means and self.needs_negative:
+            raise SteersmanError(f"there are no negative examples, and method {self.name!r} needs some")
+        for name in ("batch_size", "max_length"):
+            value = getattr(config, name)
+            if value is not None and value < 1:
+                raise SteersmanError(f"{name} must be at least 1, got {value}")
+
     @abstractmethod
     def make(
         self,
@@ -149,6 +163,19 @@ class StreamedMethod(Method):
     order: ClassVar[Order]
     estimator: ClassVar[type[Estimator]]
 
+    def check(self, examples: Examples, config: ContrastConfig, *, has_means: bool = False) -> None:
+        super().check(examples, config, has_means=has_means)
+        positions = config.positions or self.positions
+        check_positions(positions)
+        if self.order == "pairs":
+            examples.check_pairs(self.name)
+            if positions == "all":
+                raise SteersmanError(
+                    f"method {self.name!r} compares pairs and needs one state per text: not positions='all'"
+                )
+        if positions == "answer":
+            examples.check_answers(self.name)
+
     def make(
         self,
         lm: LanguageModel,
@@ -157,12 +184,6 @@ class StreamedMethod(Method):
         config: ContrastConfig,
         means: Mapping[str, Tensor] | None,
     ) -> Made:
-        if self.order == "pairs":
-            examples.check_pairs(self.name)
-            if config.positions == "all":
-                raise SteersmanError(
-                    f"method {self.name!r} compares pairs and needs one state per text: not positions='all'"
-                )
         positions = config.positions or self.positions
         reader = Reader(
             lm, hooks, positions=positions, batch_size=config.batch_size, max_length=config.max_length, seed=config.seed

@@ -53,10 +53,7 @@ def contrast(
     examples = Examples(
         positive=as_examples(positive, "positive"), negative=[] if means else as_examples(negative, "negative")
     )
-    if not examples.positive:
-        raise SteersmanError("there are no positive examples")
-    if not examples.negative and means is None and method.needs_negative:
-        raise SteersmanError("there are no negative examples")
+    method.check(examples, config, has_means=means is not None)
     made = method.make(lm, examples, hooks, config, means)
     metadata = {
         "source": method.source,
@@ -75,6 +72,12 @@ def contrast(
             for text in warnings(figures):
                 log.warning("%s at %s: %s", method.name, name, text)
     return SteeringVector(directions=made.directions, model_name=lm.name, method=method.name, metadata=metadata)
+
+
+def check_contrast(examples: Examples, config: ContrastConfig, *, has_means: bool = False) -> None:
+    """Raise SteersmanError for examples that the method of `config` cannot use, as far as this can be known before a
+    model is loaded. `has_means`: the states' means stand in for negatives."""
+    METHODS[config.method]().check(examples, config, has_means=has_means)
 
 
 def _is_means(negative: object) -> TypeGuard[Mapping[str, Tensor]]:

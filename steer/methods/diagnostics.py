@@ -13,9 +13,10 @@ sample). N samples, D width.
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from steersman.ranking import auroc
 
 LOW = {"agreement": 0.1, "split_half": 0.5, "auroc": 0.7}
 """Below these, steering along the vector is likely to disappoint: figures to look twice at, not limits of a theory."""
@@ -71,23 +72,11 @@ class Projections:
             found["split_half"] = float(self.halves[0] @ self.halves[1])
             along = torch.cat(self._heldout)
         if two_sided:
-            found["auroc"] = auroc(along[positive], along[~positive])
+            found["auroc"] = float(auroc(along[:, None], positive[:, None]))
             found["d_prime"] = d_prime(along[positive], along[~positive])
         if paired:
             found["pairs_right"] = float((along[0::2] > along[1::2]).double().mean())
         return found
-
-
-def auroc(positive: Tensor, negative: Tensor) -> float:
-    """Fraction of (positive, negative) pairs that the score orders rightly, ties half.
-
-    >>> auroc(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0]))
-    0.875
-    """
-    low = np.sort(negative.numpy())
-    values = positive.numpy()
-    below, upto = np.searchsorted(low, values, "left"), np.searchsorted(low, values, "right")
-    return float((below + upto).mean() / 2 / len(low))
 
 
 def d_prime(positive: Tensor, negative: Tensor) -> float | None:

@@ -50,6 +50,17 @@ class Examples:
                 f"{len(self.positive)} positives and {len(self.negative)} negatives"
             )
 
+    def check_answers(self, method: str) -> None:
+        """Raise SteersmanError unless every example is a prompt and its answer."""
+        for side, examples in (("positive", self.positive), ("negative", self.negative)):
+            for number, example in enumerate(examples):
+                if not example.prompt:
+                    raise SteersmanError(
+                        f"method {method!r} reads the answer to a prompt, and {side} example {number} is a text "
+                        'without one: give (prompt, answer) examples, in JSONL {"prompt": ..., "positive": ..., '
+                        "\"negative\": ...}, or choose positions 'last' or 'mean'"
+                    )
+
 
 def as_examples(given: ExamplesLike, side: str) -> list[Example]:
     """Examples from texts, (prompt, answer) pairs, mappings with `text` or `prompt` and `answer`, or `Example`s.

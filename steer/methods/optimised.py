@@ -33,6 +33,13 @@ class Optimised(Method):
     positions = "the completions"
     needs_negative = False
 
+    def check(self, examples: Examples, config: ContrastConfig, *, has_means: bool = False) -> None:
+        super().check(examples, config, has_means=has_means)
+        if config.positions is not None:
+            raise SteersmanError("method 'optimised' reads the completions: leave out positions")
+        if config.steps < 1 or not config.max_norm_frac > 0:
+            raise SteersmanError("steps must be at least 1 and max_norm_frac above 0")
+
     def make(
         self,
         lm: LanguageModel,
@@ -41,10 +48,6 @@ class Optimised(Method):
         config: ContrastConfig,
         means: Mapping[str, Tensor] | None,
     ) -> Made:
-        if config.positions is not None:
-            raise SteersmanError("method 'optimised' reads the completions: leave out positions")
-        if config.steps < 1 or not config.max_norm_frac > 0:
-            raise SteersmanError("steps must be at least 1 and max_norm_frac above 0")
         texts = [e.text for e in (*examples.positive, *examples.negative)]
         norms = median_norms(lm, texts[:64], hooks, batch_size=config.batch_size)
         bound = {hook: config.max_norm_frac * norm for hook, norm in norms.items()}

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from steersman.errors import SteersmanError
 from steersman.steer.methods.base import ContrastConfig, Estimator, StreamedMethod
+from steersman.steer.methods.examples import Examples
 from steersman.steer.methods.moments import SampleFile
 
 NEWTON_STEPS = 30
@@ -28,10 +29,6 @@ class LogisticWeight(Estimator):
 
     def __init__(self, config: ContrastConfig) -> None:
         super().__init__(config)
-        if not config.l2 > 0:
-            raise SteersmanError(
-                f"l2 must be above 0, got {config.l2}: separable examples have no finite weight without"
-            )
         self.samples = SampleFile()
         self.squares = 0.0
 
@@ -103,3 +100,10 @@ class Probe(StreamedMethod):
     positions = "all"
     order = "sides"
     estimator = LogisticWeight
+
+    def check(self, examples: Examples, config: ContrastConfig, *, has_means: bool = False) -> None:
+        super().check(examples, config, has_means=has_means)
+        if not config.l2 > 0:
+            raise SteersmanError(
+                f"l2 must be above 0, got {config.l2}: separable examples have no finite weight without"
+            )

@@ -12,6 +12,7 @@ Shape letters: N samples, B texts of a batch, S tokens, D width.
 """
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -56,9 +57,8 @@ def check_positions(positions: str) -> int | None:
     """The N of `index:N`, None for the other choices. Raises SteersmanError for an unknown one."""
     if positions in POSITIONS[:-1]:
         return None
-    head, _, number = positions.partition(":")
-    if head == "index" and number.lstrip("-").isdecimal():
-        return int(number)
+    if found := re.fullmatch(r"index:(-?[0-9]{1,9})", positions):
+        return int(found[1])
     raise SteersmanError(f"unknown positions {positions!r}: use one of {', '.join(POSITIONS)}, such as index:-2")
 
 

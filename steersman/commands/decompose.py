@@ -18,6 +18,7 @@ from steersman.steer import (
     measure_retention,
 )
 from steersman.steer.decompose import Decomposition, plot_decompositions
+from steersman.steer.decompose.api import check_given
 from steersman.text import read_texts
 from steersman.train import ActivationStore, HookView
 from steersman.visible import visible
@@ -72,24 +73,28 @@ def run(config: DecomposeCommand) -> None:
     if config.text is not None and not (config.retention or config.method == "behaviour"):
         raise SteersmanError("--text is read by --retention and by --method behaviour only")
     hook = hook_point(config.hook, config.layer, config.model, config.revision) or ""
+    named = {
+        "lm": config.model,
+        "texts": config.text if config.method == "behaviour" else None,
+        "positive": config.positive,
+        "negative": config.negative,
+        "activations": config.store,
+        "effect_map": config.effects,
+    }
+    check_given(config.method, named)
     vectors = [SteeringVector.load(path) for path in config.vector]
-    sae = config.load_sae(config.sae)
-    lm = None if config.model is None else config.load_model(config.model)
+    sae, labels = config.load_sae(config.sae), _labels(config)
     texts = None if config.text is None else read_texts(config.text, RETENTION_TEXTS)
+    given: dict[str, Any] = {
+        "texts": texts if config.method == "behaviour" else None,
+        "positive": None if config.positive is None else read_texts(config.positive),
+        "negative": None if config.negative is None else read_texts(config.negative),
+        "activations": None if config.store is None else _activations(config.store, sae),
+        "effect_map": None if config.effects is None else EffectMap.load(config.effects),
+    }
+    lm = None if config.model is None else config.load_model(config.model)
     settings = part_of(DecomposeConfig, config)
-    found: list[Decomposition] = decompose(
-        vectors,
-        sae,
-        config=settings,
-        labels=_labels(config),
-        lm=lm,
-        texts=texts if config.method == "behaviour" else None,
-        positive=None if config.positive is None else read_texts(config.positive),
-        negative=None if config.negative is None else read_texts(config.negative),
-        activations=None if config.store is None else _activations(config.store, sae),
-        effect_map=None if config.effects is None else EffectMap.load(config.effects),
-        hook=hook,
-    )
+    found: list[Decomposition] = decompose(vectors, sae, config=settings, labels=labels, lm=lm, hook=hook, **given)
     records: list[dict[str, Any]] = []
     for path, one in zip(config.vector, found):
         records.append({"vector": path, **one.to_dict()})

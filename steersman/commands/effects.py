@@ -15,7 +15,10 @@ from steersman.steer import (
 )
 from steersman.steer.effects.collect import collect_effects
 from steersman.steer.effects.config import EffectsConfig
+from steersman.steer.effects.fit import check_enough
+from steersman.steer.effects.folder import check_folder
 from steersman.steer.effects.map_file import NAME
+from steersman.steer.effects.vectors import n_vectors
 from steersman.text import SUFFIXES, read_texts
 
 log = logging.getLogger(__name__)
@@ -58,11 +61,23 @@ def run(config: EffectsCommand) -> None:
     openings = (*config.prompt, *(text for source in config.prompts for text in _openings(source)))
     hook = hook_point(config.hook, config.layer, config.model, config.revision)
     settings = replace(part_of(EffectsConfig, config), prompts=openings, hook=hook)
+    if config.ridge is not None and config.fit != "closed":
+        raise SteersmanError(f"--ridge is a setting of --fit closed, and --fit is {config.fit}")
+    if not 0 <= config.heldout < 1:
+        raise SteersmanError(f"--heldout is a fraction of the vectors, from 0 to below 1, got {config.heldout}")
+    check_folder(Path(config.out))
+    texts = _texts(config.text, settings)
     given = [SteeringVector.load(path) for path in config.vector] or None
     sae = config.load_sae(config.sae)
     rows_of = None if config.rows_of is None else config.load_sae(config.rows_of)
+    source = sae if rows_of is None else rows_of
+    if config.fit != "none" and settings.hook in (None, sae.cfg.hook_name):  # the vectors are as wide as the SAE
+        _check_enough(config, len(given) if given else n_vectors(settings, source, sae.cfg.d_in), sae.cfg.d_in)
     lm = config.load_model(config.model)
-    effects = collect_effects(lm, sae, _texts(config.text, settings), settings, vectors=given, rows_of=rows_of)
+    if config.fit != "none" and settings.hook is not None:
+        width = lm.hook_width(lm.resolve_hook(settings.hook))
+        _check_enough(config, len(given) if given else n_vectors(settings, source, width), width)
+    effects = collect_effects(lm, sae, texts, settings, vectors=given, rows_of=rows_of)
     if rank_and_world_size()[0]:
         return
     if config.fit == "none":
@@ -83,6 +98,11 @@ def _openings(source: str) -> list[str]:
         return read_texts(source)
     log.warning("--prompts is a file of openings now; give one itself as --prompt %r", source)
     return [source]
+
+
+def _check_enough(config: EffectsCommand, n: int, width: int) -> None:
+    """Raise SteersmanError before n vectors are measured that are too few for a map."""
+    check_enough(n - round(config.heldout * n), width, config.ridge)
 
 
 def _texts(source: str | None, config: EffectsConfig) -> list[str]:

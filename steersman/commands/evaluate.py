@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from steersman.commands.options import ComputeOptions, PrintOptions, examples_of, on_kernels
 from steersman.config import part_of
 from steersman.steer import EvaluationConfig, SteeringVector, evaluate_steering
+from steersman.steer.evaluation.evaluate import check_request
 from steersman.steer.feature_values import feature_ids
 from steersman.steer.methods import Examples
 from steersman.text import read_texts
@@ -48,6 +49,7 @@ def run(config: EvaluateCommand) -> None:
     prompts = read_texts(config.prompts)
     texts = [] if config.text is None else read_texts(config.text)
     examples = examples_of(config.data, config.positive, config.negative) or Examples(positive=[], negative=[])
+    check_request(v, prompts, texts, has_sae=config.sae is not None, features=features)
     sae = None if config.sae is None else config.load_sae(config.sae)
     pairs = zip(examples.positive, examples.negative)
     found = evaluate_steering(

@@ -9,6 +9,7 @@ from steersman.errors import SteersmanError
 from steersman.steer import EffectMap, parse_features
 from steersman.steer.effects.fgaa import fgaa_targets
 from steersman.steer.effects.map import WEAK
+from steersman.steer.effects.verify import check_verifiable
 from steersman.text import read_texts
 
 
@@ -76,15 +77,18 @@ def run(config: TargetCommand) -> None:
     sae = None if config.sae is None else config.load_sae(config.sae)
     if sae is not None:
         effect_map.check_sae(sae)
+    texts = [] if config.text is None else read_texts(config.text, 4096)
+    if config.verify:
+        check_verifiable(effect_map, texts, scale=config.scale, rollouts=config.rollouts)
     lm = None
     if needs_model:
         lm = config.load_model(str(config.model))
     if from_texts:
         assert lm is not None
         assert sae is not None
-        texts = [read_texts(str(source), 4096) for source in (config.positive, config.negative)]
+        sides = [read_texts(str(source), 4096) for source in (config.positive, config.negative)]
         keep = {name: getattr(config, name) for name in ("max_density", "n_positive", "n_negative")}
-        targets = fgaa_targets(lm, sae, texts[0], texts[1], **keep)
+        targets = fgaa_targets(lm, sae, sides[0], sides[1], **keep)
         config.note("targets: " + ", ".join(f"{j} ({w:+.3f})" for j, w in targets.items()))
     if config.rotation:
         assert sae is not None
@@ -107,7 +111,6 @@ def run(config: TargetCommand) -> None:
     if config.verify:
         assert lm is not None
         assert sae is not None
-        texts = read_texts(config.text, 4096) if config.text is not None else []
         options = {"scale": config.scale, "rollouts": config.rollouts, "seed": config.seed}
         verified = effect_map.verify(lm, sae, vector, targets, texts=texts, **options)
         config.note(verified.to_text())

@@ -6,7 +6,7 @@ from steersman.commands.options import ComputeOptions, PrintOptions, on_kernels
 from steersman.config import part_of
 from steersman.deprecation import renamed_fields
 from steersman.steer import CalibrateConfig, SteeringVector
-from steersman.steer.calibrate import calibrate, refuse_unmet
+from steersman.steer.calibrate import calibrate, check_budget, refuse_unmet
 from steersman.text import read_texts
 
 
@@ -31,8 +31,10 @@ class VectorCalibrateCommand(CalibrateConfig, ComputeOptions, PrintOptions):
 def run(config: VectorCalibrateCommand) -> None:
     """`steersman vector calibrate`."""
     v = SteeringVector.load(config.vector)
+    settings = part_of(CalibrateConfig, config)
+    check_budget(settings, v)
     texts = None if config.text is None else read_texts(config.text, config.documents)
-    found = calibrate(v, config.load_model(config.model), texts=texts, config=part_of(CalibrateConfig, config))
+    found = calibrate(v, config.load_model(config.model), texts=texts, config=settings)
     refuse_unmet(found).save(config.out)
     for scale, value in found.search.evaluations:
         config.note(f"  scale {scale:.4g}: {found.budget} {value:.4g}")

@@ -7,6 +7,7 @@ from steersman.commands.vector_show import describe, record
 from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.steer import ContrastConfig, SteeringVector, contrast, parse_features
+from steersman.steer.methods.contrast import check_contrast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ def run(config: VectorMakeCommand) -> None:
         assert examples is not None
         if config.model is None or not hooks:
             raise SteersmanError("examples need --model, and --hook or --layer: where to read them")
+        check_contrast(examples, part_of(ContrastConfig, config))
         lm = config.load_model(config.model)
         v = contrast(lm, examples.positive, examples.negative, hook=hooks, config=part_of(ContrastConfig, config))
     v.save(config.out)

@@ -14,6 +14,7 @@ from steersman.demo.concepts import CONCEPTS
 from steersman.demo.grammar import Story, concept_labels
 from steersman.lm import LanguageModel
 from steersman.lm.final_norm import norm_gain
+from steersman.ranking import auroc
 from steersman.sae import SAE
 
 __all__ = ["ConceptFeature", "auroc", "encode_stories", "match_concepts", "writing_features"]
@@ -31,27 +32,6 @@ class ConceptFeature:
     """Area under the ROC curve of its activation on the other half: 0.5 is chance, 1 perfect."""
     n_tokens: int
     """Tokens of the concept's words in that half."""
-
-
-def auroc(scores: Tensor, labels: Tensor) -> Tensor:
-    """AUROC of every score for every label: scores [T, L], labels bool [T, C] -> [L, C] float64.
-
-    The Mann-Whitney statistic: the fraction of (positive, negative) pairs that the score orders rightly, ties half.
-    NaN where a label is always or never true.
-
-    >>> auroc(torch.tensor([[0.0], [1.0], [1.0], [3.0]]), torch.tensor([[False], [False], [True], [True]]))
-    tensor([[0.8750]], dtype=torch.float64)
-    """
-    T = len(scores)
-    positives = labels.double().sum(dim=0)
-    result = torch.empty(scores.shape[1], labels.shape[1], dtype=torch.float64)
-    for latent in range(scores.shape[1]):
-        _, inverse, counts = scores[:, latent].unique(return_inverse=True, return_counts=True)
-        last = counts.cumsum(0).double()
-        rank = (last - (counts - 1) / 2)[inverse]  # the mean rank, from 1, of each group of equal scores
-        result[latent] = rank @ labels.double()
-    above = result - positives * (positives + 1) / 2
-    return above / (positives * (T - positives))
 
 
 @torch.no_grad()
