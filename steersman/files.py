@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +58,8 @@ def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
         os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that has become read-only, what went wrong first is to be said
+            temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
 

@@ -26,14 +26,15 @@ class FolderLock:
     not taken, and this is logged. Use as a context manager, or call `release`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], what: str) -> None:
-        """Take the lock of `folder`, which exists; `what` names what is written there, such as "this store".
+    def __init__(self, folder: str | os.PathLike[str], what: str, *, shared: bool = False) -> None:
+        """Take the lock of `folder`, which exists (or of a file); `what` names what is written there, such as "this
+        store". A `shared` lock is refused only where somebody holds one that is not.
 
         Raises SteersmanError when another process holds it.
         """
         self._descriptor: int | None = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 self.release()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, cast, get_args, runtime_checkable
 
 from steersman.errors import SteersmanError, near_names
 
@@ -294,6 +294,8 @@ class _HubText:
     source: str
     text_column: str
     streaming: bool
+    remote: ClassVar[bool] = True
+    """Whether reading the documents again costs more than working on them."""
 
     @property
     def name(self) -> str:

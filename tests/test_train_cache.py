@@ -222,7 +222,6 @@ def test_a_finished_store_is_returned_at_once(
         ({"batch_size": 8}, "batch_size"),
         ({"exclude_tokens": (5,)}, "excluded_tokens"),
         ({"shard_rows": 64}, "shard_rows"),
-        ({"texts": DOCUMENTS[:50]}, "text was 'list of 60"),
     ],
 )
 def test_a_store_of_another_configuration_is_refused(

@@ -21,7 +21,8 @@ from steersman.lm import LanguageModel
 from steersman.parallel import Mesh, Ranks, process_group, rank_and_world_size, use_local_accelerator
 from steersman.train.capture.capture import Capture, CaptureConfig
 from steersman.train.capture.lockstep import cache_in_lockstep
-from steersman.train.capture.parallel_cache import PARTS, SharedStore, cache_on_ranks
+from steersman.train.capture.parallel_cache import cache_on_ranks
+from steersman.train.capture.shared_store import SharedStore, has_parts
 from steersman.train.store.manifest import Manifest
 from steersman.train.store.shards import DTYPES
 from steersman.train.store.statistics import SKIP_NEEDS_ONE_PROCESS
@@ -85,11 +86,13 @@ def cache_activations(
             use_local_accelerator()
         capture = Capture.open(lm, texts, config, tensor_parallel=config.tensor_parallel)
         out, manifest = Path(config.out), _manifest(capture, config)
-        shared = n_ranks > 1 or (out / PARTS).exists()
+        shared = n_ranks > 1 or has_parts(out)
         if shared and config.on_nonfinite == "skip":
             raise SteersmanError(SKIP_NEEDS_ONE_PROCESS)
         check_disk = partial(_check_disk, capture, config)
-        limits = {"shard_rows": config.shard_rows, "max_rows": config.tokens}
+        limits: dict[str, Any] = {
+            "shard_rows": config.shard_rows, "max_rows": config.tokens, "check_text": capture.text.check,
+        }  # fmt: skip
         if shared and not capture.lm.tensor_parallel:
             store = SharedStore(out, manifest, rank=rank, **limits)
             cache_on_ranks(store, capture, check_disk, n_ranks=n_ranks, timeout_seconds=config.timeout_seconds)
@@ -107,6 +110,7 @@ def _manifest(capture: Capture, config: CacheConfig) -> Manifest:
         "source": "text",
         "text": capture.text.identity(),
         "revision": lm.revision,
+        "model_digest": lm.digest(),
         "model_dtype": str(lm.dtype).removeprefix("torch."),
         "tokens": config.tokens,
         "context_length": settings.context_length,

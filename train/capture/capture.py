@@ -16,8 +16,9 @@ from steersman.device import usable_cores
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.load import Quantization, parse_dtype
-from steersman.text import TextSource, TxtDocuments, open_text
+from steersman.text import TxtDocuments, open_text
 from steersman.train.capture.contexts import ContextBatch, context_batches
+from steersman.train.capture.text_digest import DigestedText
 from steersman.train.store.shards import DTYPES, check_choices
 
 DEFAULT_CONTEXT = 256
@@ -96,6 +97,8 @@ class CapturedRows:
     """[n] int64, place in the context."""
     cursor: Mapping[str, int]
     """Where in the text the batch starts."""
+    marks: Mapping[int, str]
+    """The text's digest after each document of the batch, where it is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +148,7 @@ class Capture:
     """A model, the text that it reads, and how that text becomes rows."""
 
     lm: LanguageModel
-    text: TextSource
+    text: DigestedText
     settings: CaptureSettings
 
     @classmethod
@@ -177,7 +180,7 @@ class Capture:
             streaming=config.streaming,
             txt_documents=config.txt_documents,
         )
-        return cls(lm, text, capture_settings(lm, config))
+        return cls(lm, DigestedText(text), capture_settings(lm, config))
 
     def rows(self, cursor: Mapping[str, int] | None = None) -> Generator[CapturedRows]:
         """Run the model over the text from `cursor` on and give the kept rows of each forward batch.
@@ -226,6 +229,7 @@ class Capture:
             doc_ids=batch.doc_ids[kept],
             positions=positions[kept],
             cursor=batch.cursor,
+            marks=batch.marks,
         )
 
     def expected_rows(self) -> int | None:
@@ -233,7 +237,7 @@ class Capture:
         total = self.text.n_characters()
         if total is None:
             return None
-        sample = [document for document, _ in zip(self.text.documents(), range(32)) if document]
+        sample = [document for document, _ in zip(self.text.text.documents(), range(32)) if document]
         characters = sum(map(len, sample))
         if not characters:
             return 0

@@ -8,13 +8,14 @@ the context length and padded on the right to the longest row of its batch.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 
 import numpy as np
 
 from steersman.errors import SteersmanError
 from steersman.text import TextSource
+from steersman.train.capture.text_digest import DigestedText
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ class ContextBatch:
     """Number of the document of each token [B, S] int64; -1 at padding."""
     cursor: Mapping[str, int]
     """Where in the text the batch starts: document number and token in it. `context_batches` can start there again."""
+    marks: Mapping[int, str] = field(default_factory=dict)
+    """The text's digest after each document of the batch, where `DigestedText` knows it."""
 
     @property
     def full(self) -> bool:
@@ -72,8 +75,13 @@ def context_batches(
         if cursor is None:
             raise SteersmanError(f"{text.name}: no document has any text in it")
         return
-    yield first
-    yield from batches
+    for batch in chain([first], batches):
+        yield _with_marks(batch, text) if isinstance(text, DigestedText) else batch
+
+
+def _with_marks(batch: ContextBatch, text: DigestedText) -> ContextBatch:
+    documents = batch.doc_ids[batch.doc_ids >= 0]
+    return replace(batch, marks=text.marks(int(documents.min()), int(documents.max())))
 
 
 def _tokenized(

@@ -7,9 +7,11 @@ from concurrent.futures import Future
 from contextlib import closing, nullcontext
 from functools import partial
 
+from steersman.errors import PreemptedError, SteersmanError
 from steersman.parallel import Ranks, comm_errors
 from steersman.progress import progress
 from steersman.train.capture.capture import Capture, side_executor
+from steersman.train.mesh.preemption import Preemption
 from steersman.train.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
@@ -50,21 +52,43 @@ def cache_in_lockstep(
         start = ranks.on_rank_zero(plan)
         if start is None:
             return
-        with comm_errors() if ranks.mesh.world_size > 1 else nullcontext():
-            _run(capture, writer, *start, max_rows)
+        with comm_errors() if ranks.mesh.world_size > 1 else nullcontext(), Preemption(ranks.control) as preemption:
+            _run(capture, writer, *start, max_rows, preemption)
         ranks.on_rank_zero(lambda: writer.finish() if writer is not None else None)
-    except BaseException:
-        if writer is not None and not writer.manifest.complete:
-            writer.abandon()
-            writer.remove_if_empty()
+    except BaseException as error:
+        if writer is None or writer.manifest.complete:
+            raise
+        n_rows = _kept(writer)
+        writer.remove_if_empty()
+        if n_rows and isinstance(error, KeyboardInterrupt | PreemptedError):
+            message = f"{n_rows:,} rows are stored in {writer.folder}, and the same command resumes after them"
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"interrupted; {message}") from None
+            raise PreemptedError(f"asked to end; {message}") from None
         raise
 
 
+def _kept(writer: StoreWriter) -> int:
+    """Store what there is of the unfinished shard, as far as the disk allows, and let go of the store."""
+    try:
+        return writer.keep()
+    except SteersmanError as error:
+        log.warning("%s", error)
+        return writer.manifest.n_rows
+    finally:
+        writer.abandon()
+
+
 def _run(
-    capture: Capture, writer: StoreWriter | None, cursor: Mapping[str, int] | None, row: int, max_rows: int | None
+    capture: Capture,
+    writer: StoreWriter | None,
+    cursor: Mapping[str, int] | None,
+    row: int,
+    max_rows: int | None,
+    preemption: Preemption,
 ) -> None:
-    """Run the model from `cursor`, where row number `row` is, until there are `max_rows` or the text ends. The rank
-    that has the writer writes what the model gives, in a thread where one helps."""
+    """Run the model from `cursor`, where row number `row` is, until there are `max_rows`, the text ends, or the process
+    is asked to end. The rank that has the writer writes what the model gives, in a thread where one helps."""
     pending: deque[Future[None]] = deque()
     pool = side_executor(capture.lm, "steersman-write")
     bar = progress(desc="caching", total=max_rows, initial=row, unit="tok", unit_scale=True, shown=writer is not None)
@@ -86,6 +110,7 @@ def _run(
                         rows.doc_ids,
                         rows.positions,
                         cursor=rows.cursor,
+                        marks=rows.marks,
                         show_token=capture.show_token,
                     )
                     pending.append(pool.submit(append))
@@ -95,6 +120,9 @@ def _run(
                     if row >= max_rows:
                         break
                 drain(WRITES_AHEAD)
+                if preemption.now():
+                    drain(0)
+                    raise preemption.error("asked to end")
             drain(0)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -3,36 +3,28 @@
 Rows have numbers before the model has run: how many a forward batch gives follows from its tokens. So every rank reads
 and tokenizes the text, knows which batches hold the rows of its shards (see `shard_rank`), and runs the model over
 those alone; a batch that lies across shards of two ranks is run twice. A shard is written in a folder of its own under
-`parts/`, moved to its place, and recorded there; when all are recorded, rank 0 writes the manifest and deletes
-`parts/`. Nobody waits for anybody until then: a rank that dies is started again alone, and any number of ranks, one
-included, resumes where others stopped. The ranks share the folder and nothing else.
+`parts/`, moved to its place, and recorded there; when all are recorded, rank 0 writes the manifest and removes `parts/`
+(see `shared_store.py`). Nobody waits for anybody until then: a rank that dies is started again alone, and any number of
+ranks, one included, resumes where others stopped. The ranks share the folder and nothing else.
 """
 
-import json
 import logging
-import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
 from steersman.errors import LostRankError, SteersmanError
-from steersman.files import fsync_folder, replace_whole
 from steersman.progress import progress
 from steersman.train.capture.capture import Capture, CapturedRows
 from steersman.train.capture.lockstep import WRITES_AHEAD
-from steersman.train.store.manifest import MANIFEST, Manifest, ShardRecord
-from steersman.train.store.shards import FileRecord, disk_errors
-from steersman.train.store.writer import StoreWriter, check_same_store
+from steersman.train.capture.shared_store import SharedStore
+from steersman.train.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
 
-PARTS = "parts"
 _LOOK_SECONDS = 0.1
 _STRETCH = 8
 
@@ -53,115 +45,6 @@ def shard_rank(number: int, n_ranks: int, n_shards: int | None) -> int:
     return number // stretch % n_ranks
 
 
-class SharedStore:
-    """The store at `folder` that several ranks write; `manifest` describes it, without shards.
-
-    Raises a SteersmanError when the folder holds something else or a store of another configuration.
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest, *, shard_rows: int, max_rows: int | None, rank: int) -> None:
-        self.folder, self.manifest, self.rank = folder, manifest, rank
-        self.shard_rows, self.max_rows = shard_rows, max_rows
-        self.parts = folder / PARTS
-        with disk_errors(folder, "choose another place for the store"):
-            folder.mkdir(parents=True, exist_ok=True)
-            if (folder / MANIFEST).exists():
-                self.manifest = check_same_store(folder, manifest)
-            elif any(child.name != PARTS for child in folder.iterdir()) and not self.parts.exists():
-                raise SteersmanError(f"{folder}: exists and is not an activation store; choose an empty or new folder")
-            if not self.manifest.complete:
-                for name in (PARTS, *manifest.folders().values(), "rows"):
-                    (folder / name).mkdir(exist_ok=True)
-
-    def records(self) -> dict[int, ShardRecord]:
-        """The finished shards by number."""
-        found = dict(enumerate(self.manifest.shards))
-        for file in self.parts.glob("*.json"):
-            data = json.loads(file.read_text())
-            if data.pop("store") != self._identity():
-                raise SteersmanError(f"{file}: a shard of a store of another configuration; delete {self.folder}")
-            files = {name: FileRecord(**record) for name, record in data["files"].items()}
-            found[int(file.stem)] = ShardRecord(**{**data, "files": files})
-        return found
-
-    @property
-    def n_shards(self) -> int | None:
-        """How many shards there will be unless the text ends before; None when that is not known."""
-        return None if self.max_rows is None else -(-self.max_rows // self.shard_rows)
-
-    def _identity(self) -> str:
-        return replace(self.manifest, shards=()).fingerprint
-
-    @property
-    def n_rows(self) -> int:
-        """Rows in finished shards."""
-        return sum(record.rows for record in self.records().values())
-
-    def disk_advice(self) -> str:
-        """What to do when the disk is full."""
-        return f"{len(self.records())} finished shards are intact: free space and run the same command again to resume"
-
-    def begin_shard(self, number: int, rows_before: int) -> StoreWriter:
-        """A writer of shard `number` alone; its first batch has `rows_before` rows that belong to earlier shards."""
-        room = self.shard_rows
-        if self.max_rows is not None:
-            room = min(room, self.max_rows - number * self.shard_rows)
-        with disk_errors(self.folder, self.disk_advice()):
-            writer = StoreWriter.begin(
-                self.parts / f"{number:05d}",
-                replace(self.manifest, shards=()),
-                shard_rows=self.shard_rows,
-                max_rows=room,
-                rows_before=rows_before,
-            )
-        return writer
-
-    def end_shard(self, number: int, writer: StoreWriter) -> None:
-        """Move a finished shard to its place and record it. Done again after a kill, it resumes where it stopped."""
-        with disk_errors(self.folder, self.disk_advice()):
-            writer.end_shard()
-            record = writer.manifest.shards[0]
-            for name in record.files:
-                here = writer.folder / name / f"{record.name}.safetensors"
-                if here.exists():
-                    os.replace(here, self.folder / name / f"{number:05d}.safetensors")
-                fsync_folder(self.folder / name)
-            content = asdict(replace(record, name=f"{number:05d}")) | {"store": self._identity()}
-            replace_whole(
-                self.parts / f"{number:05d}.json", lambda temporary: temporary.write_bytes(json.dumps(content).encode())
-            )
-            writer.abandon()
-            shutil.rmtree(writer.folder, ignore_errors=True)
-
-    def alive(self) -> None:
-        """Leave a sign that this rank is at work."""
-        (self.parts / f"rank-{self.rank:05d}").write_text(str(time.time_ns()))
-
-    def pulse(self) -> str:
-        """Changes when some rank has been at work."""
-        return "".join(file.read_text() for file in sorted(self.parts.glob("rank-*")) if file.exists())
-
-    def complete(self, n_shards: int) -> None:
-        """Write the manifest of all shards, with their statistics."""
-        records = self.records()
-        shards = tuple(records[number] for number in range(n_shards))
-        with disk_errors(self.folder, self.disk_advice()):
-            for folder in (*self.manifest.folders().values(), "rows"):  # left by an interrupted run of one process
-                known = {f"{shard.name}.safetensors" for shard in shards}
-                for file in (self.folder / folder).iterdir():
-                    if file.name not in known:
-                        file.unlink()
-            writer = StoreWriter(
-                self.folder,
-                replace(self.manifest, shards=shards),
-                shard_rows=self.shard_rows,
-                max_rows=self.max_rows,
-                skip_bad=False,
-            )
-            writer.finish()
-            shutil.rmtree(self.parts, ignore_errors=True)
-
-
 def cache_on_ranks(
     store: SharedStore,
     capture: Capture,
@@ -178,6 +61,26 @@ def cache_on_ranks(
     """
     if store.manifest.complete:
         return
+    try:
+        _cache(store, capture, on_start, n_ranks, timeout_seconds)
+    except (OSError, SteersmanError):
+        if not store.finished():  # else the others were done before this rank, which a slow one may find out late
+            raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; {store.n_rows:,} rows are stored in {store.folder}, and the same command resumes after them"
+        ) from None
+    finally:
+        store.leave()
+
+
+def _cache(
+    store: SharedStore,
+    capture: Capture,
+    on_start: Callable[[SharedStore], None],
+    n_ranks: int,
+    timeout_seconds: float,
+) -> None:
     if store.rank == 0:
         on_start(store)
     n_rows = _RankPart(store, capture, n_ranks).write()
@@ -189,11 +92,11 @@ def cache_on_ranks(
         log.warning("%s: the text ended after %d of the %d tokens asked for", name, n_rows, store.max_rows)
     pulse, since = "", time.monotonic()
     while True:
-        if (store.folder / MANIFEST).exists() and Manifest.load(store.folder).complete:
+        if store.finished():
             return
-        missing = sorted(set(range(n_shards)) - set(store.records())) if store.parts.exists() else []
+        missing = sorted(set(range(n_shards)) - set(store.records()))
         if not missing and store.rank == 0:
-            store.complete(n_shards)
+            store.complete(n_rows)
             return
         if (now := store.pulse()) != pulse:
             pulse, since = now, time.monotonic()
@@ -213,6 +116,7 @@ class _RankPart:
         self.store, self.capture, self.n_ranks = store, capture, n_ranks
         self._done = set(store.records())
         self._open: tuple[int, StoreWriter] | None = None
+        self._failed = False
 
     def _mine(self, number: int) -> bool:
         mine = shard_rank(number, self.n_ranks, self.store.n_shards) == self.store.rank
@@ -250,7 +154,8 @@ class _RankPart:
                         for number in wanted:
                             bar.update(min(stop, (number + 1) * size) - max(row, number * size))
                             whole = stop >= (number + 1) * size or stop == limit
-                            task = partial(self._append, number, max(number * size - row, 0), rows, whole)
+                            before = number * size - row  # rows of the batch that belong to earlier shards
+                            task = partial(self._append, number, before, rows, whole)
                             pending.append(pool.submit(task))
                     while len(pending) > WRITES_AHEAD:
                         pending.popleft().result()
@@ -271,8 +176,15 @@ class _RankPart:
         return row
 
     def _append(self, number: int, rows_before: int, rows: CapturedRows, whole: bool) -> None:
-        if self._open is None:
+        """Write a batch's rows of shard `number`; `rows_before` is negative where the shard began in an earlier batch.
+        After one failure nothing more is written: what is queued behind it would leave a gap."""
+        if self._failed:
+            raise SteersmanError(f"{self.store.folder}: an earlier write failed; run the same command again to resume")
+        self._failed = True
+        if self._open is None and rows_before >= 0:
             self._open = number, self.store.begin_shard(number, rows_before)
+        if self._open is None or self._open[0] != number:
+            raise SteersmanError(f"{self.store.folder}: rows of shard {number} came without its first ones")
         _, writer = self._open
         writer.append(
             rows.activations,
@@ -280,12 +192,18 @@ class _RankPart:
             rows.doc_ids,
             rows.positions,
             cursor=rows.cursor,
+            marks=rows.marks,
             show_token=self.capture.show_token,
         )
+        if whole and writer.n_rows != self.store.room(number):
+            raise SteersmanError(f"{self.store.folder}: shard {number} has {writer.n_rows} rows at its end")
         if whole:
-            self._end()
+            self.store.end_shard(*self._open)
+            self._open = None
+        self._failed = False
 
     def _end(self) -> None:
-        if self._open is not None:
+        """At the end of the text: end the last shard with the rows that it has."""
+        if self._open is not None and not self._failed:
             self.store.end_shard(*self._open)
             self._open = None

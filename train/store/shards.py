@@ -8,9 +8,10 @@ written last, when the number of rows is known, so that a shard is never held in
 import errno
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def check_choices(dtype: str, on_nonfinite: str) -> None:
 
 @contextmanager
 def disk_errors(where: Path, advice: str) -> Iterator[None]:
-    """Turn the operating system's answers to a full or read-only disk into one `SteersmanError` naming the folder."""
+    """Turn what the operating system answers, such as that a disk is full or read-only, into one `SteersmanError` that
+    names the folder."""
     try:
         yield
     except OSError as error:
@@ -53,11 +55,11 @@ def disk_errors(where: Path, advice: str) -> Iterator[None]:
             errno.EACCES: "no permission to write",
             errno.EPERM: "no permission to write",
             errno.ENOTDIR: "a part of the path is a file, not a folder",
+            errno.EEXIST: "this is a file, not a folder",
             errno.EIO: "the disk reports an input/output error",
         }
-        if error.errno not in causes:
-            raise
-        raise SteersmanError(f"{where}: {causes[error.errno]}; {advice}") from error
+        cause = causes.get(error.errno or 0, error.strerror or str(error))
+        raise SteersmanError(f"{where}: {cause}; {advice}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +90,25 @@ class ShardWriter:
     def append(self, x: torch.Tensor) -> None:
         """Write the rows of `x` [n, width], on the CPU and already of the shard's type."""
         integers = x.contiguous().view(_SAME_SIZE_INTEGER[x.element_size()])
-        data = integers.numpy().data.cast("B") if len(x) else memoryview(b"")
+        self._write(integers.numpy().data.cast("B") if len(x) else memoryview(b""))
+        self.n_rows += len(x)
+
+    def append_file(self, path: Path, n_rows: int, expected: FileRecord) -> None:
+        """Write the `n_rows` rows of another shard of the same kind, which must be as its record says."""
+        check_size(path, expected)
+        buffer, crc = bytearray(1 << 20), self._crc
+        with open(path, "rb", buffering=0) as file:
+            file.seek(DATA_OFFSET)
+            while n := file.readinto(buffer):
+                self._write(memoryview(buffer)[:n])
+        if not crc and self._crc != expected.crc32:
+            raise damaged(path)
+        self.n_rows += n_rows
+
+    def _write(self, data: memoryview) -> None:
         self._crc = zlib.crc32(data, self._crc)
         while data:  # an unbuffered write may take less than it is given
             data = data[self._file.write(data) :]
-        self.n_rows += len(x)
 
     def close(self) -> FileRecord:
         """Write the header, sync the file and give it its name; returns what the manifest must say about it."""
@@ -107,9 +123,11 @@ class ShardWriter:
         return FileRecord(bytes=DATA_OFFSET + size, crc32=self._crc)
 
     def abandon(self) -> None:
-        """Stop and leave nothing behind."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        """Stop and leave nothing behind, as far as the disk allows."""
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> FileRecord:
@@ -119,11 +137,22 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> FileRecord:
     return FileRecord(bytes=len(content), crc32=zlib.crc32(content))
 
 
-def load_arrays(path: Path, prefix: str = "") -> dict[str, np.ndarray]:
+def damaged(path: Path) -> SteersmanError:
+    """What is said of a file whose content is not what was written."""
+    return SteersmanError(
+        f"{path}: the file's content does not match its checksum; restore it, or write the store again"
+    )
+
+
+def load_arrays(path: Path, prefix: str = "", expected: FileRecord | None = None) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file whose names start with `prefix`, which is taken off; others are not read.
 
-    Raises `SteersmanError` naming the file when it is missing or damaged.
+    Raises `SteersmanError` naming the file when it is missing, damaged, or not as `expected`.
     """
+    if expected is not None:
+        check_size(path, expected)
+        if checksum(path) != expected.crc32:
+            raise damaged(path)
     try:
         with safetensors.safe_open(path, framework="np") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a dict
@@ -132,7 +161,7 @@ def load_arrays(path: Path, prefix: str = "") -> dict[str, np.ndarray]:
         raise SteersmanError(
             f"{path}: this file of the store is missing; restore it, or write the store again"
         ) from None
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
         raise SteersmanError(f"{path}: damaged ({error}); restore it, or write the store again") from error
 
 
@@ -141,28 +170,43 @@ def read_header(path: Path) -> dict[str, Any]:
 
     Raises `SteersmanError` naming the file when it is not a safetensors file or its header is damaged.
     """
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > 100_000_000:
-            raise SteersmanError(
-                f"{path}: not a safetensors file, or its first bytes are damaged; write the store again"
-            )
-        try:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > 100_000_000:
+                raise SteersmanError(
+                    f"{path}: not a safetensors file, or its first bytes are damaged; write the store again"
+                )
             header = json.loads(file.read(length))
-        except ValueError as error:
-            raise SteersmanError(f"{path}: the safetensors header is damaged; write the store again") from error
+    except FileNotFoundError:
+        raise missing(path) from None
+    except OSError as error:
+        raise SteersmanError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise SteersmanError(f"{path}: the safetensors header is damaged; write the store again") from error
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+        raise SteersmanError(f"{path}: the safetensors header is damaged; write the store again")
     header.pop("__metadata__", None)
     return header
+
+
+def missing(path: Path) -> SteersmanError:
+    """What is said of a file of a store that is not there."""
+    return SteersmanError(f"{path}: this shard is missing; restore it, or write the store again")
 
 
 def check_size(path: Path, expected: FileRecord) -> None:
     """Compare a file's size with its record; `SteersmanError` if the file is missing or cut short."""
     try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise SteersmanError(f"{path}: this shard is missing; restore it, or write the store again") from None
-    if size != expected.bytes:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise missing(path) from None
+    except OSError as error:
+        raise SteersmanError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise SteersmanError(f"{path}: this shard is no regular file; restore it, or write the store again")
+    if (size := found.st_size) != expected.bytes:
         raise SteersmanError(
             f"{path}: this shard has {size} bytes where the manifest says {expected.bytes}; "
             "it was cut short or altered: restore it, or write the store again"

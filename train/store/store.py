@@ -196,7 +196,7 @@ class ActivationStore:
         if not self.complete:
             return merged_sums(self.path, self.manifest)[hook].stats()
         sums = StatsSums(self.width(hook))
-        sums.add_arrays(load_arrays(self.path / STATISTICS, f"{hook}/"))
+        sums.add_arrays(load_arrays(self.path / STATISTICS, f"{hook}/", self.manifest.statistics_file))
         return sums.stats()
 
     def tokens(self, start: int, stop: int) -> RowInfo:
