@@ -72,6 +72,7 @@ def cache_on_ranks(
         ) from None
     finally:
         store.leave()
+    store.remove_parts()  # rank 0 has; a slow one may have written there since
 
 
 def _cache(

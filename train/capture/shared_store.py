@@ -263,17 +263,20 @@ class SharedStore:
             )
             writer.finish()
             self.manifest = writer.manifest
-            self._remove_parts(n_shards)
+            self.remove_parts()
 
-    def _remove_parts(self, n_shards: int) -> None:
-        for number in range(n_shards):
-            if (part := self.parts / f"{number:05d}").is_dir():
-                remove_store(part, self._described, [0])
-        records = [Path(f"{number:05d}.json") for number in range(n_shards)]
-        names = [name for record in records for name in (record.name, temporary_path(record).name)]
-        names += [child.name for child in self.parts.iterdir() if _RANK.fullmatch(child.name)]
-        names += [child.name for child in self.parts.iterdir() if _BEGUN.fullmatch(child.name)]
-        remove_folder(self.parts, [*names, MANIFEST])
+    def remove_parts(self) -> None:
+        """Once the store is complete: remove what the ranks left in `parts`."""
+        with suppress(FileNotFoundError):  # several ranks may do it at once
+            n_shards = len(self.manifest.shards)
+            for number in range(n_shards):
+                if (part := self.parts / f"{number:05d}").is_dir():
+                    remove_store(part, self._described, [0])
+            records = [Path(f"{number:05d}.json") for number in range(n_shards)]
+            names = [name for record in records for name in (record.name, temporary_path(record).name)]
+            signs = [child.name for child in self.parts.iterdir()]
+            names += [name for name in signs if _RANK.fullmatch(name) or _BEGUN.fullmatch(name)]
+            remove_folder(self.parts, [*names, MANIFEST])
 
     def leave(self) -> None:
         """Let go of the store."""

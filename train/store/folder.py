@@ -100,12 +100,12 @@ def check_same(folder: Path, there: Manifest, manifest: Manifest, check_text: Ch
         if not names and found.get("model_dtype") == wanted.get("model_dtype"):
             changed = "the model changed (its configuration or its weights)"
         for name in ("model_digest", *names):
-            found.pop(name, None), wanted.pop(name, None)
-    for key in ("model_digest",):  # not recorded by earlier versions
-        if key not in found:
-            wanted.pop(key, None)
-    if check_text is not None and any(shard.text for shard in there.shards):
-        found.pop("text", None), wanted.pop("text", None)
+            for side in (found, wanted):
+                side.pop(name, None)
+        for side in (found, wanted):  # the text's documents are compared instead of what it is called
+            side.pop("text", None)
+    elif "model_digest" not in found:  # written by an earlier version
+        wanted.pop("model_digest", None)
     if difference := "; ".join(filter(None, (changed, differences(found, wanted)))):
         raise SteersmanError(
             f"{folder}: holds a store of another configuration: {difference}; choose another folder, or delete this one"
