@@ -6,18 +6,24 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, cast, get_args, runtime_checkable
 
 from steersman.errors import SteersmanError, near_names
+from steersman.reading import check_regular
 
 __all__ = ["TextSource", "open_text", "read_texts"]
 
 log = logging.getLogger(__name__)
 
 TxtDocuments = Literal["line", "paragraph", "file"]
+OnBadText = Literal["error", "skip"]
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+_LINE_BYTES = 256 << 20
+"""Longest line of a file that is read."""
+_SHOWN = 5
+"""Documents that are passed over and named; further ones are counted."""
 
 
 @runtime_checkable
@@ -48,6 +54,7 @@ def open_text(
     text_column: str = "text",
     streaming: bool = True,
     txt_documents: TxtDocuments = "line",
+    on_bad_text: OnBadText = "error",
 ) -> TextSource:
     """Text from any of these, as a `TextSource`:
 
@@ -60,6 +67,9 @@ def open_text(
     - a function of the document's number: endless text, made on demand;
     - a `TextSource`, returned as it is.
 
+    A document that is none (a line that is not JSON or not UTF-8, a number in place of text, half of a surrogate pair)
+    is an error that names its place, or with `on_bad_text` "skip" an empty document.
+
     Raises `SteersmanError` when there is no such file, a file is of another kind, or the source is empty.
 
     >>> text = open_text(["One fish.", "Two fish."])
@@ -68,16 +78,18 @@ def open_text(
     """
     if txt_documents not in get_args(TxtDocuments):
         raise SteersmanError(f"txt_documents {txt_documents!r} is none of {', '.join(get_args(TxtDocuments))}")
+    if on_bad_text not in get_args(OnBadText):
+        raise SteersmanError(f"on_bad_text {on_bad_text!r} is none of {', '.join(get_args(OnBadText))}")
     if isinstance(source, TextSource):
         return source
     if isinstance(source, str | os.PathLike):
-        return _open_named(str(source), text_column, streaming, txt_documents)
+        return _open_named(str(source), text_column, streaming, txt_documents, on_bad_text)
     if callable(source):
-        return _MadeText(cast(Callable[[int], str], source))
+        return _MadeText(cast(Callable[[int], str], source), on_bad_text)
     if isinstance(source, Sequence) or (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         if not len(source):
             raise SteersmanError("the list of texts is empty; give at least one document")
-        return _ListedText(source)
+        return _ListedText(source, on_bad_text)
     raise SteersmanError(
         f"text must be a list of strings, a path, a dataset id or a function of a number, not {type(source).__name__}"
     )
@@ -98,7 +110,9 @@ def read_texts(source: Any, limit: int | None = None, **options: Any) -> list[st
     return texts
 
 
-def _open_named(source: str, text_column: str, streaming: bool, txt_documents: TxtDocuments) -> TextSource:
+def _open_named(
+    source: str, text_column: str, streaming: bool, txt_documents: TxtDocuments, on_bad_text: OnBadText
+) -> TextSource:
     if not source.strip():
         raise SteersmanError("no text given: name a file, a folder or a dataset, or pass a list of strings")
     path = Path(source).expanduser()
@@ -112,9 +126,9 @@ def _open_named(source: str, text_column: str, streaming: bool, txt_documents: T
             raise SteersmanError(f"{path}: this folder holds no {', '.join(SUFFIXES)} file")
         if path.suffix not in SUFFIXES and not path.is_dir():
             raise SteersmanError(f"{path}: text is read from {', '.join(SUFFIXES)} files, not {path.suffix or 'this'}")
-        if not any(file.stat().st_size for file in files):
+        if not sum(map(check_regular, files)):
             raise SteersmanError(f"{path}: empty; give a file with text in it")
-        return _FileText(path, tuple(files), text_column, txt_documents)
+        return _FileText(path, tuple(files), text_column, txt_documents, on_bad_text)
     if path.suffix in SUFFIXES or source.startswith(("/", "./", "../", "~")):
         near = near_names(path.name, [p.name for p in path.parent.glob("*")][:1000], 3) if path.parent.is_dir() else ""
         raise SteersmanError(f"{path}: no such file or folder{f'; near it: {near}' if near else ''}")
@@ -122,13 +136,47 @@ def _open_named(source: str, text_column: str, streaming: bool, txt_documents: T
         raise SteersmanError(
             "the text is one string, which names a file or dataset; to use it as a document, pass [text]"
         )
-    return _HubText(source, text_column, streaming)
+    return _HubText(source, text_column, streaming, on_bad_text)
 
 
-def _checked(text: Any, name: str, number: int) -> str:
+def _checked(text: Any, where: str) -> str:
+    """`text`, if it is text that can be encoded; SteersmanError saying `where` it is otherwise."""
     if not isinstance(text, str):
-        raise SteersmanError(f"{name}: document {number} is {type(text).__name__}, not text")
+        raise SteersmanError(f"{where} is {type(text).__name__}, not text")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            if 0xDC80 <= code <= 0xDCFF:  # how a byte that could not be decoded is kept
+                raise SteersmanError(
+                    f"{where} is not UTF-8 text (character {error.start}); convert the file first"
+                ) from None
+            raise SteersmanError(
+                f"{where} holds half of a surrogate pair (\\u{code:04x}, character {error.start}), which is no text"
+            ) from None
     return text
+
+
+class _Guard:
+    """What becomes of documents that are none."""
+
+    def __init__(self, name: str, on_bad_text: OnBadText) -> None:
+        self._name, self._skip, self._n = name, on_bad_text == "skip", 0
+
+    def __call__(self, make: Callable[..., str], *args: Any) -> str:
+        """`make(*args)`, or nothing where that is an error and such documents are passed over."""
+        try:
+            return make(*args)
+        except SteersmanError as error:
+            if not self._skip:
+                raise SteersmanError(f"{error} (on_bad_text='skip' passes such documents over)") from error
+            self._n += 1
+            if self._n <= _SHOWN:
+                log.warning("passed over: %s", error)
+            elif self._n == _SHOWN + 1:
+                log.warning("%s: further documents that are passed over are not named", self._name)
+            return ""
 
 
 @dataclass(frozen=True)
@@ -136,6 +184,7 @@ class _ListedText:
     """Strings in memory, or any sequence of them."""
 
     texts: Sequence[str]
+    on_bad_text: OnBadText = "error"
 
     @property
     def name(self) -> str:
@@ -143,17 +192,18 @@ class _ListedText:
 
     def identity(self) -> str:
         digest = hashlib.sha256()
-        for text in self.documents():
-            encoded = text.encode("utf-8", "surrogatepass")
+        for text in self.texts:
+            encoded = str(text).encode("utf-8", "surrogatepass")
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
         return f"list of {len(self.texts)}, sha256 {digest.hexdigest()[:16]}"
 
     def documents(self, start: int = 0) -> Iterator[str]:
+        guard = _Guard(self.name, self.on_bad_text)
         for number in range(start, len(self.texts)):
-            yield _checked(self.texts[number], self.name, number)
+            yield guard(_checked, self.texts[number], f"{self.name}: document {number}")
 
     def n_characters(self) -> int | None:
-        return sum(map(len, self.documents()))
+        return sum(len(text) for text in self.texts if isinstance(text, str))
 
 
 @dataclass(frozen=True)
@@ -161,6 +211,7 @@ class _MadeText:
     """A function of the document's number."""
 
     make: Callable[[int], str]
+    on_bad_text: OnBadText = "error"
 
     @property
     def name(self) -> str:
@@ -171,10 +222,9 @@ class _MadeText:
         return f"function, first documents sha256 {hashlib.sha256(sample.encode()).hexdigest()[:16]}"
 
     def documents(self, start: int = 0) -> Iterator[str]:
-        number = start
-        while True:
-            yield _checked(self.make(number), self.name, number)
-            number += 1
+        guard = _Guard(self.name, self.on_bad_text)
+        for number in count(start):
+            yield guard(_checked, self.make(number), f"{self.name}: document {number}")
 
     def n_characters(self) -> int | None:
         return None
@@ -188,6 +238,7 @@ class _FileText:
     files: tuple[Path, ...]
     text_column: str
     txt_documents: TxtDocuments
+    on_bad_text: OnBadText = "error"
 
     @property
     def name(self) -> str:
@@ -202,15 +253,23 @@ class _FileText:
 
     def documents(self, start: int = 0) -> Iterator[str]:
         units = chain.from_iterable(map(self._units, self.files))
+        guard = _Guard(self.name, self.on_bad_text)
         for file, number, raw in islice(units, start, None):
-            yield _json_text(file, number, raw, self.text_column) if file.suffix == ".jsonl" else raw
+            yield guard(self._document, file, number, raw)
+
+    def _document(self, file: Path, number: int, raw: Any) -> str:
+        if file.suffix == ".parquet":
+            return _column_text({self.text_column: raw}, self.text_column, f"{file}: row {number}")
+        if file.suffix == ".jsonl":
+            return _json_text(file, number, raw, self.text_column)
+        return _checked(raw, str(file) if self.txt_documents == "file" else f"{file}: {self.txt_documents} {number}")
 
     def _units(self, file: Path) -> Iterator[tuple[Path, int, Any]]:
         """(file, number of the line or row from 1, raw content): JSON is parsed only for documents that are read."""
         if file.suffix == ".parquet":
             values = _parquet_texts(file, self.text_column)
         elif file.suffix == ".txt" and self.txt_documents == "file":
-            values = iter([_decoded(file, file.read_bytes())])
+            values = iter([_decoded(file.read_bytes())])
         elif file.suffix == ".txt" and self.txt_documents == "paragraph":
             values = _paragraphs(file)
         else:
@@ -225,19 +284,17 @@ class _FileText:
         return sum(file.stat().st_size for file in self.files)
 
 
-def _decoded(file: Path, content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SteersmanError(
-            f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first"
-        ) from error
+def _decoded(content: bytes) -> str:
+    """The text, with every byte that is not UTF-8 as a lone surrogate, which `_checked` finds."""
+    return content.decode("utf-8-sig", "surrogateescape")
 
 
 def _lines(file: Path) -> Iterator[str]:
     with open(file, "rb") as content:
-        for line in content:
-            yield _decoded(file, line).rstrip("\r\n")
+        while line := content.readline(_LINE_BYTES + 1):
+            if len(line) > _LINE_BYTES:
+                raise SteersmanError(f"{file}: a line of more than {_LINE_BYTES:,} bytes; divide it into documents")
+            yield _decoded(line).rstrip("\r\n")
 
 
 def _paragraphs(file: Path) -> Iterator[str]:
@@ -252,11 +309,14 @@ def _paragraphs(file: Path) -> Iterator[str]:
 
 
 def _json_text(file: Path, number: int, line: str, column: str) -> str:
+    where = f"{file}: line {number}"
     try:
         record = json.loads(line)
+    except RecursionError:
+        raise SteersmanError(f"{where} is nested too deeply") from None
     except ValueError as error:
-        raise SteersmanError(f"{file}: line {number} is not JSON ({error})") from error
-    return _column_text(record, column, f"{file}: line {number}")
+        raise SteersmanError(f"{where} is not JSON ({error})") from error
+    return _column_text(record, column, where)
 
 
 def _column_text(record: Any, column: str, where: str) -> str:
@@ -268,10 +328,10 @@ def _column_text(record: Any, column: str, where: str) -> str:
         return ""
     if not isinstance(text, str):
         raise SteersmanError(f"{where}: {column!r} is {type(text).__name__}, not text; choose another text_column")
-    return text
+    return _checked(text, f"{where}: {column!r}")
 
 
-def _parquet_texts(file: Path, column: str) -> Iterator[str]:
+def _parquet_texts(file: Path, column: str) -> Iterator[Any]:
     from pyarrow import ArrowException, parquet
 
     try:
@@ -281,8 +341,7 @@ def _parquet_texts(file: Path, column: str) -> Iterator[str]:
                 f"{file}: has no column {column!r}; it has {table.schema_arrow.names}: choose one with text_column"
             )
         for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield _column_text({column: value}, column, str(file))
+            yield from batch.column(0).to_pylist()
     except (ArrowException, OSError) as error:
         raise SteersmanError(f"{file}: not a readable parquet file ({error})") from error
 
@@ -294,6 +353,7 @@ class _HubText:
     source: str
     text_column: str
     streaming: bool
+    on_bad_text: OnBadText = "error"
     remote: ClassVar[bool] = True
     """Whether reading the documents again costs more than working on them."""
 
@@ -318,8 +378,11 @@ class _HubText:
                 f"{self.source!r} is neither a file or folder here nor a dataset that can be loaded: {reason}"
             ) from error
         if first is not None:
+            guard = _Guard(self.name, self.on_bad_text)
             for number, record in enumerate(chain([first], rows), start):
-                yield _column_text(record, self.text_column, f"{self.name}: row {number}")
+                if isinstance(record, dict) and self.text_column not in record:  # of no use in any row
+                    _column_text(record, self.text_column, f"{self.name}: row {number}")
+                yield guard(_column_text, record, self.text_column, f"{self.name}: row {number}")
 
     def n_characters(self) -> int | None:
         return None

@@ -207,6 +207,67 @@ def test_contexts_keep_every_token_and_restart_at_every_batch(
             assert one.cursor == other.cursor
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_long_document_is_tokenized_in_pieces(monkeypatch: pytest.MonkeyPatch, packing: bool) -> None:
+    texts = ["10 11", " ".join(map(str, range(100, 190))), "", "12", " ".join(map(str, range(200, 240)))]
+    whole = contexts(texts, packing=packing)
+    monkeypatch.setattr("steersman.train.capture.contexts.PIECE_CHARACTERS", 30)
+    seen: list[int] = []
+
+    def counted(group: list[str]) -> list[list[int]]:
+        seen.extend(map(len, group))
+        return numbers(group)
+
+    settings = {"context_length": 8, "batch_size": 2, "packing": packing, "bos_id": BOS, "pad_id": PAD}
+    for cursor in [None, *(batch.cursor for batch in whole)]:
+        found = list(context_batches(open_text(texts), counted, cursor=cursor, **settings))  # pyright: ignore[reportArgumentType]
+        for one, other in zip(whole[len(whole) - len(found) :], found, strict=True):
+            np.testing.assert_array_equal(one.input_ids, other.input_ids)
+            np.testing.assert_array_equal(one.doc_ids, other.doc_ids)
+            assert one.cursor == other.cursor
+    assert max(seen) <= 30
+
+
+def test_documents_that_are_none_are_named_or_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [
+        '{"text": "good"}',
+        '{"text": "half \\ud83d"}',
+        '{"text": "a", "more": ' + "[" * 100_000,
+        "",
+        "{",
+        '{"text": 5}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes("\n".join([*lines, '{"text": "end"}']).encode() + b'\n{"text": "\xff"}\n')
+    source = tmp_path / "a.jsonl"
+    for start, message in enumerate(
+        [
+            "line 2: 'text' holds half of a surrogate pair",
+            "line 3 is nested too deeply",
+            "line 5 is not JSON",
+            "line 6: 'text' is",
+        ],
+        1,
+    ):
+        with pytest.raises(SteersmanError, match=message):
+            next(iter(open_text(source).documents(start)))
+    found = open_text(source, on_bad_text="skip")
+    assert list(found.documents()) == ["good", "", "", "", "", "end", ""]
+    assert list(found.documents(4)) == ["", "end", ""]
+    assert "line 5 is not JSON" in caplog.text
+    with pytest.raises(SteersmanError, match="document 1 holds half of a surrogate pair"):
+        list(open_text(["a", "\ud83d"]).documents())
+    with pytest.raises(SteersmanError, match="on_bad_text 'ignore' is none of error, skip"):
+        open_text(["a"], on_bad_text="ignore")  # pyright: ignore[reportArgumentType]
+
+
+def test_only_files_are_read_as_text(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(SteersmanError, match="no regular file"):
+        open_text(tmp_path / "pipe.jsonl")
+
+
 @pytest.mark.parametrize("texts", [[""], ["", "", ""]])
 def test_text_without_any_token_is_refused(texts: list[str]) -> None:
     with pytest.raises(SteersmanError, match="no document has any text"):

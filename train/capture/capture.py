@@ -16,7 +16,7 @@ from steersman.device import usable_cores
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.load import Quantization, parse_dtype
-from steersman.text import TxtDocuments, open_text
+from steersman.text import OnBadText, TxtDocuments, open_text
 from steersman.train.capture.contexts import ContextBatch, context_batches
 from steersman.train.capture.text_digest import DigestedText
 from steersman.train.store.shards import DTYPES, check_choices
@@ -58,6 +58,8 @@ class CaptureConfig:
     """Field of .jsonl, .parquet and dataset records that holds the text."""
     txt_documents: TxtDocuments = "line"
     """What a document is in .txt files: a line, a paragraph or the file."""
+    on_bad_text: OnBadText = "error"
+    """What to do about documents that are none, such as a line that is not JSON: stop and name it, or pass it over."""
     streaming: bool = True
     """Stream a Hugging Face dataset instead of downloading it first."""
     revision: str | None = None
@@ -179,6 +181,7 @@ class Capture:
             text_column=config.text_column,
             streaming=config.streaming,
             txt_documents=config.txt_documents,
+            on_bad_text=config.on_bad_text,
         )
         return cls(lm, DigestedText(text), capture_settings(lm, config))
 

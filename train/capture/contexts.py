@@ -9,7 +9,8 @@ the context length and padded on the right to the longest row of its batch.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +22,13 @@ log = logging.getLogger(__name__)
 
 Tokenize = Callable[[list[str]], Sequence[Sequence[int]]]
 
-_DOCUMENTS_AT_ONCE = 64
-"""Documents given to the tokenizer in one call, which it spreads over threads. Does not change what comes out."""
+_DOCUMENTS_AT_ONCE, _CHARACTERS_AT_ONCE = 64, 262_144
+"""Documents, and about how many characters of them, given to the tokenizer in one call, which it spreads over threads:
+it takes some 200 bytes for a character. Does not change what comes out."""
+
+PIECE_CHARACTERS = 131_072
+"""A longer document is given to the tokenizer in pieces of at most so many characters, cut before white space where
+there is any in a piece's second half. Part of what the tokens are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +73,8 @@ def context_batches(
     Raises `SteersmanError` when a text read from its start has no tokens at all.
     """
     place = {"document": 0, "token": 0} if cursor is None else cursor
-    documents = _tokenized(text, tokenize, place["document"], bos_id)
+    needed = None if packing else context_length
+    documents = _tokenized(text, tokenize, place["document"], bos_id, needed)
     builder = _Builder(context_length, batch_size, bos_id, pad_id, place)
     batches = builder.packed(documents) if packing else builder.one_a_row(documents)
     first = next(batches, None)
@@ -84,22 +91,90 @@ def _with_marks(batch: ContextBatch, text: DigestedText) -> ContextBatch:
     return replace(batch, marks=text.marks(int(documents.min()), int(documents.max())))
 
 
+def pieces(document: str) -> Iterator[str]:
+    """A document in pieces that the tokenizer is given; a short one is one piece.
+
+    >>> [len(piece) for piece in pieces("a" * 131_000 + " b" * 1000)]
+    [131072, 1928]
+    """
+    start = 0
+    while len(document) - start > PIECE_CHARACTERS:
+        end = start + PIECE_CHARACTERS
+        cut = max(document.rfind(space, start + PIECE_CHARACTERS // 2, end) for space in " \n\t")
+        end = cut if cut > 0 else end
+        yield document[start:end]
+        start = end
+    yield document[start:]
+
+
+class Tokens(NamedTuple):
+    """Tokens that follow one another in a document."""
+
+    document: int
+    """Number of the document."""
+    first: int
+    """Place in the document of the first token."""
+    ids: np.ndarray
+    """Token ids [n] int64."""
+    last: bool
+    """Whether the document ends with them."""
+
+
 def _tokenized(
-    text: TextSource, tokenize: Tokenize, start: int, bos_id: int | None
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(document number, token ids) of the documents that have any. A BOS written in the text itself is taken off."""
-    documents = text.documents(start)
-    number, empty = start, 0
-    while texts := list(islice(documents, _DOCUMENTS_AT_ONCE)):
-        for ids in tokenize(texts):
-            ids = ids[1:] if len(ids) and ids[0] == bos_id else ids
-            if len(ids):
-                yield number, np.asarray(ids, dtype=np.int64)
+    text: TextSource, tokenize: Tokenize, start: int, bos_id: int | None, needed: int | None
+) -> Iterator[Tokens]:
+    """The tokens of the documents that have any, piece by piece; of each document only pieces that hold its first
+    `needed` tokens, if not None. A BOS written in the text itself is taken off."""
+    empty = 0
+    for group in _groups(text, start):
+        if len(group) > 1 or len(group[0][1]) <= PIECE_CHARACTERS:
+            parts = zip(group, tokenize([document for _, document in group]))
+            found = (Tokens(number, 0, _ids(ids, bos_id), True) for (number, _), ids in parts)
+        else:
+            found = _long_document(*group[0], tokenize, bos_id, needed)
+        for tokens in found:
+            if len(tokens.ids) or tokens.first:
+                yield tokens
             else:
                 empty += 1
-            number += 1
     if empty:
         log.warning("%s: %d documents are empty and were passed over", text.name, empty)
+
+
+def _groups(text: TextSource, start: int) -> Iterator[list[tuple[int, str]]]:
+    """Documents with their numbers, as many at a time as are tokenized in one call; one that is long comes alone."""
+    group: list[tuple[int, str]] = []
+    characters = 0
+    for number, document in enumerate(text.documents(start), start):
+        if group and (len(document) > PIECE_CHARACTERS or characters + len(document) > _CHARACTERS_AT_ONCE):
+            yield group
+            group, characters = [], 0
+        group.append((number, document))
+        characters += len(document)
+        if len(group) == _DOCUMENTS_AT_ONCE or len(document) > PIECE_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _long_document(
+    number: int, document: str, tokenize: Tokenize, bos_id: int | None, needed: int | None
+) -> Iterator[Tokens]:
+    first, parts = 0, pieces(document)
+    piece = next(parts)
+    while True:
+        following = next(parts, None)
+        ids = _ids(tokenize([piece])[0], None if first else bos_id)
+        last = following is None or (needed is not None and first + len(ids) >= needed)
+        yield Tokens(number, first, ids, last)
+        if last or following is None:
+            return
+        first, piece = first + len(ids), following
+
+
+def _ids(ids: Sequence[int], bos_id: int | None) -> np.ndarray:
+    return np.asarray(ids[1:] if len(ids) and ids[0] == bos_id else ids, dtype=np.int64)
 
 
 class _Builder:
@@ -141,31 +216,35 @@ class _Builder:
         self._clear(cursor)
         return batch
 
-    def packed(self, documents: Iterator[tuple[int, np.ndarray]]) -> Iterator[ContextBatch]:
-        for number, tokens in documents:
-            at = self._cursor["token"] if number == self._cursor["document"] and not self._lengths.any() else 0
-            at_start = at == 0
-            while at < len(tokens):
+    def packed(self, documents: Iterator[Tokens]) -> Iterator[ContextBatch]:
+        at, at_start = self._cursor["token"], self._cursor["token"] == 0
+        resumed = self._cursor["document"]
+        for number, first, tokens, last in documents:
+            if not first:  # a document begins; the first one where the cursor says
+                at = at if number == resumed else 0
+                at_start, resumed = at == 0, -1
+            while at < first + len(tokens):
                 if at_start or not self._lengths[self._row]:
                     self._put(number, self._prefix)
                     at_start = False
-                n = self._put(number, tokens[at:])
+                n = self._put(number, tokens[at - first :])
                 at_start = n == 0 and at == 0  # BOS took the row's last place: the document starts in the next row
                 at += n
                 if self._lengths[self._row] == self._shape[1]:
                     self._row += 1
                 if self._row == self._shape[0]:
-                    done = at >= len(tokens)
+                    done = last and at >= first + len(tokens)
                     yield self._batch(self._row, {"document": number + done, "token": 0 if done else at})
         rows = int((self._lengths > 0).sum())
         if rows:
             yield self._batch(rows, self._cursor)
 
-    def one_a_row(self, documents: Iterator[tuple[int, np.ndarray]]) -> Iterator[ContextBatch]:
-        for number, tokens in documents:
-            self._put(number, self._prefix)
+    def one_a_row(self, documents: Iterator[Tokens]) -> Iterator[ContextBatch]:
+        for number, first, tokens, last in documents:
+            if not first:
+                self._put(number, self._prefix)
             self._put(number, tokens)
-            self._row += 1
+            self._row += last
             if self._row == self._shape[0]:
                 yield self._batch(self._row, {"document": number + 1, "token": 0})
         if self._row:
