@@ -1,5 +1,7 @@
 """Loading from a folder, and one clear line for each way it fails."""
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -232,4 +234,81 @@ def test_placements_that_cannot_be(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SteersmanError, match=message) as error:
         LanguageModel.load(str(folder), device="cpu", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_what_names_no_model() -> None:
+    for wrong in (None, 7, ["a"]):
+        with pytest.raises(SteersmanError, match="a model is named by a folder or a hub id, got"):
+            LanguageModel.load(wrong)  # pyright: ignore[reportArgumentType]
+    for wrong in ("text", None, torch.nn.Linear(2, 2)):
+        with pytest.raises(SteersmanError, match="a LanguageModel wraps a transformers model, this is a"):
+            LanguageModel(wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_models_of_pictures_and_sound_are_refused() -> None:
+    import transformers
+
+    vision = {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1, "image_size": 8,
+        "patch_size": 4,
+    }  # fmt: skip
+    for kind in ("ViT", "CLIPVision"):
+        model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**vision))
+        with pytest.raises(SteersmanError, match=f"{kind}Model reads pixel_values, not text"):
+            LanguageModel(model)
+    t5 = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1, vocab_size=9)
+    with pytest.raises(SteersmanError, match="encoder-decoder"):
+        LanguageModel(transformers.T5ForConditionalGeneration(t5))
+
+
+def test_a_model_in_the_hubs_cache_has_the_hubs_name(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "models--google--gemma-2-2b" / "snapshots" / ("c5" * 20)
+    place.parent.mkdir(parents=True)
+    folder.rename(place)
+    lm = LanguageModel.load(place, device="cpu")
+    assert lm.name == LanguageModel(lm.model).name == "google/gemma-2-2b"
+
+
+def damaged(folder: Path, name: str, **changes: Any) -> None:
+    whole = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**whole, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**6}, "config.json: num_hidden_layers is more than 2,000: 1000000"),
+        ({"num_hidden_layers": 0}, "config.json: num_hidden_layers is less than 1: 0"),
+        ({"hidden_size": 2**60}, "config.json: hidden_size is more than 2,147,483,648"),
+        ({"num_hidden_layers": 7}, "would compute with random ones"),
+        ({"attention_bias": "yes"}, "cannot load a model from"),
+        ({"vocab_size": {"a": 1}}, "cannot load a model from"),
+    ],
+)
+def test_configurations_that_no_model_has(folder: Path, changes: dict[str, Any], message: str) -> None:
+    damaged(folder, "config.json", **changes)
+    with pytest.raises(SteersmanError, match=message) as error:
+        LanguageModel.load(folder, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_none_and_tokenizers_that_cannot_be_read(folder: Path) -> None:
+    tokenizer = folder / "tokenizer.json"
+    whole = tokenizer.read_text()
+    for wrong in ("{", whole.replace("WordLevel", "WordLeven"), "[" * 100_000):
+        tokenizer.write_text(wrong)
+        with pytest.raises(SteersmanError, match="cannot load a model from") as error:
+            LanguageModel.load(folder, device="cpu")
+        assert "\n" not in str(error.value)
+    tokenizer.unlink()
+    os.mkfifo(tokenizer)
+    with pytest.raises(SteersmanError, match=r"tokenizer\.json is no regular file"):
+        LanguageModel.load(folder, device="cpu")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steersman.lm.load.reachable", lambda: False)
+    with pytest.raises(SteersmanError, match="the hub cannot be reached, or is switched off") as error:
+        LanguageModel.load("nobody/has-this-model")
     assert "\n" not in str(error.value)

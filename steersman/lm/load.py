@@ -1,7 +1,8 @@
 """Loading a transformers model and its tokenizer, with one clear line for each way it can fail."""
 
 import importlib.util
-import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from steersman.errors import SteersmanError
+from steersman.lm.source import check_folder, local_folder, name_in_cache, reachable
 from steersman.parallel import rank_and_world_size
 
 DTYPES = {
@@ -39,20 +41,6 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
     if name not in DTYPES:
         raise SteersmanError(f"unknown dtype {dtype!r}: use one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def local_folder(source: str) -> Path | None:
-    """The folder `source` names, or None for a hub id. Raises SteersmanError for a path that holds no model."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise SteersmanError(f"{source} holds no config.json: it is not a transformers model folder")
-        return folder
-    if folder.exists():
-        raise SteersmanError(f"{source} is a file: name the folder that holds config.json and the weights")
-    if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or not source.strip():
-        raise SteersmanError(f"no model folder at {source!r}: check the path, or give a hub id such as org/name")
-    return None
 
 
 def model_class(config: Any) -> Any:
@@ -125,7 +113,7 @@ def _need(package: str, option: str) -> None:
 
 
 def load_pretrained(
-    source: str,
+    source: str | os.PathLike[str],
     *,
     dtype: str | torch.dtype | None,
     device: torch.device,
@@ -139,30 +127,59 @@ def load_pretrained(
 
     Raises SteersmanError, in one line."""
     import transformers
-    from safetensors import SafetensorError
 
+    if not isinstance(source, str | os.PathLike):
+        raise SteersmanError(f"a model is named by a folder or a hub id, got {source!r}")
+    source = os.fspath(source)
     folder = local_folder(source)
+    if folder is not None:
+        try:
+            check_folder(folder)
+        except SteersmanError as error:
+            raise SteersmanError(f"cannot load a model from {source}: {error}") from error
     where = str(folder) if folder is not None else source
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    away = folder is None and not reachable()
+    if away:
+        options["local_files_only"] = True
     torch_dtype = parse_dtype(dtype, device)
     placed = placement(torch_dtype, device_map, tensor_parallel, quantization)
     if quantization is not None and device_map is None:
         placed["device_map"] = {"": device}
     try:
         config = transformers.AutoConfig.from_pretrained(where, **options)
-        model = model_class(config).from_pretrained(where, dtype=torch_dtype, **placed, **options)
+        model, loaded = model_class(config).from_pretrained(
+            where, dtype=torch_dtype, output_loading_info=True, **placed, **options
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
     except SteersmanError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # a configuration, weights or a tokenizer of anybody's, read by libraries of others
+        reason = " ".join(str(error).split())[: 90 if away else 200] or type(error).__name__
         if folder is not None:
             raise SteersmanError(f"cannot load a model from {source}: {reason}") from error
         raise SteersmanError(
             f"{source!r} is no local folder and could not be fetched from the Hugging Face hub: {reason}"
+            + (" (the hub cannot be reached, or is switched off: only its cache was looked through)" if away else "")
         ) from error
+    check_whole(source, model, loaded)
     try:
         model = model if placed else model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise SteersmanError(f"cannot move the model to {device}: {' '.join(str(error).split())[:200]}") from error
-    return model.eval(), tokenizer, folder.resolve().name if folder is not None else source
+    return model.eval(), tokenizer, _name(folder) if folder is not None else source
+
+
+def _name(folder: Path) -> str:
+    """What a model in `folder` is called: the hub's id for a folder of its cache, else the last part of the path."""
+    return name_in_cache(str(folder.absolute())) or folder.resolve().name
+
+
+def check_whole(source: str, model: nn.Module, loaded: Mapping[str, Any]) -> None:
+    """Refuse a model some of whose blocks' weights its files did not hold: transformers fills them at random."""
+    missing = [name for name in loaded.get("missing_keys", ()) if re.search(r"\.\d+\..*weight$", str(name))]
+    if missing:
+        raise SteersmanError(
+            f"the files of {source} hold no {sorted(missing)[0]}, nor {len(missing) - 1} more weights that its "
+            f"configuration asks for: {type(model).__name__} would compute with random ones"
+        )

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from os import PathLike
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from steersman.lm.load import Quantization, load_pretrained
 from steersman.lm.origin import same_model
 from steersman.lm.positions import context_length, own_offset
 from steersman.lm.probe import module_device
+from steersman.lm.source import check_reads_text, name_in_cache
 from steersman.lm.tokens import Prompt, TextEncoder, TokenBatch, as_prompts
 
 log = logging.getLogger(__name__)
@@ -45,13 +47,15 @@ class LanguageModel:
         blocks: str | None = None,
         bos: bool = True,
     ) -> None:
+        check_reads_text(model)
         self.model: Any = model
         self.tokenizer = tokenizer
         self.revision = revision
         self.quantization: Quantization | None = None
         self.tensor_parallel = False
         config: Any = model.config
-        self.name = name or getattr(config, "_name_or_path", "") or type(model).__name__
+        origin = str(getattr(config, "_name_or_path", "") or "")
+        self.name = name or name_in_cache(origin) or origin or type(model).__name__
         self.config = config.get_text_config()
         self.hooks = HookMap(model, self.config, blocks)
         self._norm: Any = _UNKNOWN
@@ -69,7 +73,7 @@ class LanguageModel:
     @classmethod
     def load(
         cls,
-        source: str,
+        source: str | PathLike[str],
         *,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device = "auto",
@@ -97,7 +101,7 @@ class LanguageModel:
         """
         where = pick_device(device)
         model, tokenizer, found = load_pretrained(
-            str(source),
+            source,
             dtype=dtype,
             device=where,
             revision=revision,
