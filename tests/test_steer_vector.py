@@ -197,9 +197,9 @@ GOOD = {"format": "steersman.vector", "version": "1", "provenance": json.dumps(V
     ("tensors", "header", "message"),
     [
         ({HOOK: A}, None, "no steering vector"),
-        ({HOOK: A}, {**GOOD, "format": "other"}, "names other"),
+        ({HOOK: A}, {**GOOD, "format": "other"}, "names 'other'"),
         ({HOOK: A}, {**GOOD, "version": "2"}, "version '2'; this program reads up to 1"),
-        ({HOOK: A}, {**GOOD, "provenance": "{"}, "provenance in its header cannot be read"),
+        ({HOOK: A}, {**GOOD, "provenance": "{"}, "provenance in its header: not readable as JSON"),
         ({HOOK: A}, {**GOOD, "provenance": "{}"}, "provenance in its header cannot be read"),
         ({HOOK: A}, {**GOOD, "provenance": '{"model_name": 1, "method": "", "metadata": {}}'}, "wrong type"),
         ({HOOK: A * float("nan")}, GOOD, "v.safetensors: the steering vector at .* holds NaN"),

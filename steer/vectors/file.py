@@ -45,7 +45,7 @@ def read(path: Path) -> Parts:
 def check_header(path: Path, header: dict[str, str]) -> None:
     """Raise SteersmanError unless the header says that this is a vector this version can read."""
     if header.get("format") != FORMAT:
-        named = shown(header.get("format", "no format of ours"))
+        named = shown(header["format"]) if "format" in header else "no format of ours"
         raise SteersmanError(f"{path} is a safetensors file but no steering vector: its header names {named}")
     version = header.get("version", "")
     if not version.isdecimal() or len(version) > 4 or not 1 <= int(version) <= VERSION:
