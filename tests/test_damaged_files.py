@@ -36,11 +36,11 @@ def test_damaged_files_are_refused_or_what_they_were(
     soak.make(tmp_path, KINDS)
     tries = soak.Tries(tmp_path, soak.Config(kinds=KINDS, seed=1))
     try:
-        found = [tries.one(number) for number in range(300)]
+        found = [tries.one(number) for number in range(160)]
     finally:
         tries.close()
         signal.signal(signal.SIGALRM, before)
     assert not [result for result in found if result[1] in soak.BAD]
     counts = Counter((kind, outcome) for kind, outcome, _ in found)
-    assert all(counts[kind, "refused"] > 20 for kind in KINDS)
-    assert sum(counts[kind, "equal"] for kind in KINDS) > 5
+    assert all(counts[kind, "refused"] > 10 for kind in KINDS)
+    assert sum(counts[kind, "equal"] for kind in KINDS) > 2
