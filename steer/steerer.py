@@ -4,10 +4,9 @@ The main path: a context resolves its hook points and builds its edit once; in e
 pass stands, the scope picks the tokens, the edit changes them, the trace notes them.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from types import TracebackType
-from typing import Self
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, LanguageModel
 from steersman.lm.hooks import HookName
 from steersman.lm.origin import check_sae_fits
+from steersman.lm.unwinding import Opened, Unwinding
 from steersman.sae import SAE
 from steersman.steer.edit_report import EditReport, Meter
 from steersman.steer.edits import Edit, FeatureEdit, Features, PerRow, PositionEdit, VectorEdit
@@ -24,49 +24,51 @@ from steersman.steer.vectors.directions import VectorInput, directions_of
 from steersman.steer.vectors.vector import SteeringVector
 
 
-class Steering:
+class Steering(Opened):
     """One steered stretch of work: a context manager with a `trace`, and with a `report()` when it measures.
 
     A context can be entered again after it has closed; the trace and the report then start anew.
     """
 
-    def __init__(self, lm: LanguageModel, edits: Mapping[str, Edit], scope: Scope, meter: Meter | None = None) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        edits: Mapping[str, Edit],
+        scope: Scope,
+        meter: Meter | None = None,
+        for_all_threads: bool = False,
+    ) -> None:
+        super().__init__()
         self.lm = lm
         points = {lm.hook_point(hook): edit for hook, edit in edits.items()}
         for point, edit in points.items():
             edit.check(lm, point)
         self.edits = {point.name: edit for point, edit in points.items()}
         self.scope = scope
+        self.for_all_threads = for_all_threads
         self.trace = Trace()
         self._meter = meter
-        self._stack: ExitStack | None = None
 
-    def __enter__(self) -> Self:
-        if self._stack is not None:
-            raise SteersmanError("this steering context is already open: make a second one to nest it")
+    def _open(self, stack: Unwinding) -> None:
         self.trace = Trace()
         if self._meter is not None:
             self._meter.reset()
-        with ExitStack() as stack:  # an edit that cannot attach takes the earlier ones with it
-            for hook, edit in self.edits.items():
-                stack.enter_context(self.lm.edit(hook, self._runner(edit)))
-            self._stack = stack.pop_all()
-        return self
+        unmet = _Unmet(self.scope)
+        for hook, edit in self.edits.items():
+            run = self._runner(edit, unmet)
+            stack.enter_context(self.lm.edit(hook, run, for_all_threads=self.for_all_threads))
+        stack.push(unmet.at_close)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            stack.close()
-
-    def _runner(self, edit: Edit) -> Callable[[Tensor, ForwardPass], Tensor]:
+    def _runner(self, edit: Edit, unmet: "_Unmet") -> Callable[[Tensor, ForwardPass], Tensor]:
         scope, idle, mixed = self.scope, not bool(edit.active.any()), not bool(edit.active.all())
+        trace, meter = self.trace, self._meter
 
         def run(h: Tensor, fwd: ForwardPass) -> Tensor:
             if edit.rows > 1:
                 fwd.row_index(edit.rows)  # a wrong number of rows is an error even where nothing would be steered
             where = False if idle else scope.select(fwd)
+            if not idle:
+                unmet.note(fwd)
             where = edit.narrow(where, fwd)
             if isinstance(where, bool) and not where:
                 return h
@@ -74,9 +76,9 @@ class Steering:
                 rows = edit.expand(edit.active.to(fwd.device), fwd)[:, None]
                 where = rows.expand(fwd.batch, fwd.length) if isinstance(where, bool) else where & rows
             new = edit.apply(h, fwd, where)
-            self.trace.record(fwd, where)
-            if self._meter is not None:
-                self._meter.record(h, new, fwd, where)
+            trace.record(fwd, where)
+            if meter is not None:
+                meter.record(h, new, fwd, where)
             return new
 
         return run
@@ -88,15 +90,49 @@ class Steering:
         return self._meter.report()
 
 
+class _Unmet:
+    """Says that scope `generation` finds nothing to steer in plain passes, where every token counts as prompt."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.watching = scope.kind == "generation"
+        self.plain: int | None = None  # the text of a plain pass that no generated token has followed
+
+    def note(self, fwd: ForwardPass) -> None:
+        if not self.watching:
+            return
+        if fwd.phase != "prompt" or fwd.run is not None:
+            self.watching = False  # there is something to steer
+        elif self.plain is not None and self.plain != fwd.sequence:
+            self.warn()
+        else:
+            self.plain = fwd.sequence
+
+    def at_close(self, kind: type[BaseException] | None, *_error: Any) -> None:
+        if kind is None and self.watching and self.plain is not None:
+            self.warn()
+
+    def warn(self) -> None:
+        self.watching = False
+        warnings.warn(
+            "scope 'generation' steered nothing: a pass outside generate is all prompt unless lm.prompt_length(n) (or "
+            "prompt_length= of lm.logits) says where the prompt ends; use that, or scope 'all'",
+            stacklevel=2,
+        )
+
+
 class Steerer:
     """Steers a `LanguageModel` by features of an SAE, by vectors, or by any `Edit`.
 
     Every parameter may differ per row of the batch: pass one entry per prompt. Beams and `num_return_sequences`
     share their prompt's. Contexts nest and apply in the order they were entered.
+
+    A context steers the passes of the thread or asyncio task that opened it (see `LanguageModel.edit`);
+    `for_all_threads` makes those of every thread its own, for a server that generates in a thread of its own.
     """
 
-    def __init__(self, lm: LanguageModel) -> None:
+    def __init__(self, lm: LanguageModel, *, for_all_threads: bool = False) -> None:
         self.lm = lm
+        self.for_all_threads = for_all_threads
 
     def edit(
         self,
@@ -119,9 +155,13 @@ class Steerer:
         if measure and not isinstance(edit, FeatureEdit):
             raise SteersmanError(f"measure=True encodes features before and after: {type(edit).__name__} edits none")
         meter = Meter(edit) if measure and isinstance(edit, FeatureEdit) else None
-        return Steering(
-            self.lm, dict.fromkeys(self.lm.resolve_hooks(hook), edit), Scope.of(scope, include_bos=include_bos), meter
-        )
+        hooks = self.lm.resolve_hooks(hook)
+        return self._steering(dict.fromkeys(hooks, edit), scope, include_bos, meter)
+
+    def _steering(
+        self, edits: Mapping[str, Edit], scope: ScopeLike, include_bos: bool, meter: Meter | None = None
+    ) -> Steering:
+        return Steering(self.lm, edits, Scope.of(scope, include_bos=include_bos), meter, self.for_all_threads)
 
     def features(
         self,
@@ -175,7 +215,7 @@ class Steerer:
             name: (PositionEdit if recorded and v.ndim == 2 else VectorEdit)(v, scale, gate)
             for name, v in directions_of(self.lm, vector, hook).items()
         }
-        return Steering(self.lm, edits, Scope.of(scope, include_bos=include_bos))
+        return self._steering(edits, scope, include_bos)
 
     def measure(
         self,

@@ -33,6 +33,7 @@ class Trace:
             self._fold()
 
     def _fold(self) -> None:
+        self._pending.sort(key=lambda entry: entry[0])  # texts of several threads come mixed
         for sequence, past, (batch, length), where in self._pending:
             if self._grid is None or sequence != self._sequence:
                 self._finished += 0 if self._grid is None else int(self._grid.sum())

@@ -223,6 +223,6 @@ def test_the_last_tokens_of_a_pass_know_their_place(lm: LanguageModel) -> None:
 
 
 def test_the_old_name_of_a_pass_still_works() -> None:
-    with pytest.warns(DeprecationWarning, match="steersman.lm.Pass is steersman.lm.clock.ForwardPass now"):
+    with pytest.warns(DeprecationWarning, match="steersman.lm.Pass is steersman.lm.passes.ForwardPass now"):
         from steersman.lm import Pass  # pyright: ignore[reportAttributeAccessIssue]
     assert Pass is ForwardPass

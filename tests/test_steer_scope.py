@@ -61,11 +61,12 @@ def test_mask(lm: LanguageModel) -> None:
         pairs(lm, torch.ones(3, 5))
 
 
-def test_bos_inside_packed_contexts(lm: LanguageModel) -> None:
-    ids = torch.tensor([[0, 5, 6, 0, 7, 8]])
+def test_only_the_first_token_of_a_row_is_the_bos(lm: LanguageModel) -> None:
+    """Its id further on is text: many chat models begin every turn with their BOS."""
+    ids, mask = torch.tensor([[0, 5, 6, 0, 7, 8], [3, 0, 5, 0, 6, 0]]), torch.tensor([[1] * 6, [0] + [1] * 5])
     with Steerer(lm).vector(torch.ones(D), hook=HOOK, scope="all") as ctx:
-        lm.logits(ids)
-    assert [p for _, p in ctx.trace.pairs()] == [1, 2, 4, 5]
+        lm.logits(ids, mask)
+    assert ctx.trace.pairs() == [(row, p) for row, n in ((0, 6), (1, 5)) for p in range(1, n)]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,27 +1,36 @@
-"""The pass clock: which absolute positions a forward pass sees.
+"""The pass clock: which absolute positions a forward pass sees, and whose edits apply to it.
 
 Under a KV cache a decoding step sees one token, and the blocks do not know which. So the clock sits at the top: a
-pre-hook on the whole model reads `input_ids`, `attention_mask` and the length of the cache before each pass, and the
-hooks on the blocks read the `ForwardPass` it leaves. Columns count slots of the (padded) sequence from its start;
-positions count real tokens, so that left padding, right padding and no padding give a token the same position.
+pre-hook on the whole model reads `input_ids`, `attention_mask` and what came before, and the hooks on the blocks read
+the `ForwardPass` it leaves. At the end of a pass every edit that applies to it must have run.
+
+An edit is its opener's: it applies to passes made in the same context of execution (`contextvars`: the thread, the
+asyncio task and the tasks it starts). A thread that has opened none is refused while another steers, because nobody
+can tell whether it should be steered; edits `for_all_threads` apply everywhere.
 """
 
-import copy
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
-from typing import Any, Literal
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from steersman.errors import SteersmanError
+from steersman.lm.attached import Hook, StandIn, remove_stand_ins
 from steersman.lm.generate import stop_ids
+from steersman.lm.hooks import LOGITS, HookPoint
+from steersman.lm.passes import ForwardPass, GenerationRun
+from steersman.lm.unwinding import Opened, Unwinding
+from steersman.lm.wrappers import eager, is_compiled, recomputes
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What a model's forward calls its KV cache: since transformers 5.24, and before it. Later versions take both."""
-
+STATE_NAMES = (*CACHE_NAMES, "cache_params", "state")
+"""The same with the names that recurrent models have for theirs."""
 
 PromptLength = int | Sequence[int] | Tensor
 """How many real tokens of each row are its prompt: one number for all rows, or one for each."""
@@ -31,211 +40,41 @@ class PassDone(Exception):
     """Ends a pass after the last hook point that was asked for; who raises it in a hook catches it around the pass."""
 
 
-class GenerationRun:
-    """What the clock knows about one call of `model.generate`: its prompt and which tokens end a row."""
-
-    def __init__(self, rows: int, prompt_columns: int, mask: Tensor | None, stop_ids: list[int], beams: int) -> None:
-        self.rows = rows
-        self.prompt_columns = prompt_columns
-        self.mask = mask
-        self.stop_ids = stop_ids
-        self.beams = beams
-        self.unfinished: Tensor | None = None  # [B, 1] bool: rows not ended before this pass; kept only under a cache
-
-    def expanded_mask(self, batch: int) -> Tensor:
-        """The prompt's mask [B, P], its rows repeated as beams and returned sequences repeat the prompts."""
-        assert self.mask is not None
-        return self.mask.repeat_interleave(batch // self.mask.shape[0], dim=0)
-
-
-class ForwardPass:
-    """One forward pass of the model, as the hooks see it. B rows, S tokens in this pass.
-
-    A token is of the prompt when `generate` received it; in a plain forward pass every token is, unless
-    `LanguageModel.prompt_length` declares where the prompt ends.
-    """
+class _Held:
+    """What a context of execution holds open on a clock: an edit at `point`, or a declared prompt length."""
 
     def __init__(
-        self,
-        *,
-        input_ids: Tensor | None,
-        shape: tuple[int, int],
-        device: torch.device,
-        past: int,
-        mask: Any,
-        prompt_columns: int,
-        declared: Tensor | None,
-        bos_id: int | None,
-        sequence: int,
-        run: GenerationRun | None,
+        self, clock: "PassClock", point: HookPoint | None = None, declared: PromptLength | None = None
     ) -> None:
-        self.input_ids = input_ids
-        self.batch, self.length = shape
-        self.device = device
-        self.past = past
-        self.given_mask = mask
-        self.prompt_columns = prompt_columns
-        self.declared = declared
-        self.bos_id = bos_id
-        self.sequence = sequence
-        self.run = run
-        self.unfinished: Tensor | None = None  # [B, S] bool: before the end of the row's text, where it can end
-        self.memo: dict[Any, Any] = {}  # what the hooks of this pass compute once and share
-        if run is not None and run.stop_ids and self.phase != "prompt" and self.batch > 1 and input_ids is not None:
-            self.unfinished = self._find_unfinished(run, input_ids)
+        self.clock, self.point, self.declared = clock, point, declared
+        self.fn: Callable[[Tensor], Tensor | None] = lambda h: None
+        self.for_all_threads = False
+        self.handle: Any = None
 
-    def _find_unfinished(self, run: GenerationRun, ids: Tensor) -> Tensor:
-        """[B, S] bool: tokens before the end of their row's text. generate feeds finished rows on as padding that the
-        attention mask calls real.
-
-        The end token is out too: a row generated alone stops before it is ever fed.
-        """
-        on = ids != run.stop_ids[0]
-        for stop in run.stop_ids[1:]:
-            on = on & (ids != stop)
-        if self.phase == "mixed":
-            on = on | (torch.arange(self.past, self.past + self.length, device=ids.device) < self.prompt_columns)
-        if self.length > 1:
-            on = on.cummin(1).values
-        if run.beams > 1 or self.past == 0:
-            return on  # beams change places between steps; without a cache the pass holds its own history
-        if run.unfinished is not None:
-            on = on & run.unfinished
-        run.unfinished = on[:, -1:]
-        return on
-
-    @cached_property
-    def phase(self) -> Literal["prompt", "generation", "mixed"]:
-        """What the pass holds, known without looking at the device."""
-        if self.declared is not None:
-            return "mixed"
-        if self.past >= self.prompt_columns:
-            return "generation"
-        return "prompt" if self.past + self.length <= self.prompt_columns else "mixed"
-
-    def last(self, n: int) -> "ForwardPass":
-        """The pass as its last n tokens have it: logits are often computed for these alone."""
-        if n == self.length:
-            return self
-        key = (ForwardPass.last, n)
-        if key not in self.memo:
-            part = copy.copy(self)
-            for name in _PER_TOKEN:
-                part.__dict__.pop(name, None)
-            part.past, part.length, part.memo = self.past + self.length - n, n, {}
-            part.input_ids = None if self.input_ids is None else self.input_ids[:, -n:]
-            part.unfinished = None if self.unfinished is None else self.unfinished[:, -n:]
-            self.memo[key] = part
-        return self.memo[key]
-
-    @property
-    def _follows_prompt(self) -> bool:
-        """True when every token is one that generate made: its attention mask holds ones only there."""
-        return self.phase == "generation" and self.run is not None
-
-    @property
-    def all_real(self) -> bool:
-        """True when it is known, without looking at the device, that no token of this pass is padding."""
-        return self.unfinished is None and (self._follows_prompt or self.mask is None)
-
-    @cached_property
-    def mask(self) -> Tensor | None:
-        """[B, >= past + S] of 0 and 1: the attention mask over all columns so far; None when no token is padding."""
-        given, seen = self.given_mask, self.past + self.length
-        if isinstance(given, Tensor) and given.ndim == 2:
-            if given.shape[1] >= seen:
-                return given
-            raise SteersmanError(
-                f"attention_mask covers {given.shape[1]} tokens, but {self.past} are cached and {self.length} are new"
-            )
-        # Static caches get a prepared mask, and some passes none: go back to the one that generate was given.
-        if self.run is not None and self.run.mask is not None:
-            known = self.run.expanded_mask(self.batch)
-            rest = known.new_ones(self.batch, max(0, seen - known.shape[1]))
-            return torch.cat([known, rest], dim=1)
-        if given is None:
-            return None
-        raise SteersmanError("edits need a two-dimensional attention_mask [B, S] to tell padding from text")
-
-    @cached_property
-    def present(self) -> Tensor:
-        """[B, S] bool: tokens that the attention mask calls real."""
-        if self.mask is None:
-            return torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
-        return self.mask[:, self.past : self.past + self.length].bool()
-
-    @cached_property
-    def real(self) -> Tensor:
-        """[B, S] bool: real tokens, neither padding nor what `generate` fills a finished row with."""
-        if self.unfinished is None:
-            return self.present
-        return self.unfinished if self._follows_prompt else self.present & self.unfinished
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """[B, S] int64: absolute position, counting real tokens from 0; -1 for padding."""
-        if self.mask is None:
-            row = torch.arange(self.past, self.past + self.length, device=self.device)
-            return row.expand(self.batch, -1)
-        counted = self.mask.long().cumsum(1)[:, self.past : self.past + self.length] - 1
-        return counted.masked_fill(~self.present, -1)
-
-    @cached_property
-    def key_positions(self) -> Tensor:
-        """[B, past + S] int64: `positions` of every token so far, cached ones too: the keys that attention looks at."""
-        seen = self.past + self.length
-        if self.mask is None:
-            return torch.arange(seen, device=self.device).expand(self.batch, -1)
-        mask = self.mask[:, :seen]
-        return (mask.long().cumsum(1) - 1).masked_fill(~mask.bool(), -1)
-
-    @cached_property
-    def prompt_length(self) -> Tensor:
-        """[B] int64: number of real tokens in the prompt of each row."""
-        if self.declared is not None:
-            return self.declared
-        # The prompt's own mask comes first: a chunk of a long prompt is given a mask that ends with the chunk.
-        mask = self.mask if self.run is None or self.run.mask is None else self.run.expanded_mask(self.batch)
-        if mask is None:
-            return torch.full((self.batch,), self.prompt_columns, device=self.device)
-        unseen = max(0, self.prompt_columns - mask.shape[1])
-        return mask[:, : self.prompt_columns].long().sum(1) + unseen
-
-    @cached_property
-    def in_prompt(self) -> Tensor:
-        """[B, S] bool: real tokens of the prompt."""
-        return self.real & (self.positions < self.prompt_length[:, None])
-
-    @cached_property
-    def generated(self) -> Tensor:
-        """[B, S] bool: real tokens after the prompt."""
-        return self.real & (self.positions >= self.prompt_length[:, None])
-
-    @cached_property
-    def is_bos(self) -> Tensor:
-        """[B, S] bool: beginning-of-sequence tokens of the prompt (position 0 when only embeddings are known)."""
-        if self.bos_id is None:
-            return torch.zeros(self.batch, self.length, dtype=torch.bool, device=self.device)
-        if self.input_ids is None:
-            return self.positions == 0
-        return self.in_prompt & (self.input_ids == self.bos_id)
-
-    def row_index(self, rows: int, what: str = "the edit") -> Tensor | None:
-        """[B] int64: which of `rows` rows of parameters each row of the pass uses; None when they are the same rows.
-
-        Beams and `num_return_sequences` expand each prompt to neighbouring rows. Raises SteersmanError otherwise.
-        """
-        given = self.run.rows if self.run is not None else self.batch
-        if rows != given or self.batch % given:
-            raise SteersmanError(
-                f"{what} has {rows} rows and the batch has {given}: give one row per prompt, or one row for all"
-            )
-        if given == self.batch:
-            return None
-        return torch.arange(given, device=self.device).repeat_interleave(self.batch // given)
+    def run(self, h: Tensor) -> Tensor | None:
+        """What the hook at `point` does."""
+        now = self.clock.state.now
+        if now is None:
+            if self not in _HELD.get():
+                return None  # a pass of another thread, begun before the edit was opened
+            self.clock.now()
+        elif self in now.reached:
+            now.reached[self] = True
+            return self.fn(h)
+        return None
 
 
-_PER_TOKEN = [name for name, value in vars(ForwardPass).items() if isinstance(value, cached_property)]
+_HELD: ContextVar[tuple[_Held, ...]] = ContextVar("steersman_held", default=())
+
+
+class _State(threading.local):
+    """Where the passes of a thread stand."""
+
+    now: ForwardPass | None = None
+    runs: tuple[GenerationRun, ...] = ()
+    last: tuple[int, int, int] | None = None  # end column, rows and prompt columns of the pass before
+    sequence = 0
+    passes = 0
 
 
 class PassClock:
@@ -244,82 +83,221 @@ class PassClock:
     def __init__(self, model: nn.Module, bos_id: int | None) -> None:
         self.model = model
         self.bos_id = bos_id
-        self.current: ForwardPass | None = None
-        self.declared: PromptLength | None = None
-        self.parameters = list(inspect.signature(model.forward).parameters)
+        self.state = _State()
+        self.parameters = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
         self.cache_name = next((name for name in CACHE_NAMES if name in self.parameters), "past_key_values")
+        self._edits: dict[_Held, None] = {}
         self._handles: list[Any] = []
-        self._users = 0
-        self._runs: list[GenerationRun] = []
-        self._sequence = 0
-        self._last: tuple[int, int, int] | None = None  # end column, rows and prompt columns of the pass before
+        self._lock = threading.RLock()
+        self._numbers = itertools.count(1)
 
     def now(self) -> ForwardPass:
         """The pass that is running. Raises SteersmanError when a part of the model was called by itself."""
-        if self.current is None:
+        if self.state.now is None:
             raise SteersmanError(
                 "an edited block ran outside a pass of the whole model: call the LanguageModel or its .model, no part"
             )
-        return self.current
+        return self.state.now
 
-    @contextmanager
-    def running(self) -> Iterator["PassClock"]:
-        """Keep the clock on the model; nested uses share it."""
-        self._users += 1
-        try:
-            if self._users == 1:
+    # Opening and closing
+
+    def editing(self, point: HookPoint, fn: Callable[[Tensor], Tensor | None], for_all_threads: bool = False) -> Opened:
+        """A context in which `fn(h)` is called at `point` in every pass that the edit applies to."""
+
+        def start(stack: Unwinding) -> None:
+            self._check_free()
+            held = _Held(self, point)
+            held.fn, held.for_all_threads = fn, for_all_threads
+            stack.undo(self._close, held)
+            if is_compiled(self.model):
+                eager.hold(stack)
+            with self.locked():
+                self._edits[held] = None
                 self._install()
-            yield self
-        finally:
-            self._users -= 1
-            if self._users == 0:
+                held.handle = point.attach(held.run, past=lambda: self.now().past)
+                if point.kind == LOGITS:  # the pass ends after every hook on the whole model
+                    self.model._forward_hooks.move_to_end(self._handles[1].id)
+            _HELD.set((*_HELD.get(), held))
+
+        return Opened(start)
+
+    def declare(self, prompt_length: PromptLength | None) -> Opened:
+        """Say how many real tokens of each row are its prompt, for passes outside `generate`; None says nothing."""
+
+        def start(stack: Unwinding) -> None:
+            if prompt_length is not None:
+                held = _Held(self, declared=prompt_length)
+                stack.undo(_release, held)
+                _HELD.set((*_HELD.get(), held))
+
+        return Opened(start)
+
+    def locked(self) -> Unwinding:
+        """For as long as the stack is open, no other thread attaches or removes hooks."""
+        stack = Unwinding()
+        stack.enter_context(self._lock)
+        return stack
+
+    def _close(self, held: _Held) -> None:
+        _release(held)
+        with self.locked():
+            self._edits.pop(held, None)
+            assert held.point is not None
+            held.point.release(held.run) if held.handle is None else held.handle.remove()
+            if not self._edits:
                 self._remove()
 
-    @contextmanager
-    def declare(self, prompt_length: PromptLength | None) -> Iterator[None]:
-        """Say how many real tokens of each row are its prompt, for passes outside `generate`; None says nothing."""
-        before = self.declared
-        self.declared = before if prompt_length is None else prompt_length
-        try:
-            yield
-        finally:
-            self.declared = before
+    def _check_free(self) -> None:
+        """Refuse a model whose passes are already made by a continuous-batching thread, which cannot be steered."""
+        for thread in threading.enumerate():
+            manager = getattr(getattr(thread, "_target", None), "__self__", None)
+            if type(manager).__name__ == "ContinuousBatchingManager" and getattr(manager, "model", None) is self.model:
+                raise SteersmanError("continuous batching is running on this model: stop its manager before steering")
 
     def _install(self) -> None:
-        self._last, self._runs, self.current = None, [], None
-        self._handles = [self.model.register_forward_pre_hook(self._before, with_kwargs=True)]
-        self.end_last()
-        if hasattr(self.model, "generate"):
-            self._own_generate = self.model.__dict__.get("generate")
-            self.model.__dict__["generate"] = self._generate(self.model.generate)
-
-    def end_last(self) -> None:
-        """End the pass after every hook on the whole model, those on its logits among them."""
-        for handle in self._handles[1:]:
-            handle.remove()
+        if self._handles:
+            return
+        self.state.last, self.state.runs, self.state.now = None, (), None
+        for name, stand_in in _STAND_INS.items():
+            if hasattr(self.model, name):
+                self.model.__dict__[name] = stand_in(self, self.model, name)
+        self._handles.append(self.model.register_forward_pre_hook(Hook(self._before), with_kwargs=True))
         # always_call: a pass that raises, or is stopped after the last hook needed, must not leave itself behind
-        self._handles[1:] = [self.model.register_forward_hook(self._after, always_call=True)]
+        self._handles.append(self.model.register_forward_hook(Hook(self._after), always_call=True))
 
     def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self.current, self._last = [], None, None
-        if self.model.__dict__.pop("generate", None) is not None and self._own_generate is not None:
-            self.model.__dict__["generate"] = self._own_generate
+        self._handles.clear()
+        self.state.now = self.state.last = None
+        self.state.runs = ()
+        for name in _STAND_INS:
+            remove_stand_ins(self.model, name, lambda found: found.owner is self or not found.owner._handles)
 
-    def _generate(self, generate: Any) -> Any:
-        """`model.generate`, noting the prompt: without a cache no single pass can tell prompt from generated text."""
+    # Passes
 
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            self._runs.append(self._read_run(args, kwargs))
-            self._sequence += 1
-            try:
-                return generate(*args, **kwargs)
-            finally:
-                self._runs.pop()
-                self._last = None
+    def mine(self) -> list[_Held]:
+        """The edits that apply to a pass made here, in no particular order."""
+        own = _HELD.get()
+        return [held for held in tuple(self._edits) if held.for_all_threads or held in own]
 
-        return noted
+    def _applying(self) -> list[_Held]:
+        edits = self.mine()
+        if not edits and self._edits:
+            raise SteersmanError(
+                "another thread or task is steering this model, and this one has opened no edit: wait until it is "
+                "done, or open the edit here, or share it with Steerer(lm, for_all_threads=True)"
+            )
+        return edits
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            raise SteersmanError("a model cannot be compiled with edits in it")  # seen by Dynamo only, which gives up
+        edits = self._applying()
+        if any(held.point is not None and held.point.kind != LOGITS for held in edits) and recomputes(module):
+            raise SteersmanError(
+                "gradient checkpointing runs blocks again in backward, when the edits may be gone: call "
+                "lm.model.gradient_checkpointing_disable() before steering with gradients"
+            )
+        given = {**dict(zip(self.parameters, args)), **kwargs}
+        ids = given.get("input_ids")
+        x = ids if ids is not None else given.get("inputs_embeds")
+        if x is None:
+            raise SteersmanError("a pass needs input_ids or inputs_embeds for edits to know its positions")
+        state = self.state
+        run = state.runs[-1] if state.runs else None
+        mask = given.get("attention_mask")
+        wide = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else 0
+        batch, length = x.shape[0], x.shape[1]
+        past = self._past(given, run, batch, length, wide)
+        if run is not None:
+            columns = run.prompt_columns
+            run.passes, run.seen = run.passes + 1, past + length
+        else:
+            columns = self._manual_columns(batch, past, length, wide)
+            if past == 0:
+                state.sequence = next(self._numbers)
+            state.last = (past + length, batch, columns)
+        state.passes += 1
+        state.now = ForwardPass(
+            input_ids=ids,
+            shape=(batch, length),
+            device=x.device,
+            past=past,
+            mask=mask,
+            prompt_columns=columns,
+            declared=None if run is not None else self._declared(batch, x.device),
+            bos_id=self.bos_id,
+            sequence=state.sequence,
+            run=run,
+            edits=edits,
+        )
+
+    def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        now, self.state.now = self.state.now, None
+        if now is None or output is None:  # the pass raised, or was stopped after the last hook that was needed
+            return
+        for held, ran in now.reached.items():
+            if not ran and held.point is not None and held in self._edits:
+                raise not_reached(held.point.name)
+
+    def check_seen(self, passes: int) -> None:
+        """Raise SteersmanError when edits apply here and no pass was seen since `state.passes` was `passes`."""
+        if self.state.passes == passes and (edits := self.mine()):
+            raise not_reached(cast(HookPoint, edits[0].point).name)
+
+    def _past(self, given: dict[str, Any], run: GenerationRun | None, batch: int, length: int, wide: int) -> int:
+        """How many columns came before this pass: those that the clock has seen, unless the cache knows better."""
+        cache = next((given[name] for name in STATE_NAMES if given.get(name) is not None), None)
+        if run is not None:
+            seen = run.seen
+            if (
+                cache is None
+            ):  # without a cache every pass begins anew and covers more; some models keep their own state
+                return 0 if given.get("use_cache") is False or length > seen else seen
+        elif cache is None:
+            return 0
+        else:
+            last = self.state.last
+            seen = last[0] if last is not None and last[1] == batch else 0
+        known = _cached(cache)
+        if known is None:
+            return seen if run is not None or _started(cache) else 0
+        if run is None or known == seen:
+            return known
+        return wide - length if wide >= length else known if known else seen
+
+    def _manual_columns(self, batch: int, past: int, length: int, masked: int) -> int:
+        """Where the prompt ends in a user's own loop: several tokens at once continue it, single ones follow it."""
+        if past == 0:
+            return max(length, masked)
+        last = self.state.last
+        columns = last[2] if last is not None and last[:2] == (past, batch) else past
+        return max(columns, past + length) if length > 1 else columns
+
+    def _declared(self, batch: int, device: torch.device) -> Tensor | None:
+        declared = [held.declared for held in _HELD.get() if held.clock is self and held.declared is not None]
+        if not declared:
+            return None
+        lengths = torch.as_tensor(declared[-1], device=device).long().flatten()
+        if lengths.numel() not in (1, batch):
+            raise SteersmanError(f"prompt_length has {lengths.numel()} entries and the batch has {batch} rows")
+        return lengths.expand(batch)
+
+    # Generation
+
+    def begin_run(self, args: tuple[Any, ...], kwargs: dict[str, Any], stack: Unwinding) -> GenerationRun:
+        """Note a call of `generate` until the stack unwinds."""
+        self._applying()
+        run, state = self._read_run(args, kwargs), self.state
+        stack.undo(self._end_run, run)
+        state.runs = (*state.runs, run)
+        state.sequence = next(self._numbers)
+        return run
+
+    def _end_run(self, run: GenerationRun) -> None:
+        self.state.runs = tuple(other for other in self.state.runs if other is not run)
+        self.state.last = self.state.now = None
 
     def _read_run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GenerationRun:
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
@@ -336,53 +314,64 @@ class PassClock:
         stop = stop_ids(setting("eos_token_id"))
         return GenerationRun(1 if x is None else x.shape[0], columns, mask, stop, int(setting("num_beams") or 1))
 
-    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(self.parameters, args)), **kwargs}
-        ids = given.get("input_ids")
-        x = ids if ids is not None else given.get("inputs_embeds")
-        if x is None:
-            raise SteersmanError("a pass needs input_ids or inputs_embeds for edits to know its positions")
-        cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-        past = 0 if cache is None else int(cache.get_seq_length())
-        batch, length = x.shape[0], x.shape[1]
-        run = self._runs[-1] if self._runs else None
-        mask = given.get("attention_mask")
-        if run is not None:
-            columns = run.prompt_columns
-        else:
-            wide = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else 0
-            columns = self._manual_columns(batch, past, length, wide)
-            if past == 0:
-                self._sequence += 1
-            self._last = (past + length, batch, columns)
-        self.current = ForwardPass(
-            input_ids=ids,
-            shape=(batch, length),
-            device=x.device,
-            past=past,
-            mask=mask,
-            prompt_columns=columns,
-            declared=None if run is not None else self._declared(batch, x.device),
-            bos_id=self.bos_id,
-            sequence=self._sequence,
-            run=run,
+
+def _release(held: _Held) -> None:
+    held.declared = None
+    _HELD.set(tuple(other for other in _HELD.get() if other is not held))
+
+
+def _cached(cache: Any) -> int | None:
+    """How many columns a cache says it holds, or None where it cannot say."""
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _started(state: Any) -> bool:
+    """Whether a recurrent state has seen any token; True where it cannot say."""
+    started = getattr(state, "has_previous_state", True)
+    try:
+        return bool(started() if callable(started) else started)
+    except (TypeError, ValueError, IndexError):
+        return True
+
+
+def not_reached(name: str) -> SteersmanError:
+    """The error for a hook that was attached and did not run."""
+    return SteersmanError(
+        f"the pass never reached {name}, so what is attached there did nothing: the block was skipped or replaced, or "
+        "runs as compiled code"
+    )
+
+
+class _NotedGenerate(StandIn):
+    """`generate`, noting the prompt: without a cache no single pass can tell prompt from generated text."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        clock = self.owner
+        if not clock._handles:
+            return self.method(*args, **kwargs)
+        if hasattr(getattr(clock.model, "generation_config", None), "disable_compile"):
+            kwargs.setdefault("disable_compile", True)
+        with Unwinding() as stack:
+            run, passes = clock.begin_run(args, kwargs, stack), clock.state.passes
+            out = self.method(*args, **kwargs)
+            if run.passes == 0:
+                clock.check_seen(passes)
+            return out
+
+
+class _NoContinuousBatching(StandIn):
+    """`init_continuous_batching`: its passes pack many requests into one row, in a thread of their own."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.owner._handles:
+            return self.method(*args, **kwargs)
+        raise SteersmanError(
+            "continuous batching packs many requests into one row and cannot be steered: use generate with a batch, "
+            "or serve without continuous batching"
         )
 
-    def _after(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self.current = None
 
-    def _manual_columns(self, batch: int, past: int, length: int, masked: int) -> int:
-        """Where the prompt ends in a user's own loop: several tokens at once continue it, single ones follow it."""
-        if past == 0:
-            return max(length, masked)
-        known = self._last is not None and self._last[:2] == (past, batch)
-        columns = self._last[2] if known and self._last is not None else past
-        return max(columns, past + length) if length > 1 else columns
-
-    def _declared(self, batch: int, device: torch.device) -> Tensor | None:
-        if self.declared is None:
-            return None
-        lengths = torch.as_tensor(self.declared, device=device).long().flatten()
-        if lengths.numel() not in (1, batch):
-            raise SteersmanError(f"prompt_length has {lengths.numel()} entries and the batch has {batch} rows")
-        return lengths.expand(batch)
+_STAND_INS: dict[str, type[StandIn]] = {"generate": _NotedGenerate, "init_continuous_batching": _NoContinuousBatching}

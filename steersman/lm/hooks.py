@@ -39,13 +39,14 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import total_ordering
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from steersman.errors import SteersmanError
 from steersman.lm import probe
+from steersman.lm.attached import Hook
 from steersman.lm.layout import Tap, find_blocks
 
 __all__ = [
@@ -104,10 +105,9 @@ class SharedHook:
         self._handle: Any = None
 
     def add(self, fn: Reader) -> "SharedHook.Handle":
-        if not self.readers:
-            self._handle = self.module.register_forward_pre_hook(self._run, with_kwargs=True, prepend=True)
-        self.readers.append(fn)
-        return self.Handle(self, fn)
+        if self._handle is None:
+            self._handle = self.module.register_forward_pre_hook(Hook(self._run), with_kwargs=True, prepend=True)
+        return self.readers.append(fn) or self.Handle(self, fn)
 
     def _run(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         h = probe.first_input(args, kwargs)
@@ -116,16 +116,21 @@ class SharedHook:
             if new is not None:
                 h.copy_(new)
 
-    class Handle:
-        """Takes one reader away, and the hook with the last."""
+    def discard(self, fn: Reader) -> None:
+        """Take a reader away if it is there, and the hook with the last."""
+        self.readers[:] = [other for other in self.readers if other != fn]
+        if not self.readers and self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
-        def __init__(self, shared: "SharedHook", fn: Reader) -> None:
-            self.shared, self.fn = shared, fn
+    class Handle(NamedTuple):
+        """Takes one reader away."""
+
+        shared: "SharedHook"
+        fn: Reader
 
         def remove(self) -> None:
-            self.shared.readers.remove(self.fn)
-            if not self.shared.readers:
-                self.shared._handle.remove()
+            self.shared.discard(self.fn)
 
 
 @total_ordering
@@ -202,10 +207,16 @@ class HookPoint:
             assert self._shared is not None
             return self._shared.add(fn)
         if self.tap is Tap.INPUT:
-            return self.module.register_forward_pre_hook(_input_hook(fn), with_kwargs=True)
+            return self.module.register_forward_pre_hook(Hook(_input_hook(fn)), with_kwargs=True)
         if self.tap is Tap.KWARG:
-            return self.module.register_forward_pre_hook(_mask_hook(fn, self.width, past), with_kwargs=True)
-        return self.module.register_forward_hook(_logits_hook(fn) if self.tap is Tap.LOGITS else _output_hook(fn))
+            return self.module.register_forward_pre_hook(Hook(_mask_hook(fn, self.width, past)), with_kwargs=True)
+        hook = _logits_hook(fn) if self.tap is Tap.LOGITS else _output_hook(fn)
+        return self.module.register_forward_hook(Hook(hook))
+
+    def release(self, fn: Reader) -> None:
+        """Take off what an interrupted `attach(fn)` may have left."""
+        if self._shared is not None:
+            self._shared.discard(fn)
 
 
 def _scaled(fn: Reader, factor: float) -> Reader:

@@ -1,8 +1,9 @@
 """`LanguageModel`: a transformers model with named hook points that can be read, edited and generated with."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from os import PathLike
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
-from steersman.lm.clock import ForwardPass, PassClock, PassDone, PromptLength
+from steersman.lm.attached import without_hooks
+from steersman.lm.clock import PassClock, PassDone, PromptLength, not_reached
 from steersman.lm.digest import model_digest
 from steersman.lm.final_norm import find_final_norm
 from steersman.lm.generate import Generation, sampling_settings, seeded, stop_ids
@@ -19,10 +21,13 @@ from steersman.lm.hook_map import HookMap
 from steersman.lm.hooks import LOGITS, MASKED_ATTENTION, SPLIT_KINDS, HookName, HookPoint, several_hooks
 from steersman.lm.load import Quantization, load_pretrained
 from steersman.lm.origin import same_model
+from steersman.lm.passes import ForwardPass
 from steersman.lm.positions import context_length, own_offset
 from steersman.lm.probe import module_device
 from steersman.lm.source import check_reads_text, name_in_cache
 from steersman.lm.tokens import Prompt, TextEncoder, TokenBatch, as_prompts
+from steersman.lm.unwinding import Unwinding
+from steersman.lm.wrappers import eager, innermost, is_compiled
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +37,11 @@ _UNKNOWN: Any = object()  # a norm that has not been looked for
 class LanguageModel:
     """A transformers model (decoder, or encoder for capture) and its tokenizer.
 
-    `model` is used as it is: in evaluation mode, with its own weights, dtype and device, and no hook stays on it.
-    `blocks` names the list of transformer blocks when it cannot be found (see `steersman.lm.hooks.find_blocks`).
+    `model` is set to evaluation mode and used as it is otherwise: with its own weights, dtype and device, and no hook
+    stays on it. Of a model wrapped by torch.compile, PEFT or data parallelism the transformers model inside is used,
+    and while something steers or reads it, compiled code of it runs as it is written. A copy (`copy.deepcopy`, pickle)
+    is independent, and plain wherever it is made. Passes are made one at a time in a thread; for edits and threads see
+    `edit`. `blocks` names the list of transformer blocks when it cannot be found (see `steersman.lm.hooks.find_blocks`).
     `bos=False` puts no BOS before any text: for families whose own tokenizer never does.
     """
 
@@ -47,24 +55,41 @@ class LanguageModel:
         blocks: str | None = None,
         bos: bool = True,
     ) -> None:
-        check_reads_text(model)
-        self.model: Any = model
+        self.model: Any = innermost(model)
+        check_reads_text(self.model)
+        model.eval()
         self.tokenizer = tokenizer
         self.revision = revision
         self.quantization: Quantization | None = None
         self.tensor_parallel = False
-        config: Any = model.config
+        config: Any = self.model.config
         origin = str(getattr(config, "_name_or_path", "") or "")
-        self.name = name or name_in_cache(origin) or origin or type(model).__name__
+        self.name = name or name_in_cache(origin) or origin or type(self.model).__name__
         self.config = config.get_text_config()
-        self.hooks = HookMap(model, self.config, blocks)
+        self.hooks = HookMap(self.model, self.config, blocks)
         self._norm: Any = _UNKNOWN
-        self._first_position = own_offset(model)
-        self.can_generate: bool = hasattr(model, "can_generate") and bool(self.model.can_generate())
+        self._first_position = own_offset(self.model)
+        self.can_generate: bool = hasattr(self.model, "can_generate") and bool(self.model.can_generate())
         self._text = (
             None if tokenizer is None else TextEncoder(tokenizer, is_encoder=self._is_encoder(tokenizer), bos=bos)
         )
-        self._clock = PassClock(model, None if self._text is None else self._text.known_bos)
+        self._clock = self._new_clock()
+
+    def _new_clock(self) -> PassClock:
+        return PassClock(self.model, None if self._text is None else self._text.known_bos)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all but what is tied to the hooks on this model."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("hooks", "_clock")} | {
+            "blocks_path": self.hooks.path
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        blocks = state.pop("blocks_path")
+        self.__dict__.update(state)
+        without_hooks(self.model)
+        self.hooks = HookMap(self.model, self.config, blocks)
+        self._clock = self._new_clock()
 
     def _is_encoder(self, tokenizer: Any) -> bool:
         # An encoder's tokenizer frames the text itself; a decoder's [CLS], where it has one, is its BOS.
@@ -319,11 +344,15 @@ class LanguageModel:
         waiting = {point.name for point in points.values()}
         states: dict[str, Tensor] = {}
 
+        here = threading.get_ident()
+
         def reader(point: HookPoint) -> Callable[[Tensor], None]:
             # Falcon adds the attention's output into the MLP's in place: keep what a sublayer takes and returns apart.
             name, own = point.name, point.kind.startswith("hook_resid") or point.kind == LOGITS
 
             def read(h: Tensor) -> None:
+                if threading.get_ident() != here:
+                    return
                 h = point.states(h, *shape)
                 states[name] = h if own else h.clone()
                 waiting.discard(name)
@@ -332,22 +361,51 @@ class LanguageModel:
 
             return read
 
-        with ExitStack() as stack:
+        def detach(point: HookPoint, read: Callable[[Tensor], None]) -> None:
+            handle = handles.get(read)
+            point.release(read) if handle is None else handle.remove()
+
+        handles: dict[Any, Any] = {}
+        with Unwinding() as stack:
             stack.enter_context(self._clock.declare(prompt_length))
+            self._prepare(stack)
+            if is_compiled(self.model):
+                eager.hold(stack)
             for point in {p.name: p for p in points.values()}.values():
-                stack.callback(point.attach(reader(point)).remove)
+                read = reader(point)
+                stack.undo(detach, point, read)
+                with self._clock.locked():
+                    handles[read] = point.attach(read)
             with suppress(PassDone):
                 self.model(**inputs)
+        for point in points.values():
+            if point.name in waiting:
+                raise not_reached(point.name)
         return {name: states[point.name] for name, point in points.items()}
 
-    @contextmanager
-    def edit(self, hook: HookName, fn: Callable[[Tensor, ForwardPass], Tensor]) -> Iterator[None]:
+    def _prepare(self, stack: Unwinding) -> None:
+        """Keep the model in evaluation mode until the stack unwinds: dropout has no place in what is read."""
+        if self.model.training:
+            training = [module for module in self.model.modules() if module.training]
+            stack.undo(_set_training, training, True)
+            _set_training(training, False)
+
+    def edit(
+        self, hook: HookName, fn: Callable[[Tensor, ForwardPass], Tensor], *, for_all_threads: bool = False
+    ) -> AbstractContextManager[Any]:
         """While the context is open, `fn(h, fwd)` replaces what is at `hook` in every pass: a hidden state [B, S, D],
         an attention mask [B, H, S, K], or logits [B, n, V] (n < S where the pass computes the last tokens' only).
 
         `fwd` (a `ForwardPass`) says which tokens and absolute positions the pass holds; at the logits, those that have
         logits. `fn` returns a new tensor of h's shape, or h itself to change nothing; it must not write into h. Edits
         nest, apply in the order they were entered, and are gone when the context closes, by an exception too.
+
+        An edit is of the thread or asyncio task that opened it, and of the tasks that are started inside. Others may
+        open edits of their own at the same time; a pass of one that has none is an error meanwhile, as it cannot be
+        told whether it should be edited. `for_all_threads` edits their passes as well, as a server needs.
+
+        A pass that does not come to `hook` (a block that is skipped or replaced) is an error, and so is one under
+        gradient checkpointing with gradients, which would run blocks again without the edit.
 
         Raises SteersmanError for an unknown hook point, and for one that the model as it is loaded does not have:
         attention masks where the implementation takes none, heads and neurons that tensor parallelism splits.
@@ -365,14 +423,7 @@ class LanguageModel:
                 raise SteersmanError(f"the edit at {point.name} returned {got}, expected a tensor {tuple(x.shape)}")
             return new.to(h.dtype).reshape(h.shape)
 
-        with self._clock.running():
-            handle = point.attach(apply, past=lambda: self._clock.now().past)
-            if point.kind == LOGITS:
-                self._clock.end_last()
-            try:
-                yield
-            finally:
-                handle.remove()
+        return self._clock.editing(point, apply, for_all_threads)
 
     def prompt_length(self, lengths: PromptLength) -> AbstractContextManager[None]:
         """Declare how many real tokens (BOS included) of each row are its prompt, for passes outside `generate`.
@@ -393,8 +444,14 @@ class LanguageModel:
         """Logits [B, S, V] of one pass without a cache; `prompt_length` as for `prompt_length()`. `grad` keeps the
         graph, for whoever optimises what an edit adds, unless gradients are off outside too."""
         inputs = self._inputs(input_ids, attention_mask)
-        with nullcontext() if grad else torch.no_grad(), self._clock.declare(prompt_length):
-            output = self.model(**inputs)
+        with Unwinding() as stack:
+            stack.enter_context(self._clock.declare(prompt_length))
+            if not grad:
+                self._prepare(stack)
+            before = self._clock.state.passes
+            with nullcontext() if grad else torch.no_grad():
+                output = self.model(**inputs)
+            self._clock.check_seen(before)
         if not hasattr(output, "logits"):
             raise SteersmanError(f"{self.name} has no output layer over its vocabulary: it has hidden states only")
         return output.logits
@@ -447,3 +504,8 @@ class LanguageModel:
         eos = options.get("eos_token_id", self.model.generation_config.eos_token_id)
         shown = [self._texts().shown(prompt) for prompt in prompts]
         return Generation.from_tokens(self.tokenizer, shown, batch.attention_mask, tokens, stop_ids(eos))
+
+
+def _set_training(modules: Sequence[nn.Module], mode: bool) -> None:
+    for module in modules:
+        module.training = mode

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.lm.clock import ForwardPass, PassDone
+from steersman.lm.clock import PassDone
 from steersman.lm.generate import real_generated, stop_ids
 from steersman.lm.kv_buffers import RowBuffers
 from steersman.lm.model import LanguageModel
+from steersman.lm.passes import ForwardPass
 from steersman.lm.sampling import Sampling
 from steersman.lm.tokens import TokenBatch
 

@@ -36,6 +36,24 @@ class TokenBatch:
         return TokenBatch(input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
 
 
+def bos_tokens(input_ids: Tensor, mask: Tensor | None, bos_id: int | None, doc_ids: Tensor | None = None) -> Tensor:
+    """Which tokens are beginning-of-sequence tokens, [B, S] bool: the first real token of a row, and of a document in
+    a packed row, where its id is `bos_id`. The same id further on is text, such as the turn token of a chat.
+
+    `input_ids` [B, S]; `mask` [B, S] is 1 for real tokens, None where all are; `doc_ids` [B, S] number the documents.
+
+    >>> bos_tokens(torch.tensor([[3, 0, 5, 0, 6]]), torch.tensor([[0, 1, 1, 1, 1]]), bos_id=0)
+    tensor([[False,  True, False, False, False]])
+    """
+    if bos_id is None:
+        return torch.zeros_like(input_ids, dtype=torch.bool)
+    real = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device).long()
+    first = (real.cumsum(1) == 1) & real.bool()
+    if doc_ids is not None:
+        first[:, 1:] |= (doc_ids[:, 1:] != doc_ids[:, :-1]) & real[:, 1:].bool()
+    return first & (input_ids == bos_id)
+
+
 def choose_pad_token(tokenizer: Any) -> int | None:
     """The padding id: the tokenizer's own, else its end-of-sequence or unknown token. Embeddings are never resized.
 
