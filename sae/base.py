@@ -116,8 +116,9 @@ class SAE(nn.Module):
             cls.saelens_name = cls.name  # what computes something else than its base must not pass for it
         SAE.architectures.register(cls, cls)
 
-    def __new__(cls, cfg: SAEConfig, *_args: Any, **_kwargs: Any) -> SAE:
-        kind: Any = SAE.architectures[cfg.architecture] if cls is SAE else cls
+    def __new__(cls, cfg: SAEConfig | None = None, *_args: Any, **_kwargs: Any) -> SAE:
+        # Without a configuration for copies and pickles, which know their class and bring the rest themselves.
+        kind: Any = SAE.architectures[cfg.architecture] if cls is SAE and cfg is not None else cls
         return super().__new__(kind)
 
     @classmethod

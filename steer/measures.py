@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import Generation, LanguageModel, TokenBatch
+from steersman.lm.tokens import bos_tokens
 
 OWN_TEXTS, OWN_TOKENS = 16, 48
 """Without texts the model writes its own: how many, and how many tokens each."""
@@ -155,8 +156,7 @@ def _median_norms(lm: LanguageModel, batches: Sequence[TokenBatch], hooks: Seque
     for batch in batches:
         states = lm.capture(batch.input_ids, batch.attention_mask, hooks=hooks)
         real = batch.attention_mask.bool()
-        if lm.bos_token_id is not None:
-            real = real & (batch.input_ids != lm.bos_token_id)
+        real = real & ~bos_tokens(batch.input_ids, batch.attention_mask, lm.bos_token_id)
         for hook, h in states.items():
             lengths[hook].append(h.float().norm(dim=-1)[real.to(h.device)].cpu())
     norms = {hook: float(torch.cat(parts).median()) for hook, parts in lengths.items()}

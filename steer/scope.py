@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steersman.doors import whole_number
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass
 
@@ -38,6 +39,8 @@ class Scope:
     @classmethod
     def between(cls, start: int, stop: int | None, *, include_bos: bool = False) -> "Scope":
         """Absolute positions from `start` up to but not including `stop`; None means to the end."""
+        start = whole_number(start, "the start of a window")
+        stop = None if stop is None else whole_number(stop, "the end of a window")
         if start < 0 or (stop is not None and stop <= start):
             raise SteersmanError(f"window {start}:{stop} is empty: positions are counted from 0, start before stop")
         return cls(kind="window", window=(start, stop), include_bos=include_bos)
@@ -45,7 +48,7 @@ class Scope:
     @classmethod
     def tokens(cls, ids: Iterable[int]) -> "Scope":
         """Every token, of prompt or generation, whose id is one of `ids`."""
-        ids = frozenset(int(i) for i in ids)
+        ids = frozenset(whole_number(i, "a token id of a scope", at_least=0) for i in ids)
         if not ids:
             raise SteersmanError("a scope of token ids needs at least one id")
         return cls(kind="tokens", token_ids=ids)
@@ -70,7 +73,7 @@ class Scope:
                 raise SteersmanError(f"a window has no step, got {given}")
             return cls.between(given.start or 0, given.stop, include_bos=include_bos)
         if isinstance(given, tuple) and len(given) == 2:
-            return cls.between(int(given[0]), None if given[1] is None else int(given[1]), include_bos=include_bos)
+            return cls.between(given[0], given[1], include_bos=include_bos)
         if isinstance(given, set | frozenset):
             return cls.tokens(given)
         if isinstance(given, str):

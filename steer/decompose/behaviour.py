@@ -19,6 +19,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.lm.tokens import bos_tokens
 from steersman.steer.decompose.base import Method, Problem, Sources
 from steersman.steer.decompose.omp import matching_pursuit
 from steersman.steer.decompose.terms import Terms, largest
@@ -89,8 +90,7 @@ class _Match:
 
     def __init__(self, lm: LanguageModel, hook: str, batch: Any, v: Tensor) -> None:
         self.lm, self.hook, self.batch = lm, hook, batch
-        self.real = batch.attention_mask.bool().clone()
-        self.real[:, 0] &= batch.input_ids[:, 0] != lm.bos_token_id if lm.bos_token_id is not None else True
+        self.real = batch.attention_mask.bool() & ~bos_tokens(batch.input_ids, batch.attention_mask, lm.bos_token_id)
         with torch.no_grad():
             self.target = self._logp(v)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.lm.tokens import bos_tokens
 from steersman.sae import SAE
 from steersman.steer.decompose.base import Method, Problem, Sources, batches_of
 from steersman.steer.decompose.response import dense, t_statistic
@@ -127,8 +128,9 @@ def _text_samples(sources: Sources, lm: LanguageModel, texts: Sequence[str]) -> 
     for start in range(0, len(texts), _TEXTS):
         batch = lm.encode(texts[start : start + _TEXTS], max_length=lm.context_length)
         h = lm.capture(batch.input_ids, batch.attention_mask, hooks=[hook])[hook]
-        for row, ids, mask in zip(h, batch.input_ids, batch.attention_mask.bool()):
-            real = row[mask & (ids != lm.bos_token_id)] if lm.bos_token_id is not None else row[mask]
+        bos = bos_tokens(batch.input_ids, batch.attention_mask, lm.bos_token_id)
+        for row, kept in zip(h, batch.attention_mask.bool() & ~bos):
+            real = row[kept]
             real = real[-1:] if sources.config.positions == "last" else real
             real = real.to(sae.device).float()
             codes = torch.stack([dense(sae.encode_sparse(part), sae).sum(dim=0) for part in real.split(256)])

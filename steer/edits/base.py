@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from steersman.doors import number
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, HookPoint, LanguageModel
 
@@ -94,7 +95,12 @@ class ScaledEdit(Edit):
 
 def per_row(value: PerRow, what: str, device: torch.device) -> Tensor:
     """A number or one per row as a tensor [1] or [R] of fp32. Raises SteersmanError unless finite."""
-    tensor = torch.as_tensor(value, dtype=torch.float32, device=device)
+    if not isinstance(value, Tensor):
+        value = number(value, what) if isinstance(value, str) or not hasattr(value, "__iter__") else value
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float32, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SteersmanError(f"{what} must be a number or one number per row, got {value!r}") from error
     tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
     if tensor.ndim != 1 or tensor.numel() == 0:
         raise SteersmanError(f"{what} must be a number or one number per row, got shape {tuple(tensor.shape)}")

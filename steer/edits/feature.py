@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from steersman.doors import number, whole_number
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, HookPoint, LanguageModel
 from steersman.sae import SAE
@@ -48,7 +49,10 @@ def feature_rows(features: Features) -> list[dict[int, float]]:
         raise SteersmanError("features must be {id: strength}, or a list of those with one entry per row")
     if not any(rows):
         raise SteersmanError("no feature to steer by: give {id: strength}")
-    return [{int(j): float(s) for j, s in row.items()} for row in rows]
+    return [
+        {whole_number(j, "a feature id"): number(s, f"the strength of feature {j}") for j, s in row.items()}
+        for row in rows
+    ]
 
 
 def strength_unit(sae: SAE, feature: int, mode: str, units: str) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from steersman.doors import number, whole_number
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, HookPoint, LanguageModel
 from steersman.steer.edits.base import Edit, PerRow, blend, common_rows, per_row
@@ -28,9 +29,13 @@ class LogitsEdit(Edit):
         self.tokens = [tokens] if isinstance(tokens, Mapping) else list(tokens)
         if not all(isinstance(row, Mapping) for row in self.tokens) or not any(self.tokens):
             raise SteersmanError("tokens must be {token id: amount}, or a list of those with one entry per row")
-        named = sorted({int(t) for row in self.tokens for t in row})
-        amount = torch.tensor([[float(row.get(t, 0.0)) for t in named] for row in self.tokens])
-        if bool(amount.isnan().any()) or bool((amount == torch.inf).any()):
+        rows = [
+            {whole_number(t, "a token id"): number(s, f"the amount of token {t}") for t, s in row.items()}
+            for row in self.tokens
+        ]
+        named = sorted({t for row in rows for t in row})
+        amount = torch.tensor([[row.get(t, 0.0) for t in named] for row in rows])
+        if bool((amount == torch.inf).any()):
             raise SteersmanError("what is added to a logit must be a finite number, or -inf to forbid the token")
         self.factor = per_row(factor, "factor", amount.device)
         self.rows = common_rows(tokens=len(amount), factor=len(self.factor))

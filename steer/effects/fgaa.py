@@ -16,6 +16,7 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.origin import check_sae_fits
+from steersman.lm.tokens import bos_tokens
 from steersman.sae import SAE, SparseCode
 
 
@@ -94,9 +95,7 @@ def _means(
     for start in range(0, len(texts), batch_size):
         batch = lm.encode(texts[start : start + batch_size], max_length=limit)
         h = lm.capture(batch.input_ids, batch.attention_mask, hooks=[hook])[hook]
-        first = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
-        if lm.bos_token_id is not None:
-            first = batch.input_ids == lm.bos_token_id
+        first = bos_tokens(batch.input_ids, batch.attention_mask, lm.bos_token_id)
         means.add(sae.encode_sparse(h[batch.attention_mask.bool() & ~first]))
         if bool(first.any()) and start == 0:
             at_bos = sae.encode_sparse(h[first][:1])

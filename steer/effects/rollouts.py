@@ -19,7 +19,7 @@ from torch import Tensor
 from steersman.lm import LanguageModel
 from steersman.lm.kv_buffers import RowBuffers
 from steersman.lm.sampler import Sampler
-from steersman.lm.tokens import TokenBatch
+from steersman.lm.tokens import TokenBatch, bos_tokens
 from steersman.sae import SAE
 from steersman.steer.effects.config import EffectsConfig
 from steersman.steer.steerer import Steerer
@@ -124,8 +124,8 @@ class RolloutMeter:
         counted = prompts.attention_mask.bool().clone()
         if self.config.positions == "generated":
             return torch.zeros(P, L, device=device), torch.zeros(P, dtype=torch.long, device=device)
-        if self.config.positions == "text" and self.lm.bos_token_id is not None:
-            counted &= prompts.input_ids != self.lm.bos_token_id
+        if self.config.positions == "text":
+            counted &= ~bos_tokens(prompts.input_ids, prompts.attention_mask, self.lm.bos_token_id)
         h = self.lm.capture(prompts.input_ids, prompts.attention_mask, hooks=[self.read_at])[self.read_at]
         code = self.sae.encode_sparse(h.flatten(0, 1))
         sums = torch.zeros(P, L, device=device)

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
+from steersman.lm.tokens import bos_tokens
 from steersman.steer.effects.config import EffectsConfig
 from steersman.steer.measures import token_kl
 from steersman.steer.scale_search import Scales, search_scales
@@ -49,8 +50,8 @@ class HeldOut:
         batch = lm.encode(kept, max_length=config.heldout_tokens)
         real = batch.attention_mask.bool()
         chosen = real[:, 1:].clone()
-        if not config.include_bos and lm.bos_token_id is not None:
-            chosen &= batch.input_ids[:, :-1] != lm.bos_token_id
+        if not config.include_bos:
+            chosen &= ~bos_tokens(batch.input_ids, batch.attention_mask, lm.bos_token_id)[:, :-1]
         if not bool(chosen.any()):
             raise SteersmanError("the held-out texts are too short: each needs at least two tokens after BOS")
         logits = lm.logits(batch.input_ids, batch.attention_mask)

@@ -41,7 +41,8 @@ class PassDone(Exception):
 
 
 class _Held:
-    """What a context of execution holds open on a clock: an edit at `point`, or a declared prompt length."""
+    """What a context of execution holds open on a clock: an edit at `point`, a declared prompt length, or that passes
+    are to be `unedited`."""
 
     def __init__(
         self, clock: "PassClock", point: HookPoint | None = None, declared: PromptLength | None = None
@@ -49,6 +50,7 @@ class _Held:
         self.clock, self.point, self.declared = clock, point, declared
         self.fn: Callable[[Tensor], Tensor | None] = lambda h: None
         self.for_all_threads = False
+        self.unedited = False
         self.handle: Any = None
 
     def run(self, h: Tensor) -> Tensor | None:
@@ -116,17 +118,19 @@ class PassClock:
                 self._install()
                 held.handle = point.attach(held.run, past=lambda: self.now().past)
                 if point.kind == LOGITS:  # the pass ends after every hook on the whole model
-                    self.model._forward_hooks.move_to_end(self._handles[1].id)
+                    cast(Any, self.model._forward_hooks).move_to_end(self._handles[1].id)
             _HELD.set((*_HELD.get(), held))
 
         return Opened(start)
 
-    def declare(self, prompt_length: PromptLength | None) -> Opened:
-        """Say how many real tokens of each row are its prompt, for passes outside `generate`; None says nothing."""
+    def declare(self, prompt_length: PromptLength | None, *, unedited: bool = False) -> Opened:
+        """Say how many real tokens of each row are its prompt, for passes outside `generate` (None says nothing), or
+        that passes are not to be edited."""
 
         def start(stack: Unwinding) -> None:
-            if prompt_length is not None:
+            if prompt_length is not None or unedited:
                 held = _Held(self, declared=prompt_length)
+                held.unedited = unedited
                 stack.undo(_release, held)
                 _HELD.set((*_HELD.get(), held))
 
@@ -178,15 +182,21 @@ class PassClock:
 
     def mine(self) -> list[_Held]:
         """The edits that apply to a pass made here, in no particular order."""
-        own = _HELD.get()
-        return [held for held in tuple(self._edits) if held.for_all_threads or held in own]
+        own, everywhere = self._own()
+        return [held for held in tuple(self._edits) if held in own or (everywhere and held.for_all_threads)]
+
+    def _own(self) -> tuple[tuple[_Held, ...], bool]:
+        """What was opened here, and whether edits for all threads apply: both only since passes are to be unedited."""
+        held = _HELD.get()
+        since = max((i + 1 for i, one in enumerate(held) if one.unedited and one.clock is self), default=0)
+        return held[since:], since == 0
 
     def _applying(self) -> list[_Held]:
         edits = self.mine()
-        if not edits and self._edits:
+        if not edits and self._edits and self._own()[1]:
             raise SteersmanError(
-                "another thread or task is steering this model, and this one has opened no edit: wait until it is "
-                "done, or open the edit here, or share it with Steerer(lm, for_all_threads=True)"
+                "another thread or task is steering this model, and this one has opened no edit: open the edit here, "
+                "share it with Steerer(lm, for_all_threads=True), or make the pass inside lm.unedited()"
             )
         return edits
 
@@ -311,6 +321,8 @@ class PassClock:
                 return kwargs[name]  # None too: `eos_token_id=None` means that nothing ends a row
             return next((getattr(c, name) for c in configs if getattr(c, name, None) is not None), None)
 
+        if setting("guidance_scale") not in (None, 1):
+            raise SteersmanError("guidance_scale makes passes of a second text between those of the first: not steered")
         stop = stop_ids(setting("eos_token_id"))
         return GenerationRun(1 if x is None else x.shape[0], columns, mask, stop, int(setting("num_beams") or 1))
 

@@ -1,13 +1,15 @@
 """Batched generation with left padding: settings that mean what they say, and text as well as tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from steersman.doors import number, whole_number
 from steersman.errors import SteersmanError
+from steersman.lm.unwinding import Opened, Unwinding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,13 @@ def sampling_settings(
     >>> sampling_settings(do_sample=None, temperature=1.0, top_k=None, top_p=None, seed=None)["do_sample"]
     False
     """
+    number(temperature, "temperature")
+    if top_p is not None:
+        number(top_p, "top_p")
+    if top_k is not None:
+        whole_number(top_k, "top_k")
+    if seed is not None:
+        whole_number(seed, "seed")
     if temperature < 0:
         raise SteersmanError(f"temperature must be 0 (greedy) or more, got {temperature}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -103,20 +112,43 @@ def sampling_settings(
     }
 
 
-class seeded:
+OPTIONS_ELSEWHERE = {
+    "max_length": "say max_new_tokens, which does not count the prompt",
+    "generation_config": "give its settings one by one",
+    **dict.fromkeys(
+        ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache"),
+        "prompts are texts here: call lm.model.generate, which contexts steer as well",
+    ),
+    **dict.fromkeys(
+        ("return_dict_in_generate", "output_scores", "output_logits", "output_hidden_states", "output_attentions"),
+        "only tokens and text are returned here: call lm.model.generate, which contexts steer as well",
+    ),
+}
+"""What `LanguageModel.generate` cannot honour of transformers' options, and what does instead."""
+
+
+def check_options(options: Mapping[str, Any], rows: int) -> None:
+    """Raise SteersmanError for options of transformers' `generate` that would be passed over for `rows` prompts."""
+    for name, value in options.items():
+        if name in OPTIONS_ELSEWHERE and value is not None and value is not False:
+            raise SteersmanError(f"generate does not take {name}: {OPTIONS_ELSEWHERE[name]}")
+        if name in ("stopping_criteria", "stop_strings") and value and rows > 1:
+            raise SteersmanError(
+                f"{name} end the rows of a batch at places that its padding does not show: give one prompt at a time"
+            )
+
+
+class seeded(Opened):
     """Random numbers from `seed` inside, the caller's generators untouched afterwards; None changes nothing."""
 
     def __init__(self, seed: int | None, device: torch.device) -> None:
-        self.seed = seed
-        self._fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=seed is not None)
+        super().__init__()
+        self.seed, self.devices = seed, [device] if device.type == "cuda" else []
 
-    def __enter__(self) -> None:
-        self._fork.__enter__()
+    def _open(self, stack: Unwinding) -> None:
         if self.seed is not None:
+            stack.enter_context(torch.random.fork_rng(devices=self.devices))
             torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: Any) -> None:
-        self._fork.__exit__(*error)
 
 
 def stop_ids(eos: Any) -> list[int]:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from steersman.device import pick_device
+from steersman.doors import whole_number
 from steersman.errors import SteersmanError
 from steersman.lm.attached import without_hooks
 from steersman.lm.clock import PassClock, PassDone, PromptLength, not_reached
 from steersman.lm.digest import model_digest
 from steersman.lm.final_norm import find_final_norm
-from steersman.lm.generate import Generation, sampling_settings, seeded, stop_ids
+from steersman.lm.generate import Generation, check_options, sampling_settings, seeded, stop_ids
 from steersman.lm.hook_map import HookMap
 from steersman.lm.hooks import LOGITS, MASKED_ATTENTION, SPLIT_KINDS, HookName, HookPoint, several_hooks
 from steersman.lm.load import Quantization, load_pretrained
@@ -74,6 +75,7 @@ class LanguageModel:
             None if tokenizer is None else TextEncoder(tokenizer, is_encoder=self._is_encoder(tokenizer), bos=bos)
         )
         self._clock = self._new_clock()
+        self._reads_padding: bool | None = None
 
     def _new_clock(self) -> PassClock:
         return PassClock(self.model, None if self._text is None else self._text.known_bos)
@@ -314,12 +316,33 @@ class LanguageModel:
         if attention_mask is not None:
             mask = torch.as_tensor(attention_mask, device=self.device).long().reshape(ids.shape)
             inputs["attention_mask"] = mask
-            if self.accepts("position_ids") and bool((mask[:, 0] == 0).any()):
+            padded_left = bool((mask[:, 0] == 0).any())
+            if padded_left:
+                self._check_left_padding()
+            if self.accepts("position_ids") and padded_left:
                 # Left padding: text starts where it does without, as in generate. Otherwise the default is the same.
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + self._first_position
         if self.accepts("use_cache"):
             inputs["use_cache"] = False
         return inputs
+
+    def _check_left_padding(self) -> None:
+        """Refuse left padding for a recurrent model that reads it, which is measured once."""
+        if not getattr(self.model, "_is_stateful", False):
+            return
+        if self._reads_padding is None:
+            self._reads_padding = False  # for the passes that follow
+            ids = torch.arange(1, 4, device=self.device)[None] % int(self.config.vocab_size)
+            padded, mask = torch.cat([ids[:, :2], ids], 1), torch.tensor([[0, 0, 1, 1, 1]])
+            with self.unedited():
+                hook = f"blocks.{self.n_layers - 1}.hook_resid_post"
+                alone, behind = (self.capture(*given, hooks=hook)[hook][:, -3:] for given in ((ids,), (padded, mask)))
+            self._reads_padding = bool((behind - alone).norm() > 0.01 * alone.norm())
+        if self._reads_padding:
+            raise SteersmanError(
+                f"{self.name} is recurrent and reads padding on the left as text: give prompts of one length, or one "
+                "at a time"
+            )
 
     @torch.no_grad()
     def capture(
@@ -425,7 +448,11 @@ class LanguageModel:
 
         return self._clock.editing(point, apply, for_all_threads)
 
-    def prompt_length(self, lengths: PromptLength) -> AbstractContextManager[None]:
+    def unedited(self) -> AbstractContextManager[Any]:
+        """A context in which passes are made without the edits that are open around it, here and in other threads."""
+        return self._clock.declare(None, unedited=True)
+
+    def prompt_length(self, lengths: PromptLength) -> AbstractContextManager[Any]:
         """Declare how many real tokens (BOS included) of each row are its prompt, for passes outside `generate`.
 
         Without it every token of a plain forward pass is prompt; with it, teacher forcing a generated text steers the
@@ -474,16 +501,21 @@ class LanguageModel:
         """Continue each prompt by up to `max_new_tokens` tokens, in one left-padded batch. Prompts as for `encode`.
 
         Greedy unless `do_sample`, a temperature other than 0 or 1, `top_k`, `top_p` or a `seed` asks for sampling.
-        `seed` leaves the global generators as they were. Further `options` (`num_beams`, `num_return_sequences`, ...)
-        go to transformers.
-        Raises SteersmanError for encoders, and when prompt and new tokens exceed the model's context.
+        `seed` leaves the global generators as they were; `bos` is as for `encode`. Further `options` (`num_beams`,
+        `num_return_sequences`, `stop_strings`, ...) go to transformers.
+        Raises SteersmanError for encoders, when prompt and new tokens exceed the model's context, for options that
+        transformers refuses or that would be passed over, and for prompts of several lengths where the model reads
+        the padding before them, as some recurrent models do.
         """
         if not self.can_generate:
             raise SteersmanError(f"{self.name} ({type(self.model).__name__}) cannot generate text: it is not a decoder")
-        if max_new_tokens < 1:
-            raise SteersmanError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", at_least=1)
         settings = sampling_settings(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        batch = self.encode(prompts := as_prompts(prompts), bos=bos, padding_side="left")
+        prompts = as_prompts(prompts)
+        check_options(options, len(prompts))
+        batch = self.encode(prompts, bos=bos, padding_side="left")
+        if bool((batch.attention_mask == 0).any()):
+            self._check_left_padding()
         width = batch.input_ids.shape[1]
         if self.context_length is not None and width + max_new_tokens > self.context_length:
             raise SteersmanError(
@@ -491,15 +523,25 @@ class LanguageModel:
                 f"{self.context_length} tokens: shorten the prompt or lower max_new_tokens"
             )
         defaults = {"pad_token_id": self.pad_token_id, "disable_compile": True}
-        with seeded(seed, self.device):
-            out = self.model.generate(
-                batch.input_ids,
-                attention_mask=batch.attention_mask,
-                max_new_tokens=max_new_tokens,
-                use_cache=use_cache,
-                **settings,
-                **{**defaults, **options},
-            )
+        if options.get("stop_strings"):
+            defaults["tokenizer"] = self.tokenizer
+        with Unwinding() as stack:
+            self._prepare(stack)
+            stack.enter_context(seeded(seed, self.device))
+            try:
+                out = self.model.generate(
+                    batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    max_new_tokens=max_new_tokens,
+                    use_cache=use_cache,
+                    **settings,
+                    **{**defaults, **options},
+                )
+            except (TypeError, ValueError) as error:
+                if not options:
+                    raise
+                reason = " ".join(str(error).split())[:300]
+                raise SteersmanError(f"transformers cannot generate with {', '.join(options)}: {reason}") from error
         tokens: Tensor = out if isinstance(out, Tensor) else out.sequences
         eos = options.get("eos_token_id", self.model.generation_config.eos_token_id)
         shown = [self._texts().shown(prompt) for prompt in prompts]

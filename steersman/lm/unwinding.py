@@ -36,7 +36,7 @@ class Unwinding(ExitStack):
         return {key: value for key, value in self.__dict__.items() if key != "_exit_callbacks"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _exit_callbacks=deque())
+        vars(self).update(state, _exit_callbacks=deque())
 
 
 class Opened(Unwinding):

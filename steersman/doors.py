@@ -1,0 +1,34 @@
+"""Numbers at public doors: what is no number, a string of digits among it, is refused by name."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+from steersman.errors import SteersmanError
+
+
+def whole_number(value: Any, what: str, at_least: int | None = None) -> int:
+    """`value` as an int. Raises SteersmanError unless it is a whole number (no bool, no string), not below `at_least`.
+
+    >>> whole_number(3, "k")
+    3
+    """
+    value = _single(value)
+    if isinstance(value, bool) or not (isinstance(value, Integral) or (isinstance(value, Real) and value == value // 1)):
+        raise SteersmanError(f"{what} must be a whole number, got {value!r}")
+    if at_least is not None and value < at_least:
+        raise SteersmanError(f"{what} must be at least {at_least}, got {value}")
+    return int(value)
+
+
+def number(value: Any, what: str) -> float:
+    """`value` as a float. Raises SteersmanError unless it is a number (no bool, no string) that is not NaN."""
+    value = _single(value)
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+        raise SteersmanError(f"{what} must be a number, got {value!r}")
+    return float(value)
+
+
+def _single(value: Any) -> Any:
+    """What a tensor or array of one element holds."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
