@@ -14,9 +14,10 @@ def whole_number(value: Any, what: str, at_least: int | None = None) -> int:
     3
     """
     value = _single(value)
-    if isinstance(value, bool) or not (isinstance(value, Integral) or (isinstance(value, Real) and value == value // 1)):
+    whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not whole:
         raise SteersmanError(f"{what} must be a whole number, got {value!r}")
-    if at_least is not None and value < at_least:
+    if at_least is not None and int(value) < at_least:
         raise SteersmanError(f"{what} must be at least {at_least}, got {value}")
     return int(value)
 

@@ -118,7 +118,7 @@ class SharedHook:
 
     def discard(self, fn: Reader) -> None:
         """Take a reader away if it is there, and the hook with the last."""
-        self.readers[:] = [other for other in self.readers if other != fn]
+        self.readers[:] = [other for other in self.readers if fn not in (other, getattr(other, "fn", None))]
         if not self.readers and self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -183,7 +183,7 @@ class HookPoint:
 
         `past()` is the number of tokens in the KV cache, asked for where a mask has to be made.
         """
-        return self._attach(lambda h: None if probe.running() else fn(h), past)
+        return self._attach(_Guarded(fn), past)
 
     def states(self, h: Any, batch: int, length: int) -> Tensor:
         """`h`, read here in a pass over [batch, length] tokens, as [batch, length, width]; masks and logits as they
@@ -217,6 +217,16 @@ class HookPoint:
         """Take off what an interrupted `attach(fn)` may have left."""
         if self._shared is not None:
             self._shared.discard(fn)
+
+
+class _Guarded:
+    """A reader that stands aside while the model is probed."""
+
+    def __init__(self, fn: Reader) -> None:
+        self.fn = fn
+
+    def __call__(self, h: Tensor) -> Tensor | None:
+        return None if probe.running() else self.fn(h)
 
 
 def _scaled(fn: Reader, factor: float) -> Reader:

@@ -41,9 +41,9 @@ class LanguageModel:
     `model` is set to evaluation mode and used as it is otherwise: with its own weights, dtype and device, and no hook
     stays on it. Of a model wrapped by torch.compile, PEFT or data parallelism the transformers model inside is used,
     and while something steers or reads it, compiled code of it runs as it is written. A copy (`copy.deepcopy`, pickle)
-    is independent, and plain wherever it is made. Passes are made one at a time in a thread; for edits and threads see
-    `edit`. `blocks` names the list of transformer blocks when it cannot be found (see `steersman.lm.hooks.find_blocks`).
-    `bos=False` puts no BOS before any text: for families whose own tokenizer never does.
+    is independent, and plain wherever it is made. For edits and threads see `edit`. `blocks` names the list of
+    transformer blocks when it cannot be found (see `steersman.lm.hooks.find_blocks`). `bos=False` puts no BOS before
+    any text: for families whose own tokenizer never does.
     """
 
     def __init__(

@@ -8,11 +8,14 @@ import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from steersman.lm.unwinding import Unwinding
+from steersman.lm.wrappers import eager, is_compiled
 
 ROWS, TOKENS = 2, 5
 """Rows and tokens of the pass: few, and different, so that axes that changed places show."""
@@ -41,11 +44,11 @@ def probe(model: nn.Module, attach: Callable[[], list[Any]]) -> None:
     inputs: dict[str, Any] = {"input_ids": ids.to(_entry_device(model, weight.device))}
     if "use_cache" in accepted:
         inputs["use_cache"] = False
-    with ExitStack() as stack:
+    with Unwinding() as stack:
         stack.enter_context(_aside(model))
         stack.enter_context(torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []))
-        if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if is_compiled(model):
+            eager.hold(stack)
         for handle in attach():
             stack.callback(handle.remove)
         forward(**inputs)  # not model(...): hooks on the whole model, a pass clock among them, stay out of it
