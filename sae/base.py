@@ -53,8 +53,9 @@ class FeatureStats:
     """Statistics of every feature over `n_tokens` tokens, with the final weights. L latents."""
 
     max_act: Tensor
-    """[L] fp32: the largest activation (of a signed code the largest |activation|); 0 for a feature that never fired (a
-    dead one)."""
+    """[L] fp32: the largest activation on ordinary rows (of a signed code the largest |activation|); 0 for a feature
+    that fired on none. Rows of huge norm, those of attention sinks, do not count here: an activation there is no unit
+    for what a feature does elsewhere."""
     density: Tensor
     """[L] fp32: the fraction of the tokens on which the feature is active."""
     mean_act: Tensor
@@ -356,6 +357,8 @@ class SAE(nn.Module):
         """Turn an SAE of inputs `scale_in * x` and outputs `scale_out * y` into the same one of x and y."""
         if scale_in != scale_out:
             self.W_enc *= scale_in / scale_out
+            if self.cfg.skip_connection:
+                self.W_skip *= scale_in / scale_out
         self.fold_input_scale(scale_out)
 
     @torch.no_grad()
@@ -377,7 +380,7 @@ class SAE(nn.Module):
         self.check_feature(feature)
         if self.feature_stats is None:
             raise SteersmanError("this SAE carries no feature statistics; run `steersman features` on it first")
-        return float(self.feature_stats.max_act[feature]) <= 0
+        return float(self.feature_stats.density[feature]) <= 0 and float(self.feature_stats.max_act[feature]) <= 0
 
     def weights(self) -> dict[str, Tensor]:
         """What files hold of it, by name: all parameters and buffers."""

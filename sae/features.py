@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steersman.sae.base import SAE, FeatureStats, SparseCode
-from steersman.sae.metrics import FeatureSums
+from steersman.sae.metrics import FeatureSums, large_rows
 
 _BINS_PER_OCTAVE, _OCTAVES = 16, 16
 _LOWEST = -10  # log2 of the smallest activation resolved, in units of the median |x| / sqrt(d_in)
@@ -26,11 +26,11 @@ class FeatureSummary:
     stats: FeatureStats
     """Density, largest and mean activation."""
     p999: Tensor
-    """[L] fp32: 99.9th percentile of the activations over the tokens where the feature is active, from a histogram with
-    16 bins an octave (so within 4.4 %); 0 for a dead feature."""
+    """[L] fp32: 99.9th percentile of the activations over the ordinary rows where the feature is active, from a
+    histogram with 16 bins an octave (so within 4.4 %); 0 where it is active on none."""
     example_values: Tensor
     """[L, M] fp32: the largest activations (of a signed code those of largest magnitude, with their signs), largest
-    first; 0 where there are fewer."""
+    first; 0 where there are fewer. On ordinary rows or, for a feature that fires on none, on rows of huge norm."""
     example_rows: Tensor
     """[L, M] int64: the store's rows they are on; -1 where there are fewer."""
 
@@ -102,8 +102,11 @@ class Rows(NamedTuple):
 
 
 @torch.no_grad()
-def summarize_features(sae: SAE, batches: Iterable[Rows], median_norm: float, n_examples: int = 30) -> FeatureSummary:
-    """Statistics and the largest activations of every feature, in one pass over `batches`.
+def summarize_features(
+    sae: SAE, batches: Iterable[Rows], median_norm: float, n_examples: int = 30, max_norm: float = float("inf")
+) -> FeatureSummary:
+    """Statistics and the largest activations of every feature, in one pass over `batches`; rows longer than `max_norm`
+    are no ordinary ones.
 
     >>> from steersman.sae import SAEConfig
     >>> sae = SAE(SAEConfig(d_in=4, d_sae=8, k=2))
@@ -112,17 +115,23 @@ def summarize_features(sae: SAE, batches: Iterable[Rows], median_norm: float, n_
     torch.Size([8, 3])
     """
     L, device = sae.cfg.d_sae, sae.device
-    examples = TopExamples(L, n_examples, device)
+    examples, of_large = TopExamples(L, n_examples, device), TopExamples(L, n_examples, device)
     levels = Levels(L, median_norm / sae.cfg.d_in**0.5, device)
     sums = FeatureSums(L, device)
     for x, rows in batches:
-        code = sae.encode_sparse(x.to(device))
-        sums.add(code)
-        levels.add(code)
-        examples.add(code, rows.to(device))
+        x, rows = x.to(device), rows.to(device)
+        code, large = sae.encode_sparse(x), large_rows(x, max_norm)
+        sums.add(code, large)
+        ordinary = code
+        if bool(large.any()):
+            of_large.add(SparseCode(code.values[large], code.indices[large]), rows[large])
+            ordinary, rows = SparseCode(code.values[~large], code.indices[~large]), rows[~large]
+        levels.add(ordinary)
+        examples.add(ordinary, rows)
+    on_large_alone = (examples.rows[:, :1] < 0).expand_as(examples.rows)
     return FeatureSummary(
         stats=sums.stats(median_norm),
         p999=levels.percentile(0.999, sums.largest).cpu(),
-        example_values=examples.values.cpu(),
-        example_rows=examples.rows.cpu(),
+        example_values=torch.where(on_large_alone, of_large.values, examples.values).cpu(),
+        example_rows=torch.where(on_large_alone, of_large.rows, examples.rows).cpu(),
     )

@@ -22,6 +22,9 @@ class Reconstruction:
 
     fvu: float
     """`sum |x - x_hat|^2 / sum |x - mean(x)|^2`, the mean per dimension over the set: predicting the mean gives 1."""
+    fvu_ordinary: float
+    """The same over the ordinary rows alone, and around their mean: a few rows of huge norm, as those of attention
+    sinks, can hold most of the variance, and are rebuilt easily. Equal to `fvu` where there is none."""
     explained_variance: float
     """1 - fvu."""
     l0: float
@@ -36,6 +39,8 @@ class Reconstruction:
     """Mean of |x_hat| / |x|."""
     n_tokens: int
     """Size of the set: rare features need many tokens before silence means death."""
+    n_large: int
+    """Rows of the set that are no ordinary ones, because their norm is too large."""
 
     def record(self) -> dict[str, float]:
         """The figures as files and tables have them: under the names that they always had."""
@@ -48,13 +53,16 @@ class ReconstructionSums:
 
     def __init__(self, d_in: int, d_sae: int, device: torch.device):
         self.counts = torch.zeros(d_sae, dtype=torch.float64, device=device)
-        self.sum = torch.zeros(d_in, dtype=torch.float64, device=device)
-        self.scalars = torch.zeros(4, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(2, d_in, dtype=torch.float64, device=device)
+        """Of the centred rows: all, and the large ones."""
+        self.scalars = torch.zeros(7, dtype=torch.float64, device=device)
+        """Squared error, squared centred norm, cosine and relative norm; of the large rows their number and the first
+        two."""
         self.shift: Tensor | None = None
         self.n_tokens = 0
 
-    def add(self, x: Tensor, x_hat: Tensor, code: SparseCode) -> None:
-        """Add N tokens: x and x_hat [N, D], their code [N, K]."""
+    def add(self, x: Tensor, x_hat: Tensor, code: SparseCode, large: Tensor | None = None) -> None:
+        """Add N tokens: x and x_hat [N, D], their code [N, K], and which rows are large, [N] bool (None: no row)."""
         x, x_hat = x.float(), x_hat.float()
         if self.shift is None:  # sums of squares around a point near the mean lose no digits
             self.shift = x.mean(dim=0)
@@ -62,8 +70,8 @@ class ReconstructionSums:
         norm, norm_hat = x.norm(dim=1), x_hat.norm(dim=1)
         tiny = torch.finfo(torch.float32).tiny
         cosine = (x * x_hat).sum(dim=1) / (norm * norm_hat).clamp_min(tiny)
-        self.sum += centred.sum(dim=0)
-        self.scalars += torch.stack(
+        self.sum[0] += centred.sum(dim=0)
+        self.scalars[:4] += torch.stack(
             [
                 (x - x_hat).double().square().sum(),
                 centred.square().sum(),
@@ -71,19 +79,28 @@ class ReconstructionSums:
                 (norm_hat / norm.clamp_min(tiny)).double().sum(),
             ]
         )
+        if large is not None:
+            self._add_large(centred[large], (x - x_hat)[large].double())
         active = code.active.double()
         self.counts.scatter_add_(0, code.indices.flatten(), active.flatten())
         self.n_tokens += len(x)
 
+    def _add_large(self, centred: Tensor, error: Tensor) -> None:
+        self.sum[1] += centred.sum(dim=0)
+        n = torch.tensor(len(centred), dtype=torch.float64, device=centred.device)
+        self.scalars[4:] += torch.stack([n, error.square().sum(), centred.square().sum()])
+
     def result(self) -> Reconstruction:
         if self.n_tokens < 2:
             raise SteersmanError(f"{self.n_tokens} tokens are too few to measure a variance; evaluate on more")
-        error, squares, cosine, ratio = self.scalars.tolist()
-        variance = squares - float(self.sum.square().sum()) / self.n_tokens
+        error, squares, cosine, ratio, n_large, large_error, large_squares = self.scalars.tolist()
+        fvu = _fvu(error, squares, self.sum[0], self.n_tokens)
+        n_ordinary = self.n_tokens - int(n_large)
+        ordinary = _fvu(error - large_error, squares - large_squares, self.sum[0] - self.sum[1], n_ordinary)
         density = self.counts / self.n_tokens
-        fvu = error / variance if variance > 0 else float("nan")
         return Reconstruction(
             fvu=fvu,
+            fvu_ordinary=ordinary if n_large else fvu,
             explained_variance=1 - fvu,
             l0=float(self.counts.sum()) / self.n_tokens,
             dead_fraction=float((density == 0).double().mean()),
@@ -91,12 +108,25 @@ class ReconstructionSums:
             cosine=cosine / self.n_tokens,
             relative_norm=ratio / self.n_tokens,
             n_tokens=self.n_tokens,
+            n_large=int(n_large),
         )
 
 
+def _fvu(error: float, squares: float, total: Tensor, n_tokens: int) -> float:
+    """Squared error over variance, from the sums of squares and of the rows [D] around one point."""
+    variance = squares - float(total.square().sum()) / max(1, n_tokens)
+    return error / variance if variance > 0 else float("nan")
+
+
+def large_rows(x: Tensor, max_norm: float) -> Tensor:
+    """Which of the rows x [N, D] are longer than `max_norm`, [N] bool."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) > max_norm
+
+
 @torch.no_grad()
-def measure_reconstruction(sae: SAE, batches: Iterable[Tensor]) -> Reconstruction:
-    """Reconstruction metrics of `sae` over batches of activations [N, D]. Raises SteersmanError for a transcoder.
+def measure_reconstruction(sae: SAE, batches: Iterable[Tensor], max_norm: float = float("inf")) -> Reconstruction:
+    """Reconstruction metrics of `sae` over batches of activations [N, D]; rows longer than `max_norm` are no ordinary
+    ones. Raises SteersmanError for a transcoder.
 
     >>> from steersman.sae import SAEConfig
     >>> sae = SAE(SAEConfig(d_in=4, d_sae=8, k=2))
@@ -105,10 +135,16 @@ def measure_reconstruction(sae: SAE, batches: Iterable[Tensor]) -> Reconstructio
     """
     if sae.cfg.transcoder:
         sae.check_residual("measuring the reconstruction of activations by themselves")
-    sums = ReconstructionSums(sae.cfg.d_in, sae.cfg.d_sae, sae.device)
-    for x in batches:
-        x = x.to(sae.device)
-        sums.add(x, *sae.reconstruct(x))
+    return measure_prediction(sae, ((x, x, large_rows(x, max_norm)) for x in batches))
+
+
+@torch.no_grad()
+def measure_prediction(sae: SAE, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Reconstruction:
+    """The same of any SAE or transcoder, over batches of what it reads x [N, D], what it is to give for that [N, D_out]
+    and which rows are large, [N] bool."""
+    sums = ReconstructionSums(sae.cfg.out_width, sae.cfg.d_sae, sae.device)
+    for x, target, large in batches:
+        sums.add(target.to(sae.device), *sae.reconstruct(x.to(sae.device)), large.to(sae.device))
     return sums.result()
 
 
@@ -121,10 +157,11 @@ class FeatureSums:
         self.counts = torch.zeros(n_latents, dtype=torch.float64, device=device)
         self.n_tokens = 0
 
-    def add(self, code: SparseCode) -> None:
-        """Add the code [N, K] of N tokens."""
+    def add(self, code: SparseCode, large: Tensor | None = None) -> None:
+        """Add the code [N, K] of N tokens, and which rows are large, [N] bool (None: no row)."""
         values, flat = code.values.flatten(), code.indices.flatten()
-        self.largest.scatter_reduce_(0, flat, values.abs(), "amax")
+        ordinary = code.values if large is None else code.values.masked_fill(large[:, None], 0)
+        self.largest.scatter_reduce_(0, flat, ordinary.flatten().abs(), "amax")
         self.total.scatter_add_(0, flat, values.double())
         self.counts.scatter_add_(0, flat, code.active.flatten().double())
         self.n_tokens += len(code.values)

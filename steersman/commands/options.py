@@ -148,4 +148,16 @@ def examples_of(data: str | None, positive: str | None, negative: str | None) ->
 def heldout_line(sae: SAE) -> str:
     """What a trained SAE measured on the rows held out of its training."""
     heldout = sae.cfg.metadata["heldout"]
-    return f"FVU {heldout['fvu']:.4f}, L0 {heldout['l0']:.1f}, dead {100 * heldout['dead_share']:.2f} %"
+    ordinary = f" ({heldout['fvu_ordinary']:.4f} on ordinary rows)" if heldout.get("n_large") else ""
+    return f"FVU {heldout['fvu']:.4f}{ordinary}, L0 {heldout['l0']:.1f}, dead {100 * heldout['dead_share']:.2f} %"
+
+
+def left_out_line(sae: SAE) -> str:
+    """How many rows of huge norm its training left out; nothing where it left out none."""
+    metadata = sae.cfg.metadata
+    rows = metadata.get("rows_left_out")
+    if not rows:
+        return ""
+    training = metadata["training"]
+    share = 100 * rows / (training["n_steps"] * training["batch_size"])
+    return f"{rows:,} rows ({share:.2g} %) above {training['max_norm_ratio']:g} x the median norm were left out"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from steersman.commands.options import heldout_line, hook_point
+from steersman.commands.options import heldout_line, hook_point, left_out_line
 from steersman.config import parse_yaml, part_of
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
@@ -56,6 +56,8 @@ def run(config: TrainCommand) -> None:
     if rank_and_world_size()[0]:
         return  # only rank 0 prints
     print(f"{config.out}: {sae.cfg.d_sae} features at {sae.cfg.hook_name}; held out: {heldout_line(sae)}")
+    if left_out := left_out_line(sae):
+        print(left_out)
 
 
 def _source(config: TrainCommand) -> ActivationStore | HookView | Callable[[], ActivationStream]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -153,7 +153,7 @@ class ActivationStream:
         with closing(self._train_rows(self.buffer_rows, n_parts=1)) as rows:
             for part in rows:
                 sums.add(part.x, row_norms(part.x))
-        return sums.stats()
+        return replace(sums.stats(), all_rows=False)
 
     def n_batches(
         self, batch_size: int, *, split: str = "train", heldout_fraction: float = 0.05, drop_last: bool = True

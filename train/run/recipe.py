@@ -19,6 +19,7 @@ from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.kernels import Implementation, RuleName, StateDtype
 from steersman.sae import SAE
+from steersman.train.store.statistics import LARGE_NORM_RATIO
 
 
 @renamed_fields(activation="architecture")
@@ -83,6 +84,10 @@ class TrainConfig:
     update and an architecture that never waits for the device, as topk."""
     ema: float = 0.0
     """Decay of the moving average of the weights that is saved in their place; 0 saves the weights themselves."""
+    max_norm_ratio: float | None = LARGE_NORM_RATIO
+    """Rows whose norm is above this many times the median are left out of training, and of the scale of the inputs:
+    attention sinks, which can hold most of the variance. Their places in a batch are taken by other rows of it. None
+    trains on all rows."""
     heldout_fraction: float = 0.05
     """Fraction of the rows, from the last documents, that is never trained on."""
     seed: int = 0
@@ -131,6 +136,10 @@ class TrainConfig:
             (self.lr is None or 0 < self.lr < 1, f"lr = {self.lr} must lie between 0 and 1"),
             (0 <= self.warmup <= 1 and 0 <= self.decay <= 1, "warmup and decay are fractions of the run: 0 to 1"),
             (0 <= self.ema < 1, f"ema = {self.ema} must be at least 0 and below 1"),
+            (
+                self.max_norm_ratio is None or self.max_norm_ratio > 1,
+                f"max_norm_ratio = {self.max_norm_ratio} must be above 1, or None",
+            ),
             (0 < self.heldout_fraction < 1, f"heldout_fraction = {self.heldout_fraction} must lie between 0 and 1"),
             (self.grad_accumulation >= 1, f"grad_accumulation = {self.grad_accumulation} must be at least 1"),
             (self.model_ranks >= 0, f"model_ranks = {self.model_ranks} must be at least 0"),
@@ -188,7 +197,16 @@ _NO_IDENTITY = {field.name for field in fields(TrainConfig) if not field.metadat
 def identity_of_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a run's record says that must be the same to resume it."""
     training = {name: value for name, value in record["training"].items() if name not in _NO_IDENTITY}
-    return {**record, "training": training}
+    return {**record, "training": {"max_norm_ratio": None} | training}
+
+
+def as_recorded(config: TrainConfig, record: Mapping[str, Any]) -> TrainConfig:
+    """The settings with which the run of this record (empty: a new one) goes on. One that began before rows of huge
+    norm were left out keeps them; another `max_norm_ratio` than the default is refused there like any change."""
+    training = record.get("training")
+    begun_before = isinstance(training, dict) and "max_norm_ratio" not in training
+    default = config.max_norm_ratio == LARGE_NORM_RATIO
+    return replace(config, max_norm_ratio=None) if begun_before and default else config
 
 
 @dataclass(frozen=True, kw_only=True)

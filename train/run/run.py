@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ from steersman.train.mesh.shared_stream import SharedStream
 from steersman.train.reports.plots import plot_run
 from steersman.train.run.batches import split_options, training_batches
 from steersman.train.run.checkpoints import Checkpoints
+from steersman.train.run.large_rows import largest_ordinary, ordinary_stats, say_large_rows, which_large
 from steersman.train.run.metrics_log import MetricsLogger
-from steersman.train.run.recipe import Recipe, TrainConfig, resolve, tokens_of
-from steersman.train.run.run_folder import RunFolder
+from steersman.train.run.recipe import Recipe, TrainConfig, as_recorded, resolve, tokens_of
+from steersman.train.run.run_folder import RunFolder, record_in
 from steersman.train.run.trainer import Trainer
 from steersman.train.store.batch import ActivationSource
-from steersman.train.store.statistics import ActivationStats
+from steersman.train.store.statistics import LARGE_NORM_RATIO, ActivationStats
 from steersman.train.store.store import ActivationStore, HookView
 from steersman.version import __version__
 
@@ -52,6 +54,7 @@ class Run:
 
         Raises a SteersmanError for too few rows, kernels that the device lacks, or a folder that holds another run.
         """
+        config = as_recorded(config, record_in(out))
         self.config, self.ranks, self.device = config, ranks or Ranks(Mesh()), pick_device(config.device)
         hook = source.hook_name
         self.source = source if config.hook_out is None else _with_target(source, config.hook_out)
@@ -95,11 +98,11 @@ class Run:
         width = self.source.store.width(out)
         return {"transcoder": True, "d_out": width, "hook_name_out": out, "apply_b_dec_to_input": False}
 
-    def _stats(self) -> tuple[ActivationStats, ActivationStats]:
-        """Statistics of what is read, and of what is predicted."""
+    def _stats(self) -> list[ActivationStats]:
+        """Statistics of what is read and, of a transcoder, of what is predicted."""
         if isinstance(self.source, HookView) and self.cfg.transcoder:
-            return self.source.stats(self.cfg.hook_name), self.source.stats(self.cfg.hook_name_out)
-        return self.source.stats(), self.source.stats()
+            return [self.source.stats(hook) for hook in (self.cfg.hook_name, self.cfg.hook_name_out)]
+        return [self.source.stats()]
 
     @property
     def reading(self) -> tuple[object, ...]:
@@ -111,8 +114,13 @@ class Run:
     @contextmanager
     def started(self) -> Iterator[None]:
         """The block trains: from the newest checkpoint on if there is one, and with a log."""
-        stats, target_stats = self._stats()
-        self.trainer = Trainer(self.config, self.recipe, stats, self.cfg, self.ranks, target_stats)
+        parts = self._stats()
+        if self.ranks.is_rank_zero:
+            for hook, stats in zip((self.cfg.hook_name, self.cfg.hook_name_out), parts):
+                say_large_rows(hook, stats, self.config.max_norm_ratio)
+        if not self.checkpoints.steps():
+            parts = ordinary_stats(self.source, self.config, self.recipe, parts)
+        self.trainer = Trainer(self.config, self.recipe, parts[0], self.cfg, self.ranks, parts[-1])
         if self.trainer.resume(self.checkpoints):
             log.info("%s: resuming from step %d of %d", self.folder.path, self.n_steps_done, self.recipe.n_steps)
         else:
@@ -160,28 +168,35 @@ class Run:
         All ranks measure, each with its latents and its replica's rows; rank 0 collects the weights and writes.
         """
         ranks, rows, cfg = self.ranks, self.recipe.batch_size, self.cfg
-        local, split, (stats, target_stats) = self.trainer.finish(), self.trainer.split, self._stats()
+        left_out = self.trainer.large_rows.total() if self.trainer.large_rows.active else 0
+        local, split, parts = self.trainer.finish(), self.trainer.split, self._stats()
+        ratio = self.config.max_norm_ratio or LARGE_NORM_RATIO
+        limits = [(len(stats.mean), largest_ordinary(stats, ratio)) for stats in parts]
         whole = local if ranks.mesh.world_size == 1 else WholeSAE(local, cfg, ranks.latent)
         part = {"rank": ranks.mesh.data_index, "world_size": ranks.mesh.data} if ranks.mesh.world_size > 1 else {}
         reading = {"drop_last": False, **split_options(self.config), **part}
 
         heldout = ReconstructionSums(cfg.out_width, cfg.d_sae, self.device)
         if ranks.mesh.world_size > 1:  # sums around one point add up
-            heldout.shift = target_stats.mean.to(self.device)
+            heldout.shift = parts[-1].mean.to(self.device)
         for batch in self.source.batches(rows, split="heldout", shuffle=False, **reading):
-            x, target = split(batch.x.to(self.device))
+            both = batch.x.to(self.device)
+            x, target = split(both)
             code = whole.encode_sparse(x)
-            heldout.add(target, whole.decode_sparse(code.values, code.indices), code)
+            heldout.add(target, whole.decode_sparse(code.values, code.indices), code, which_large(both, limits))
         for sums in (heldout.counts, heldout.sum, heldout.scalars):
             ranks.data.all_reduce_sum_(sums)
         heldout.n_tokens = self._total(heldout.n_tokens)
 
         n_batches = max(1, self.config.statistics_tokens // rows)
+        fraction = self.config.heldout_fraction
+        there = self.source.n_batches(rows, split="train", heldout_fraction=fraction, drop_last=False)
+        n_batches = n_batches if there is None else min(n_batches, there)
         features = FeatureSums(cfg.d_sae, self.device)
-        batches = self.source.batches(rows, split="train", **reading)
-        with closing(progress(batches, desc="feature statistics", total=n_batches, shown=ranks.is_rank_zero)) as bar:
-            for batch, _ in zip(bar, range(n_batches)):
-                features.add(whole.encode_sparse(split(batch.x.to(self.device))[0]))
+        batches = islice(self.source.batches(rows, split="train", **reading), n_batches)
+        for batch in progress(batches, desc="feature statistics", total=n_batches, shown=ranks.is_rank_zero):
+            both = batch.x.to(self.device)
+            features.add(whole.encode_sparse(split(both)[0]), which_large(both, limits))
         ranks.data.all_reduce_max_(features.largest)
         ranks.data.all_reduce_sum_(features.total)
         ranks.data.all_reduce_sum_(features.counts)
@@ -192,8 +207,10 @@ class Run:
         def save() -> None:
             if sae is not None:
                 result = heldout.result()
-                sae.feature_stats = features.stats(stats.median_norm)
+                sae.feature_stats = features.stats(parts[0].median_norm)
                 sae.cfg.metadata["heldout"] = result.record()
+                if left_out:
+                    sae.cfg.metadata["rows_left_out"] = left_out
                 log.info("held out: FVU %.4f, L0 %.1f, dead %.2f %%", result.fvu, result.l0, 100 * result.dead_fraction)
                 try:
                     plot_run(self.folder.metrics(), sae.feature_stats, self.folder.path)

@@ -274,3 +274,8 @@ def _planned_steps(sae: Mapping[str, Any]) -> int | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def record_in(path: Path) -> dict[str, Any]:
+    """What the run folder `path` says that its run is; nothing where there is none yet."""
+    return read_json_object(path / RECORD) if (path / RECORD).is_file() else {}

@@ -25,6 +25,7 @@ from steersman.train.mesh.latents import new_sae
 from steersman.train.run.checkpoints import Checkpoints, latent_dim, state_key
 from steersman.train.run.dead_latents import DeadLatents
 from steersman.train.run.graph import GraphedStep
+from steersman.train.run.large_rows import LargeRows, largest_ordinary
 from steersman.train.run.optim import FusedUpdater, Updater, make_updater
 from steersman.train.run.recipe import Recipe, TrainConfig
 from steersman.train.store.statistics import ActivationStats
@@ -46,8 +47,9 @@ class Trainer:
         ranks: Ranks | None = None,
         target_stats: ActivationStats | None = None,
     ) -> None:
-        """`cfg` is that of the whole SAE; `ranks` the job's, this process alone if not given. `target_stats` are those
-        of what a transcoder predicts."""
+        """`stats` has the means of the rows that are trained on (see `large_rows.ordinary_stats`); `cfg` is that of the
+        whole SAE; `ranks` the job's, this process alone if not given. `target_stats` are those of what a transcoder
+        predicts."""
         self.config, self.recipe, self.cfg = config, recipe, cfg
         self.ranks = ranks or Ranks(Mesh())
         self.held = self.ranks.mesh.local_latents(cfg.d_sae)
@@ -55,6 +57,8 @@ class Trainer:
         self.owned = self.ranks.mesh.owned_latents(cfg.d_sae)
         """First and end latent that this rank moves."""
         self.device = pick_device(config.device)
+        read = [stats] if target_stats is None or not cfg.transcoder else [stats, target_stats]
+        self.large_rows = LargeRows(_limits(read, config.max_norm_ratio), self.ranks.data, self.device)
         target_stats = target_stats or stats
         self.scale, self.scale_out = _unit_variance(stats), _unit_variance(target_stats)
         self.sae = new_sae(cfg, config.seed, self.ranks).to(self.device)
@@ -104,18 +108,21 @@ class Trainer:
         With the encoder the transpose of an overcomplete decoder, the K features together overshoot; least squares
         gives the one factor that helps most, and saves the first tenth of a short run.
         """
-        sae, (x, target) = self.sae, self.scaled(rows)
+        sae, (x, target) = self.sae, self.scaled(self.large_rows.replaced(rows.to(self.device)))
         centred = target - sae.b_dec
         rebuilt = sae.decode_training(sae.encode_training(x)) - sae.b_dec
         products = torch.stack([(centred * rebuilt).sum(), rebuilt.square().sum()])
         along, squared = self.ranks.data.all_reduce_sum_(products)
         factor = along / squared
         sae.W_enc.mul_(torch.where(factor.isfinite() & (factor > 0), factor, torch.ones_like(factor)))
+        self.large_rows.n_replaced.zero_()  # no step yet
 
     def step(self, rows: Tensor) -> None:
         """One optimiser step on this replica's rows [N, D] of a batch."""
         self.between_steps = False
         self.updater.set_rate(self.recipe.lr * self.recipe.lr_factor(self.n_steps_done))
+        if self.large_rows.active:
+            rows = self.large_rows.replaced(rows.to(self.device, non_blocking=True))
         self._take(rows)
         self.n_steps_done += 1
         self.n_steps_summed += 1
@@ -175,7 +182,10 @@ class Trainer:
                 f"the loss is not finite at step {self.n_steps_done}; try a lower --lr (it was {self.recipe.lr:.2g})"
             )
         dead = self.dead_latents.fraction()
-        return {"loss": loss, "fvu": fvu, "aux": aux, "l0": means["active"], "dead_share": dead} | a_number
+        metrics = {"loss": loss, "fvu": fvu, "aux": aux, "l0": means["active"], "dead_share": dead} | a_number
+        if self.large_rows.active:
+            metrics["rows_left_out"] = self.large_rows.total()
+        return metrics
 
     # What is saved
 
@@ -189,6 +199,8 @@ class Trainer:
         tensors |= {"silent_steps": self.dead_latents.silent_steps, "sums": sums[: len(_SUMS)]}
         tensors |= {f"sums.{name}": value for name, value in zip(self.summed[len(_SUMS) :], sums[len(_SUMS) :])}
         tensors["rng"] = torch.get_rng_state()
+        if self.large_rows.active:
+            tensors["rows_left_out"] = torch.tensor([self.large_rows.total()])
         own = {}
         for name, tensor in tensors.items():
             dim = latent_dim(self.sae, name, tensor)
@@ -244,6 +256,9 @@ class Trainer:
         sums *= self.ranks.mesh.data_index == 0
         sums[_ACTIVE] = active if self.ranks.is_rank_zero else 0
         self.sums = sums.to(self.device)
+        if "rows_left_out" in tensors and self.ranks.mesh.data_index == 0:
+            self.large_rows.n_replaced.copy_(tensors["rows_left_out"])
+        self.scale, self.scale_out = state["scale"], state.get("scale_out", state["scale"])
         self.n_steps_done = state["step"]
         log_every = state["sae"]["metadata"].get("training", {}).get("log_every", self.config.log_every)
         self.n_steps_summed = state.get("steps_summed", self.n_steps_done % log_every)
@@ -261,10 +276,19 @@ class Trainer:
         return self.sae
 
 
+def _limits(parts: list[ActivationStats], ratio: float | None) -> list[tuple[int, float]]:
+    """Width and largest norm of an ordinary row of each hook point; no bound where no row there is passes it."""
+    limits = [(stats, largest_ordinary(stats, ratio)) for stats in parts]
+    return [
+        (len(stats.mean), math.inf if stats.all_rows and stats.max_norm <= limit else limit) for stats, limit in limits
+    ]
+
+
 def _unit_variance(stats: ActivationStats) -> float:
     """What activations are multiplied by to have unit variance per dimension."""
     variance = stats.mean_squared_norm - float(stats.mean.double().square().sum())
-    if not (math.isfinite(variance) and variance > 1e-12 * max(stats.mean_squared_norm, 1e-30)):
+    # Mean and norms are kept in float32: rows that are all the same differ from their mean by a few of its last digits.
+    if not (math.isfinite(variance) and variance > 8 * torch.finfo(torch.float32).eps * stats.mean_squared_norm):
         raise SteersmanError("the activations do not vary: there is nothing for an SAE to learn from them")
     return math.sqrt(len(stats.mean) / variance)
 

@@ -40,6 +40,8 @@ class ActivationStats:
     """Rows whose norm is above `LARGE_NORM_RATIO` times the median."""
     large_share: float = 0.0
     """Fraction of the sum of squared norms that those rows hold."""
+    all_rows: bool = False
+    """Whether the figures are over all rows there are, so that none is longer than `max_norm`."""
 
     def large_rows(self) -> str:
         """What to tell of the large rows in one line; nothing where there are none.
@@ -162,4 +164,5 @@ class StatsSums:
             max_norm=float(highs[-1]) if len(highs) else 0.0,
             n_large=int(self._counts[large].sum()),
             large_share=min(1.0, squares / self._norm_sums[1]) if large.any() else 0.0,
+            all_rows=True,
         )
