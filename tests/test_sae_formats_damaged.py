@@ -305,3 +305,10 @@ def test_equal_saes_have_equal_bytes_and_name_no_folder_of_their_makers(tmp_path
         (tmp_path / "one" / name).read_bytes() for name in files
     ]
     assert not any(b"somebody" in (tmp_path / "one" / name).read_bytes() for name in files)
+
+
+def test_names_in_a_file_do_not_reach_the_terminal_as_commands_to_it(tmp_path: Path) -> None:
+    saelens(tmp_path / "sae", {"metadata": {"hook_name": "\x1b]0;x\x07blocks.1", "model_name": "m\x1b[2J"}})
+    shown = inspect(tmp_path / "sae").to_text()
+    assert "\x1b" not in shown
+    assert "m\\x1b[2J" in shown

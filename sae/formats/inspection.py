@@ -15,6 +15,7 @@ from steersman.sae.config import SAEConfig
 from steersman.sae.formats.base import Parts, check, recognise
 from steersman.sae.formats.source import Source, open_source
 from steersman.sae.formats.tensors import Entry
+from steersman.visible import visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class Inspection:
         }
         width = max(map(len, lines))
         rows = [f"{name:<{width}}  {text}" for name, text in lines.items() if text]
-        return "\n".join(rows + [f"warning: {warning}" for warning in self.warnings])
+        return "\n".join(map(visible, rows + [f"warning: {warning}" for warning in self.warnings]))
 
 
 def inspect(path: str | Path, format: str | None = None) -> Inspection:

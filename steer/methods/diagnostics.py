@@ -97,7 +97,7 @@ def warnings(figures: dict[str, Any]) -> list[str]:
     found = []
     for name, text in said.items():
         value = figures.get(name)
-        if value is not None and value < LOW[name]:
+        if isinstance(value, int | float) and value < LOW[name]:
             found.append(text.format(value=value))
     if not figures.get("heldout", True):
         found.append("too few examples to check the vector on others than those it was made from")

@@ -9,7 +9,10 @@ from steersman.steer import SteeringVector
 
 @dataclass(frozen=True, kw_only=True)
 class VectorConvertCommand:
-    """Convert a vector between safetensors and a GGUF control vector (llama.cpp, repeng), by the files' endings."""
+    """Convert a vector between safetensors and a GGUF control vector (llama.cpp, repeng), by the files' endings.
+
+    llama.cpp takes one as --control-vector-scaled FILE:SCALE, and steers the beginning-of-sequence token too.
+    """
 
     vector: str
     """File to read."""

@@ -1,6 +1,7 @@
 """`steersman vector show`."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,25 +13,31 @@ from steersman.lm import LanguageModel
 from steersman.lm.lens import logit_lens
 from steersman.steer import Steerer, SteeringVector
 from steersman.steer.methods.diagnostics import warnings
+from steersman.visible import visible
 
 
 def describe(v: SteeringVector) -> str:
-    """What is known of a vector, for a terminal."""
-    lines = [repr(v)]
+    """What is known of a vector, for a terminal. Its metadata may be another program's."""
+    lines, diagnostics = [repr(v)], _section(v.metadata, "diagnostics")
     for hook, direction in v.directions.items():
         lines.append(f"  {hook}: |v| {float(direction.norm()):.4g}, largest entry {float(direction.abs().max()):.4g}")
-        figures = v.metadata.get("diagnostics", {}).get(hook)
-        if figures:
+        if figures := _section(diagnostics, hook):
             named = [f"{k} {x:.3f}" for k, x in figures.items() if isinstance(x, float)]
             lines.append("    " + ", ".join(named) + ("" if figures.get("heldout") else " (in sample)"))
             lines += [f"    warning: {text}" for text in warnings(figures)]
-    calibration = v.metadata.get("calibration")
-    if calibration:
-        state = "converged" if calibration["converged"] else f"not converged ({calibration['reason']})"
-        lines.append(f"  calibrated: {calibration['budget']} {calibration['value']:.4g}, {state}")
+    if calibration := _section(v.metadata, "calibration"):
+        state = "converged" if calibration.get("converged") else f"not converged ({calibration.get('reason')})"
+        value = calibration.get("value")
+        shown = f"{value:.4g}" if isinstance(value, int | float) else str(value)
+        lines.append(f"  calibrated: {calibration.get('budget')} {shown}, {state}")
     rest = {k: x for k, x in v.metadata.items() if k not in ("diagnostics", "calibration", "settings")}
     lines += [f"  {k}: {x if isinstance(x, str) else json.dumps(x)}" for k, x in rest.items()]
-    return "\n".join(lines)
+    return "\n".join(map(visible, lines))
+
+
+def _section(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = fields.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def record(v: SteeringVector) -> dict[str, Any]:
