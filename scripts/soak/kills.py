@@ -55,6 +55,8 @@ READS_TEXT = ("cache", "stream", "effects")
 EVENTS = {"SIGKILL": 5, "SIGTERM": 3, "SIGINT": 3, "SIGSTOP": 2, "hang": 1, "disk": 2, "text": 2, "model": 2}
 """Event -> how often it is drawn."""
 DISK_MB = 48
+FRESH = torch.get_rng_state()
+"""What a process starts with, and a forked one too."""
 ENDS = {0, 2, 75, 130, -signal.SIGKILL, -signal.SIGTERM}
 """Exit codes that a process may have: done, refused, to be resumed, interrupted, killed."""
 
@@ -216,6 +218,8 @@ def start(command: list[str], ranks: int, errors: Path, *, torchrun: bool = Fals
         code = 1
         try:
             os.setsid()
+            torch.set_num_threads(1)  # its pool of threads did not come along, and is made anew while there is one
+            torch.set_rng_state(FRESH)
             for stream, name in ((1, "out"), (2, "txt")):
                 os.dup2(os.open(errors / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
             if ranks > 1:
@@ -246,6 +250,7 @@ class Soak:
         self.seconds: dict[tuple[str, int], float] = {}
         self.counts: dict[str, Counter[str]] = {}
         self.messages: Counter[str] = Counter()
+        self.how = ""
         self.kinds = [(job, n) for job in config.jobs or RANKS for n in RANKS[job]]
 
     def run(self) -> bool:
@@ -263,7 +268,7 @@ class Soak:
             outcome = self.round(job, ranks, event)
             self.counts.setdefault(event, Counter())[outcome.split(":")[0]] += 1
             done += outcome not in ("too late", "skipped")
-            print(f"{done:4d}  {job:8} x {ranks}  {event:8} {outcome}", flush=True)
+            print(f"{done:4d}  {job:8} x {ranks}  {event:8} {outcome}{self.how}", flush=True)
             if not set(self.counts[event]) - {"skipped"} and self.counts[event]["skipped"] > 3:
                 names.remove(event)  # nothing can be mounted here
         return self.report()
@@ -279,7 +284,7 @@ class Soak:
             os.replace(place.out, self.inputs / ("store" if job == "cache" else "sae"))
         for job, n in self.kinds:
             began = time.monotonic()
-            one = self.undisturbed(job, n, "one").digests()
+            one = self.undisturbed(job, n, f"undisturbed_{job}_{n}").digests()
             self.seconds[job, n] = time.monotonic() - began
             other = self.undisturbed(job, n, "other").digests()
             self.whole[job, n] = {name: digest if other.get(name) == digest else "" for name, digest in one.items()}
@@ -305,6 +310,7 @@ class Soak:
             if not possible:
                 return "skipped"
             torchrun = n > 1 and event not in ("hang", "disk") and self.rng.random() < self.config.torchrun
+            self.how = " (torchrun)" if torchrun else ""
             command, errors = self.command(place, job, n), place.folder / "errors"
             running = start(command, n, errors, torchrun=torchrun)
             time.sleep(self.rng.uniform(0.05, 1.0) * self.seconds[job, n] + (8.0 if torchrun else 0.0))
@@ -327,7 +333,9 @@ class Soak:
                 return problem
             if set(final.codes.values()) != {0}:
                 return f"wrong: does not resume: {_last(final.said())}"
-            return _compared(place.digests(), self.whole[job, n]) or ("refused" if refused else "equal")
+            if wrong := _compared(place.digests(), self.whole[job, n]):
+                shutil.copytree(place.out, self.folder / f"wrong_{job}_{n}", dirs_exist_ok=True)
+            return wrong or ("refused" if refused else "equal")
 
     def happen(self, event: str, running: Job, alive: list[int], place: Place) -> None:
         some = alive if self.rng.random() < 0.4 else [self.rng.choice(alive)]
@@ -371,7 +379,7 @@ class Soak:
 
     def ended(self, running: Job, seconds: float) -> str | None:
         """Wait for a job; what must not be, or None."""
-        if not running.wait(seconds):
+        if not running.wait(seconds if running.launcher is None else 3 * seconds):  # torchrun loads all libraries
             for pid in {*running.alive(), *running.pids}:
                 running.send([pid], signal.SIGKILL)
             running.wait(10)
