@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from numbers import Integral
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
+from steersman.config import check_types
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
-from steersman.reading import shown
 from steersman.registry import Registry
 
 InputNorm = Literal["none", "layer_norm", "constant_norm"]
@@ -64,13 +63,10 @@ class SAEConfig:
     """Provenance: anything worth keeping that does not change what the SAE computes."""
 
     def __post_init__(self) -> None:
-        for field_ in fields(self):
-            object.__setattr__(self, field_.name, _of_type(field_.name, getattr(self, field_.name), field_.type))
+        check_types(self, "of an SAE")
         if self.d_in < 1 or self.d_sae < 1 or self.out_width < 1:
             widths = f"{self.d_in} and {self.d_sae}" + ("" if self.d_out is None else f" (d_out {self.d_out})")
             raise SteersmanError(f"an SAE needs d_in and d_sae of at least 1, not {widths}")
-        if self.input_norm not in get_args(InputNorm):
-            raise SteersmanError(f"unknown input_norm {self.input_norm!r}; use {', '.join(get_args(InputNorm))}")
         if self.out_width != self.d_in and not self.transcoder:
             raise SteersmanError(f"d_out = {self.d_out} differs from d_in = {self.d_in}: set transcoder=True")
         if self.transcoder and self.apply_b_dec_to_input:
@@ -109,28 +105,3 @@ class SAEConfig:
 
 _ON_DISK = {"architecture": "activation"}
 """Fields that files know by another name."""
-
-
-def _of_type(name: str, value: Any, hint: Any) -> Any:
-    """A field's value, which a file may say, as what the field is declared to hold. Raises SteersmanError for another
-    type: nothing is guessed, and the text "false" is not False."""
-    if hint == "int | None" and value is None:
-        return None
-    if hint in ("int", "int | None"):
-        fits, words = _is_whole(value), "a whole number"
-        value = int(value) if fits else value
-    elif hint == "tuple[int, ...]":
-        fits, words = isinstance(value, tuple | list) and all(map(_is_whole, value)), "a list of whole numbers"
-        value = tuple(map(int, value)) if fits else value
-    else:
-        kind, words = {"bool": (bool, "True or False"), "dict[str, Any]": (dict, "a dictionary")}.get(
-            hint, (str, "text")
-        )
-        fits = isinstance(value, kind)
-    if not fits:
-        raise SteersmanError(f"{name} of an SAE is {shown(value)}, it should be {words}")
-    return value
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

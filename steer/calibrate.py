@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal
 
-from steersman.config import merged
+from steersman.config import check_types, merged
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.steer.dose import D, Dosed, as_steerer, scaled, steered
@@ -54,6 +54,9 @@ class CalibrateConfig:
     """Fraction of the budget by which the result may miss it."""
     seed: int = 0
     """Seed of the texts that the model writes itself where none are given."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from steersman.config import check_types
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import Generation, LanguageModel
@@ -60,6 +61,9 @@ class SteerConfig:
     """Seed of the sampling, the same for both texts."""
     compare: bool = True
     """Also generate without steering."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)

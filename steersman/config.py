@@ -5,9 +5,12 @@ A configuration is a frozen, keyword-only dataclass. Most of its fields decide t
 change when it is resumed.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
+import numbers
 import os
 import re
 import types
@@ -24,7 +27,7 @@ from steersman.reading import read_text, shown
 
 log = logging.getLogger(__name__)
 
-__all__ = ["differences", "identity", "merged", "part_of", "setting"]
+__all__ = ["check_types", "differences", "identity", "merged", "part_of", "setting"]
 
 T = TypeVar("T")
 
@@ -221,6 +224,95 @@ def typed(content: Mapping[Any, Any], kind: type[Any], where: str) -> dict[str, 
             expected = _type_name(hints[key])
             raise SteersmanError(f"{where}: {key} is {shown(value)}, it should be {expected}") from None
     return settings
+
+
+def check_types(config: Any, of: str = "") -> None:
+    """Hold the fields of a configuration to their types, as the first thing in its `__post_init__`.
+
+    Lists become tuples where a field is one, numbers of NumPy Python's own, so that files can hold them. Raises a
+    SteersmanError that names the first field with another type than its own; `of` says whose, such as "of an SAE".
+
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class Config:
+    ...     k: int = 0
+    ...     layers: tuple[int, ...] = ()
+    ...     def __post_init__(self) -> None:
+    ...         check_types(self)
+    >>> Config(layers=[2, 3])
+    Config(k=0, layers=(2, 3))
+    >>> Config(k=2.5)
+    Traceback (most recent call last):
+        ...
+    steersman.errors.SteersmanError: k is 2.5, it should be a whole number
+    """
+    hints = _hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        try:
+            held = _held_to(_layer_as_text(value) if field.name in _HOOKS else value, hints[field.name])
+        except (TypeError, ValueError):
+            expected = _type_name(hints[field.name])
+            whose = f"{field.name} {of}".strip()
+            raise SteersmanError(f"{whose} is {shown(value)}, it should be {expected}") from None
+        if held is not value:
+            object.__setattr__(config, field.name, held)
+
+
+_HOOKS = ("hook", "hooks", "hook_out")
+"""Fields that name hook points, in which a layer's number means what its text does."""
+
+
+def _layer_as_text(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_layer_as_text, value))
+    return str(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
+
+
+@functools.cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _held_to(value: Any, hint: Any) -> Any:
+    """`value` if it is what `hint` says, in Python's own type; raises TypeError otherwise. A text is no number."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _held_to(value, arguments[0])
+    if origin in (Union, types.UnionType):
+        for one in arguments:
+            with contextlib.suppress(TypeError, ValueError):
+                return _held_to(value, one)
+        raise TypeError
+    if hint is None or hint is type(None):
+        kinds: Any = type(None)
+    elif origin is Literal:
+        return _as_type(value, hint)
+    elif hint is bool or hint in _NUMBERS:
+        if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+            if hint is bool:
+                return bool(value)
+            raise TypeError
+        if hint is not bool and isinstance(value, _NUMBERS[hint]):
+            return value if isinstance(value, int | float) else hint(value)
+        raise TypeError
+    elif origin is tuple:
+        items = value if isinstance(value, list | tuple) else None
+        if items is None or (arguments[-1] is not Ellipsis and len(arguments) != len(items)):
+            raise TypeError
+        of_items = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else arguments
+        held = tuple(_held_to(item, kind) for item, kind in zip(items, of_items))
+        return value if isinstance(value, tuple) and all(a is b for a, b in zip(held, value)) else held
+    elif hint is str:
+        kinds = (str, os.PathLike)
+    else:
+        kinds = {dict: Mapping, list: list | tuple}.get(origin or hint, origin or hint)
+    is_known = isinstance(kinds, type | tuple | types.UnionType) and not getattr(kinds, "_is_protocol", False)
+    if is_known and not isinstance(value, kinds):
+        raise TypeError
+    return value
+
+
+_NUMBERS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}
 
 
 def default_of(field: dataclasses.Field[Any], missing: Any = dataclasses.MISSING) -> Any:

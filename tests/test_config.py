@@ -1,13 +1,37 @@
 """Configurations: what is identity, what a command's part of one is, and how two differ."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+import steersman.sae
+import steersman.steer
+import steersman.train
 from steersman.config import differences, identity, merged, part_of, setting
 from steersman.errors import SteersmanError
+from steersman.sae import SAEConfig
+from steersman.steer import (
+    CalibrateConfig,
+    ContrastConfig,
+    DecomposeConfig,
+    EffectsConfig,
+    EvaluationConfig,
+    SteerConfig,
+)
+from steersman.train import (
+    CacheConfig,
+    CaptureConfig,
+    EvaluateConfig,
+    FeaturesConfig,
+    PlanConfig,
+    StreamConfig,
+    SweepConfig,
+    TrainConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +97,70 @@ def test_a_commands_part() -> None:
 )
 def test_differences(old: dict[str, object], new: dict[str, object], text: str) -> None:
     assert differences(old, new) == text
+
+
+CONFIGS: dict[type[Any], dict[str, Any]] = {
+    SAEConfig: {"d_in": 4, "d_sae": 8, "k": 2},
+    TrainConfig: {"d_sae": 8, "k": 2},
+    SweepConfig: {"store": "acts", "out": "runs"},
+    CaptureConfig: {"hook": "h"},
+    CacheConfig: {"hook": "h", "out": "acts", "model": "m", "text": "t"},
+    StreamConfig: {"hook": "h"},
+    PlanConfig: {"d_in": 8, "d_sae": 64, "k": 2},
+    EvaluateConfig: {},
+    FeaturesConfig: {},
+    EffectsConfig: {},
+    EvaluationConfig: {},
+    SteerConfig: {"feature": ("1=2",), "model": "m", "sae": "s"},
+    CalibrateConfig: {},
+    DecomposeConfig: {"k": 4},
+    ContrastConfig: {},
+}
+
+
+def test_every_configuration_holds_its_fields_to_their_types() -> None:
+    """None is of no type that is not optional; an object of a class of its own is of no type at all."""
+    configs = {one for package in (steersman.sae, steersman.train, steersman.steer) for one in vars(package).values()
+               if isinstance(one, type) and one.__name__.endswith("Config")}  # fmt: skip
+    assert configs == CONFIGS.keys()
+    for kind, given in CONFIGS.items():
+        needed = {name: value for name, value in given.items() if name in {field.name for field in fields(kind)}}
+        kind(**needed)
+        held = 0
+        for field in fields(kind):
+            if "Any" in str(field.type):
+                continue
+            with pytest.raises(SteersmanError, match=f"{field.name}( of an SAE)? is .*, it should be "):
+                kind(**{**needed, field.name: Inner()})
+            held += 1
+        assert held > len(fields(kind)) / 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"k": 2.5}, "k is 2.5, it should be a whole number"),
+        ({"k": "2"}, "k is '2', it should be a whole number"),
+        ({"k": True}, "k is True, it should be a whole number"),
+        ({"d_sae": None}, "d_sae is None, it should be a whole number"),
+        ({"tokens": 1e6}, "tokens is 1000000.0, it should be a whole number or null"),
+        ({"lr": "1e-3"}, "lr is '1e-3', it should be a number or null"),
+        ({"betas": (0.9,)}, r"betas is \(0.9,\), it should be a list"),
+        ({"betas": 0.9}, "betas is 0.9, it should be a list"),
+        ({"kernels": "cuda"}, "kernels is 'cuda', it should be one of auto"),
+        ({"cuda_graph": "false"}, "cuda_graph is 'false', it should be true or false"),
+        ({"options": [1]}, r"options is \[1\], it should be "),
+        ({"device": 0}, "device is 0, it should be text"),
+    ],
+)
+def test_a_value_of_another_type_is_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SteersmanError, match=message):
+        TrainConfig(**{"d_sae": 8, "k": 2, **given})
+
+
+def test_numbers_of_numpy_lists_and_layers_are_taken() -> None:
+    config = TrainConfig(d_sae=np.int64(8), k=2, betas=[0.5, np.float32(0.25)], lr=1e-3, bias_lr_ratio=2)  # pyright: ignore[reportArgumentType]
+    assert (config.d_sae, config.betas, config.bias_lr_ratio) == (8, (0.5, 0.25), 2)
+    assert json.loads(json.dumps(identity(config)))["betas"] == [0.5, 0.25]
+    assert CaptureConfig(hook=8).hook == "8"  # pyright: ignore[reportArgumentType]
+    assert CaptureConfig(hook=[8, "blocks.2.hook_resid_post"]).hook == ("8", "blocks.2.hook_resid_post")  # pyright: ignore[reportArgumentType]

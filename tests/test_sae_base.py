@@ -93,7 +93,10 @@ def test_input_may_be_bfloat16() -> None:
         ({"d_in": 4, "d_sae": 8, "k": 9}, "k = 9 must lie between 1 and d_sae = 8"),
         ({"d_in": 4, "d_sae": 8, "k": 0}, "k = 0"),
         ({"d_in": 4, "d_sae": 8, "k": 1, "architecture": "swish"}, "unknown architecture 'swish'"),
-        ({"d_in": 4, "d_sae": 8, "k": 1, "input_norm": "batch"}, "unknown input_norm 'batch'"),
+        (
+            {"d_in": 4, "d_sae": 8, "k": 1, "input_norm": "batch"},
+            "input_norm of an SAE is 'batch'",
+        ),
         ({"d_in": 4, "d_sae": 8, "k": 3, "architecture": "groupmax"}, "multiple of k = 3"),
         ({"d_in": 4, "d_sae": 8, "k": 3, "d_out": 5}, "set transcoder=True"),
         ({"d_in": 4, "d_sae": 8, "k": 3, "transcoder": True}, "apply_b_dec_to_input=False"),

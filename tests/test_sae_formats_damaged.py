@@ -239,7 +239,7 @@ def change(**settings: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input of an SAE is 'false', it should be True or False"),
+        ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input of an SAE is 'false', it should be true or false"),
         ({"hook_name": 5}, "hook_name of an SAE is 5, it should be text"),
         ({"model_name": None}, "model_name of an SAE is None"),
         ({"k": float("nan")}, "k of an SAE is nan"),
@@ -248,7 +248,7 @@ def change(**settings: Any) -> Callable[[Path], None]:
         ({"group_sizes": 3}, "group_sizes of an SAE is 3"),
         ({"options": []}, r"options of an SAE is \[\]"),
         ({"what": 1}, "what"),
-        ({"input_norm": "x"}, "unknown input_norm 'x'"),
+        ({"input_norm": "x"}, "input_norm of an SAE is 'x', it should be one of none, layer_norm"),
     ],
 )
 def test_values_of_another_type_in_our_own_configuration(settings: dict, message: str, tmp_path: Path) -> None:

@@ -139,8 +139,8 @@ def test_a_run_left_free_in_its_updater_resumes_where_another_one_is_chosen(
     [
         ({"fused_update": True, "grad_clip": 1.0}, "cannot clip its norm: use fused_update=False"),
         ({"fused_update": True, "grad_accumulation": 2}, "cannot add up parts of a batch"),
-        ({"optimizer": "sgd"}, "no optimizer 'sgd'; have adam, adam_touched, signum, signum_touched"),
-        ({"state_dtype": "float16"}, "no state_dtype 'float16'; have float32, bfloat16, int8"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd', it should be one of adam, adam_touched, signum, signum_touched"),
+        ({"state_dtype": "float16"}, "state_dtype is 'float16', it should be one of float32, bfloat16, int8"),
     ],
 )
 def test_what_cannot_be_right_is_refused(options: dict, message: str) -> None:

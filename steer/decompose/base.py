@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
+from steersman.config import check_types
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
@@ -57,6 +58,7 @@ class DecomposeConfig:
     """Seed of the random directions."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         method = METHODS[self.method]
         if self.k is None and method.needs_k:
             raise SteersmanError(f"method {self.method!r} needs a number of features k")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from steersman.config import identity, setting, typed
+from steersman.config import check_types, identity, setting, typed
 from steersman.errors import SteersmanError
 from steersman.lm.sampling import Sampling
 
@@ -73,6 +73,7 @@ class EffectsConfig:
     """With several processes (torchrun): how long one waits for the others, more than a shard or the baseline takes."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("heldout_texts", "heldout_tokens", "rollouts", "new_tokens", "shard_vectors", "batch_rows"):
             if getattr(self, name) < 1:
                 raise SteersmanError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from steersman.config import check_types
 from steersman.errors import SteersmanError
 
 SCALES = (0.5, 1.0, 2.0, 4.0)  # not the field's default: a flag that may be repeated adds to its default
@@ -34,6 +35,7 @@ class EvaluationConfig:
     """Seed of the sampling, the random direction and the intervals."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not all(map(math.isfinite, self.scale)):
             raise SteersmanError(f"a scale must be a finite number, got {', '.join(map(str, self.scale))}")
         if len(set(self.scale)) != len(self.scale):

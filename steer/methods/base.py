@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from steersman.config import check_types
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
@@ -57,6 +58,9 @@ class ContrastConfig:
     """optimised: bound of the vector's norm, as a fraction of the median norm of the residual stream."""
     suppress: float = 1.0
     """optimised: weight of making the negative completions unlikely; 0 only raises the positive ones."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
+from steersman.config import check_types
 from steersman.deprecation import renamed_fields
 from steersman.device import usable_cores
 from steersman.errors import SteersmanError
@@ -74,6 +75,7 @@ class CaptureConfig:
     """Let transformers run code that comes with the model."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.dtype is not None:
             parse_dtype(self.dtype, torch.device("cpu"))  # refuses what is none
         check_choices(self.rows_dtype, self.on_nonfinite)

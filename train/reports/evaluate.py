@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from steersman.config import merged
+from steersman.config import check_types, merged
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.origin import check_sae_fits
@@ -58,6 +58,9 @@ class EvaluateConfig:
     """Fraction of the rows that is held out."""
     batch_size: int = 16
     """Texts of a forward pass."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)

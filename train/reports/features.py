@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steersman.config import merged
+from steersman.config import check_types, merged
 from steersman.files import write_json
 from steersman.lm import LanguageModel
 from steersman.lm.lens import logit_lens
@@ -73,6 +73,9 @@ class FeaturesConfig:
     """Ids of the features to describe; all of them if none are given."""
     contexts: int = 5
     """Contexts of each feature."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ replicas.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from steersman.config import check_types
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.files import format_bytes
@@ -66,6 +67,7 @@ class PlanConfig:
     """Bytes a second that one rank can send."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("d_in", "d_sae", "k", "batch_size", "ranks", "flops", "memory_bandwidth", "network_bandwidth"):
             if getattr(self, name) <= 0:
                 raise SteersmanError(f"{name} = {getattr(self, name)} must be above 0")

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from steersman.config import read_yaml, typed
+from steersman.config import check_types, read_yaml, typed
 from steersman.errors import SteersmanError
 from steersman.parallel import Mesh, Ranks, process_group, rank_and_world_size, use_local_accelerator
 from steersman.sae import SAE
@@ -127,7 +127,8 @@ class SweepConfig(TrainConfig):
     the others. In place of the lists."""
 
     def __post_init__(self) -> None:
-        """Nothing is checked here: each run's own settings are."""
+        """Types alone are checked here: the rules are those of each run."""
+        check_types(self)
 
     def each(self) -> dict[str, SweepRun]:
         """The runs by name, each name made of what differs. Raises a SteersmanError for settings that cannot be."""
