@@ -65,6 +65,9 @@ class FeatureStats:
     median_norm: float
     """Median |x| of the activations the SAE was trained on: the unit of `norm_frac` strengths."""
 
+    def __repr__(self) -> str:
+        return f"FeatureStats({len(self.max_act)} features over {self.n_tokens:,} tokens)"
+
 
 class SAE(nn.Module):
     """A sparse autoencoder: `x_hat = f(x) W_dec + b_dec`, `f` sparse.
@@ -156,6 +159,13 @@ class SAE(nn.Module):
         self.feature_stats: FeatureStats | None = None
         self.latents = Latents()
         self._input_form: InputForm | None = None
+
+    def __repr__(self) -> str:
+        cfg = self.whole_cfg
+        k = f", k={cfg.k}" if self.uses_k else ""
+        to = f" -> {cfg.hook_name_out or cfg.out_width}" if cfg.transcoder else ""
+        where = f", {cfg.hook_name or 'hook point unknown'}{to} of {cfg.model_name or 'an unknown model'}"
+        return f"{type(self).__name__}(d_in={cfg.d_in}, d_sae={cfg.d_sae}{k}{where})"
 
     @property
     def dtype(self) -> torch.dtype:

@@ -81,6 +81,9 @@ class Calibration(Generic[D]):
             f"{len(s.evaluations)} evaluations"
         )
 
+    def __repr__(self) -> str:
+        return f"Calibration({self})"
+
 
 def calibrate(
     v: D,

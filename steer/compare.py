@@ -106,6 +106,10 @@ class Comparison:
     kl_p95: float | None
     """95th percentile over all generated tokens."""
 
+    def __repr__(self) -> str:
+        kl = "no text" if self.kl_mean is None else f"KL per token {self.kl_mean:.3g}"
+        return f"Comparison({len(self.pairs)} prompts, {self.n_steered} tokens steered, {kl})"
+
     def to_text(self, width: int = 110) -> str:
         """Texts side by side, with the measures beneath them."""
         lines = []

@@ -49,6 +49,10 @@ class Steering(Opened):
         self.trace = Trace()
         self._meter = meter
 
+    def __repr__(self) -> str:
+        edits = ", ".join(f"{type(edit).__name__} at {hook}" for hook, edit in self.edits.items())
+        return f"Steering({edits})"
+
     def _open(self, stack: Unwinding) -> None:
         self.trace = Trace()
         if self._meter is not None:
@@ -133,6 +137,9 @@ class Steerer:
     def __init__(self, lm: LanguageModel, *, for_all_threads: bool = False) -> None:
         self.lm = lm
         self.for_all_threads = for_all_threads
+
+    def __repr__(self) -> str:
+        return f"Steerer({self.lm})"
 
     def edit(
         self,

@@ -104,7 +104,7 @@ def test_what_does_not_go_with_a_store(
         ([], "--k 0 must lie between 1"),
         (["--ks", "2", "--hooks", "blocks.0.hook_mlp_out"], "no hook point 'blocks.0.hook_mlp_out'"),
         (["--ks", "2", "--runs", "none.yaml"], "not both"),
-        (["--runs", "none.yaml"], "none.yaml cannot be read"),
+        (["--runs", "none.yaml"], "none.yaml: no such file"),
     ],
 )
 def test_mistakes_in_a_sweep(

@@ -70,6 +70,16 @@ class Decomposition:
     model_name: str
     """Their model; empty when unknown."""
 
+    def __repr__(self) -> str:
+        pairs = zip(self.features[:3].tolist(), self.coefficients[:3].tolist())
+        first = ", ".join(f"{feature}: {coefficient:+.3g}" for feature, coefficient in pairs)
+        more = ", ..." if len(self) > 3 else ""
+        warned = f", {len(self.warnings)} warnings" if self.warnings else ""
+        return (
+            f"Decomposition({self.method}, {len(self)} features {{{first}{more}}}, explained variance "
+            f"{self.explained_variance:.3f}{warned})"
+        )
+
     def __len__(self) -> int:
         return len(self.features)
 

@@ -123,6 +123,12 @@ class SteeringEvaluation:
     config: EvaluationConfig
     """The settings."""
 
+    def __repr__(self) -> str:
+        scales = ", ".join(f"{name} at scale {chosen.scale:g}" for name, chosen in self.chosen.items())
+        return (
+            f"SteeringEvaluation({self.model_name}, {len(self.prompts)} prompts, chosen by {self.objective}: {scales})"
+        )
+
     def to_text(self) -> str:
         """Two tables: the chosen scales on unseen prompts with intervals, and the curves."""
         measured = {name for c in self.chosen.values() for name in c.estimates}

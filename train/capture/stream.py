@@ -90,6 +90,9 @@ class ActivationStream:
         self.n_passed = 0
         """Forward batches gone past until now, run or not: while it rises, reading advances."""
 
+    def __repr__(self) -> str:
+        return f"ActivationStream({self.hook_name} [{self.d_in}] of {self.model_name} over {self._capture.text.name})"
+
     def run_part(self, part: int, n_parts: int) -> None:
         """From now on run the model over every `n_parts`-th forward batch alone, beginning with batch `part`.
 

@@ -87,6 +87,11 @@ class FeatureReport:
     stats: FeatureStats
     """Statistics of every feature over the store."""
 
+    def __repr__(self) -> str:
+        return (
+            f"FeatureReport({len(self.features)} features of {len(self.stats.max_act)}, {self.stats.n_tokens:,} tokens)"
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the features as a JSON list."""
         write_json(path, [asdict(feature) for feature in self.features], indent=1, ensure_ascii=False)

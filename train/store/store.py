@@ -149,6 +149,11 @@ class ActivationStore:
         """Bytes of all shards on disk."""
         return sum(record.bytes for shard in self.manifest.shards for record in shard.files.values())
 
+    def __repr__(self) -> str:
+        hooks = ", ".join(f"{hook} [{self.width(hook)}]" for hook in self.hook_names)
+        model = self.model_name or "an unknown model"
+        return f"ActivationStore({str(self.path)!r}, {self.n_rows:,} rows, {hooks} of {model})"
+
     @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that identify the content.
@@ -402,6 +407,9 @@ class HookView:
         """The sum of the widths."""
         self.hook_name = "+".join(self.hooks)
         self.model_name, self.fingerprint = store.model_name, store.fingerprint
+
+    def __repr__(self) -> str:
+        return f"HookView({', '.join(self.hooks)} of {self.store})"
 
     def stats(self, hook: str | None = None) -> ActivationStats:
         """Statistics of one of the hook points, or of the rows side by side.
