@@ -120,7 +120,7 @@ def test_an_interrupt_saves_a_checkpoint(
         step(self, x)
 
     monkeypatch.setattr(Trainer, "step", interrupted_step)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="interrupted; the same command resumes .*run from step 13"):
         train_sae(store, CONFIG, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "step_00000013" / "state.safetensors").is_file()
 
@@ -139,7 +139,7 @@ def test_ctrl_c_ends_a_run_between_two_steps(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_add", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="resumes .*cut from step 14"):
             train_sae(store, CONFIG, tmp_path / "cut")
     assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step_00000014"]
     train_sae(store, CONFIG, tmp_path / "cut")
@@ -154,7 +154,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_saves_nothing_half_done(
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "_add", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="before the first checkpoint of .*run; the same command begins again"):
         train_sae(store, CONFIG, tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

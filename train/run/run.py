@@ -256,25 +256,39 @@ def train(runs: Sequence[Run], preemption: Preemption | None = None) -> None:
     Asked to end (SIGTERM, Ctrl-C; by `preemption`, which is entered, if it is given) they are all saved in the same
     step, and a PreemptedError or KeyboardInterrupt is raised.
     """
+    try:
+        with using(runs[0].config.kernels, runs[0].device):
+            _train(runs, preemption)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_interrupted(runs[0])) from None
+
+
+def _train(runs: Sequence[Run], preemption: Preemption | None) -> None:
     first = runs[0]
-    with using(first.config.kernels, first.device):
-        with ExitStack() as stack:
-            if preemption is None:
-                elsewhere = lambda: getattr(first.source, "preempted", False)  # noqa: E731
-                preemption = stack.enter_context(Preemption(first.ranks.control, elsewhere))
-            for run in runs:
-                stack.enter_context(run.started())
-            try:
-                _take_steps(runs, preemption)
-            except KeyboardInterrupt:
-                if first.ranks.mesh.world_size == 1 and not preemption.interrupted:
-                    for run in runs:
-                        if run.trainer.between_steps:
-                            run.save()
-                log.warning("interrupted at step %d; the same command resumes from here", first.n_steps_done)
-                raise
+    with ExitStack() as stack:
+        if preemption is None:
+            elsewhere = lambda: getattr(first.source, "preempted", False)  # noqa: E731
+            preemption = stack.enter_context(Preemption(first.ranks.control, elsewhere))
         for run in runs:
-            run.finish()
+            stack.enter_context(run.started())
+        try:
+            _take_steps(runs, preemption)
+        except KeyboardInterrupt:
+            if first.ranks.mesh.world_size == 1 and not preemption.interrupted:
+                for run in runs:
+                    if run.trainer.between_steps:
+                        run.save()
+            raise
+    for run in runs:
+        run.finish()
+
+
+def _interrupted(run: Run) -> str:
+    """What is true of a run that Ctrl-C ended: what is on disk now."""
+    saved = run.checkpoints.steps()
+    if not saved:
+        return f"interrupted before the first checkpoint of {run.folder.path}; the same command begins again"
+    return f"interrupted; the same command resumes {run.folder.path} from step {saved[-1]}"
 
 
 def _take_steps(runs: Sequence[Run], preemption: Preemption) -> None:
