@@ -29,7 +29,24 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     return ActivationStore.from_tensors(rows.split(5000), out, HOOK, dtype="float32")
 
 
+@pytest.fixture(autouse=True)
+def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slowest part by far of runs this short: drawn by one test alone."""
+    if request.node.originalname != "test_the_run_folder_holds_what_it_says":
+        monkeypatch.setattr("steersman.train.run.run.plot_run", lambda *_: None)
+
+
 CONFIG = TrainConfig(d_sae=40, k=3, batch_size=256, seed=3, device="cpu", checkpoint_every=40, tokens=25_600)
+
+
+@pytest.fixture(scope="module")
+def whole(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `CONFIG` that was never interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("steersman.train.run.run.plot_run", lambda *_: None)
+        train_sae(store, CONFIG, out)
+    return out
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
@@ -74,26 +91,20 @@ def test_the_run_folder_holds_what_it_says(store: ActivationStore, tmp_path: Pat
     ],
     ids=["topk", "batch_topk", "ema, clipping, several epochs"],
 )
-@pytest.mark.parametrize("stop_at", [41, 95])
-def test_resuming_equals_an_uninterrupted_run(
-    config: TrainConfig, stop_at: int, store: ActivationStore, tmp_path: Path
-) -> None:
+def test_resuming_equals_an_uninterrupted_run(config: TrainConfig, store: ActivationStore, tmp_path: Path) -> None:
     whole = train_sae(store, config, tmp_path / "whole")
-    with stopped_before(stop_at):
-        train_sae(store, config, tmp_path / "cut")
-    torch.manual_seed(99)  # whatever else happened in the process
-    cut = train_sae(store, config, tmp_path / "cut")
-    assert_equal_weights(whole, cut)
+    for stop_at in (41, 95):
+        run = tmp_path / f"cut at {stop_at}"
+        with stopped_before(stop_at):
+            train_sae(store, config, run)
+        torch.manual_seed(99)  # whatever else happened in the process
+        assert_equal_weights(whole, train_sae(store, config, run))
+        assert logged(tmp_path / "whole") == logged(run)
+        assert weight_bytes(tmp_path / "whole") == weight_bytes(run)
 
-    assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
-    assert weight_bytes(tmp_path / "whole") == weight_bytes(tmp_path / "cut")
 
-
-def test_a_power_cut_at_any_moment_loses_at_most_a_checkpoint(
-    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_power_cut_at_any_moment_loses_at_most_a_checkpoint(store: ActivationStore, tmp_path: Path) -> None:
     """Every fifth change to the disk: while checkpoints are written and deleted, and while the SAE is saved."""
-    monkeypatch.setattr("steersman.train.run.run.plot_run", lambda *_: None)  # the slowest part by far
     config = replace(CONFIG, tokens=64 * 20, batch_size=64, checkpoint_every=4, statistics_tokens=640)
     train_sae(store, config, tmp_path / "whole")
     whole = (tmp_path / "whole" / "sae_weights.safetensors").read_bytes()
@@ -126,10 +137,9 @@ def test_an_interrupt_saves_a_checkpoint(
 
 
 def test_ctrl_c_ends_a_run_between_two_steps(
-    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: ActivationStore, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However far a step is when it comes, what is saved is what an uninterrupted run has there."""
-    train_sae(store, CONFIG, tmp_path / "whole")
     add = Trainer._add
 
     def interrupted(self: Trainer, *args: Any) -> None:
@@ -143,7 +153,7 @@ def test_ctrl_c_ends_a_run_between_two_steps(
             train_sae(store, CONFIG, tmp_path / "cut")
     assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step_00000014"]
     train_sae(store, CONFIG, tmp_path / "cut")
-    assert weight_bytes(tmp_path / "cut") == weight_bytes(tmp_path / "whole")
+    assert weight_bytes(tmp_path / "cut") == weight_bytes(whole)
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once_and_saves_nothing_half_done(
@@ -269,14 +279,13 @@ def test_a_folder_of_another_configuration_is_refused(store: ActivationStore, tm
     ids=str,
 )
 def test_what_says_only_how_a_run_is_computed_may_change_when_it_is_resumed(
-    changed: dict[str, Any], store: ActivationStore, tmp_path: Path
+    changed: dict[str, Any], store: ActivationStore, whole: Path, tmp_path: Path
 ) -> None:
-    train_sae(store, CONFIG, tmp_path / "whole")
     with stopped_before(58):
         train_sae(store, CONFIG, tmp_path / "cut")
     recorded = (tmp_path / "cut" / "config.json").read_bytes()
     train_sae(store, replace(CONFIG, **changed), tmp_path / "cut")
-    assert weight_bytes(tmp_path / "cut") == weight_bytes(tmp_path / "whole")
+    assert weight_bytes(tmp_path / "cut") == weight_bytes(whole)
     assert (tmp_path / "cut" / "config.json").read_bytes() == recorded
 
 
