@@ -20,6 +20,7 @@ from torch import Tensor
 from steersman.config import merged
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
+from steersman.files import check_place
 from steersman.kernels import using
 from steersman.parallel import Mesh, Ranks, rank_and_world_size, use_local_accelerator
 from steersman.progress import progress
@@ -346,6 +347,7 @@ def train_sae(
     if out is None:
         raise SteersmanError("train_sae needs out=...: the folder for the run")
     config = merged(TrainConfig, config, overrides)
+    check_place(out, "folder")
     if isinstance(source, str | os.PathLike):
         source = ActivationStore.open(source)
     rank, n_ranks = rank_and_world_size()
