@@ -63,7 +63,7 @@ COMMANDS: dict[str, Command] = {
     "features": Command("steersman.commands.features:run", "see what each feature fires on and writes", writes=FILE),
     "plan": Command("steersman.commands.plan:run", "memory, network and time that a training run needs"),
     "steer": Command("steersman.commands.steer:run", "generate text with features turned up or down", writes=FILE),
-    "inspect": Command("steersman.commands.inspect:run", "see what an SAE's files hold, in any format"),
+    "inspect": Command("steersman.commands.inspect:run", "see what a model, store, run, SAE, vector or map holds"),
     "convert": Command(
         "steersman.commands.convert:run", "write an SAE in another library's format", writes={"target": "folder"}
     ),

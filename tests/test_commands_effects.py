@@ -1,5 +1,6 @@
 """`steersman effects` and `steersman target`: from a folder to a vector, and one line for each mistake."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,10 @@ def test_from_effects_to_a_vector(files: Path, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().out
     assert "60 vectors at blocks.1.hook_resid_post of llama" in said
     assert "map.safetensors" in said
+    main(["inspect", str(files / "e"), "--json", "--verify"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["complete"], found["vectors"]) == ("effects", True, 60)
+    assert found["map"]["features"] == found["SAE"]["d_sae"]
     m = EffectMap.load(files / "e")
     feature = int(m.signal.argmax())
     target = ["target", "--effects", str(files / "e"), "--min-signal", "0", "--feature", f"{feature}=2"]
