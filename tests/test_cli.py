@@ -110,7 +110,7 @@ WITH_MODEL = ["--sae", "{run}", "--store", "{acts}", "--model", MODEL]
         ([*TRAIN, "--store", "{other}"], "{other}"),
         ([*TRAIN, "--store", "{acts}", "--hook", "blocks.0.hook_mlp_out"], "no hook point"),
         (["train", "--out", "{run}", *TRAIN[3:], "--store", "{acts}"], "another configuration"),
-        (["train", "--config", "{other}"], "cannot be read"),
+        (["train", "--config", "{other}"], "no such file"),
         ([*CACHE, "--text", "{other}", "--hook", HOOK], "no such file"),
         ([*CACHE, "--text", "{empty}", "--hook", HOOK], "empty.txt"),
         ([*CACHE, "--text", "{text}", "--hook", "blocks.9.hook_resid_post"], "4"),

@@ -66,12 +66,14 @@ def test_each_kind(things: Path, capsys: pytest.CaptureFixture[str], name: str, 
 
 
 def test_a_model(capsys: pytest.CaptureFixture[str]) -> None:
-    found = look(capsys, MODEL_PATH)
+    found = look(capsys, MODEL_PATH, "--verify")
     assert found["kind"] == "model"
     assert (found["layers"], found["width"], found["vocabulary"], found["context length"]) == (4, 128, 1728, 256)
     assert found["tokenizer adds BOS"] is True
     assert found["chat template"] is False
-    assert "blocks.{0..3}.hook_resid_post" in found["hook points"]
+    assert "blocks.{0..3}.hook_resid_mid" in found["hook points"]
+    laid_out = look(capsys, MODEL_PATH)["hook points by its layout (--verify tries them)"]
+    assert sorted(laid_out) == sorted(found["hook points"])
 
 
 def test_what_is_damaged_is_one_line(things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

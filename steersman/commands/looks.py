@@ -14,7 +14,9 @@ from steersman.commands.options import model_config
 from steersman.commands.vector_show import record as vector_record
 from steersman.errors import SteersmanError
 from steersman.files import format_bytes
-from steersman.lm.hooks import HookMap
+from steersman.lm import LanguageModel
+from steersman.lm.hooks import KINDS
+from steersman.lm.layout import block_parts, find_blocks
 from steersman.lm.load import local_folder, model_class
 from steersman.lm.tokens import TextEncoder
 from steersman.reading import read_json_object
@@ -33,11 +35,10 @@ from steersman.train.store.manifest import FORMAT as STORE_FORMAT
 from steersman.train.store.manifest import MANIFEST
 
 Record = dict[str, Any]
-KINDS = ("model", "store", "run", "SAE", "vector", "effects", "effect map")
 
 
 def kind_of(path: str) -> str:
-    """What is named: one of `KINDS`. What is no file or folder of another kind, hub ids among them, is an SAE."""
+    """What is named: model, store, run, vector, effects, effect map or SAE, which hub ids are taken for."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         if (folder / MANIFEST).is_file():
@@ -71,7 +72,7 @@ def look(path: str, kind: str, *, format: str | None = None, verify: bool = Fals
     """What is known of it, named in the order to show. With `verify` everything in it is read and compared with its
     checksums. Raises SteersmanError for what cannot be read."""
     looks: Mapping[str, Callable[[], Record]] = {
-        "model": lambda: look_at_model(path),
+        "model": lambda: look_at_model(path, verify=verify),
         "store": lambda: look_at_store(path, verify=verify),
         "run": lambda: look_at_run(path),
         "vector": lambda: look_at_vector(path),
@@ -96,8 +97,8 @@ def look_at_sae(path: str, format: str | None) -> Record:
     return {**asdict(found), "text": found.to_text()}
 
 
-def look_at_model(path: str, revision: str | None = None) -> Record:
-    """A model by its configuration and tokenizer; its weights are not read."""
+def look_at_model(path: str, revision: str | None = None, *, verify: bool = False) -> Record:
+    """A model by its configuration and tokenizer. Its weights are read with `verify`, which tries the hook points."""
     from transformers import AutoTokenizer
 
     config = model_config(path, revision)
@@ -109,9 +110,12 @@ def look_at_model(path: str, revision: str | None = None) -> Record:
         raise SteersmanError(f"the tokenizer of {path} cannot be read: {error}") from error
     with torch.device("meta"):
         model = model_class(config).from_config(config)
-    points = HookMap(model, text).points
-    of_a_layer = [name.split(".", 2)[2] for name in points if name.startswith("blocks.0.")]
-    counts = Counter(name.split(".", 2)[2] for name in points if name.startswith("blocks."))
+    if verify:
+        names = LanguageModel.load(path, revision=revision, dtype="auto", bos=False).hook_names()
+    else:
+        blocks = enumerate(find_blocks(model, text.num_hidden_layers)[1])
+        names = [f"blocks.{layer}.{KINDS[kind][0]}" for layer, block in blocks for kind in block_parts(block)]
+    counts = Counter(name.split(".", 2)[2] for name in names if name.startswith("blocks."))
     bos = tokenizer.bos_token
     adds = bos is not None and TextEncoder(tokenizer, is_encoder=False, bos=False).adds_bos
     files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")] if folder else []
@@ -130,11 +134,10 @@ def look_at_model(path: str, revision: str | None = None) -> Record:
         "tokenizer adds BOS": adds,
         "EOS": tokenizer.eos_token,
         "chat template": bool(getattr(tokenizer, "chat_template", None)),
-        "hook points": [name for name in points if not name.startswith("blocks.")]
-        + [
+        "hook points" if verify else "hook points by its layout (--verify tries them)": [
             f"blocks.{{0..{text.num_hidden_layers - 1}}}.{name}"
-            + ("" if counts[name] == text.num_hidden_layers else f" ({counts[name]} of the layers)")
-            for name in dict.fromkeys([*of_a_layer, *counts])
+            + ("" if count == text.num_hidden_layers else f" ({count} of the layers)")
+            for name, count in counts.items()
         ],
     }
 

@@ -10,17 +10,53 @@ from typing import Any
 from steersman.demo.results import Results, SteeredTarget
 from steersman.files import write_text
 from steersman.steer import plot_decompositions
+from steersman.visible import visible
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; margin: 1em 0; } td, th { padding: .2em .8em; text-align: left; }
-tr:nth-child(even) { background: #f6f6f6; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; } .pair p { background: #f6f6f6; padding: .8em; }
-mark { background: #ffe08a; } .context { font-family: ui-monospace, monospace; font-size: 13px; }
-img { max-width: 100%; } details { margin: .3em 0; } .muted { color: #777; }
-@media (max-width: 640px) { .pair { grid-template-columns: 1fr; } }
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --faint: #666; --line: #ddd; --shade: #f4f4f5;
+  --plain: #8a8f98; --steered: #2563eb; --steered-shade: #e8effd; --mark: #ffe08a; --mark-ink: #222; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e4e7; --paper: #18181b; --faint: #a1a1aa; --line: #3f3f46;
+  --shade: #232326; --plain: #71717a; --steered: #60a5fa; --steered-shade: #1c2740; --mark: #8a6d1a;
+  --mark-ink: #fff; } }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: var(--ink);
+  background: var(--paper); overflow-wrap: anywhere; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; border-bottom: 1px solid var(--line); }
+.scroll { overflow-x: auto; margin: 1em 0; overflow-wrap: normal; }
+table { border-collapse: collapse; } td, th { padding: .2em .8em; text-align: left; vertical-align: top; }
+tr:nth-child(even) { background: var(--shade); }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .8em; margin: .8em 0; } .pair > * { min-width: 0; }
+.box { background: var(--shade); border-left: 4px solid var(--plain); padding: .5em .8em; }
+.box b { display: block; font-size: 12px; letter-spacing: .04em; text-transform: uppercase; color: var(--faint); }
+.box.steered { background: var(--steered-shade); border-color: var(--steered); }
+.box.steered b { color: var(--steered); } .box p { margin: .2em 0 0; }
+mark { background: var(--mark); color: var(--mark-ink); }
+.context { font-family: ui-monospace, monospace; font-size: 13px; }
+img { max-width: 100%; background: #fff; border-radius: 4px; } details { margin: .3em 0; }
+.muted { color: var(--faint); }
+@media (max-width: 640px) { .pair { grid-template-columns: 1fr; gap: .4em; } td, th { padding: .2em .5em; } }
 """
+
+FIGURES = {
+    "fvu": "variance left unexplained (FVU)",
+    "fvu_ordinary": "the same without rows of huge norm",
+    "n_large": "rows of huge norm",
+    "cosine": "cosine of input and reconstruction",
+    "explained_variance": "variance explained",
+    "relative_norm": "length of the reconstruction over that of the input",
+    "l0": "active features a token (L0)",
+    "dead_share": "features that never fire",
+    "dense_share": "features that fire on more than a tenth of the tokens",
+    "n_tokens": "tokens measured",
+    "ce_unsteered": "loss of the model, nats a token",
+    "ce_spliced": "loss with the reconstruction in its place",
+    "ce_mean_ablated": "loss with the mean activation in its place",
+    "ce_recovered": "loss recovered (1 is all of it)",
+    "kl": "KL of the model from itself with the reconstruction, nats",
+    "n_predictions": "tokens predicted",
+}
+"""Name of a figure -> what it is called in the report."""
 
 
 def write_report(results: Results, path: Path) -> None:
@@ -30,7 +66,7 @@ def write_report(results: Results, path: Path) -> None:
     body = "\n".join(section for section in sections if section)
     head = f"<h1>Steersman on {escape(results.model_name)}</h1><p>{escape(results.hook_name)}</p>"
     page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Steersman</title><style>{STYLE}</style>"
-    page += f"<meta name='viewport' content='width=device-width'><body>{head}{body}</body></html>\n"
+    page += f"<meta name='viewport' content='width=device-width, initial-scale=1'><body>{head}{body}</body></html>\n"
     write_text(path, page)
 
 
@@ -42,7 +78,17 @@ def _table(header: list[str], rows: list[list[Any]]) -> str:
 
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f"<div class=scroll><table><tr>{head}</tr>{body}</table></div>"
+
+
+def _pairs(names: tuple[str, str], pairs: list[tuple[str, str]], words: tuple[str, ...]) -> str:
+    """Texts side by side, or on a phone one below the other, each under its name."""
+    boxes = []
+    for texts in pairs:
+        sides = zip(("box plain", "box steered"), names, texts)
+        inside = [f"<div class='{c}'><b>{escape(name)}</b><p>{_marked(t, words)}</p></div>" for c, name, t in sides]
+        boxes.append(f"<div class=pair>{''.join(inside)}</div>")
+    return "\n".join(boxes)
 
 
 def _picture(png: bytes, what: str) -> str:
@@ -51,8 +97,9 @@ def _picture(png: bytes, what: str) -> str:
 
 def _measures(results: Results) -> str:
     evaluation = results.evaluation.to_json()
-    rows = [[name, value] for part in evaluation.values() if part for name, value in part.items()]
-    return "<h2>The SAE</h2>" + _table(["measure", "held out"], rows)
+    figures = [item for part in evaluation.values() if part for item in part.items()]
+    rows = [[FIGURES.get(name, name.replace("_", " ")), value] for name, value in figures]
+    return "<h2>The SAE</h2>" + _table(["measure", "on what was held out"], rows)
 
 
 def _training(results: Results) -> str:
@@ -84,10 +131,8 @@ def _steering(results: Results) -> str:
             f"{best.rate:.1f} in 100, and the text costs {best.nll - plain.nll:+.2f} nats per token under the "
             "unsteered model.</p>"
         )
-        parts.append("<div class=pair><b>unsteered</b><b>steered</b>")
-        for pair in list(zip(plain.texts, best.texts))[:4]:
-            parts += [f"<p>{_marked(text, steered.target.words)}</p>" for text in pair]
-        parts.append("</div>")
+        pairs = list(zip(plain.texts, best.texts))[:4]
+        parts.append(_pairs(("unsteered", "steered"), pairs, steered.target.words))
     return "\n".join(parts)
 
 
@@ -105,12 +150,9 @@ def _targeting(results: Results) -> str:
     header = ["", "norm", "KL per token", f"words of {targeted.target.name} per 100", "nats per token"]
     table = _table(header, [[way.name, way.norm, way.kl, way.rate, way.nll] for way in targeted.ways])
     plain, optimised = targeted.ways[1], targeted.ways[-1]
-    parts = [f"<h2>A vector for what a feature does: {name}</h2>", intro, table]
-    parts.append(f"<div class=pair><b>{plain.name}</b><b>{optimised.name}</b>")
-    for pair in list(zip(plain.texts, optimised.texts))[:4]:
-        parts += [f"<p>{_marked(text, targeted.target.words)}</p>" for text in pair]
-    parts.append("</div>")
-    return "\n".join(parts)
+    pairs = list(zip(plain.texts, optimised.texts))[:4]
+    boxes = _pairs((plain.name, optimised.name), pairs, targeted.target.words)
+    return "\n".join([f"<h2>A vector for what a feature does: {name}</h2>", intro, table, boxes])
 
 
 def _contrast(results: Results) -> str:
@@ -149,7 +191,7 @@ def _contrast(results: Results) -> str:
 
 def _marked(text: str, words: tuple[str, ...]) -> str:
     pattern = r"\b(" + "|".join(re.escape(escape(word)) for word in words) + r")\b"
-    return re.sub(pattern, r"<mark>\1</mark>", escape(text), flags=re.IGNORECASE)
+    return re.sub(pattern, r"<mark>\1</mark>", escape(visible(text)), flags=re.IGNORECASE)
 
 
 def _dose_plot(steered: list[SteeredTarget]) -> bytes:
@@ -176,10 +218,12 @@ def _features(results: Results) -> str:
     for feature in alive:
         name = f" · {escape(names[feature.id])}" if feature.id in names else ""
         head = f"{feature.id}{name} · density {100 * feature.density:.2f} % · max {feature.max_act:.1f}"
-        promotes = f"<p class=muted>promotes {escape(' '.join(map(repr, feature.promotes)))}</p>"
+        promotes = (
+            f"<p class=muted>promotes {escape(' '.join(f'“{visible(token)}”' for token in feature.promotes))}</p>"
+        )
         contexts = "".join(
-            f"<div class=context>{c.activation:.1f} {escape(c.before)}<mark>{escape(c.token)}</mark>"
-            f"{escape(c.after)}</div>"
+            f"<div class=context>{c.activation:.1f} {escape(visible(c.before))}<mark>{escape(visible(c.token))}</mark>"
+            f"{escape(visible(c.after))}</div>"
             for c in feature.contexts
         )
         parts.append(f"<details><summary>{head}</summary>{promotes}{contexts}</details>")
