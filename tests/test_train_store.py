@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,34 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path, store: Activation
     with pytest.raises(SteersmanError, match="not empty"):
         ActivationStore.from_tensors([X], store.path, HOOK)
     assert ActivationStore.open(store.path, verify=True).n_rows == N
+
+
+def test_two_processes_do_not_write_one_store(tmp_path: Path) -> None:
+    def batches() -> Iterator[torch.Tensor]:
+        yield X[:100]
+        with pytest.raises(SteersmanError, match="another process is writing"):
+            ActivationStore.from_tensors([X], tmp_path / "acts", HOOK)
+        yield X[100:]
+
+    store = ActivationStore.from_tensors(batches(), tmp_path / "acts", HOOK)
+    assert torch.equal(store.activations(torch.arange(N)), X)
+    assert [child.name for child in tmp_path.iterdir()] == ["acts"]
+
+
+def test_what_a_killed_run_left_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    manifest = Manifest(model_name="", dtype="float32", hooks={"a": 2}, config={"source": "tensors"})
+    writer = StoreWriter.begin(tmp_path / ".acts.partial", manifest, shard_rows=10)
+    row = np.arange(25)
+    writer.append({"a": torch.ones(25, 2)}, row, row, row)
+    assert writer._lock is not None
+    writer._lock.release()  # as a killed process does
+    assert ActivationStore.from_tensors([X], tmp_path / "acts", HOOK).n_rows == N
+    assert [child.name for child in tmp_path.iterdir()] == ["acts"]
+    (tmp_path / ".other.partial").mkdir()
+    (tmp_path / ".other.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(SteersmanError, match="files that Steersman did not write"):
+        ActivationStore.from_tensors([X], tmp_path / "other", HOOK)
+    assert (tmp_path / ".other.partial" / "notes.txt").read_text() == "mine"
 
 
 # The order of reading
@@ -465,6 +493,64 @@ def test_a_large_store_is_verified_on_request(tmp_path: Path) -> None:
     store = ActivationStore.open(tmp_path / "acts", verify=False)
     with pytest.raises(SteersmanError, match=f"{SHARD}.*checksum"):
         store.verify()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("behind", [0, 1 << 40])
+def test_shards_of_a_large_store_are_verified_as_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: bool, behind: int
+) -> None:
+    monkeypatch.setattr("steersman.train.store.store._VERIFIED_AT_OPEN", 0)
+    monkeypatch.setattr("steersman.train.store.store._VERIFIED_BEHIND", behind)
+    store_of(X, tmp_path / "acts")
+    _flip(tmp_path / "acts" / SHARD)
+    store = ActivationStore.open(tmp_path / "acts")
+    assert torch.equal(store.activations(torch.arange(400)), X[:400])
+    with pytest.raises(SteersmanError, match=f"{SHARD}.*checksum"):
+        store.activations(torch.tensor([410]))
+    store = ActivationStore.open(tmp_path / "acts")
+    with pytest.raises(SteersmanError, match=f"{SHARD}.*checksum"):
+        sum(len(batch) for epoch in range(1000) for batch in store.batches(50, shuffle=shuffle, epoch=epoch))
+    _flip(tmp_path / "acts" / ROWS)
+    with pytest.raises(SteersmanError, match=f"{ROWS}.*checksum"):
+        ActivationStore.open(tmp_path / "acts").tokens(0, 500)
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("damage", [_cut, Path.unlink])
+@pytest.mark.parametrize("file", [SHARD, ROWS])
+def test_files_that_vanish_while_a_store_is_read_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, damage: Callable[[Path], None], mapped: bool
+) -> None:
+    if not mapped:
+        monkeypatch.setattr("steersman.train.store.mapping.max_mapped", lambda: 0)
+    for begun in (False, True):
+        store = store_of(X, tmp_path / f"acts{begun}")
+        rows = torch.arange(400, 500)
+        if begun:
+            store.activations(rows)
+            store.row_info(rows)
+        damage(store.path / file)
+        if begun and file == SHARD and mapped:
+            monkeypatch.setattr(store._mapped(HOOK)._guard, "_next", 0.0)  # pyright: ignore[reportAttributeAccessIssue]
+        with pytest.raises(SteersmanError, match=f"{file}.*(cut short|missing)"):
+            store.activations(rows) if file == SHARD else store.row_info(rows)
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.lists(st.integers(0, 2999), max_size=60))
+def test_shards_too_many_to_be_mapped_are_read(tmp_path_factory: pytest.TempPathFactory, rows: list[int]) -> None:
+    folder = Path(tmp_path_factory.getbasetemp()) / "many"
+    store = ActivationStore.open(folder) if folder.exists() else store_of_hooks(folder, a=2, b=512)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("steersman.train.store.mapping.max_mapped", lambda: 3)
+        other = ActivationStore.open(folder)
+        for hook in "ab":
+            expected = store.activations(np.array(rows), hook)
+            assert torch.equal(other.activations(np.array(rows), hook), expected)
+        if rows:
+            batches = zip(store.batches(64, hook=["b", "a"]), other.batches(64, hook=["b", "a"]), strict=True)
+            assert all(torch.equal(one.x, two.x) for one, two in batches)
 
 
 def test_missing_statistics_are_named(tmp_path: Path) -> None:

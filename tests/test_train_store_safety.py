@@ -176,6 +176,49 @@ def test_a_process_that_is_asked_to_end_keeps_its_rows_too(lm: LanguageModel, tm
     assert ActivationStore.open(tmp_path / "acts", allow_partial=True).n_rows > 0
 
 
+# Growing
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_a_store_grows_to_the_bytes_of_one_cached_at_once(
+    lm: LanguageModel, tmp_path: Path, interrupted: Any, monkeypatch: pytest.MonkeyPatch, n_ranks: int
+) -> None:
+    whole = cached(lm, tmp_path / "whole", tokens=1000)
+    cached(lm, tmp_path / "acts", tokens=250)
+    for wrong, message in (({}, "tokens was 250, now 1000"), ({"extend": True, "batch_size": 8}, "batch_size was")):
+        with pytest.raises(SteersmanError, match=message):
+            cached(lm, tmp_path / "acts", **{"tokens": 1000, **wrong})
+    assert cached(lm, tmp_path / "acts", tokens=610, extend=True).n_rows == 610
+    with pytest.raises(SteersmanError, match="holds 610 tokens already"):
+        cached(lm, tmp_path / "acts", tokens=600, extend=True)
+    if n_ranks == 1:
+        stop(lm, tmp_path / "acts", interrupted, tokens=1000, extend=True, passes=3)
+        monkeypatch.undo()
+        cached(lm, tmp_path / "acts", tokens=1000)  # an extension that was begun is resumed by either command
+    else:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SteersmanError, match="shards are missing"):
+            cached(lm, tmp_path / "acts", tokens=1000, extend=True, timeout_seconds=0.0)
+        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(SteersmanError, match="start rank 0 again"):
+            cached(lm, tmp_path / "acts", tokens=1000, extend=True, timeout_seconds=0.0)
+        monkeypatch.setenv("RANK", "0")
+        cached(lm, tmp_path / "acts", tokens=1000, extend=True, timeout_seconds=0.0)
+    assert digests(tmp_path / "acts") == digests(whole.path)
+
+
+def test_a_store_whose_text_has_ended_grows_with_the_text(
+    lm: LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = cached(lm, tmp_path / "whole", DOCUMENTS, tokens=None)
+    part = cached(lm, tmp_path / "acts", DOCUMENTS[:20], tokens=None)
+    assert cached(lm, tmp_path / "acts", DOCUMENTS[:20], tokens=None, extend=True).n_rows == part.n_rows
+    found = digests(cached(lm, tmp_path / "acts", DOCUMENTS, tokens=None, extend=True).path)
+    assert {n: d for n, d in found.items() if n != "manifest.json"} == {
+        n: d for n, d in digests(whole.path).items() if n != "manifest.json"
+    }  # which says of which text it was begun
+
+
 # Several at one folder
 
 

@@ -7,6 +7,7 @@ each (`parallel_cache.py`).
 
 import logging
 import shutil
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 
 from steersman.config import merged
 from steersman.deprecation import renamed_fields
-from steersman.errors import SteersmanError
+from steersman.errors import LostRankError, SteersmanError
 from steersman.files import format_bytes
 from steersman.lm import LanguageModel
 from steersman.parallel import Mesh, Ranks, process_group, rank_and_world_size, use_local_accelerator
@@ -23,7 +24,9 @@ from steersman.train.capture.capture import Capture, CaptureConfig
 from steersman.train.capture.lockstep import cache_in_lockstep
 from steersman.train.capture.parallel_cache import cache_on_ranks
 from steersman.train.capture.shared_store import SharedStore, has_parts
-from steersman.train.store.manifest import Manifest
+from steersman.train.store.folder import CheckText
+from steersman.train.store.growth import reopen
+from steersman.train.store.manifest import MANIFEST, Manifest
 from steersman.train.store.shards import DTYPES
 from steersman.train.store.statistics import SKIP_NEEDS_ONE_PROCESS
 from steersman.train.store.store import ActivationStore
@@ -43,6 +46,8 @@ class CacheConfig(CaptureConfig):
     """Rows to cache, counted after tokens are left out; None for the whole text."""
     shard_rows: int = 131_072
     """Rows of a shard. An interruption loses the unfinished shard."""
+    extend: bool = False
+    """Let a store that is there grow to `tokens`. It then has the bytes of one that was cached at once."""
     tensor_parallel: bool = False
     """With several processes (torchrun): split every layer of the model over them, instead of giving each a part of the
     text."""
@@ -93,6 +98,8 @@ def cache_activations(
         limits: dict[str, Any] = {
             "shard_rows": config.shard_rows, "max_rows": config.tokens, "check_text": capture.text.check,
         }  # fmt: skip
+        if config.extend:
+            _extend(out, manifest, config, rank, capture.text.check)
         if shared and not capture.lm.tensor_parallel:
             store = SharedStore(out, manifest, rank=rank, **limits)
             cache_on_ranks(store, capture, check_disk, n_ranks=n_ranks, timeout_seconds=config.timeout_seconds)
@@ -101,6 +108,18 @@ def cache_activations(
             with Ranks(Mesh(latent=n_ranks, rank=rank), config.timeout_seconds) as ranks:
                 cache_in_lockstep(capture, config.tokens, ranks, open_writer, check_disk)
         return ActivationStore.open(out, verify=False)
+
+
+def _extend(out: Path, manifest: Manifest, config: CacheConfig, rank: int, check_text: CheckText) -> None:
+    """On rank 0: `reopen`. The others wait until it is done."""
+    if rank == 0:
+        reopen(out, manifest, shard_rows=config.shard_rows, check_text=check_text)
+        return
+    end = time.monotonic() + config.timeout_seconds
+    while (out / MANIFEST).exists() and Manifest.load(out).config.get("tokens") != config.tokens:
+        if time.monotonic() > end:
+            raise LostRankError(f"{out}: rank 0 does not extend this store; run the whole command again")
+        time.sleep(0.1)
 
 
 def _manifest(capture: Capture, config: CacheConfig) -> Manifest:

@@ -2,8 +2,8 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,9 @@ import torch
 
 from steersman.errors import SteersmanError
 from steersman.files import fsync_folder
-from steersman.train.store.manifest import Manifest
+from steersman.folders import FolderLock, remove_folder
+from steersman.train.store.folder import only_begun, remove_store
+from steersman.train.store.manifest import MANIFEST, Manifest
 from steersman.train.store.shards import check_choices, disk_errors
 from steersman.train.store.store import ActivationStore
 from steersman.train.store.writer import StoreWriter
@@ -56,7 +58,7 @@ def write_tensors(
     if isinstance(batches, torch.Tensor | np.ndarray | Mapping):
         raise SteersmanError("batches must be an iterable of [n, d_in] arrays; wrap a single array in a list")
     temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
+    lock: FolderLock | None = _begin(temporary, out)
     writer: StoreWriter | None = None
     n_read = 0
     try:
@@ -66,7 +68,9 @@ def write_tensors(
                 manifest = Manifest(
                     model_name=model_name, dtype=dtype, hooks={hook_name: x.shape[1]}, config={"source": "tensors"}
                 )
-                writer = StoreWriter.begin(temporary, manifest, shard_rows=shard_rows, on_nonfinite=on_nonfinite)
+                writer = StoreWriter.begin(
+                    temporary, manifest, shard_rows=shard_rows, on_nonfinite=on_nonfinite, lock=lock
+                )
             width = writer.manifest.hooks[hook_name]
             if x.shape[1] != width:
                 raise SteersmanError(
@@ -79,16 +83,47 @@ def write_tensors(
             n_read += len(x)
         if writer is None:
             raise SteersmanError("no tensors to store: the iterable is empty")
-        writer.finish()
+        writer.finish(release=False)
         with disk_errors(out, "choose another folder for the store"):
             os.replace(temporary, out)
             fsync_folder(out.absolute().parent)
+        writer.abandon()
     except BaseException:
-        if writer is not None:
-            writer.abandon()
-        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            if writer is not None:
+                _remove(temporary, writer.manifest)
+                writer.abandon()
+            remove_folder(temporary, [])
         raise
+    finally:
+        lock.release()
     return ActivationStore.open(out, verify=False)
+
+
+def _begin(temporary: Path, out: Path) -> FolderLock:
+    """Make the folder that the store is written in, empty, and take its lock; SteersmanError when another process
+    writes there, or when it holds files that are not those of a store from tensors."""
+    with disk_errors(out, "choose another place for the store"):
+        temporary.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(temporary, f"the store {out}")
+        try:
+            if (temporary / MANIFEST).exists():  # left by a run that was killed
+                there = Manifest.load(temporary)
+                if there.config.get("source") == "tensors":
+                    _remove(temporary, there)
+            manifest = Manifest(model_name="", dtype="float32", hooks={"x": 1}, config={})
+            if not only_begun(temporary, manifest):
+                raise SteersmanError(f"{temporary}: holds files that Steersman did not write; move this folder away")
+            if out.exists() and any(out.iterdir()):
+                raise SteersmanError(f"{out}: another process wrote this store meanwhile; choose another folder")
+        except BaseException:
+            lock.release()
+            raise
+    return lock
+
+
+def _remove(temporary: Path, manifest: Manifest) -> None:
+    remove_store(temporary, manifest, range(len(manifest.shards) + 2), itself=False)
 
 
 def _check_item(item: Any, number: int, first_row: int) -> tuple[torch.Tensor, tuple[np.ndarray, ...]]:

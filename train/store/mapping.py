@@ -9,6 +9,7 @@ import ctypes
 import math
 import mmap
 import os
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from steersman.errors import SteersmanError
-from steersman.train.store.shards import DATA_OFFSET
+from steersman.train.store.shards import DATA_OFFSET, missing
 
 _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -37,6 +38,50 @@ class _Span:
     n_rows: int
     address: int
     n_bytes: int
+
+
+def _open(path: Path, n_bytes: int) -> int:
+    """A descriptor of a shard that holds so many bytes of rows."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        raise missing(path) from None
+    except OSError as error:
+        raise SteersmanError(f"{path} cannot be read: {error.strerror or error}") from error
+    if os.fstat(descriptor).st_size < DATA_OFFSET + n_bytes:
+        os.close(descriptor)
+        raise _cut_short(path)
+    return descriptor
+
+
+def _cut_short(path: Path) -> SteersmanError:
+    return SteersmanError(f"{path}: this shard was cut short while the store is read; restore it")
+
+
+class LengthGuard:
+    """Looks whether files are still as long as they were. Reading a mapping beyond the end of its file ends the
+    process without a word, and no check can rule that out; this one comes before every read, but takes no more than a
+    fiftieth of the time."""
+
+    def __init__(self, files: Sequence[tuple[Path, int]]) -> None:
+        """`files` are (path, bytes of rows)."""
+        self._files = [(path, DATA_OFFSET + n_bytes) for path, n_bytes in files if n_bytes]
+        self._next = 0.0
+
+    def check(self) -> None:
+        """Raise a SteersmanError naming a file that is gone or was cut short."""
+        began = time.monotonic()
+        if began < self._next:
+            return
+        for path, n_bytes in self._files:
+            try:
+                size = os.stat(path).st_size
+            except OSError:
+                raise missing(path) from None
+            if size < n_bytes:
+                raise _cut_short(path)
+        now = time.monotonic()
+        self._next = now + 50 * (now - began)
 
 
 def _map(address: int | None, length: int, protection: int, flags: int, descriptor: int, offset: int) -> int:
@@ -72,9 +117,11 @@ class MappedShards:
     """
 
     def __init__(self, files: Sequence[tuple[Path, int]], slots: np.ndarray, width: int, itemsize: int) -> None:
-        """`files` are (path, number of rows), each checked to be long enough, and `slots` their `first_slots`; rows
-        hold `width` items of `itemsize`."""
+        """`files` are (path, number of rows) and `slots` their `first_slots`; rows hold `width` items of `itemsize`.
+        Raises a SteersmanError when a file is not there or too short."""
         row_bytes, slot = width * itemsize, int(slots[-1])
+        self.width, self.dtype = width, np.dtype(f"<i{itemsize}")
+        self._guard = LengthGuard([(path, n * row_bytes) for path, n in files])
         self.n_bytes = slot * row_bytes
         length = max(self.n_bytes, mmap.PAGESIZE)
         base = _map(None, length, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
@@ -87,17 +134,22 @@ class MappedShards:
             self._spans.append(span)
             if n_rows == 0:
                 continue
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = _open(path, span.n_bytes)
             try:
                 flags = mmap.MAP_SHARED | _MAP_FIXED
                 _map(span.address, span.n_bytes, mmap.PROT_READ, flags, descriptor, DATA_OFFSET)
             finally:
                 os.close(descriptor)
         self._base, self._length, self._row_bytes = base, length, row_bytes
-        integers = np.dtype(f"<i{itemsize}")
-        rows = np.frombuffer(memoryview(buffer), dtype=integers, count=slot * width).reshape(slot, width)
+        rows = np.frombuffer(memoryview(buffer), dtype=self.dtype, count=slot * width).reshape(slot, width)
         rows.flags.writeable = False
         self.rows = rows
+
+    def take(self, slots: np.ndarray, out: np.ndarray) -> None:
+        """Copy the rows in these slots [n] to `out` [n, width]."""
+        self._guard.check()
+        # numpy's `take` is one single-threaded copy that lets other Python threads run.
+        np.take(self.rows, slots, axis=0, out=out, mode="clip")
 
     def will_need(self, first_slot: int, n_slots: int) -> None:
         """Ask the system to start reading these slots from disk, without waiting for them."""
@@ -108,3 +160,65 @@ class MappedShards:
     def release(self) -> None:
         """Give mapped pages back: they stay in the system's cache, and count no longer as this process's memory."""
         _libc.madvise(self._base, self._length, mmap.MADV_DONTNEED)
+
+
+class ReadShards:
+    """The rows of more shards than the system maps for one process, read from their files instead. Slower, and for the
+    rest like `MappedShards`."""
+
+    def __init__(self, files: Sequence[tuple[Path, int]], slots: np.ndarray, width: int, itemsize: int) -> None:
+        """As for `MappedShards`."""
+        self._files, self._slots, self._row_bytes = files, slots, width * itemsize
+        self.width, self.dtype = width, np.dtype(f"<i{itemsize}")
+        self.n_bytes = int(slots[-1]) * self._row_bytes
+
+    def take(self, slots: np.ndarray, out: np.ndarray) -> None:
+        """Copy the rows in these slots [n] to `out` [n, width]."""
+        order = np.argsort(slots, kind="stable")
+        ordered = slots[order]
+        shards = np.searchsorted(self._slots, ordered, side="right") - 1
+        ends = np.flatnonzero((np.diff(ordered) != 1) | (np.diff(shards) != 0)) + 1
+        opened, descriptor = -1, -1
+        try:
+            for first, end in zip([0, *ends.tolist()], [*ends.tolist(), len(order)]):
+                if first == end:
+                    continue
+                shard = int(shards[first])
+                path, n_rows = self._files[shard]
+                if shard != opened:
+                    if descriptor >= 0:
+                        os.close(descriptor)
+                    opened, descriptor = -1, -1
+                    descriptor, opened = _open(path, n_rows * self._row_bytes), shard
+                start = int(ordered[first] - self._slots[shard]) * self._row_bytes
+                data = os.pread(descriptor, (end - first) * self._row_bytes, DATA_OFFSET + start)
+                if len(data) != (end - first) * self._row_bytes:
+                    raise _cut_short(path)
+                out[order[first:end]] = np.frombuffer(data, self.dtype).reshape(-1, self.width)
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def will_need(self, first_slot: int, n_slots: int) -> None:
+        """Nothing: what is read is read at once."""
+
+    def release(self) -> None:
+        """Nothing: no page is kept."""
+
+
+def open_shards(
+    files: Sequence[tuple[Path, int]], slots: np.ndarray, width: int, itemsize: int
+) -> MappedShards | ReadShards:
+    """The shards of one hook point, mapped where they are not too many for it."""
+    if len(files) <= max_mapped():
+        return MappedShards(files, slots, width, itemsize)
+    return ReadShards(files, slots, width, itemsize)
+
+
+def max_mapped() -> int:
+    """Shards of a hook point that are mapped: a quarter of the mappings that the system allows a process, as every
+    shard takes up to two and other hook points and libraries need theirs."""
+    try:
+        return int(Path("/proc/sys/vm/max_map_count").read_text()) // 4
+    except (OSError, ValueError):
+        return 16_000

@@ -11,7 +11,7 @@ import numpy as np
 
 from steersman.device import usable_cores
 from steersman.train.store.batch import ActivationBatch
-from steersman.train.store.mapping import MappedShards
+from steersman.train.store.mapping import MappedShards, ReadShards
 from steersman.train.store.order import RowOrder
 
 _KEPT_ARRAYS = 6
@@ -21,7 +21,7 @@ _KEPT_ARRAYS = 6
 class ReadingPlan:
     """Places of an order -> slots, for several threads; the next window is announced to the system ahead of its use."""
 
-    def __init__(self, order: RowOrder, maps: Sequence[MappedShards], window_bytes: int) -> None:
+    def __init__(self, order: RowOrder, maps: Sequence[MappedShards | ReadShards], window_bytes: int) -> None:
         """`maps` are those of the hook points that are read."""
         self._order, self._maps = order, maps
         self._bounded = max(mapped.n_bytes for mapped in maps) > window_bytes

@@ -9,7 +9,7 @@ import torch
 
 from steersman.errors import SteersmanError
 from steersman.train.store.batch import RowInfo
-from steersman.train.store.shards import read_header
+from steersman.train.store.shards import FileRecord, check_size, checksum, damaged, read_header
 
 _OPEN_SHARDS = 64
 """Row files kept mapped at once: 16 bytes a row of each, so a few hundred megabytes at most."""
@@ -20,17 +20,24 @@ _COLUMNS = {"token_ids": ("I32", np.int32), "doc_ids": ("I64", np.int64), "posit
 class RowTable:
     """Reads the row files of a store, memory-mapped, a bounded number at a time."""
 
-    def __init__(self, files: Sequence[tuple[Path, int]]) -> None:
-        """`files` are (path, number of rows) of the shards in order."""
+    def __init__(self, files: Sequence[tuple[Path, int, FileRecord]]) -> None:
+        """`files` are (path, number of rows, record) of the shards in order."""
         self._files = list(files)
-        self.ends = np.cumsum([0, *(rows for _, rows in files)])
+        self.ends = np.cumsum([0, *(rows for _, rows, _ in files)])
+        self.verified: set[int] = set()
+        """Files that were compared with their checksums, each of them when it is first read."""
         self._open: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
 
     def _shard(self, index: int) -> dict[str, np.ndarray]:
-        if index in self._open:
+        path, n_rows, record = self._files[index]
+        check_size(path, record)  # reading a mapping beyond the end of its file ends the process without a word
+        if (found := self._open.get(index)) is not None:
             self._open.move_to_end(index)
-            return self._open[index]
-        path, n_rows = self._files[index]
+            return found
+        if index not in self.verified:
+            if checksum(path) != record.crc32:
+                raise damaged(path)
+            self.verified.add(index)
         header = read_header(path)
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")

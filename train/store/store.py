@@ -23,11 +23,20 @@ from steersman.lm.origin import Origin, canonical_hook, check_same_origin
 from steersman.sae import SAE
 from steersman.train.store.batch import ActivationBatch, RowInfo, batches_in
 from steersman.train.store.manifest import ROWS, STATISTICS, Manifest
-from steersman.train.store.mapping import MappedShards, first_slots
+from steersman.train.store.mapping import MappedShards, ReadShards, first_slots, open_shards
 from steersman.train.store.order import WINDOW_BYTES, RowOrder
 from steersman.train.store.reading import BufferPool, ReadingPlan, read_ahead
 from steersman.train.store.rows import RowTable
-from steersman.train.store.shards import DATA_OFFSET, DTYPES, check_shard_header, check_size, checksum, load_arrays
+from steersman.train.store.shard_checks import ShardChecks
+from steersman.train.store.shards import (
+    DTYPES,
+    FileRecord,
+    check_shard_header,
+    check_size,
+    checksum,
+    damaged,
+    load_arrays,
+)
 from steersman.train.store.statistics import ActivationStats, StatsSums
 from steersman.train.store.writer import merged_sums
 
@@ -36,8 +45,12 @@ log = logging.getLogger(__name__)
 Split = Literal["train", "heldout", "all"]
 
 _VERIFIED_AT_OPEN = 256 * 1024 * 1024
-"""Stores up to this many bytes have their checksums compared when opened, which takes under a tenth of a second. The
-first shuffled window of a larger store touches all of its shards, so checking on first touch would read it all."""
+"""Stores up to this many bytes have their checksums compared when opened, which takes under a tenth of a second; the
+shards of larger ones when they are first read."""
+
+_VERIFIED_BEHIND = 4 * 1024**3
+"""The first shuffled batch touches nearly all shards. Of stores above this many bytes they are therefore compared in
+the background while batches are given out, and damage ends the reading when it is found."""
 
 _READ_BYTES = 4 * 1024 * 1024
 """A background read covers whole batches of at least about this size, so that handing it over costs nothing."""
@@ -68,9 +81,11 @@ class ActivationStore:
         """For `open`, which checks the files first."""
         self.path, self.manifest = path, manifest
         self._folders = manifest.folders()
-        self._rows = RowTable([(self._file(ROWS, i), shard.rows) for i, shard in enumerate(manifest.shards)])
-        self._maps: dict[str, MappedShards] = {}
+        shards = enumerate(manifest.shards)
+        self._rows = RowTable([(self._file(ROWS, i), shard.rows, shard.files[ROWS]) for i, shard in shards])
+        self._maps: dict[str, MappedShards | ReadShards] = {}
         self._lock = threading.Lock()
+        self._checks = {hook: ShardChecks(self._activation_files(hook)) for hook in manifest.hooks}
         self._pool = BufferPool()
 
     @classmethod
@@ -80,8 +95,9 @@ class ActivationStore:
         Args:
             path: the store's folder.
             allow_partial: also open a store whose writing was interrupted, with the rows that are there.
-            verify: compare every file with its checksum (about 4 GB/s from the system's cache). The default does so for
-                stores of up to 256 MiB; `verify()` does it later. Sizes and headers are always checked.
+            verify: compare every file with its checksum now (about 4 GB/s from the system's cache). The default does
+                so for stores of up to 256 MiB. What is not compared now is when it is first read, or by `verify()`.
+                Sizes and headers are always checked.
 
         Raises:
             SteersmanError: no store there, an unfinished one, or a shard that is missing, cut short or altered.
@@ -224,18 +240,25 @@ class ActivationStore:
         """The activations [n, D] of any rows [n], in the order given, in the store's type."""
         mapped, rows = self._mapped(self._hook(hook)), self._numbers(rows)
         shards = np.searchsorted(self._rows.ends, rows, side="right") - 1
+        self._checks[self._hook(hook)].check(shards)
         return self._gather([mapped], rows - self._rows.ends[shards] + self._first_slots[shards])
 
     def verify(self) -> None:
         """Compare every file with its checksum; `SteersmanError` naming the first shard that was altered."""
         for index, shard in enumerate(self.manifest.shards):
-            for name, record in shard.files.items():
-                file = self._file(name, index)
-                check_size(file, record)
-                if checksum(file, skip=0 if name == ROWS else DATA_OFFSET) != record.crc32:
-                    raise SteersmanError(
-                        f"{file}: the shard's content does not match its checksum; restore it, or write the store again"
-                    )
+            file, record = self._file(ROWS, index), shard.files[ROWS]
+            check_size(file, record)
+            if checksum(file) != record.crc32:
+                raise damaged(file)
+            self._rows.verified.add(index)
+        for checks in self._checks.values():
+            checks.check_all()
+        if self.complete and self.manifest.statistics_file is not None:
+            load_arrays(self.path / STATISTICS, "/", self.manifest.statistics_file)
+
+    def _activation_files(self, hook: str) -> list[tuple[Path, FileRecord]]:
+        folder = self._folders[hook]
+        return [(self._file(folder, i), shard.files[folder]) for i, shard in enumerate(self.manifest.shards)]
 
     # Reading
 
@@ -307,7 +330,8 @@ class ActivationStore:
         Yields:
             `ActivationBatch` with `x` [batch_size / world_size, D] in the store's type.
         """
-        maps = [self._mapped(name) for name in self._hooks(hook)]
+        hooks = self._hooks(hook)
+        maps = [self._mapped(name) for name in hooks]
         if batch_size < 1 or start < 0 or prefetch < 0 or window_bytes < 1:
             raise SteersmanError("batch_size and window_bytes must be at least 1, start and prefetch at least 0")
         if not 0 <= rank < world_size or batch_size % world_size:
@@ -333,6 +357,7 @@ class ActivationStore:
             window_bytes=window_bytes,
         )
         plan = ReadingPlan(order, maps, window_bytes)
+        checks, behind = [self._checks[name] for name in hooks], shuffle and self.n_bytes > _VERIFIED_BEHIND
 
         def read(first: int, end: int) -> list[ActivationBatch]:
             """Batches first..end, gathered as one array and handed out as parts of it."""
@@ -343,6 +368,11 @@ class ActivationStore:
                 parts += plan.slots(start, stop)
                 sizes.append(stop - start)
             slots = np.concatenate(parts)
+            for check in checks:
+                if behind:
+                    check.check_behind()
+                else:
+                    check.check(self._shards_of_slots(slots))
             x = self._gather(maps, slots).split(sizes)
             places = np.split(slots, np.cumsum(sizes)[:-1])
             return [
@@ -350,7 +380,7 @@ class ActivationStore:
                 for x, here in zip(x, places)
             ]
 
-        row_bytes = sum(mapped.rows.shape[1] for mapped in maps) * self.dtype.itemsize
+        row_bytes = sum(mapped.width for mapped in maps) * self.dtype.itemsize
         per_read = max(1, _READ_BYTES * world_size // (batch_size * row_bytes))
         return read_ahead(read, start, n_batches, per_read, prefetch)
 
@@ -359,25 +389,23 @@ class ActivationStore:
         row_bytes = [width * self.dtype.itemsize for width in self.manifest.hooks.values()]
         return first_slots([shard.rows for shard in self.manifest.shards], row_bytes)
 
-    def _mapped(self, hook: str) -> MappedShards:
+    def _mapped(self, hook: str) -> MappedShards | ReadShards:
         with self._lock:
             if hook not in self._maps:
                 folder = self._folders[hook]
                 files = [(self._file(folder, i), shard.rows) for i, shard in enumerate(self.manifest.shards)]
-                self._maps[hook] = MappedShards(files, self._first_slots, self.width(hook), self.dtype.itemsize)
+                self._maps[hook] = open_shards(files, self._first_slots, self.width(hook), self.dtype.itemsize)
             return self._maps[hook]
 
-    def _gather(self, maps: Sequence[MappedShards], slots: np.ndarray) -> torch.Tensor:
-        ends = np.cumsum([mapped.rows.shape[1] for mapped in maps]).tolist()
-        x = self._pool.empty((len(slots), ends[-1]), maps[0].rows.dtype)
+    def _gather(self, maps: Sequence[MappedShards | ReadShards], slots: np.ndarray) -> torch.Tensor:
+        ends = np.cumsum([mapped.width for mapped in maps]).tolist()
+        x = self._pool.empty((len(slots), ends[-1]), maps[0].dtype)
         for mapped, end in zip(maps, ends):
-            width = mapped.rows.shape[1]
             # `take` writes whole arrays only, so hook points side by side are copied a second time.
-            part = x if len(maps) == 1 else self._pool.empty((len(slots), width), x.dtype)
-            # numpy's `take` is one single-threaded copy that lets other Python threads run.
-            np.take(mapped.rows, slots, axis=0, out=part, mode="clip")
+            part = x if len(maps) == 1 else self._pool.empty((len(slots), mapped.width), x.dtype)
+            mapped.take(slots, part)
             if part is not x:
-                x[:, end - width : end] = part
+                x[:, end - mapped.width : end] = part
         return torch.from_numpy(x).view(self.dtype)
 
     def _slot_ranges(self, first: int, end: int) -> list[tuple[int, int]]:
@@ -387,8 +415,11 @@ class ActivationStore:
             ranges.append((slot + max(first - low, 0), slot + min(end, high) - low))
         return ranges
 
+    def _shards_of_slots(self, slots: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._first_slots, slots, side="right") - 1
+
     def _rows_of_slots(self, slots: np.ndarray) -> np.ndarray:
-        shards = np.searchsorted(self._first_slots, slots, side="right") - 1
+        shards = self._shards_of_slots(slots)
         return slots - self._first_slots[shards] + self._rows.ends[shards]
 
 

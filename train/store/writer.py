@@ -338,8 +338,8 @@ class StoreWriter:
                     self._end_shard(0 if self._short is None else next_short(self._short.name))
         return self.manifest.n_rows
 
-    def finish(self) -> None:
-        """End the last shard, write the statistics and mark the store complete."""
+    def finish(self, *, release: bool = True) -> None:
+        """End the last shard, write the statistics, mark the store complete and, if `release`, let go of it."""
         if self.manifest.complete:
             return
         with self._disk_errors():
@@ -356,7 +356,8 @@ class StoreWriter:
             manifest = replace(self.manifest, complete=True, statistics=figures, statistics_file=file)
             manifest.save(self.folder)
             self.manifest = manifest
-        self.abandon()
+        if release:
+            self.abandon()
 
     def abandon(self) -> None:
         """Drop the unfinished shard, if there is one, and let go of the store; finished shards stay."""
