@@ -212,6 +212,7 @@ class _MadeText:
 
     make: Callable[[int], str]
     on_bad_text: OnBadText = "error"
+    endless: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

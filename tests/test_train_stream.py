@@ -9,7 +9,14 @@ from support.stores import HOOK, word_documents
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.train import ActivationStream, StreamConfig, cache_activations, stream_activations
+from steersman.train import (
+    ActivationStream,
+    StreamConfig,
+    TrainConfig,
+    cache_activations,
+    stream_activations,
+    train_sae,
+)
 
 DOCUMENTS = word_documents(250, shortest=0)
 OPTIONS: dict[str, Any] = {
@@ -250,3 +257,42 @@ def test_rows_that_are_not_finite(lm: LanguageModel) -> None:
     tokens = torch.cat([batch.token_ids for batch in skipping.batches(64)])
     assert 17 not in tokens
     assert 18 in tokens
+
+
+def test_a_run_goes_on_with_the_same_text_and_model_alone(lm: LanguageModel, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(DOCUMENTS))
+    config = TrainConfig(d_sae=32, k=2, batch_size=64, tokens=640, device="cpu")
+
+    def train(model: LanguageModel, path: Path) -> None:
+        train_sae(stream_of(model, str(path)), config, tmp_path / "run")
+
+    train(lm, text)
+    moved = text.rename(tmp_path / "another name.txt")
+    train(LanguageModel(lm.model, lm.tokenizer, name="another name"), moved)  # finished: returned
+    weight = lm.model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[5, 3] += 1
+        try:
+            with pytest.raises(SteersmanError, match="trained on other data: another model"):
+                train(lm, moved)
+        finally:
+            weight[5, 3] -= 1
+    moved.write_text("\n".join([" ".join(reversed(DOCUMENTS[0].split())), *DOCUMENTS[1:]]))
+    with pytest.raises(SteersmanError, match="trained on other data: another text"):
+        train(lm, moved)
+
+
+def test_a_text_without_end_is_known_by_its_first_documents(lm: LanguageModel) -> None:
+    def contents(last: str) -> dict[str, str]:
+        return stream_of(lm, lambda n: last if n == 63 else DOCUMENTS[n % 40], tokens=300).contents()
+
+    assert contents("w5 w6") == contents("w5 w6")
+    assert {k for k, v in contents("w5 w6").items() if contents("w6 w5")[k] != v} == {"text"}
+
+
+def test_no_bos_is_put_where_none_is_asked_for(lm: LanguageModel) -> None:
+    batches = stream_of(lm, bos=False, exclude_bos=False).batches(64, shuffle=False)
+    first = next(iter(batches))
+    assert first.positions[0] == 0
+    assert lm.bos_token_id not in first.token_ids.tolist()

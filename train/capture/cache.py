@@ -136,6 +136,7 @@ def _manifest(capture: Capture, config: CacheConfig) -> Manifest:
         "packing": settings.packing,
         "batch_size": settings.batch_size,
         "excluded_tokens": list(settings.excluded),
+        "bos_token": settings.bos_id,
         "shard_rows": config.shard_rows,
     }
     if lm.quantization is not None:

@@ -47,6 +47,8 @@ class CaptureConfig:
     """Type to run the model in; float32 on the CPU and the checkpoint's own elsewhere if not given."""
     activation_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Type of the activations, on disk or in the stream: if not given `dtype`, where that is said, else bfloat16."""
+    bos: bool = True
+    """Begin every document and context with the model's BOS, where it has one."""
     exclude_bos: bool = True
     """Leave out the rows of BOS, whose norm is often a hundred times that of other tokens."""
     exclude_eos: bool = False
@@ -119,6 +121,8 @@ class CaptureSettings:
     """Whether documents are packed into full contexts, or kept one a row."""
     excluded: tuple[int, ...]
     """Token ids whose rows are left out."""
+    bos_id: int | None
+    """What every document and context begins with."""
 
 
 def capture_settings(lm: LanguageModel, config: CaptureConfig) -> CaptureSettings:
@@ -136,7 +140,8 @@ def capture_settings(lm: LanguageModel, config: CaptureConfig) -> CaptureSetting
         raise SteersmanError(f"context_length {length} is not between 2 and the {limit} positions of {lm.name}")
     if config.batch_size < 1:
         raise SteersmanError(f"batch_size {config.batch_size} must be at least 1 context")
-    special = [lm.bos_token_id] * config.exclude_bos + [lm.eos_token_id] * config.exclude_eos
+    bos_id = lm.bos_token_id if config.bos else None
+    special = [bos_id] * config.exclude_bos + [lm.eos_token_id] * config.exclude_eos
     excluded = tuple(sorted({*config.exclude_tokens, *(token for token in special if token is not None)}))
     return CaptureSettings(
         hooks=names,
@@ -144,6 +149,7 @@ def capture_settings(lm: LanguageModel, config: CaptureConfig) -> CaptureSetting
         batch_size=config.batch_size,
         packing=config.packing,
         excluded=excluded,
+        bos_id=bos_id,
     )
 
 
@@ -175,6 +181,7 @@ class Capture:
                 device_map=config.device_map,
                 quantization=config.quantization,
                 tensor_parallel=tensor_parallel,
+                bos=config.bos,
             )
         if texts is None and config.text is None:
             raise SteersmanError("no text given: pass texts, or set text to a file, folder or dataset id")
@@ -204,7 +211,7 @@ class Capture:
             context_length=self.settings.context_length,
             batch_size=self.settings.batch_size,
             packing=self.settings.packing,
-            bos_id=self.lm.bos_token_id,
+            bos_id=self.settings.bos_id,
             pad_id=self.lm.pad_token_id or 0,
             cursor=cursor,
         )

@@ -182,7 +182,7 @@ class SharedStore:
         """What records are marked with: ours, and that of version 0.1, which knew neither model nor text."""
         known = {k: v for k, v in self._described.config.items() if k not in ("model_digest", "text")}
         mine = replace(self._described, shards=(), config=known, model_name="")
-        early = {k: v for k, v in self._described.config.items() if k != "model_digest"}
+        early = {k: v for k, v in self._described.config.items() if k not in ("model_digest", "bos_token")}
         return mine.fingerprint, replace(self._described, shards=(), config=early).fingerprint
 
     @property

@@ -30,6 +30,9 @@ from steersman.train.store.statistics import (
 
 _HELDOUT_FRACTION = 0.05
 """Of a text whose length is known, at most this much is held out."""
+_LOOKED_AT, _CHARACTERS_OF_TOKEN = 64, 8
+"""Documents that say which text without end it is, or one that comes over the network; and more characters than tokens
+have on average."""
 
 
 @renamed_fields(model_dtype="dtype")
@@ -87,6 +90,7 @@ class ActivationStream:
         expected, wanted = self._capture.expected_rows(), config.heldout_rows
         self._heldout_rows = wanted if expected is None else min(wanted, int(expected * _HELDOUT_FRACTION))
         self._part, self._n_parts = 0, 1
+        self._last_document = 0  # of an epoch, once its rows were counted
         self.n_passed = 0
         """Forward batches gone past until now, run or not: while it rises, reading advances."""
 
@@ -141,9 +145,36 @@ class ActivationStream:
     @cached_property
     def _fingerprint(self) -> str:
         config, capture = self.config, self._capture
-        content = [self.model_name, capture.text.identity(), asdict(capture.settings), config.rows_dtype, config.tokens]
+        settings = {
+            name: value for name, value in asdict(capture.settings).items() if name != "bos_id" or not config.bos
+        }
+        content = [self.model_name, capture.text.identity(), settings, config.rows_dtype, config.tokens]
         content += [config.buffer_rows, self._heldout_rows, self._skip_bad]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def contents(self) -> dict[str, str]:
+        """What the rows follow from, each in sixteen hexadecimal digits that no name or place changes: the "model", the
+        "text" as far as it is read, and the "settings"."""
+        return self._contents
+
+    @cached_property
+    def _contents(self) -> dict[str, str]:
+        config, capture = self.config, self._capture
+        settings = [asdict(capture.settings), config.rows_dtype, config.tokens, config.buffer_rows]
+        settings += [self._heldout_rows, self._skip_bad]
+        digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        return {"model": capture.lm.digest(), "text": self._text_digest(), "settings": digest}
+
+    def _text_digest(self) -> str:
+        text, limit = self._capture.text, self.config.tokens
+        if text.n_characters() is not None:
+            self.n_batches(1)  # reads what an epoch does
+            return text.digest_after(self._last_document)
+        if text.has_end:  # and a length that is not known: as many characters as the tokens will hardly have
+            return text.digest_after(
+                None, None if limit is None else _CHARACTERS_OF_TOKEN * (limit + self._heldout_rows)
+            )
+        return text.digest_after(_LOOKED_AT - 1)
 
     def stats(self, hook: str | None = None) -> ActivationStats:
         """Statistics of the first `buffer_rows` rows of the training split; runs the model over them once."""
@@ -176,6 +207,7 @@ class ActivationStream:
             for batch in batches:
                 self.n_passed += 1
                 rows += int(self._capture.kept(batch).sum())
+                self._last_document = int(batch.doc_ids.max())
                 if limit is not None and rows >= limit:
                     return limit
         return rows

@@ -43,6 +43,11 @@ class DigestedText:
         """See `TextSource`."""
         return self.text.n_characters()
 
+    @property
+    def has_end(self) -> bool:
+        """Whether the documents are here, all of them."""
+        return not getattr(self.text, "remote", False) and not getattr(self.text, "endless", False)
+
     def documents(self, start: int = 0) -> Iterator[str]:
         """See `TextSource`. From a place whose digest is not known no digests are known either."""
         digest = self._digests.get(start - 1)
@@ -57,11 +62,14 @@ class DigestedText:
             self._digests.pop(number, None)
         return {n: digest for n in range(first, last + 1) if (digest := self._digests.get(n)) is not None}
 
-    def digest_after(self, document: int) -> str:
-        """The digest after this document, for which all up to it are read; fewer where the text ends before."""
-        digest = _START
-        for text in islice(self.text.documents(), document + 1):
-            digest = _after(digest, text)
+    def digest_after(self, document: int | None, characters: int | None = None) -> str:
+        """The digest after this document (None: the last), for which all up to it are read; after an earlier one where
+        the text ends before, or so many characters are read."""
+        digest, n = _START, 0
+        for text in islice(self.text.documents(), None if document is None else document + 1):
+            digest, n = _after(digest, text), n + len(text)
+            if characters is not None and n >= characters:
+                break
         return digest
 
     def check(self, manifest: Manifest) -> str:

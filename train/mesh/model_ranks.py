@@ -258,6 +258,7 @@ class _Facts:
     d_in: int
     dtype: torch.dtype
     fingerprint: str
+    contents: dict[str, str]
     rows: dict[str, int | None]
     stats: ActivationStats | None
 
@@ -270,6 +271,7 @@ def _facts_of(stream: ActivationStream, all_of_them: bool) -> _Facts:
         d_in=stream.d_in,
         dtype=stream.dtype,
         fingerprint=stream.fingerprint,
+        contents=stream.contents() if all_of_them else {},
         rows=rows,
         stats=stream.stats() if all_of_them else None,
     )
@@ -340,6 +342,10 @@ class RemoteStream:
     def fingerprint(self) -> str:
         """That of the stream."""
         return self._facts.fingerprint
+
+    def contents(self) -> dict[str, str]:
+        """Those of the stream."""
+        return self._facts.contents
 
     def stats(self) -> ActivationStats:
         """Those of the stream."""

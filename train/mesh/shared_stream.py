@@ -36,6 +36,10 @@ class SharedStream:
         self.hook_name, self.model_name, self.d_in = stream.hook_name, stream.model_name, stream.d_in
         self.fingerprint = stream.fingerprint
 
+    def contents(self) -> dict[str, str]:
+        """Those of the stream."""
+        return self._stream.contents()
+
     def stats(self) -> ActivationStats:
         """Those of the stream, for which every rank runs the model over all of its rows."""
         return self._stream.stats()

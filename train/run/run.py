@@ -39,7 +39,7 @@ from steersman.train.run.metrics_log import MetricsLogger
 from steersman.train.run.recipe import Recipe, TrainConfig, as_recorded, resolve, tokens_of
 from steersman.train.run.run_folder import RunFolder, record_in
 from steersman.train.run.trainer import Trainer
-from steersman.train.store.batch import ActivationSource
+from steersman.train.store.batch import ActivationSource, HasContents
 from steersman.train.store.statistics import LARGE_NORM_RATIO, ActivationStats
 from steersman.train.store.store import ActivationStore, HookView
 from steersman.version import __version__
@@ -63,6 +63,7 @@ class Run:
         with using(config.kernels, self.device):
             self.recipe = resolve(config, source.d_in, rows)
         data = {"hook_name": hook, "model_name": source.model_name, "fingerprint": source.fingerprint}
+        data |= source.contents() if isinstance(source, HasContents) else {}
         cfg = SAEConfig(
             d_in=source.d_in,
             d_sae=config.d_sae,

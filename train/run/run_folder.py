@@ -105,6 +105,9 @@ class RunFolder:
             return None
         before = self._recorded()
         old, new = identity_of_record(before), identity_of_record(record)
+        if "text" in old["data"]:  # what model and text are is compared, and not what they are called
+            for name in ("fingerprint", "model_name"):
+                old["data"].pop(name, None)
         new["data"] = {name: value for name, value in new["data"].items() if name in old["data"]}
         if old == new or not differences(old, new):
             return before

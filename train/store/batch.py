@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -65,6 +65,13 @@ class ActivationBatch:
 def batches_in(n_rows: int, batch_size: int, drop_last: bool) -> int:
     """How many batches rows make; `drop_last` leaves out one that is not full."""
     return n_rows // batch_size if drop_last else -(-n_rows // batch_size)
+
+
+@runtime_checkable
+class HasContents(Protocol):
+    """A source that is no store and says what its rows follow from; see `ActivationStream.contents`."""
+
+    def contents(self) -> dict[str, str]: ...
 
 
 class ActivationSource(Protocol):

@@ -105,7 +105,8 @@ def check_same(folder: Path, there: Manifest, manifest: Manifest, check_text: Ch
         for side in (found, wanted):  # the text's documents are compared instead of what it is called
             side.pop("text", None)
     elif "model_digest" not in found:  # written by an earlier version
-        wanted.pop("model_digest", None)
+        for name in ("model_digest", "bos_token"):
+            wanted.pop(name, None)
     if difference := "; ".join(filter(None, (changed, differences(found, wanted)))):
         raise SteersmanError(
             f"{folder}: holds a store of another configuration: {difference}; choose another folder, or delete this one"
