@@ -10,6 +10,7 @@ from steersman.files import write_json
 from steersman.lm.origin import check_sae_fits
 from steersman.text import TextSource, open_text
 from steersman.train import ActivationStore
+from steersman.train.capture.text_digest import is_of_text
 from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae
 
 
@@ -52,7 +53,7 @@ def run(config: EvalCommand) -> None:
 
 def _first_document(store: ActivationStore, text: TextSource, config: EvalCommand) -> int:
     """Of the text a store was made from, the first document held out from training; of another text, the first."""
-    if store.manifest.config.get("text") != text.identity():
+    if not is_of_text(store.manifest, text):
         return 0
     start, stop = store.split_rows("heldout", config.heldout_fraction)
     return int(store.tokens(start, min(start + 1, stop)).doc_ids[0]) if stop > start else 0
