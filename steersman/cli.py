@@ -19,7 +19,7 @@ from steersman.allocator import keep_freed_memory
 from steersman.errors import LostRankError, SteersmanError, UnfinishedError, near_names
 from steersman.files import check_place
 from steersman.flag_help import help_text
-from steersman.flags import config_type, in_words_of_the_shell, parse
+from steersman.flags import ShellFormatter, config_type, in_words_of_the_shell, parse
 
 MISTAKE, INTERRUPTED, UNFINISHED = 2, 130, 75
 
@@ -152,6 +152,8 @@ def run(argv: list[str]) -> None:
         function = COMMANDS[name].load()
         config = parse(config_type(function), rest, f"steersman {name}")
         quiet_transformers()
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(ShellFormatter(type(config)))
     with in_words_of_the_shell(type(config)):
         _check_places(COMMANDS[name], config)
         function(config)

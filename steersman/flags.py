@@ -15,6 +15,7 @@ from typing import Any
 
 from steersman.config import default_of, read_yaml, whole_number
 from steersman.errors import SteersmanError, UnfinishedError, near_names
+from steersman.visible import visible
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,17 @@ def in_words_of_the_shell(config_type: type[Any]) -> Iterator[None]:
         if told == str(error):
             raise
         raise SteersmanError(told) from error
+
+
+class ShellFormatter(logging.Formatter):
+    """Messages with the settings of `config_type` as the flags that they are, and nothing that moves the terminal."""
+
+    def __init__(self, config_type: type[Any]) -> None:
+        super().__init__("%(message)s")
+        self._switches = _switches(config_type)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(shell_words(super().format(record), self._switches), newline="\n")
 
 
 def _registry() -> Any:

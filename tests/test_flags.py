@@ -12,7 +12,7 @@ from steersman.cli import COMMANDS, run
 from steersman.config import default_of, whole_number
 from steersman.errors import SteersmanError
 from steersman.flag_help import flags_of
-from steersman.flags import config_type, parse
+from steersman.flags import ShellFormatter, config_type, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,11 @@ def test_what_is_no_whole_number_is_refused(text: str) -> None:
 def test_mistakes_are_told_in_flags() -> None:
     with pytest.raises(SteersmanError, match="^--batch-size 200 needs --keep-bos; --tokens 5$"):
         parse(Config, ["--batch-size", "200", "--tokens", "5"], "x")
+
+
+def test_what_is_logged_is_told_in_flags_and_moves_no_terminal() -> None:
+    record = logging.LogRecord("x", logging.INFO, "", 0, "keep_bos=False leaves %s out", ("\x1b[2J",), None)
+    assert ShellFormatter(Config).format(record) == "--no-keep-bos leaves \\x1b[2J out"
 
 
 def test_an_old_flag_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
