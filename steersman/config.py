@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 _YAML_BYTES = 1 << 18
 """Largest file of settings that is read: its reader is slow."""
+_YAML_DEPTH = 32
 
 
 def setting(
@@ -170,7 +171,12 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("an alias (*name) stands for another value; write the value itself")
-        return super().compose_node(parent, index)
+        self.depth = getattr(self, "depth", 0) + 1
+        if self.depth > _YAML_DEPTH:
+            raise yaml.YAMLError("it is nested too deeply")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -3,12 +3,19 @@
 __all__ = ["LostRankError", "PreemptedError", "SteersmanError", "UnfinishedError", "near_names"]
 
 
+_LONGEST = 2000
+
+
 class SteersmanError(ValueError):
     """A mistake in what the user asked for or in a file they named.
 
     The message is one line that says what was wrong, where, and what would fix it. The command line prints it and
-    exits with code 2.
+    exits with code 2. Of what a file holds a message quotes so much that it can be read.
     """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 300]} ... {text[-300:]}")
 
 
 class UnfinishedError(SteersmanError):

@@ -27,6 +27,7 @@ __all__ = ["check_tensors", "load_tensors", "save_tensors"]
 CHECKSUM = "crc32"
 _UNSET = "0" * 8
 _ENTRY = re.compile(rb'"%s":"([0-9a-f]{8})"' % CHECKSUM.encode())
+_ANY_ENTRY = re.compile(rb'"%s"\s*:\s*[^\s{]' % CHECKSUM.encode())
 _CHUNK = 1 << 20
 _HEADER_BYTES = 100_000_000
 """Largest header that the library accepts."""
@@ -86,7 +87,10 @@ def check_tensors(path: str | os.PathLike[str]) -> None:
             length = int.from_bytes(file.read(8), "little")
             if length > min(_HEADER_BYTES, os.fstat(file.fileno()).st_size):
                 raise SteersmanError(f"{path} is truncated or not a safetensors file: its header is longer than it")
-            entry = _find_entry(file.read(length))
+            header = file.read(length)
+            entry = _find_entry(header)
+            if entry is None and _ANY_ENTRY.search(header):
+                raise SteersmanError(f"{path} is damaged: its header was changed after it was written; restore it")
             if entry is not None and int(entry[1], 16) != _crc(Path(path), length, entry):
                 raise SteersmanError(
                     f"{path} is damaged: its content does not have the checksum that it was written with; restore it, "

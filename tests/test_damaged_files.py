@@ -32,14 +32,15 @@ def test_damaged_files_are_refused_or_what_they_were(
     pytest.importorskip("gguf")
     monkeypatch.setattr(soak.logging, "disable", lambda _: None)  # for the tests after this one
     monkeypatch.setattr(soak.torch, "set_num_threads", lambda _: None)
-    before = signal.signal(signal.SIGALRM, soak.hang)
+    before = {number: signal.signal(number, soak.hang) for number in (signal.SIGALRM, signal.SIGPROF)}
     soak.make(tmp_path, KINDS)
     tries = soak.Tries(tmp_path, soak.Config(kinds=KINDS, seed=1))
     try:
         found = [tries.one(number) for number in range(160)]
     finally:
         tries.close()
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert not [result for result in found if result[1] in soak.BAD]
     counts = Counter((kind, outcome) for kind, outcome, _ in found)
     assert all(counts[kind, "refused"] > 10 for kind in KINDS)

@@ -169,3 +169,19 @@ def test_a_door_lets_one_kind_of_error_through() -> None:
         assert raised.value.__cause__ is error
     with pytest.raises(KeyboardInterrupt), one_error("cfg.json"):
         raise KeyboardInterrupt
+
+
+def test_a_header_that_was_written_anew_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, TENSORS, METADATA)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length])).encode()  # with spaces
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    with pytest.raises(SteersmanError, match="header was changed"):
+        check_tensors(path)
+
+
+def test_a_message_is_as_long_as_can_be_read() -> None:
+    assert len(str(SteersmanError("x" * 100_000 + " end"))) < 2100
+    assert str(SteersmanError("x" * 100_000 + " end")).endswith(" end")

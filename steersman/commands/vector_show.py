@@ -24,7 +24,7 @@ def describe(v: SteeringVector) -> str:
         if figures := _section(diagnostics, hook):
             named = [f"{k} {x:.3f}" for k, x in figures.items() if isinstance(x, float)]
             lines.append("    " + ", ".join(named) + ("" if figures.get("heldout") else " (in sample)"))
-            lines += [f"    warning: {text}" for text in warnings(figures)]
+            lines += [f"    warning: {text}" for text in warnings(dict(figures))]
     if calibration := _section(v.metadata, "calibration"):
         state = "converged" if calibration.get("converged") else f"not converged ({calibration.get('reason')})"
         value = calibration.get("value")
