@@ -96,3 +96,10 @@ def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str], flags: list[
     names = {"a": str(folder / "a.safetensors"), "other": str(folder / "other")}
     flags = [flag.format(**names) for flag in flags]
     assert message.format(**names) in fails(capsys, "steer", "--model", MODEL, *flags)
+
+
+def test_no_bos_is_the_models(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vector = ["--vector", f"{folder / 'a.safetensors'}=0"]
+    lm = LanguageModel.load(MODEL, bos=False)
+    found = steer(capsys, *vector, "--no-bos", "--prompt", "One day")
+    assert found["pairs"][0]["steered"] == lm.generate("One day", max_new_tokens=5).completions[0]

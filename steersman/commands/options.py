@@ -30,12 +30,14 @@ class ComputeOptions:
     """Dtype of the model: float32, bfloat16, ...; by default float32 on the CPU and the checkpoint's own elsewhere."""
     revision: str | None = None
     """Revision of the model on the hub."""
+    bos: bool = True
+    """Begin texts with the family's BOS, also where its tokenizer does not. As the activations were cached."""
     kernels: Implementation = setting("auto", identity=False)
     """Implementation of the SAE's arithmetic: triton (NVIDIA GPUs), torch, or auto, the faster that the device has."""
 
     def load_model(self, name: str) -> LanguageModel:
         """The language model `name`, a folder or hub id."""
-        return LanguageModel.load(name, device=self.device, dtype=self.dtype, revision=self.revision)
+        return LanguageModel.load(name, device=self.device, dtype=self.dtype, revision=self.revision, bos=self.bos)
 
     def load_sae(self, name: str) -> SAE:
         """The SAE `name`, a folder, file or hub id."""
