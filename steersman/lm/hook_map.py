@@ -49,6 +49,8 @@ class HookMap:
         module = submodule(self.blocks[layer], within)
         assert module is not None
         name, shape = KINDS[kind]
+        if (width := _width(kind, module, self.config)) is None:
+            return  # a module that this library cannot measure
         path = f"{self.path}.{layer}.{within}".rstrip(".")
         point = HookPoint(
             name=f"blocks.{layer}.{name}",
@@ -59,7 +61,7 @@ class HookMap:
             module=module,
             tap=tap,
             shape=shape,
-            width=_width(kind, module, self.config),
+            width=width,
             factor=factor,
             _shared=SharedHook(module) if tap is Tap.STREAM else None,
         )
@@ -243,17 +245,23 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
     return None if find is None else find()
 
 
-def _width(kind: str, module: nn.Module, config: Any) -> int:
+def _width(kind: str, module: nn.Module, config: Any) -> int | None:
     if kind in ("hook_z", "hook_mlp_post"):
         return _fan_in(module)
-    return int(config.num_attention_heads if kind == "hook_attn_mask" else config.hidden_size)
+    name = "num_attention_heads" if kind == "hook_attn_mask" else "hidden_size"
+    try:
+        return int(getattr(config, name))
+    except (AttributeError, TypeError):  # no such number, or one for each layer
+        return None
 
 
-def _fan_in(projection: nn.Module) -> int:
+def _fan_in(projection: nn.Module) -> int | None:
     """Entries that a projection reads. GPT-2's Conv1D keeps its weight the other way round, quantised ones packed."""
-    if hasattr(projection, "in_features"):
-        return int(projection.in_features)  # pyright: ignore[reportArgumentType]
-    return int(projection.weight.shape[0])  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    known = getattr(projection, "in_features", None)
+    if known is not None:
+        return int(known)
+    weight = getattr(projection, "weight", None)
+    return None if weight is None else int(weight.shape[0])
 
 
 def _fan_out(head: nn.Module) -> int:
