@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 ROOT = Path(__file__).parents[1]
-ROWS = ("granite", "gemma2", "glm4", "mpt", "cohere2", "falcon_h1", "xlm-roberta", "gemma3n_text")
+ROWS = ("granite", "gemma2", "glm4", "mpt", "cohere2", "granitemoeshared", "xlm-roberta", "gemma3n_text")
 """A factor, norms after the sublayers, a block that adds inside, parts side by side, a third summand, an encoder."""
 
 
