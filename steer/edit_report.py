@@ -81,7 +81,7 @@ class Meter:
         rows, places = (everywhere if isinstance(where, bool) else where).nonzero(as_tuple=True)
         if not len(rows):
             return
-        for part in torch.arange(len(rows), device=rows.device).split(CHUNK):
+        for part in torch.arange(len(rows), device=rows.device).split(CHUNK) if len(rows) else ():
             r, s = rows[part], places[part]
             self._add(h[r, s].float(), new[r, s].float(), fwd, r)
 

@@ -17,6 +17,7 @@ from steersman.device import usable_cores
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.load import Quantization, parse_dtype
+from steersman.lm.tokens import bos_tokens
 from steersman.text import OnBadText, TxtDocuments, open_text
 from steersman.train.capture.contexts import ContextBatch, context_batches
 from steersman.train.capture.text_digest import DigestedText
@@ -123,6 +124,8 @@ class CaptureSettings:
     """Token ids whose rows are left out."""
     bos_id: int | None
     """What every document and context begins with."""
+    left_out_first: int | None = None
+    """That of `excluded` whose rows are left out only where it begins a context or a document: the BOS."""
 
 
 def capture_settings(lm: LanguageModel, config: CaptureConfig) -> CaptureSettings:
@@ -141,8 +144,9 @@ def capture_settings(lm: LanguageModel, config: CaptureConfig) -> CaptureSetting
     if config.batch_size < 1:
         raise SteersmanError(f"batch_size {config.batch_size} must be at least 1 context")
     bos_id = lm.bos_token_id if config.bos else None
-    special = [bos_id] * config.exclude_bos + [lm.eos_token_id] * config.exclude_eos
-    excluded = tuple(sorted({*config.exclude_tokens, *(token for token in special if token is not None)}))
+    also = {*config.exclude_tokens, *([lm.eos_token_id] * config.exclude_eos)}
+    first = bos_id if config.exclude_bos and bos_id not in also else None
+    excluded = tuple(sorted(token for token in {*also, first} if token is not None))
     return CaptureSettings(
         hooks=names,
         context_length=length,
@@ -150,6 +154,7 @@ def capture_settings(lm: LanguageModel, config: CaptureConfig) -> CaptureSetting
         packing=config.packing,
         excluded=excluded,
         bos_id=bos_id,
+        left_out_first=first,
     )
 
 
@@ -219,9 +224,12 @@ class Capture:
 
     def kept(self, batch: ContextBatch) -> np.ndarray:
         """Which tokens of a batch become rows: all but padding and those left out, [B, S] bool."""
-        kept = batch.doc_ids >= 0
+        kept, first = batch.doc_ids >= 0, self.settings.left_out_first
         if self.settings.excluded:
-            kept &= ~np.isin(batch.input_ids, self.settings.excluded)
+            kept &= ~np.isin(batch.input_ids, [i for i in self.settings.excluded if i != first])
+        if first is not None:
+            ids, docs = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.doc_ids)
+            kept &= ~bos_tokens(ids, docs >= 0, first, docs).numpy()
         return kept
 
     def run(self, batch: ContextBatch) -> CapturedRows:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -34,6 +34,9 @@ class ActivationBatch:
     find_info: Callable[[np.ndarray], RowInfo] = field(repr=False)
     """Gives the row data of row numbers."""
 
+    def __reduce__(self) -> Any:
+        return _restored, (type(self), self.x, self.rows, self._info)
+
     @cached_property
     def rows(self) -> torch.Tensor:
         """Row numbers in the store, [N] int64."""
@@ -60,6 +63,15 @@ class ActivationBatch:
 
     def __len__(self) -> int:
         return len(self.x)
+
+
+def _restored(kind: type[ActivationBatch], x: torch.Tensor, rows: torch.Tensor, info: RowInfo) -> ActivationBatch:
+    """A batch from a pickle or a copy, with what is known of its rows."""
+    return kind(x=x, find_rows=rows.numpy, find_info=partial(_known, info))
+
+
+def _known(info: RowInfo, _rows: np.ndarray) -> RowInfo:
+    return info
 
 
 def batches_in(n_rows: int, batch_size: int, drop_last: bool) -> int:

@@ -88,6 +88,9 @@ class ActivationStore:
         self._checks = {hook: ShardChecks(self._activation_files(hook)) for hook in manifest.hooks}
         self._pool = BufferPool()
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.path, self.manifest)  # copies and other processes map the files for themselves
+
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, allow_partial: bool = False, verify: bool | None = None) -> Self:
         """Open the store at `path` for reading.
