@@ -92,11 +92,15 @@ def test_the_model_inside_a_wrapper_is_used(own: LanguageModel) -> None:
     assert wrapped(torch.compile(own.model, backend="eager")).model is own.model
 
 
-def test_a_model_compiled_inside_a_context_is_steered_there_and_plain_after(own: LanguageModel) -> None:
-    want, clean = steered(own), own.logits(IDS)
+def test_a_model_compiled_inside_a_context(own: LanguageModel) -> None:
+    """Steered there, or an error where Dynamo has code of such a model already; plain afterwards."""
+    want, clean = steered(own)[0], own.logits(IDS)
     with Steerer(own).vector(vector(), hook=HOOK):
         compile_in_place(own.model)
-        torch.testing.assert_close(own.logits(IDS), want[0])
+        try:
+            torch.testing.assert_close(own.logits(IDS), want)
+        except SteersmanError as error:
+            assert "compiled code" in str(error)
     torch.testing.assert_close(own.logits(IDS), clean)
 
 
@@ -165,7 +169,7 @@ def test_an_edit_is_of_the_thread_that_opened_it(lm: LanguageModel) -> None:
     mine, theirs, clean = steered(lm, 0), steered(lm, 1), lm.logits(IDS)
     with Steerer(lm).vector(vector(0), hook=HOOK):
         assert same(in_thread(lambda: steered(lm, 1)), theirs)
-        for act in (lambda: lm.logits(IDS), lambda: lm.generate("w5"), lambda: lm.model(IDS)):
+        for act in (lambda: lm.logits(IDS), lambda: lm.generate("w5", max_new_tokens=2), lambda: lm.model(IDS)):
             assert "another thread or task is steering" in str(in_thread(act))
 
         def unedited() -> Tensor:
@@ -345,7 +349,7 @@ def test_a_recurrent_model_that_reads_padding_is_refused_it() -> None:
         ({"input_ids": IDS}, "prompts are texts"),
         ({"generation_config": transformers.GenerationConfig()}, "one by one"),
         ({"stop_strings": ["w9"]}, "one prompt at a time"),
-        ({"max_tokens": 5}, "transformers cannot generate with max_tokens"),
+        ({"max_tokens": 5, "max_new_tokens": 2}, "transformers cannot generate with max_tokens"),
         ({"max_new_tokens": "5"}, "max_new_tokens must be a whole number"),
         ({"top_k": 2.5}, "top_k must be a whole number"),
         ({"temperature": "0.5"}, "temperature must be a number"),

@@ -37,7 +37,11 @@ class StandIn:
         self.method = getattr(model, name)
 
     def __reduce__(self) -> Any:
-        return MethodType, (getattr(type(self.model), self.name), self.model)
+        return _method, (self.model, self.name)
+
+
+def _method(model: nn.Module, name: str) -> MethodType:
+    return MethodType(getattr(type(model), name), model)
 
 
 def remove_stand_ins(model: nn.Module, name: str, gone: Callable[[StandIn], bool]) -> None:
