@@ -36,6 +36,12 @@ import torch
 import tyro
 from safetensors.torch import save_file
 
+import steersman.config
+import steersman.sae.formats.inspection
+import steersman.steer.decompose.labels
+import steersman.steer.effects.folder
+import steersman.steer.methods.examples
+import steersman.train.run.checkpoints
 from steersman import (
     SAE,
     ActivationStore,
@@ -48,17 +54,11 @@ from steersman import (
     collect_effects,
     train_sae,
 )
-from steersman.config import read_yaml
 from steersman.demo import MODEL_PATH, texts
 from steersman.errors import SteersmanError
 from steersman.sae import FeatureStats
 from steersman.sae.formats import convert
-from steersman.sae.formats.inspection import inspect
-from steersman.steer.decompose.labels import load_labels
-from steersman.steer.effects.folder import Effects
-from steersman.steer.methods.examples import read_examples
 from steersman.text import read_texts
-from steersman.train.run.checkpoints import checkpoint_to_sae
 
 HOOK = "blocks.1.hook_resid_post"
 MB = 1 << 20
@@ -120,9 +120,17 @@ def of_store(store: ActivationStore) -> str:
     return digest(*parts, torch.as_tensor(tokens.token_ids), torch.as_tensor(tokens.doc_ids))
 
 
-def of_effects(effects: Effects) -> str:
+def of_effects(effects: steersman.steer.effects.folder.Effects) -> str:
     parts = [part for shard in effects.iterate() for part in (shard.vectors, shard.effect, shard.scale)]
     return digest(*parts, effects.baseline.mean, effects.baseline.median_norm)
+
+
+def of_text(path: Path) -> str:
+    if "examples" in path.name:
+        return digest(str(steersman.steer.methods.examples.read_examples(path)))
+    if "labels" in path.name:
+        return digest(sys.modules["steersman.steer.decompose.labels"].load_labels(path))
+    return digest(read_texts(path))
 
 
 def of_model(folder: Path) -> str:
@@ -158,7 +166,7 @@ def train(store: Path, out: Path) -> SAE:
     return SAE.load(out)
 
 
-def measure(out: Path) -> Effects:
+def measure(out: Path) -> steersman.steer.effects.folder.Effects:
     sae = SAE(SAEConfig(d_in=demo().d_model, d_sae=32, k=4, hook_name=HOOK), torch.Generator().manual_seed(0))
     return collect_effects(
         demo(), sae, vectors="random", n_vectors=6, scale_rule="fixed", scale_target=2.0, rollouts=4, new_tokens=4,
@@ -168,23 +176,20 @@ def measure(out: Path) -> Effects:
 
 READERS: dict[str, Callable[[Path], str]] = {
     "sae": lambda path: of_sae(SAE.load(path)),
-    "inspect": lambda path: digest(inspect(path).to_text().replace(str(path), "")),
+    "inspect": lambda path: digest(steersman.sae.formats.inspection.inspect(path).to_text().replace(str(path), "")),
     "convert": converted,
     "vector": lambda path: (lambda v: digest(v.provenance(), v.hook_names, *v.directions.values()))(
         SteeringVector.load(path)
     ),
     "map": lambda path: (lambda m: digest(m.hook_name, m.model_name, m.M, m.b, m.median_scale))(EffectMap.load(path)),
-    "effects": lambda path: of_effects(Effects.open(path)),
+    "effects": lambda path: of_effects(steersman.steer.effects.folder.Effects.open(path)),
     "store": lambda path: of_store(ActivationStore.open(path)),
-    "checkpoint": lambda path: of_sae(checkpoint_to_sae(path)),
+    "checkpoint": lambda path: of_sae(steersman.train.run.checkpoints.checkpoint_to_sae(path)),
     "resume_cache": lambda path: of_store(cache(path)),
     "resume_train": lambda path: of_sae(train(path / "store", path / "run")),
     "resume_effects": lambda path: of_effects(measure(path)),
-    "yaml": lambda path: digest(read_yaml(path, TrainConfig)),
-    "text": lambda path: digest(
-        read_examples(path).positive and "" if "examples" in path.name else load_labels(path)
-        if "labels" in path.name else read_texts(path)
-    ),
+    "yaml": lambda path: digest(steersman.config.read_yaml(path, TrainConfig)),
+    "text": of_text,
     "model": of_model,
 }  # fmt: skip
 WEIGHTS = {"resume_cache": 0.15, "resume_train": 0.1, "resume_effects": 0.1, "model": 0.15, "convert": 0.5}
