@@ -10,9 +10,11 @@ from steersman.demo import MODEL_PATH, texts
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.sae import SAE, SAEConfig
+from steersman.sae.features import Rows
+from steersman.sae.features import summarize_features as summarize_rows
 from steersman.train import ActivationStore, HookView, TrainConfig, cache_activations, train_sae
 from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae, spliced_loss
-from steersman.train.reports.features import FeaturesConfig, features_to_text, summarize_features
+from steersman.train.reports.features import FeaturesConfig, _described, features_to_text, summarize_features
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
 
@@ -136,3 +138,46 @@ def test_what_does_not_belong_together_is_refused(store: ActivationStore, sae: S
         evaluate_sae(SAE(replace(sae.cfg, model_name="gpt2")), store)
     with pytest.raises(SteersmanError, match="no hook point"):
         HookView(store, "blocks.0.hook_resid_post")
+
+
+def test_the_models_loss_reads_no_more_text_than_asked_for(lm: LanguageModel, store: ActivationStore, sae: SAE) -> None:
+    given = texts(40, seed=5)
+    lengths = lm.encode(given, max_length=20).attention_mask.sum(dim=1)
+    n = int((lengths.cumsum(0) < 300).sum()) + 1
+    loss = spliced_loss(sae, lm, given, store.stats(store.hook_of(sae)).mean, 7, max_tokens=300, context_length=20)
+    assert loss.n_predictions == int((lengths[:n] - 1).sum())
+
+
+def test_an_encoder_has_no_next_token_loss(
+    sae: SAE,
+    store: ActivationStore,
+    lm: LanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(lm, "can_generate", False)
+    measured = evaluate_sae(sae, store, lm, texts(3, seed=5))
+    assert measured.loss is None
+    assert measured.reconstruction == evaluate_sae(sae, store).reconstruction
+    assert "is an encoder" in caplog.text
+    with pytest.raises(SteersmanError, match="predicts no next token"):
+        spliced_loss(sae, lm, texts(3, seed=5), torch.zeros(128))
+
+
+def test_contexts_end_where_the_model_stopped_reading(lm: LanguageModel, tmp_path: Path) -> None:
+    ids = torch.tensor([lm.token_ids(f" {word}")[0] for word in ["the", "fog", "and", "the", "fox", "ran"]])
+    x = torch.eye(128)[:6] + 0.001
+    positions = torch.tensor([1, 2, 3, 1, 2, 4])  # two contexts of one document; a token was left out in the second
+    for known in (True, False):
+        rows = {"x": x, "token_ids": ids.numpy(), "doc_ids": torch.zeros(6, dtype=torch.int64).numpy()}
+        if known:
+            rows["positions"] = positions.numpy()
+        acts = ActivationStore.from_tensors([rows], tmp_path / str(known), "blocks.1.hook_resid_post", dtype="float32")
+        identity = SAE(SAEConfig(d_in=128, d_sae=128, k=1, hook_name=acts.hook_name))
+        with torch.no_grad():
+            identity.W_enc.copy_(torch.eye(128))
+        described = _described(identity, acts, lm, summarize_rows(identity, [Rows(x, torch.arange(6))], 1.0), [3], 1)
+        (context,) = described[0].contexts
+        assert described[0].fires_on == [" the"]
+        assert (context.before.strip(), context.after.strip()) == ("" if known else "the fog and", "fox ran")
+        assert context.position == int(positions[3]) * known

@@ -12,8 +12,8 @@ from support.stopping import stopped_before
 from support.training import HOOK, assert_equal_weights, assert_same_sae, weight_bytes
 
 from steersman.errors import SteersmanError
-from steersman.sae import SAE
-from steersman.train import ActivationStore, HookView, TrainConfig, train_sae
+from steersman.sae import SAE, SAEConfig
+from steersman.train import ActivationStore, HookView, TrainConfig, evaluate_sae, train_sae
 from steersman.train.run.checkpoints import checkpoint_to_sae
 from steersman.train.store.manifest import Manifest
 from steersman.train.store.writer import StoreWriter
@@ -57,6 +57,22 @@ def test_a_transcoder_predicts_the_other_hook_point(store: ActivationStore, tmp_
     assert sae.cfg.metadata["heldout"]["fvu"] == pytest.approx(fvu, rel=0.1)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
     assert_equal_weights(sae, SAE.load(tmp_path / "run"))
+
+
+def test_a_transcoder_is_measured_on_what_it_predicts(store: ActivationStore, tmp_path: Path) -> None:
+    sae = train_sae(store, CONFIG, tmp_path / "run")
+    found, recorded = evaluate_sae(sae, store).reconstruction.record(), sae.cfg.metadata["heldout"]
+    assert found == {name: pytest.approx(value, rel=1e-4) for name, value in recorded.items()}
+
+
+def test_the_skip_connection_has_the_scales_folded_in_too() -> None:
+    cfg = SAEConfig(d_in=4, d_out=3, d_sae=8, k=2, transcoder=True, skip_connection=True, apply_b_dec_to_input=False)
+    sae, x = SAE(cfg), torch.randn(5, 4)
+    torch.nn.init.normal_(sae.W_skip)
+    torch.nn.init.normal_(sae.b_dec)
+    expected = sae(x * 3) / 0.5
+    sae.fold_scales(3, 0.5)
+    torch.testing.assert_close(sae(x), expected)
 
 
 def test_it_resumes_to_the_same_bytes_and_its_checkpoints_are_transcoders(

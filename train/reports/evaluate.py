@@ -7,6 +7,8 @@ arXiv 2503.09532). BOS and padding are left as they are, as caching leaves them 
 Shape letters: B rows, S positions, D width, V vocabulary.
 """
 
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -16,13 +18,17 @@ from torch import Tensor
 
 from steersman.config import check_types, merged
 from steersman.errors import SteersmanError
-from steersman.lm import LanguageModel
-from steersman.lm.origin import check_sae_fits
+from steersman.lm import LanguageModel, TokenBatch
+from steersman.lm.origin import canonical_hook, check_sae_fits
 from steersman.progress import progress
 from steersman.sae import SAE
-from steersman.sae.metrics import Reconstruction, measure_reconstruction
+from steersman.sae.metrics import Reconstruction, large_rows, measure_prediction
 from steersman.train.reports.features import BATCH_ROWS
+from steersman.train.store.batch import ActivationBatch
+from steersman.train.store.statistics import LARGE_NORM_RATIO
 from steersman.train.store.store import ActivationStore
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +64,12 @@ class EvaluateConfig:
     """Fraction of the rows that is held out."""
     batch_size: int = 16
     """Texts of a forward pass."""
+    model_tokens: int = 20_000
+    """Tokens of the texts on which the model's loss is measured, about: with the text that reaches it, no more."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.model_tokens < 2:
+            raise SteersmanError("batch_size must be at least 1 and model_tokens at least 2")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -100,8 +112,9 @@ def evaluate_sae(
     Args:
         sae: the SAE.
         store: a store of its hook point.
-        lm: its model; without one only the reconstruction is measured.
-        texts: what to measure the model's loss on.
+        lm: its model; without one only the reconstruction is measured. So it is, with a warning, where there is no
+            next-token loss to measure: for an encoder, which sees the next token, and for a transcoder.
+        texts: what to measure the model's loss on, each cut to the store's context length.
         config: an `EvaluateConfig`.
         overrides: fields of `EvaluateConfig`, over those of `config`.
 
@@ -111,26 +124,72 @@ def evaluate_sae(
     config = merged(EvaluateConfig, config, overrides)
     hook = store.hook_of(sae)
     split: Any = {"split": config.split, "heldout_fraction": config.heldout_fraction, "drop_last": False}
-    batches = store.batches(BATCH_ROWS, hook=hook, shuffle=False, **split)
+    hooks = [hook, canonical_hook(sae.cfg.hook_name_out)] if sae.cfg.transcoder else [hook]
+    batches = store.batches(BATCH_ROWS, hook=hooks, shuffle=False, **split)
     bar = progress(batches, desc="reconstruction", total=store.n_batches(BATCH_ROWS, **split), unit="batch")
-    reconstruction = measure_reconstruction(sae, (batch.x for batch in bar))
+    reconstruction = measure_prediction(sae, _read_and_wanted(store, hooks, bar))
     loss = None
-    if lm is not None:
+    if lm is not None and (obstacle := _no_loss(sae, lm)):
+        log.warning("the model's loss is not measured: %s", obstacle)
+    elif lm is not None:
         if not texts:
             raise SteersmanError("measuring the model's loss needs texts: give --text")
-        loss = spliced_loss(sae, lm, texts, store.stats(hook).mean, config.batch_size, hook)
+        length = store.manifest.config.get("context_length")
+        loss = spliced_loss(
+            sae,
+            lm,
+            texts,
+            store.stats(hook).mean,
+            config.batch_size,
+            hook,
+            max_tokens=config.model_tokens,
+            context_length=length if isinstance(length, int) else None,
+        )
     return Evaluation(reconstruction=reconstruction, loss=loss)
+
+
+def _read_and_wanted(
+    store: ActivationStore, hooks: list[str], batches: Iterable[ActivationBatch]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of rows of one hook point, or of two side by side: what is read, what is to be given for it, which are large."""
+    widths = [store.width(hook) for hook in hooks]
+    norms = [LARGE_NORM_RATIO * store.stats(hook).median_norm or float("inf") for hook in hooks]
+    for batch in batches:
+        parts = batch.x.split(widths, dim=1)
+        large = torch.stack([large_rows(part, norm) for part, norm in zip(parts, norms)]).any(0)
+        yield parts[0], parts[-1], large
+
+
+def _no_loss(sae: SAE, lm: LanguageModel) -> str:
+    """Why there is no next-token loss to measure; nothing where there is one."""
+    if sae.cfg.transcoder:
+        return "a transcoder's reconstruction is of another hook point than it reads"
+    if not lm.can_generate:
+        return f"{lm.name} is an encoder, which sees the next token and does not predict it"
+    return ""
 
 
 @torch.no_grad()
 def spliced_loss(
-    sae: SAE, lm: LanguageModel, texts: list[str], mean: Tensor, batch_size: int = 16, hook: str | None = None
+    sae: SAE,
+    lm: LanguageModel,
+    texts: list[str],
+    mean: Tensor,
+    batch_size: int = 16,
+    hook: str | None = None,
+    *,
+    max_tokens: int | None = None,
+    context_length: int | None = None,
 ) -> SplicedLoss:
     """The model's loss on `texts` with the stream as it is, rebuilt by `sae`, and set to `mean` [D].
 
-    `hook` is needed only for an SAE that records no hook point.
+    `hook` is needed only for an SAE that records no hook point. Each text is cut to `context_length` tokens or the
+    model's own limit; no further text is read once they have `max_tokens` tokens.
     """
     hook = check_sae_fits(lm, sae, hook)
+    if not lm.can_generate:
+        raise SteersmanError(f"{lm.name} is an encoder: it predicts no next token, so there is no such loss to measure")
+    length = min((n for n in (context_length, lm.context_length) if n is not None), default=None)
 
     def rebuilt(h: Tensor, fwd: Any) -> Tensor:
         return torch.where(editable(fwd), sae(h.float()).to(h), h)
@@ -143,9 +202,9 @@ def spliced_loss(
 
     sums = torch.zeros(4, dtype=torch.float64, device=lm.device)
     n_predictions = 0
-    starts = range(0, len(texts), batch_size)
-    for start in progress(starts, desc="model loss", total=len(starts), unit="batch"):
-        batch = lm.encode(texts[start : start + batch_size], max_length=lm.context_length)
+    batches = _within_budget(lm, texts, batch_size, length, max_tokens)
+    bar = progress(desc="model loss", total=sum(int(batch.attention_mask.sum()) for batch in batches), unit="tok")
+    for batch in batches:
         predicted = batch.attention_mask[:, 1:].bool()
         clean = lm.logits(batch.input_ids, batch.attention_mask)[:, :-1][predicted].float().log_softmax(-1)
         target = batch.input_ids[:, 1:][predicted]
@@ -159,6 +218,8 @@ def spliced_loss(
                 divergence = F.kl_div(logits, clean, reduction="sum", log_target=True)
         sums += torch.stack([*losses, divergence]).double()
         n_predictions += len(target)
+        bar.update(int(batch.attention_mask.sum()))
+    bar.close()
     if n_predictions == 0:
         raise SteersmanError("the texts are too short: no token of them is predicted from another")
     clean_loss, with_sae, ablated, kl = (sums / n_predictions).tolist()
@@ -170,3 +231,20 @@ def spliced_loss(
         kl=kl,
         n_predictions=n_predictions,
     )
+
+
+def _within_budget(
+    lm: LanguageModel, texts: list[str], batch_size: int, length: int | None, max_tokens: int | None
+) -> list[TokenBatch]:
+    """The texts in batches of token ids, up to the one that reaches `max_tokens`."""
+    batches, n_tokens = [], 0
+    for start in range(0, len(texts), batch_size):
+        part = texts[start : start + batch_size]
+        batch = lm.encode(part, max_length=length)
+        reached = n_tokens + batch.attention_mask.sum(dim=1).cumsum(0)
+        if max_tokens is not None and int(reached[-1]) >= max_tokens:
+            n = int((reached < max_tokens).sum()) + 1
+            return [*batches, lm.encode(part[:n], max_length=length)]
+        batches.append(batch)
+        n_tokens = int(reached[-1])
+    return batches

@@ -19,7 +19,10 @@ from steersman.sae import SAE
 from steersman.sae.base import FeatureStats
 from steersman.sae.features import FeatureSummary, Rows
 from steersman.sae.features import summarize_features as summarize_rows
+from steersman.train.store.batch import RowInfo
+from steersman.train.store.statistics import LARGE_NORM_RATIO
 from steersman.train.store.store import ActivationStore
+from steersman.visible import visible
 
 BATCH_ROWS = 8192
 
@@ -34,11 +37,11 @@ class Context:
     activation: float
     """The feature's activation on the token."""
     before: str
-    """Text before the token, within its document."""
+    """Text before the token that the model read with it: within its document and its context."""
     token: str
     """The token itself."""
     after: str
-    """Text after the token, within its document."""
+    """Text after the token, within its document and its context."""
     document: int
     """Number of the document in the text source."""
     position: int
@@ -54,15 +57,19 @@ class Feature:
     density: float
     """Fraction of the tokens it is active on."""
     max_act: float
-    """Largest activation."""
+    """Largest activation on ordinary rows (see `FeatureStats`)."""
     p999: float
-    """99.9th percentile of its activations, over the tokens it is active on."""
+    """99.9th percentile of its activations, over the ordinary rows it is active on."""
+    fires_on: list[str]
+    """Tokens at its largest activations, those with most of them first: what it stands for, most of all in early
+    layers, whose decoder rows are far from the output."""
     promotes: list[str]
     """Tokens whose logits its decoder row raises most, largest first (empty for models without an output layer)."""
     suppresses: list[str]
     """Tokens whose logits it lowers most."""
     contexts: list[Context]
-    """Its largest activations, at most one a document while there are enough documents."""
+    """Its largest activations, at most one a document while there are enough documents; on rows of huge norm only where
+    it fires on no other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +129,8 @@ def summarize_features(
     total = store.n_batches(BATCH_ROWS, split="all", drop_last=False)
     bar = progress(batches, desc="features", total=total, unit="batch")
     rows = (Rows(batch.x, batch.rows) for batch in bar)
-    summary = summarize_rows(sae, rows, store.stats(hook).median_norm, N_EXAMPLES)
+    median = store.stats(hook).median_norm
+    summary = summarize_rows(sae, rows, median, N_EXAMPLES, LARGE_NORM_RATIO * median or float("inf"))
     return FeatureReport(features=_described(sae, store, lm, summary, ids, config.contexts), stats=summary.stats)
 
 
@@ -140,6 +148,7 @@ def _described(
                 density=float(summary.stats.density[feature]),
                 max_act=float(summary.stats.max_act[feature]),
                 p999=float(summary.p999[feature]),
+                fires_on=_fires_on(lm.tokenizer, values[found], store.row_info(rows[found]).token_ids),
                 promotes=promotes,
                 suppresses=suppresses,
                 contexts=_contexts(store, lm.tokenizer, values[found], rows[found], n_contexts),
@@ -163,11 +172,9 @@ def _contexts(
         row = int(rows[i])
         start, stop = max(0, row - width), min(store.n_rows, row + width + 1)
         info = store.tokens(start, stop)
-        same = (info.doc_ids == info.doc_ids[row - start]).tolist()
-        ids = info.token_ids.tolist()
-        here = row - start
-        before = [token for token, inside in zip(ids[:here], same[:here]) if inside]
-        after = [token for token, inside in zip(ids[here + 1 :], same[here + 1 :]) if inside]
+        ids, here = info.token_ids.tolist(), row - start
+        low, high = _same_context(info, here)
+        before, after = ids[low:here], ids[here + 1 : high]
         head = tokenizer.decode(before)
         upto = tokenizer.decode([*before, ids[here]])
         whole = tokenizer.decode([*before, ids[here], *after])
@@ -184,19 +191,48 @@ def _contexts(
     return contexts
 
 
+def _same_context(info: RowInfo, here: int) -> tuple[int, int]:
+    """First and end of the stretch of rows around `here` that the model read together: one document, in one context. A
+    context ends where positions do not rise; where a store knows none, they are all 0, the document alone counts."""
+    documents, positions = info.doc_ids.tolist(), info.positions.tolist()
+    known = any(positions)
+    joined = [
+        one == other and (not known or position < following)
+        for one, other, position, following in zip(documents, documents[1:], positions, positions[1:])
+    ]
+    low, high = here, here + 1
+    while low > 0 and joined[low - 1]:
+        low -= 1
+    while high <= len(joined) and joined[high - 1]:
+        high += 1
+    return low, high
+
+
+def _fires_on(tokenizer: Any, values: Tensor, token_ids: Tensor, n: int = 5) -> list[str]:
+    """The tokens at a feature's largest activations, by the sum of their activations there, largest first."""
+    total: dict[int, float] = {}
+    for value, token in zip(values.abs().tolist(), token_ids.tolist()):
+        total[token] = total.get(token, 0.0) + value
+    return [tokenizer.decode([token]) for token in sorted(total, key=lambda token: -total[token])[:n]]
+
+
 def features_to_text(features: list[Feature]) -> str:
     """Features for a terminal: the token that fired stands between «» in each context."""
     lines = []
     for feature in features:
         head = f"feature {feature.id}   density {100 * feature.density:.3f} %   max {feature.max_act:.2f}"
         lines.append(f"{head}   p99.9 {feature.p999:.2f}")
+        if feature.fires_on:
+            lines.append("  fires on    " + "  ".join(map(repr, feature.fires_on)))
         if feature.promotes:
             lines.append("  promotes    " + "  ".join(repr(token) for token in feature.promotes))
             lines.append("  suppresses  " + "  ".join(repr(token) for token in feature.suppresses))
         for context in feature.contexts:
-            text = f"{context.before}«{context.token}»{context.after}".replace("\n", "⏎")
+            text = visible(f"{context.before}«{context.token}»{context.after}", newline="⏎")
             lines.append(f"  {context.activation:8.2f}  {text}")
         if not feature.contexts:
             lines.append("  never active on this store")
+        elif feature.max_act == 0:
+            lines.append("  active on rows of huge norm alone (attention sinks)")
         lines.append("")
     return "\n".join(lines)
