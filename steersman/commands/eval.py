@@ -1,5 +1,6 @@
 """`steersman eval`."""
 
+import logging
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,7 +12,9 @@ from steersman.lm.origin import check_sae_fits
 from steersman.text import TextSource, open_text
 from steersman.train import ActivationStore
 from steersman.train.capture.text_digest import is_of_text
-from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae
+from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae, no_loss
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,10 @@ def run(config: EvalCommand) -> None:
             raise SteersmanError("--model needs --text: the text to measure its loss on")
         lm = config.load_model(config.model)
         check_sae_fits(lm, sae, hook)
+        if obstacle := no_loss(sae, lm):
+            log.warning("the model's loss is not measured: %s", obstacle)
+            lm = None
+    if lm is not None and config.text is not None:
         source = open_text(config.text)
         texts = list(islice(source.documents(_first_document(store, source, config)), config.documents))
     result = evaluate_sae(sae, store, lm, texts, part_of(EvaluateConfig, config))

@@ -218,9 +218,10 @@ def _features(results: Results) -> str:
     for feature in alive:
         name = f" · {escape(names[feature.id])}" if feature.id in names else ""
         head = f"{feature.id}{name} · density {100 * feature.density:.2f} % · max {feature.max_act:.1f}"
-        promotes = (
-            f"<p class=muted>promotes {escape(' '.join(f'“{visible(token)}”' for token in feature.promotes))}</p>"
+        fires, promotes = (
+            escape(" ".join(f"“{visible(token)}”" for token in tokens)) for tokens in (feature.fires_on, feature.promotes)
         )
+        promotes = f"<p class=muted>fires on {fires}<br>promotes {promotes}</p>"
         contexts = "".join(
             f"<div class=context>{c.activation:.1f} {escape(visible(c.before))}<mark>{escape(visible(c.token))}</mark>"
             f"{escape(visible(c.after))}</div>"

@@ -7,7 +7,6 @@ arXiv 2503.09532). BOS and padding are left as they are, as caching leaves them 
 Shape letters: B rows, S positions, D width, V vocabulary.
 """
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -27,8 +26,6 @@ from steersman.train.reports.features import BATCH_ROWS
 from steersman.train.store.batch import ActivationBatch
 from steersman.train.store.statistics import LARGE_NORM_RATIO
 from steersman.train.store.store import ActivationStore
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,28 +109,28 @@ def evaluate_sae(
     Args:
         sae: the SAE.
         store: a store of its hook point.
-        lm: its model; without one only the reconstruction is measured. So it is, with a warning, where there is no
-            next-token loss to measure: for an encoder, which sees the next token, and for a transcoder.
+        lm: its model; without one only the reconstruction is measured.
         texts: what to measure the model's loss on, each cut to the store's context length.
         config: an `EvaluateConfig`.
         overrides: fields of `EvaluateConfig`, over those of `config`.
 
     Raises:
-        SteersmanError: SAE, store and model do not belong together; a model without texts.
+        SteersmanError: SAE, store and model do not belong together; a model without texts; a model given where there is
+            no next-token loss to measure, as `no_loss` says.
     """
     config = merged(EvaluateConfig, config, overrides)
     hook = store.hook_of(sae)
+    if lm is not None and (obstacle := no_loss(sae, lm)):
+        raise SteersmanError(f"{obstacle}: leave out the model to measure the reconstruction alone")
+    if lm is not None and not texts:
+        raise SteersmanError("measuring the model's loss needs texts: give --text")
     split: Any = {"split": config.split, "heldout_fraction": config.heldout_fraction, "drop_last": False}
     hooks = [hook, canonical_hook(sae.cfg.hook_name_out)] if sae.cfg.transcoder else [hook]
     batches = store.batches(BATCH_ROWS, hook=hooks, shuffle=False, **split)
     bar = progress(batches, desc="reconstruction", total=store.n_batches(BATCH_ROWS, **split), unit="batch")
     reconstruction = measure_prediction(sae, _read_and_wanted(store, hooks, bar))
     loss = None
-    if lm is not None and (obstacle := _no_loss(sae, lm)):
-        log.warning("the model's loss is not measured: %s", obstacle)
-    elif lm is not None:
-        if not texts:
-            raise SteersmanError("measuring the model's loss needs texts: give --text")
+    if lm is not None:
         length = store.manifest.config.get("context_length")
         loss = spliced_loss(
             sae,
@@ -160,7 +157,7 @@ def _read_and_wanted(
         yield parts[0], parts[-1], large
 
 
-def _no_loss(sae: SAE, lm: LanguageModel) -> str:
+def no_loss(sae: SAE, lm: LanguageModel) -> str:
     """Why there is no next-token loss to measure; nothing where there is one."""
     if sae.cfg.transcoder:
         return "a transcoder's reconstruction is of another hook point than it reads"
@@ -187,8 +184,8 @@ def spliced_loss(
     model's own limit; no further text is read once they have `max_tokens` tokens.
     """
     hook = check_sae_fits(lm, sae, hook)
-    if not lm.can_generate:
-        raise SteersmanError(f"{lm.name} is an encoder: it predicts no next token, so there is no such loss to measure")
+    if obstacle := no_loss(sae, lm):
+        raise SteersmanError(obstacle)
     length = min((n for n in (context_length, lm.context_length) if n is not None), default=None)
 
     def rebuilt(h: Tensor, fwd: Any) -> Tensor:
