@@ -219,7 +219,8 @@ def _features(results: Results) -> str:
         name = f" · {escape(names[feature.id])}" if feature.id in names else ""
         head = f"{feature.id}{name} · density {100 * feature.density:.2f} % · max {feature.max_act:.1f}"
         fires, promotes = (
-            escape(" ".join(f"“{visible(token)}”" for token in tokens)) for tokens in (feature.fires_on, feature.promotes)
+            escape(" ".join(f"“{visible(token)}”" for token in tokens))
+            for tokens in (feature.fires_on, feature.promotes)
         )
         promotes = f"<p class=muted>fires on {fires}<br>promotes {promotes}</p>"
         contexts = "".join(

@@ -65,11 +65,9 @@ class EvaluateConfig:
     """Tokens of the texts on which the model's loss is measured, about: with the text that reaches it, no more."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.batch_size < 1 or self.model_tokens < 2:
             raise SteersmanError("batch_size must be at least 1 and model_tokens at least 2")
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +128,7 @@ def evaluate_sae(
     bar = progress(batches, desc="reconstruction", total=store.n_batches(BATCH_ROWS, **split), unit="batch")
     reconstruction = measure_prediction(sae, _read_and_wanted(store, hooks, bar))
     loss = None
-    if lm is not None:
+    if lm is not None and texts:
         length = store.manifest.config.get("context_length")
         loss = spliced_loss(
             sae,
