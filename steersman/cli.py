@@ -20,6 +20,7 @@ from steersman.errors import LostRankError, SteersmanError, UnfinishedError, nea
 from steersman.files import check_place
 from steersman.flag_help import help_text
 from steersman.flags import ShellFormatter, config_type, in_words_of_the_shell, parse
+from steersman.visible import visible
 
 MISTAKE, INTERRUPTED, UNFINISHED = 2, 130, 75
 
@@ -107,12 +108,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run(list(sys.argv[1:] if argv is None else argv))
     except UnfinishedError as error:
-        print("steersman: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        print("steersman: " + visible(" ".join(str(error).split())), file=sys.stderr, flush=True)
         if isinstance(error, LostRankError):
             os._exit(UNFINISHED)  # a broken connection may keep the interpreter from ending
         sys.exit(UNFINISHED)
     except SteersmanError as error:
-        print("steersman: " + " ".join(str(error).split()), file=sys.stderr)
+        print("steersman: " + visible(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(MISTAKE)
     except BrokenPipeError:  # `steersman features | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

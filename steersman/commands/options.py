@@ -18,6 +18,7 @@ from steersman.lm.load import local_folder
 from steersman.sae import SAE
 from steersman.steer.methods import Examples, as_examples, read_examples
 from steersman.text import read_texts
+from steersman.visible import visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +54,17 @@ class PrintOptions:
 
     def show(self, text: Callable[[], str], record: Any) -> None:
         """Print the results: as `text()`, or `record` as JSON."""
-        print(as_json(record) if self.json else text())
+        print(as_json(record) if self.json else visible(text(), newline="\n"))
 
     def note(self, line: str) -> None:
         """Print a line beside the results, which is none of them."""
         if not self.json:
-            print(line)
+            print(visible(line, newline="\n"))
 
 
 def as_json(record: Any) -> str:
-    """A result as JSON that every parser reads: numbers that are not finite are null."""
-    return json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False)
+    """A result as JSON that every parser reads and that moves no terminal: numbers that are not finite are null."""
+    return json.dumps(_plain(record), indent=2, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

@@ -77,7 +77,7 @@ def run(config: VectorShowCommand) -> None:
         print(as_json({"vectors": shown, "cosines": cosines}))
         return
     for path, v, lens in zip(config.vector, vectors, lenses):
-        print(f"{path}: {describe(v)}")
+        config.note(f"{path}: {describe(v)}")
         for hook, sides in lens.items():
             for what, tokens in sides.items():
                 print(f"  {hook} {what} {' '.join(map(repr, tokens))}")
