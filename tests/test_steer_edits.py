@@ -158,7 +158,7 @@ def test_units(lm: LanguageModel) -> None:
         ({1: 1.0}, {"units": "furlongs"}, "unknown units 'furlongs'"),
         ({1: 1.0}, {"mode": "boost"}, "unknown mode 'boost'"),
         ({1: 2.0}, {"mode": "scale", "units": "max_act"}, "takes a plain factor"),
-        ({1: float("nan")}, {}, "must be finite"),
+        ({1: float("nan")}, {}, "strength of feature 1 must be a number, got nan"),
         ({1: 1.0}, {"gate": float("inf")}, "gate must be finite"),
         ([{1: 1.0}] * 3, {"gate": [1.0, 0.0]}, "rows disagree: features has 3, gate has 2"),
         ({}, {}, "no feature to steer by"),
@@ -170,6 +170,16 @@ def test_wrong_features(lm: LanguageModel, features: Any, options: dict[str, Any
     sae.feature_stats = stats()
     with pytest.raises(SteersmanError, match=message):
         Steerer(lm).features(sae, features, **options)
+
+
+def test_a_feature_of_sinks_is_not_called_dead(lm: LanguageModel) -> None:
+    sae = toy_sae()
+    sae.feature_stats = stats()
+    sae.feature_stats.density[0] = 0.02
+    message = r"0 is active on rows of huge norm alone \(attention sinks; 2 % of 1,000 tokens\).*use units='raw'"
+    with pytest.raises(SteersmanError, match=message):
+        Steerer(lm).features(sae, {0: 1.0}, units="max_act")
+    Steerer(lm).features(sae, {0: 1.0})
 
 
 @pytest.mark.parametrize("units", ["max_act", "norm_frac"])

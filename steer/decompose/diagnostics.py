@@ -105,12 +105,16 @@ def _feature_warnings(problem: Problem, terms: Terms, ids: list[int]) -> list[st
     if stats is not None:
         density, largest = stats.density.cpu(), stats.max_act.cpu()
         dense = [i for i in ids if float(density[i]) > DENSE]
-        dead = [i for i in ids if float(largest[i]) <= 0]
+        silent = [i for i in ids if float(largest[i]) <= 0]
+        dead = [i for i in silent if float(density[i]) <= 0]
+        on_sinks = [i for i in silent if i not in dead]
         if dense:
             percent = f"{100 * DENSE:.0f} %"
             warnings.append(f"active on more than {percent} of all tokens, so about no one thing: {_named(dense)}")
         if dead:
             warnings.append(f"never active in {stats.n_tokens:,} tokens, so without a meaning: {_named(dead)}")
+        if on_sinks:
+            warnings.append(f"active on rows of huge norm alone (attention sinks): {_named(on_sinks)}")
     rows = problem.atoms.unit(terms.features[:256])
     alike = (rows @ rows.T).abs().triu(1) > _COPIES
     pairs = [f"{ids[i]} and {ids[j]}" for i, j in alike.nonzero().tolist()]

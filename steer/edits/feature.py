@@ -72,9 +72,14 @@ def strength_unit(sae: SAE, feature: int, mode: str, units: str) -> float:
     if units == "max_act":
         largest = float(stats.max_act[feature])
         if not largest > 0:
+            cause = (
+                f"is dead (never active in {stats.n_tokens:,} tokens)"
+                if sae.is_dead(feature)
+                else "is active on rows of huge norm alone (attention sinks; "
+                f"{100 * float(stats.density[feature]):.2g} % of {stats.n_tokens:,} tokens)"
+            )
             raise SteersmanError(
-                f"feature {feature} is dead (never active in {stats.n_tokens} tokens), so it has no max_act: "
-                "choose another feature or use units='raw'"
+                f"feature {feature} {cause}, so it has no max_act: choose another feature or use units='raw'"
             )
         return largest
     if sae.cfg.input_norm != "none":
