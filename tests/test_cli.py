@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from support.commands import fails
 
 from steersman.cli import COMMANDS, main, usage
 from steersman.demo import MODEL_PATH, texts
+from steersman.errors import SteersmanError
 from steersman.sae import SAE, SAEConfig
+from steersman.train import ActivationStore
 
 MODEL = str(MODEL_PATH)
 HOOK = "blocks.2.hook_resid_post"
@@ -68,6 +72,50 @@ def test_features_are_shown_and_saved(work: Path, capsys: pytest.CaptureFixture[
     assert "«" in printed
     saved = json.loads((work / "run" / "features.json").read_text())
     assert [feature["id"] for feature in saved] == list(range(128))
+
+
+def test_features_are_read_where_they_fit(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae, acts = tmp_path / "sae", tmp_path / "acts"
+    shutil.copytree(work / "run", sae, ignore=shutil.ignore_patterns("features*", "checkpoints"))
+
+    def features() -> str:
+        capsys.readouterr()
+        main(_features(sae, acts))
+        return capsys.readouterr().out
+
+    def cache(n: int) -> None:
+        rows = torch.randn(n, 128, generator=torch.Generator().manual_seed(0))
+        ActivationStore.from_tensors([rows], acts, HOOK, model_name=MODEL_PATH.name, dtype="float32")
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise SteersmanError("a pass")
+
+    cache(500)
+    first = features()
+    with monkeypatch.context() as patched:
+        patched.setattr(ActivationStore, "batches", refused)
+        assert features() == first.replace("written to", "read from")
+        assert "a pass" in fails(capsys, *_features(sae, acts, "--contexts", "3"))
+        text = (sae / "features.json").read_text()
+        (sae / "features.json").write_text(text.replace('"id": 12,', '"id": 21,'))
+        assert "a pass" in fails(capsys, *_features(sae, acts))
+        (sae / "features.json").write_text(text)
+        other = SAE.load(sae)
+        with torch.no_grad():
+            other.b_enc[3] += 0.5
+        other.save(sae)
+        assert "a pass" in fails(capsys, *_features(sae, acts))
+    assert "written to" in features()
+    assert "read from" in features()
+    shutil.rmtree(acts)
+    cache(501)
+    assert "written to" in features()
+
+
+def _features(sae: Path, acts: Path, *flags: str) -> list[str]:
+    return ["features", "--sae", str(sae), "--store", str(acts), "--model", MODEL, "--feature", "12", *flags]
 
 
 def alive(work: Path) -> int:
