@@ -213,7 +213,7 @@ def test_asyncio_tasks_have_their_own_edits(lm: LanguageModel) -> None:
             return first and torch.equal(await asyncio.to_thread(lm.logits, IDS), want[seed])
 
     async def both() -> list[bool]:
-        return await asyncio.gather(task(0), task(1))
+        return list(await asyncio.gather(task(0), task(1)))
 
     assert asyncio.run(both()) == [True, True]
 
@@ -364,13 +364,13 @@ def test_options_are_honoured_or_refused(lm: LanguageModel, options: dict[str, A
 @pytest.mark.parametrize(
     "act",
     [
-        lambda lm: Steerer(lm).features(toy_sae(), {"3": 1.0}),
-        lambda lm: Steerer(lm).features(toy_sae(), {3: "1.0"}),
-        lambda lm: Steerer(lm).features(toy_sae(), {2.5: 1.0}),
-        lambda lm: Steerer(lm).vector(vector(), hook=HOOK, scale="2"),
-        lambda lm: Steerer(lm).vector(vector(), hook=HOOK, scope={"15"}),
-        lambda lm: Steerer(lm).vector(vector(), hook=HOOK, scope=(1.5, 3)),
-        lambda lm: LogitsEdit({"5": 1.0}),
+        lambda lm: Steerer(lm).features(toy_sae(), {"3": 1.0}),  # pyright: ignore[reportArgumentType]
+        lambda lm: Steerer(lm).features(toy_sae(), {3: "1.0"}),  # pyright: ignore[reportArgumentType]
+        lambda lm: Steerer(lm).features(toy_sae(), {2.5: 1.0}),  # pyright: ignore[reportArgumentType]
+        lambda lm: Steerer(lm).vector(vector(), hook=HOOK, scale="2"),  # pyright: ignore[reportArgumentType]
+        lambda lm: Steerer(lm).vector(vector(), hook=HOOK, scope={"15"}),  # pyright: ignore[reportArgumentType]
+        lambda lm: Steerer(lm).vector(vector(), hook=HOOK, scope=(1.5, 3)),  # pyright: ignore[reportArgumentType]
+        lambda lm: LogitsEdit({"5": 1.0}),  # pyright: ignore[reportArgumentType]
         lambda lm: SAEConfig(d_in=8, d_sae=16, k=2.5),  # pyright: ignore[reportArgumentType]
     ],
 )
