@@ -13,7 +13,7 @@ from steersman import SteeringVector
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.steer import METHODS, Steerer, contrast
-from steersman.steer.methods.diagnostics import Agreement, d_prime, warnings
+from steersman.steer.methods.diagnostics import Agreement, d_prime, half_of, warnings
 from steersman.steer.methods.moments import SampleFile
 
 HOOK, OTHER = "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"
@@ -255,6 +255,17 @@ def test_diagnostics_tell_a_direction_from_none(lm: LanguageModel, caplog: pytes
     assert abs(bad["agreement"]) < 0.15
     assert bad["auroc"] < 0.7, "held out: not what it was fitted to"
     assert any("hardly separates" in record.message for record in caplog.records)
+
+
+def test_halves_are_dealt_by_chance() -> None:
+    """Pairs whose answers alternate hold two opposite shifts beside what they share: each half must see both."""
+    half = half_of(torch.arange(400))
+    assert half.sum() == 200
+    assert half.equal(torch.cat([half_of(part) for part in torch.arange(400).split(37)]))
+    for period in (2, 3, 4, 8):
+        for phase in range(period):
+            of_phase = half[phase::period].float()
+            assert abs(float(of_phase.mean()) - 0.5) < 2.5 / len(of_phase) ** 0.5
 
 
 def test_diagnostics_by_hand() -> None:

@@ -24,7 +24,7 @@ from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.registry import Registry
-from steersman.steer.methods.diagnostics import Agreement, Projections
+from steersman.steer.methods.diagnostics import Agreement, Projections, half_of
 from steersman.steer.methods.examples import Examples
 from steersman.steer.methods.moments import RunningMean
 from steersman.steer.methods.reading import Order, Reader, check_positions
@@ -197,7 +197,7 @@ class StreamedMethod(Method):
         for batch in reader.samples(examples, self.order):
             for hook, x in batch.states.items():
                 for half, estimator in enumerate(halves[hook]):
-                    mine = batch.unit % 2 == half
+                    mine = half_of(batch.unit) == half
                     estimator.update(x[mine], batch.positive[mine])
                 if self.order == "pairs":
                     agreement[hook].add(x[0::2] - x[1::2])

@@ -2,7 +2,8 @@
 
 - `agreement`: mean cosine between the differences of two different pairs, from the unit differences d_i:
   (|sum d_i|^2 - n) / (n (n - 1)). 1 when every pair says the same, about 0 when they say nothing in common.
-- `split_half`: cosine between the vectors made from each half of the examples.
+- `split_half`: cosine between the vectors made from each half of the examples (`half_of`: dealt by chance, since
+  examples often alternate, as answers Yes and No do).
 - `auroc`, `d_prime`: how well the vector separates the sides. Each half is projected on the vector of the OTHER half,
   so that a vector cannot score on what it was fitted to: with fewer examples than dimensions anything separates those.
 - `pairs_right`: the fraction of pairs whose positive lies further along, held out in the same way.
@@ -20,6 +21,19 @@ from steersman.ranking import auroc
 
 LOW = {"agreement": 0.1, "split_half": 0.5, "auroc": 0.7}
 """Below these, steering along the vector is likely to disappoint: figures to look twice at, not limits of a theory."""
+
+
+def half_of(unit: Tensor) -> Tensor:
+    """Which half, 0 or 1, the examples number `unit` [n] belong to: of each two that follow one another one goes to
+    each half, and which one is drawn. The same in every run, and however examples are batched.
+
+    >>> half_of(torch.arange(12)).tolist()
+    [1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 1]
+    """
+    pair = unit.long() // 2
+    drawn = (pair + 1) * 0x9E3779B1 & 0xFFFFFFFF  # a multiplicative hash; its high bits are well mixed
+    drawn = (drawn ^ drawn >> 15) * 0x85EBCA77 & 0xFFFFFFFF
+    return (unit + (drawn >> 16)) % 2
 
 
 class Agreement:
@@ -55,12 +69,12 @@ class Projections:
         self._positive: list[Tensor] = []
 
     def add(self, x: Tensor, positive: Tensor, unit: Tensor) -> None:
-        """Take in samples x [n, D], their sides [n] and their units [n] (even ones made the first half)."""
+        """Take in samples x [n, D], their sides [n] and their units [n] (see `half_of`)."""
         self._along.append(x.double() @ self.unit)
         self._positive.append(positive)
         if self.halves is not None:
             both = x.double() @ self.halves.T  # [n, 2]
-            self._heldout.append(both.gather(1, 1 - (unit % 2)[:, None])[:, 0])
+            self._heldout.append(both.gather(1, 1 - half_of(unit)[:, None])[:, 0])
 
     def figures(self, *, paired: bool) -> dict[str, Any]:
         """All the module describes but `agreement`; held-out figures only where both halves have a vector."""
