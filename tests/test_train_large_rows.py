@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def sinks(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     return store_of(x, tmp_path_factory.mktemp("sinks") / "acts", dtype="float32")
 
 
-CONFIG = {"d_sae": 64, "k": 3, "batch_size": 256, "tokens": 12_000, "device": "cpu"}
+CONFIG: dict[str, Any] = {"d_sae": 64, "k": 3, "batch_size": 256, "tokens": 12_000, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_replicas_stand_in_for_one_another_as_one_process_would() -> None:
 
         def all_reduce_sum_(self, x: torch.Tensor) -> torch.Tensor:
             self.given.append(x.clone())
-            return x.copy_(sum(self.given))
+            return x.copy_(torch.stack(self.given).sum(0))
 
     first, second = Replica(2, 0), Replica(2, 1)
     first.given = second.given = []
@@ -123,17 +124,17 @@ def test_a_resumed_run_gives_the_same_bits(
 
 
 def test_all_rows_when_asked_and_in_runs_that_began_so(sinks: ActivationStore, tmp_path: Path) -> None:
-    config = TrainConfig(**CONFIG | {"tokens": 1024}, max_norm_ratio=None)
+    config = TrainConfig(**dict(CONFIG, tokens=1024), max_norm_ratio=None)
     plain = train_sae(sinks, config, tmp_path / "run")
     assert "rows_left_out" not in plain.cfg.metadata
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     del record["training"]["max_norm_ratio"], record["crc32"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))  # as an earlier version wrote it
     (tmp_path / "run" / "cfg.json").unlink()
-    again = train_sae(sinks, TrainConfig(**CONFIG | {"tokens": 1024}), tmp_path / "run")
+    again = train_sae(sinks, TrainConfig(**dict(CONFIG, tokens=1024)), tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), plain.state_dict().values()))
     with pytest.raises(SteersmanError, match="max_norm_ratio"):
-        train_sae(sinks, TrainConfig(**CONFIG | {"tokens": 1024}, max_norm_ratio=5), tmp_path / "run")
+        train_sae(sinks, TrainConfig(**dict(CONFIG, tokens=1024), max_norm_ratio=5), tmp_path / "run")
 
 
 def test_the_ratio_is_above_one_and_the_hook_point_is_named(
@@ -141,5 +142,5 @@ def test_the_ratio_is_above_one_and_the_hook_point_is_named(
 ) -> None:
     with pytest.raises(SteersmanError, match=r"max_norm_ratio = 0\.5 must be above 1"):
         TrainConfig(d_sae=4, k=2, max_norm_ratio=0.5)
-    train_sae(sinks, out=tmp_path / "run", **CONFIG | {"tokens": 512})
+    train_sae(sinks, out=tmp_path / "run", **dict(CONFIG, tokens=512))
     assert f"{HOOK}: 41 rows (1 %) have norms above 10 x the median" in caplog.text

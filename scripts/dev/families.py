@@ -223,7 +223,7 @@ def captured(lm: LanguageModel) -> str:
         return "all"
     some = [f"{kind} ({len(found)} of {lm.n_layers})" for kind, found in has.items() if 0 < len(found) < lm.n_layers]
     none = [kind for kind, found in has.items() if not found]
-    return "; ".join(part for part in (none and "no " + ", ".join(none), ", ".join(some)) if part)
+    return "; ".join(part for part in ("no " + ", ".join(none) if none else "", ", ".join(some)) if part)
 
 
 def adds_up(lm: LanguageModel) -> str:
