@@ -14,7 +14,8 @@ from steersman.train.run.trainer import Trainer
 from steersman.train.store.batch import ActivationBatch, ActivationSource, RowInfo
 from steersman.train.store.from_tensors import write_tensors
 from steersman.train.store.statistics import ActivationStats
-from steersman.train.store.store import ActivationStore, HookView
+from steersman.train.store.store import ActivationStore
+from steersman.train.store.view import HookView
 
 __all__ = [
     "ActivationBatch",

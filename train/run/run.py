@@ -41,7 +41,8 @@ from steersman.train.run.run_folder import RunFolder, record_in
 from steersman.train.run.trainer import Trainer
 from steersman.train.store.batch import ActivationSource, HasContents
 from steersman.train.store.statistics import LARGE_NORM_RATIO, ActivationStats
-from steersman.train.store.store import ActivationStore, HookView
+from steersman.train.store.store import ActivationStore
+from steersman.train.store.view import HookView
 from steersman.version import __version__
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from steersman.sae import SAE
 from steersman.train.mesh.preemption import Preemption
 from steersman.train.run.recipe import TrainConfig
 from steersman.train.run.run import Run, mesh_of, train
-from steersman.train.store.store import ActivationStore, HookView
+from steersman.train.store.store import ActivationStore
+from steersman.train.store.view import HookView
 
 
 @dataclass(frozen=True, kw_only=True)
