@@ -3,6 +3,7 @@
 Shape letters: N tokens, L latents, D width, K active latents a token.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -21,7 +22,8 @@ class Reconstruction:
     """Reconstruction metrics over a set of `n_tokens` tokens."""
 
     fvu: float
-    """`sum |x - x_hat|^2 / sum |x - mean(x)|^2`, the mean per dimension over the set: predicting the mean gives 1."""
+    """`sum |x - x_hat|^2 / sum |x - mean(x)|^2`, the mean per dimension over the set: predicting the mean gives 1. NaN
+    where the rows do not vary."""
     fvu_ordinary: float
     """The same over the ordinary rows alone, and around their mean: a few rows of huge norm, as those of attention
     sinks, can hold most of the variance, and are rebuilt easily. Equal to `fvu` where there is none."""
@@ -42,10 +44,24 @@ class Reconstruction:
     n_large: int
     """Rows of the set that are no ordinary ones, because their norm is too large."""
 
-    def record(self) -> dict[str, float]:
-        """The figures as files and tables have them: under the names that they always had."""
+    @property
+    def undefined(self) -> str:
+        """What is to be said of figures that are not defined; nothing where all are."""
+        if not math.isnan(self.fvu_ordinary):
+            return ""
+        which = "the" if math.isnan(self.fvu) else "the ordinary"
+        return f"{which} rows measured on do not vary, so no share of their variance is defined"
+
+    def record(self) -> dict[str, float | None]:
+        """The figures as files and tables have them: under the names that they always had, None for what is not
+        defined."""
         on_disk = {"dead_fraction": "dead_share", "dense_fraction": "dense_share"}
-        return {on_disk.get(name, name): value for name, value in asdict(self).items()}
+        return {on_disk.get(name, name): defined(value) for name, value in asdict(self).items()}
+
+
+def defined(value: float) -> float | None:
+    """`value`, or None for NaN: JSON has no word for it."""
+    return None if math.isnan(value) else value
 
 
 class ReconstructionSums:

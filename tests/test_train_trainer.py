@@ -15,10 +15,11 @@ from support.stopping import stopped_before
 from support.training import HOOK, assert_equal_weights, dictionary, logged, mixture, trainer_of, weight_bytes
 from torch import Tensor
 
+from steersman.commands.options import heldout_line
 from steersman.errors import SteersmanError
 from steersman.sae import SAE
 from steersman.sae.metrics import measure_reconstruction
-from steersman.train import ActivationStore, TrainConfig, Trainer, train_sae
+from steersman.train import ActivationStore, TrainConfig, Trainer, evaluate_sae, train_sae
 from steersman.train.run.optim import AutogradUpdater
 
 
@@ -321,6 +322,26 @@ def test_activations_that_do_not_vary(tmp_path: Path) -> None:
     flat = ActivationStore.from_tensors([torch.ones(4000, 16)], tmp_path / "acts", "h", dtype="float32")
     with pytest.raises(SteersmanError, match="do not vary"):
         train_sae(flat, CONFIG, tmp_path / "run")
+
+
+def test_held_out_rows_that_do_not_vary_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [torch.randn(600, 16), torch.ones(40, 16)]
+    store = ActivationStore.from_tensors(rows, tmp_path / "acts", "h", dtype="float32")
+    sae = train_sae(store, CONFIG, tmp_path / "run", tokens=600)
+    assert "rows measured on do not vary" in caplog.text
+    heldout = sae.cfg.metadata["heldout"]
+    assert (heldout["fvu"], heldout["fvu_ordinary"], heldout["explained_variance"]) == (None, None, None)
+    assert "NaN" not in (tmp_path / "run" / "cfg.json").read_text()
+    assert heldout_line(sae).startswith("FVU not defined, L0")
+    assert "fvu                 not defined" in (text := evaluate_sae(sae, store).to_text())
+    assert text.endswith("no share of their variance is defined")
+
+
+def test_one_held_out_row_is_refused_before_training(tmp_path: Path) -> None:
+    store = ActivationStore.from_tensors([torch.randn(19, 16)], tmp_path / "acts", "h", dtype="float32")
+    with pytest.raises(SteersmanError, match="1 held-out row is too few .* a heldout_fraction above 0.05"):
+        train_sae(store, CONFIG, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_loss_that_explodes_names_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:

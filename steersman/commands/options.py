@@ -151,8 +151,12 @@ def examples_of(data: str | None, positive: str | None, negative: str | None) ->
 def heldout_line(sae: SAE) -> str:
     """What a trained SAE measured on the rows held out of its training."""
     heldout = sae.cfg.metadata["heldout"]
-    ordinary = f" ({heldout['fvu_ordinary']:.4f} on ordinary rows)" if heldout.get("n_large") else ""
-    return f"FVU {heldout['fvu']:.4f}{ordinary}, L0 {heldout['l0']:.1f}, dead {100 * heldout['dead_share']:.2f} %"
+    ordinary = f" ({_fvu(heldout['fvu_ordinary'])} on ordinary rows)" if heldout.get("n_large") else ""
+    return f"FVU {_fvu(heldout['fvu'])}{ordinary}, L0 {heldout['l0']:.1f}, dead {100 * heldout['dead_share']:.2f} %"
+
+
+def _fvu(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.4f}"
 
 
 def left_out_line(sae: SAE) -> str:

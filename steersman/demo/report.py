@@ -98,7 +98,10 @@ def _picture(png: bytes, what: str) -> str:
 def _measures(results: Results) -> str:
     evaluation = results.evaluation.to_json()
     figures = [item for part in evaluation.values() if part for item in part.items()]
-    rows = [[FIGURES.get(name, name.replace("_", " ")), value] for name, value in figures]
+    rows = [
+        [FIGURES.get(name, name.replace("_", " ")), "not defined" if value is None else value]
+        for name, value in figures
+    ]
     return "<h2>The SAE</h2>" + _table(["measure", "on what was held out"], rows)
 
 

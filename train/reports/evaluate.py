@@ -21,7 +21,7 @@ from steersman.lm import LanguageModel, TokenBatch
 from steersman.lm.origin import canonical_hook, check_sae_fits
 from steersman.progress import progress
 from steersman.sae import SAE
-from steersman.sae.metrics import Reconstruction, large_rows, measure_prediction
+from steersman.sae.metrics import Reconstruction, defined, large_rows, measure_prediction
 from steersman.train.reports.features import BATCH_ROWS
 from steersman.train.store.batch import ActivationBatch
 from steersman.train.store.statistics import LARGE_NORM_RATIO
@@ -39,16 +39,18 @@ class SplicedLoss:
     ce_mean_ablated: float
     """With the mean activation in place of the stream."""
     ce_loss_score: float
-    """(ce_mean_ablated - ce_with_sae) / (ce_mean_ablated - ce_clean): 1 is perfect."""
+    """(ce_mean_ablated - ce_with_sae) / (ce_mean_ablated - ce_clean): 1 is perfect. NaN where setting the stream to its
+    mean changes nothing."""
     kl: float
     """KL(unchanged || with the reconstruction)."""
     n_predictions: int
     """Tokens predicted."""
 
-    def record(self) -> dict[str, float]:
-        """The figures as files and tables have them: under the names that they always had."""
+    def record(self) -> dict[str, float | None]:
+        """The figures as files and tables have them: under the names that they always had, None for what is not
+        defined."""
         on_disk = {"ce_clean": "ce_unsteered", "ce_with_sae": "ce_spliced", "ce_loss_score": "ce_recovered"}
-        return {on_disk.get(name, name): value for name, value in asdict(self).items()}
+        return {on_disk.get(name, name): defined(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +90,12 @@ class Evaluation:
         parts = self.to_json()
         rows = parts["reconstruction"] | (parts["loss"] or {})
         width = max(map(len, rows))
-        return "\n".join(
-            f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value:.4f}"
+        figures = {
+            name: "not defined" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
             for name, value in rows.items()
-        )
+        }
+        lines = [f"{name:<{width}}  {figure}" for name, figure in figures.items()]
+        return "\n".join([*lines, *filter(None, [self.reconstruction.undefined])])
 
 
 def evaluate_sae(

@@ -214,6 +214,8 @@ class Run:
                 sae.cfg.metadata["heldout"] = result.record()
                 if left_out:
                     sae.cfg.metadata["rows_left_out"] = left_out
+                if result.undefined:
+                    log.warning("held out: %s; the folder has null for them", result.undefined)
                 log.info("held out: FVU %.4f, L0 %.1f, dead %.2f %%", result.fvu, result.l0, 100 * result.dead_fraction)
                 try:
                     plot_run(self.folder.metrics(), sae.feature_stats, self.folder.path)
@@ -245,7 +247,17 @@ def _with_target(source: ActivationSource, hook_out: str) -> HookView:
 
 
 def _rows(source: ActivationSource, config: TrainConfig) -> int | None:
-    return source.n_batches(1, split="train", heldout_fraction=config.heldout_fraction)
+    """Rows to train on; None for a stream without end. Raises SteersmanError for a store that holds out too few."""
+    fraction = config.heldout_fraction
+    rows = source.n_batches(1, split="train", heldout_fraction=fraction)
+    if rows and isinstance(source, ActivationStore | HookView):
+        heldout = source.n_batches(1, split="heldout", heldout_fraction=fraction)
+        if heldout < 2:
+            raise SteersmanError(
+                f"{heldout} held-out row is too few to measure a variance: give more text, or a heldout_fraction above "
+                f"{fraction:g}"
+            )
+    return rows
 
 
 def batches_of(run: Run, step: int = 0) -> Generator[Tensor]:
