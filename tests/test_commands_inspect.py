@@ -65,6 +65,18 @@ def test_each_kind(things: Path, capsys: pytest.CaptureFixture[str], name: str, 
     assert "\x1b" not in printed
 
 
+def test_rows_of_huge_norm_in_a_store_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.ones(100, 4)
+    ActivationStore.from_tensors([x], tmp_path / "plain", HOOK, dtype="float32")
+    x[::50] *= 1000
+    ActivationStore.from_tensors([x], tmp_path / "sinks", HOOK, dtype="float32")
+    told = "2 rows (2 %) have norms above 10 x the median and hold 100 % of the squared norm"
+    assert look(capsys, tmp_path / "sinks")["hook points"][HOOK]["large rows"] == told
+    assert look(capsys, tmp_path / "plain")["hook points"][HOOK]["large rows"] == "none"
+    main(["inspect", str(tmp_path / "sinks")])
+    assert told in capsys.readouterr().out
+
+
 def test_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     found = look(capsys, MODEL_PATH, "--verify")
     assert found["kind"] == "model"

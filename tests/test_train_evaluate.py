@@ -14,7 +14,7 @@ from steersman.sae.features import Rows
 from steersman.sae.features import summarize_features as summarize_rows
 from steersman.train import ActivationStore, HookView, TrainConfig, cache_activations, train_sae
 from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae, spliced_loss
-from steersman.train.reports.features import FeaturesConfig, _described, features_to_text, summarize_features
+from steersman.train.reports.features import Feature, FeaturesConfig, _described, features_to_text, summarize_features
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
 
@@ -122,6 +122,17 @@ def test_contexts_hold_the_token_that_fired(lm: LanguageModel, store: Activation
     assert text.count("«") == 15
     with pytest.raises(SteersmanError, match="out of range"):
         summarize_features(sae, store, lm, only=(128,))
+
+
+def test_tokens_are_written_out_in_the_table() -> None:
+    words = {"fires_on": ["\n", " it's", "\x1b[2J"], "promotes": [" é"], "suppresses": ["\u202e"]}
+    feature = Feature(id=1, density=0.1, max_act=2.0, p999=1.5, contexts=[], **words)
+    lines = features_to_text([feature]).splitlines()
+    assert lines[1:4] == [
+        "  fires on    '⏎'  ' it's'  '\\x1b[2J'",
+        "  promotes    ' é'",
+        "  suppresses  '\\u202e'",
+    ]
 
 
 def _is(store: ActivationStore, row: int, document: int, position: int) -> bool:

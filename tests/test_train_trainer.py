@@ -20,6 +20,7 @@ from steersman.errors import SteersmanError
 from steersman.sae import SAE
 from steersman.sae.metrics import measure_reconstruction
 from steersman.train import ActivationStore, TrainConfig, Trainer, evaluate_sae, train_sae
+from steersman.train.reports.plots import plot_density, plot_loss
 from steersman.train.run.optim import AutogradUpdater
 
 
@@ -81,6 +82,12 @@ def test_the_run_folder_holds_what_it_says(store: ActivationStore, tmp_path: Pat
     assert_equal_weights(loaded, sae)
     assert loaded.cfg.hook_name == "blocks.0.hook_resid_post"
     assert loaded.cfg.metadata["heldout"]["fvu"] > 0
+    assert loaded.feature_stats is not None
+    fvu, dead = plot_loss(lines).axes
+    assert list(fvu.lines[0].get_ydata()) == [line["fvu"] for line in lines]
+    assert dead.get_ylabel() == "dead features (%)"
+    alive = int((loaded.feature_stats.density > 0).sum())
+    assert plot_density(loaded.feature_stats).axes[0].get_title().startswith(f"{alive} of 40 features")
 
 
 @pytest.mark.parametrize(

@@ -146,10 +146,11 @@ def look_at_store(path: str, *, verify: bool) -> Record:
     """A store of activations, finished or not."""
     store = ActivationStore.open(path, allow_partial=True, verify=verify)
     config = store.manifest.config
-    hooks = {
-        hook: {"width": store.width(hook), **((store.manifest.statistics or {}).get(hook) or {})}
-        for hook in store.hook_names
-    }
+    hooks: Record = {}
+    for hook in store.hook_names:
+        hooks[hook] = {"width": store.width(hook), **((store.manifest.statistics or {}).get(hook) or {})}
+        if store.complete:
+            hooks[hook] |= {"large rows": store.stats(hook).large_rows() or "none"}
     wanted = config.get("tokens")
     return {
         "complete": store.complete,

@@ -26,6 +26,7 @@ from steersman.visible import visible
 
 BATCH_ROWS = 8192
 
+_NEWLINE = "⏎"
 N_EXAMPLES = 30
 """Largest activations kept of each feature, among which contexts are chosen."""
 
@@ -216,6 +217,10 @@ def _fires_on(tokenizer: Any, values: Tensor, token_ids: Tensor, n: int = 5) -> 
     return [tokenizer.decode([token]) for token in sorted(total, key=lambda token: -total[token])[:n]]
 
 
+def _quoted(tokens: list[str]) -> str:
+    return "  ".join(f"'{visible(token, newline=_NEWLINE)}'" for token in tokens)
+
+
 def features_to_text(features: list[Feature]) -> str:
     """Features for a terminal: the token that fired stands between «» in each context."""
     lines = []
@@ -223,12 +228,12 @@ def features_to_text(features: list[Feature]) -> str:
         head = f"feature {feature.id}   density {100 * feature.density:.3f} %   max {feature.max_act:.2f}"
         lines.append(f"{head}   p99.9 {feature.p999:.2f}")
         if feature.fires_on:
-            lines.append("  fires on    " + "  ".join(map(repr, feature.fires_on)))
+            lines.append("  fires on    " + _quoted(feature.fires_on))
         if feature.promotes:
-            lines.append("  promotes    " + "  ".join(repr(token) for token in feature.promotes))
-            lines.append("  suppresses  " + "  ".join(repr(token) for token in feature.suppresses))
+            lines.append("  promotes    " + _quoted(feature.promotes))
+            lines.append("  suppresses  " + _quoted(feature.suppresses))
         for context in feature.contexts:
-            text = visible(f"{context.before}«{context.token}»{context.after}", newline="⏎")
+            text = visible(f"{context.before}«{context.token}»{context.after}", newline=_NEWLINE)
             lines.append(f"  {context.activation:8.2f}  {text}")
         if not feature.contexts:
             lines.append("  never active on this store")

@@ -1,13 +1,18 @@
-"""Pictures of a training run."""
+"""Pictures of a training run: figures, which `plot_run` saves."""
+
+from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from steersman.files import write_bytes
 from steersman.sae import FeatureStats
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_run(metrics: list[dict[str, Any]], stats: FeatureStats, folder: Path) -> None:
@@ -15,6 +20,14 @@ def plot_run(metrics: list[dict[str, Any]], stats: FeatureStats, folder: Path) -
 
     Raises SteersmanError when they cannot be written.
     """
+    for name, figure in (("loss.png", plot_loss(metrics)), ("density.png", plot_density(stats))):
+        content = io.BytesIO()
+        figure.savefig(content, dpi=120, format="png")
+        write_bytes(folder / name, content.getvalue())
+
+
+def plot_loss(metrics: list[dict[str, Any]]) -> Figure:
+    """A figure of the FVU on training batches and the dead features (%) over tokens, from the lines of a run's log."""
     from matplotlib.figure import Figure
 
     tokens = [line["tokens"] for line in metrics]
@@ -25,7 +38,12 @@ def plot_run(metrics: list[dict[str, Any]], stats: FeatureStats, folder: Path) -
     twin = axes.twinx()
     twin.plot(tokens, [100 * line.get("dead_share", np.nan) for line in metrics], color="C1", linewidth=1)
     twin.set_ylabel("dead features (%)", color="C1")
-    _save(figure, folder / "loss.png")
+    return figure
+
+
+def plot_density(stats: FeatureStats) -> Figure:
+    """A figure of how many features fire on which fraction of the tokens; those that never fire are counted above."""
+    from matplotlib.figure import Figure
 
     density = stats.density.numpy()
     alive = density[density > 0]
@@ -35,10 +53,4 @@ def plot_run(metrics: list[dict[str, Any]], stats: FeatureStats, folder: Path) -
         axes.hist(np.log10(alive), bins=50, color="C0")
     axes.set(xlabel="log10 of the fraction of tokens", ylabel="features")
     axes.set_title(f"{len(alive)} of {len(density)} features fired on {stats.n_tokens:,} tokens", fontsize=10)
-    _save(figure, folder / "density.png")
-
-
-def _save(figure: Any, path: Path) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, dpi=120, format="png")
-    write_bytes(path, content.getvalue())
+    return figure
