@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.power_cut import PowerCut, power_cut_after
@@ -84,7 +85,7 @@ def test_the_run_folder_holds_what_it_says(store: ActivationStore, tmp_path: Pat
     assert loaded.cfg.metadata["heldout"]["fvu"] > 0
     assert loaded.feature_stats is not None
     fvu, dead = plot_loss(lines).axes
-    assert list(fvu.lines[0].get_ydata()) == [line["fvu"] for line in lines]
+    assert np.asarray(fvu.lines[0].get_ydata()).tolist() == [line["fvu"] for line in lines]
     assert dead.get_ylabel() == "dead features (%)"
     alive = int((loaded.feature_stats.density > 0).sum())
     assert plot_density(loaded.feature_stats).axes[0].get_title().startswith(f"{alive} of 40 features")
