@@ -24,8 +24,11 @@ CONFIG = TrainConfig(
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Rows of a mixture, one in a hundred of them of huge norm."""
     out = tmp_path_factory.mktemp("data") / "acts"
-    ActivationStore.from_tensors(mixture(9000).split(1000), out, "blocks.0.hook_resid_post", dtype="float32")
+    rows = mixture(9000)
+    rows[::100] *= 300
+    ActivationStore.from_tensors(rows.split(1000), out, "blocks.0.hook_resid_post", dtype="float32")
     return str(out)
 
 
@@ -44,6 +47,8 @@ def test_a_run_on_several_ranks_gives_the_sae_of_one_process(
     assert [ended for ended, _, _ in found] == ["done"] * n
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in alone.iterdir()}
     assert_same_sae(alone, tmp_path / "run")
+    left_out = [SAE.load(run).cfg.metadata["rows_left_out"] for run in (alone, tmp_path / "run")]
+    assert left_out[0] == left_out[1] == pytest.approx(0.01 * 128 * 60, rel=0.3)
     one, many = (
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (alone, tmp_path / "run")

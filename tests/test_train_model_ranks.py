@@ -12,6 +12,7 @@ from support.stores import word_documents
 from support.training import assert_same_sae, mixture
 
 from steersman.errors import SteersmanError
+from steersman.sae import SAE
 from steersman.train import ActivationStore, TrainConfig, train_sae
 from steersman.train.reports.plan import PlanConfig, plan_run
 
@@ -20,6 +21,7 @@ CONFIG = TrainConfig(
 )
 STREAM: dict[str, Any] = {
     "hook": "model.layers.1", "buffer_rows": 512, "heldout_rows": 300, "context_length": 16, "batch_size": 4,
+    "large": 300.0,
 }  # fmt: skip
 NAME = "sae_weights.safetensors"
 
@@ -55,6 +57,8 @@ def test_the_sae_is_that_of_one_process(
     if n - model_ranks == 1:
         assert (tmp_path / "run" / NAME).read_bytes() == (alone / NAME).read_bytes()
     assert_same_sae(alone, tmp_path / "run")
+    left_out = [SAE.load(run).cfg.metadata["rows_left_out"] for run in (alone, tmp_path / "run")]
+    assert left_out[0] == left_out[1] > 0
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
@@ -104,7 +108,7 @@ def test_a_rank_that_is_asked_to_end_has_all_of_them_save_and_end(
 
 
 def test_the_model_runs_no_further_ahead_than_half_a_buffer(text: str, tmp_path: Path) -> None:
-    config, slow = replace(CONFIG, model_ranks=1), {**STREAM, "step_seconds": 0.05}
+    config, slow = replace(CONFIG, model_ranks=1), {**STREAM, "large": 1.0, "step_seconds": 0.05}
     found = run_ranks(2, train_from_stream, text, slow, config, str(tmp_path / "run"), "preempt", 20, 0)
     step = int(max((tmp_path / "run" / "checkpoints").glob("step_*")).name[5:])
     a_pass = 4 * 15  # rows of a forward pass without the BOS of each context, at most
@@ -117,7 +121,7 @@ def test_the_model_runs_no_further_ahead_than_half_a_buffer(text: str, tmp_path:
 
 def test_a_model_rank_sends_what_the_plan_says(text: str, tmp_path: Path) -> None:
     config = replace(CONFIG, model_ranks=2, batch_size=1024, tokens=1024 * 6)
-    stream = {**STREAM, "buffer_rows": 2048, "dtype": "float32"}
+    stream = {**STREAM, "large": 1.0, "buffer_rows": 2048, "dtype": "float32"}  # without a pass for the ordinary rows
     _, *sent = run_ranks(3, bytes_sent_by_model, text, stream, config, str(tmp_path / "run"))
     plan = PlanConfig(d_in=16, d_sae=64, k=4, batch_size=1024, model_ranks=2, store_dtype="float32")
     # Four whole batches; before them come those that fit the encoder's scale, after them those of the end.

@@ -143,7 +143,8 @@ def train_from_stream(
     `at` of a model rank. After how it ended comes the number of forward passes of this rank.
 
     Options that are not those of a stream: `load_seconds` to load the model, `step_seconds` more for a step, `broken`
-    (NaN for one token), and texts for a rank of their own (`text_of_rank`).
+    (NaN for one token), `large` (how many times as long the rows of that token are), and texts for a rank of their own
+    (`text_of_rank`).
     """
     from steersman.lm import LanguageModel
     from steersman.parallel import rank_and_world_size
@@ -152,14 +153,15 @@ def train_from_stream(
 
     rank, options = rank_and_world_size()[0], dict(options)
     load_seconds, step_seconds = options.pop("load_seconds", 0), options.pop("step_seconds", 0)
-    broken, texts = options.pop("broken", False), options.pop("text_of_rank", {})
+    large, broken, texts = options.pop("large", 1.0), options.pop("broken", False), options.pop("text_of_rank", {})
+    times = math.nan if broken else large
     happening, capture, take_step, passes = Event(event, at, victim), LanguageModel.capture, Trainer.step, [0]
 
     def counted(self: LanguageModel, input_ids: Tensor, *args: Any, **named: Any) -> Any:
         passes[0] += 1
         happening.reached(passes[0] if rank == victim else -2)
         found = capture(self, input_ids, *args, **named)
-        return {hook: x.masked_fill((input_ids == 17)[..., None] & broken, math.nan) for hook, x in found.items()}
+        return {hook: torch.where((input_ids == 17)[..., None], x * times, x) for hook, x in found.items()}
 
     def slow_step(self: Trainer, rows: Tensor) -> None:
         time.sleep(step_seconds)
