@@ -7,8 +7,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("sae", "kernels", "train", "steer")
 
@@ -32,37 +30,6 @@ def test_folders_are_imported_by_their_full_name() -> None:
     bare = {str(path): name for path in sources() for name in imported(path) if name.split(".")[0] in FOLDERS}
     assert not bare
     assert len(sources()) > 30
-
-
-GROUND_FLOOR = {
-    "config",
-    "deprecation",
-    "device",
-    "errors",
-    "files",
-    "registry",
-    "parallel",
-    "progress",
-    "text",
-    "version",
-}
-MAY_IMPORT = {
-    "kernels": {"kernels"},
-    "sae": {"sae", "kernels"},
-    "train": {"train", "sae", "kernels", "lm"},
-    "steer": {"steer", "sae", "kernels", "lm"},
-    "steersman/lm": {"lm"},
-}
-
-
-@pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_parts_import_only_what_they_may(folder: str) -> None:
-    allowed = MAY_IMPORT[folder] | GROUND_FLOOR
-    for path in (ROOT / folder).rglob("*.py"):
-        for name in imported(path):
-            parts = name.split(".")
-            if parts[0] == "steersman" and len(parts) > 1:
-                assert parts[1] in allowed, f"{path} imports {name}"
 
 
 def test_links_are_relative_and_all_there() -> None:
