@@ -5,6 +5,7 @@ import torch
 from support.tiny_models import word_tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from steersman import LanguageModel
 from steersman.errors import SteersmanError
 from steersman.lm.tokens import TextEncoder
 
@@ -132,3 +133,8 @@ def test_what_is_no_text(given: object, message: str) -> None:
     text = TextEncoder(word_tokenizer(bos_token="<s>", eos_token="</s>"), is_encoder=False)
     with pytest.raises(SteersmanError, match=message):
         text.batch(given, bos=True, padding_side="left", max_length=None)
+
+
+def test_half_a_surrogate_pair_is_told(lm: LanguageModel) -> None:
+    with pytest.raises(SteersmanError, match=r"text 1 holds half of a surrogate pair .*character 3"):
+        lm.encode(["w5", "w5 \ud83d"])

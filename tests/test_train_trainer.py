@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.power_cut import PowerCut, power_cut_after
 from support.stopping import stopped_before
+from support.stores import store_of
 from support.training import HOOK, assert_equal_weights, dictionary, logged, mixture, trainer_of, weight_bytes
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from steersman.sae import SAE
 from steersman.sae.metrics import measure_reconstruction
 from steersman.train import ActivationStore, TrainConfig, Trainer, evaluate_sae, train_sae
 from steersman.train.reports.plots import plot_density, plot_loss
+from steersman.train.run.checkpoints import Checkpoints
 from steersman.train.run.optim import AutogradUpdater
 
 
@@ -394,3 +396,30 @@ def test_settings_by_name_and_a_stores_folder(tmp_path: Path) -> None:
         train_sae(tmp_path / "acts", base, tmp_path / "c", kk=4)
     with pytest.raises(SteersmanError, match="needs out="):
         train_sae(tmp_path / "acts", base)
+
+
+def test_a_run_starts_from_its_seed_and_leaves_the_generator_alone(tmp_path: Path) -> None:
+    rows = mixture(2000)
+    store = store_of(rows, tmp_path / "store")
+    config = TrainConfig(d_sae=64, k=4, batch_size=256, tokens=1024, checkpoint_every=4, device="cpu", seed=3)
+    states = []
+    for name in ("one", "two"):
+        torch.rand(7 if name == "two" else 1)  # what a program drew before is no part of the run
+        before = torch.get_rng_state()
+        train_sae(store, config, tmp_path / name)
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append(next((tmp_path / name / "checkpoints").glob("*/state.safetensors")).read_bytes())
+    assert states[0] == states[1]
+
+
+def test_a_checkpoint_whose_state_is_no_file_is_told_and_not_passed_over(tmp_path: Path) -> None:
+    for step in (4, 8):
+        (tmp_path / f"step_{step:08d}").mkdir()
+        (tmp_path / f"step_{step:08d}" / "state.safetensors").touch()
+    (tmp_path / "step_00000004" / "state.json").touch()
+    (tmp_path / "step_00000008" / "state.json").symlink_to("nowhere")
+    (tmp_path / "step_00000012").mkdir()  # with nothing of a checkpoint in it
+    checkpoints = Checkpoints(tmp_path, 2)
+    assert checkpoints.steps() == [4, 8]
+    with pytest.raises(SteersmanError, match="step_00000008"):
+        checkpoints.load(lambda _: (0, 1))

@@ -118,6 +118,14 @@ class TextEncoder:
     def _given(self, i: int, text: Any) -> list[int]:
         """The ids that text `i` is, where it is no string."""
         if isinstance(text, str):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                half = text[error.start].encode("unicode_escape").decode()
+                raise SteersmanError(
+                    f"text {i} holds half of a surrogate pair ({half}, character {error.start}), which is no text: "
+                    "mend it, or replace it with U+FFFD"
+                ) from None
             return []
         if isinstance(text, Tensor) and text.ndim == 1 and not text.is_floating_point():
             text = text.tolist()

@@ -170,7 +170,7 @@ class Checkpoints:
         ]
         write_json(temporary / STATE, seal(state | {"files": files}))
         final = self.folder_of(step)
-        if (final / STATE).is_file():
+        if os.path.lexists(final / STATE):
             self.remove(step)
         if final.exists():  # with something of the user's in it
             for record in [*files, {"name": STATE}]:
@@ -190,9 +190,10 @@ class Checkpoints:
         return self.folder / f"step_{step:08d}"
 
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, in order."""
+        """The steps of which there is a checkpoint, in order. One that lacks a file or has a damaged one counts: it is
+        told of and not passed over."""
         found = ((_FOLDER.fullmatch(child.name), child) for child in self.folder.glob("step_*"))
-        return sorted(int(match[1]) for match, child in found if match and (child / STATE).is_file())
+        return sorted(int(match[1]) for match, child in found if match and any(child.glob("state*")))
 
     def load(
         self, latents: Callable[[str], tuple[int, int]], step: int | None = None

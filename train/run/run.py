@@ -116,7 +116,13 @@ class Run:
 
     @contextmanager
     def started(self) -> Iterator[None]:
-        """The block trains: from the newest checkpoint on if there is one, and with a log."""
+        """The block trains: from the newest checkpoint on if there is one, and with a log. What it draws from PyTorch's
+        own generator follows from the run's seed, and the generator is left as it was."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.config.seed)
+            yield from self._started()
+
+    def _started(self) -> Iterator[None]:
         parts = self._stats()
         if self.ranks.is_rank_zero:
             for hook, stats in zip((self.cfg.hook_name, self.cfg.hook_name_out), parts):
