@@ -185,3 +185,16 @@ def test_a_header_that_was_written_anew_is_noticed(tmp_path: Path) -> None:
 def test_a_message_is_as_long_as_can_be_read() -> None:
     assert len(str(SteersmanError("x" * 100_000 + " end"))) < 2100
     assert str(SteersmanError("x" * 100_000 + " end")).endswith(" end")
+
+
+def test_damage_at_the_checksum_and_elsewhere_is_told(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "x.safetensors", TENSORS, METADATA)
+    content = (tmp_path / "x.safetensors").read_bytes()
+    for place in range(8, 8 + 33):  # the name of the checksum, and the checksum
+        for bit in range(8):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << bit
+            damaged[-1] ^= 1
+            (tmp_path / "y.safetensors").write_bytes(damaged)
+            with pytest.raises(SteersmanError):
+                load_tensors(tmp_path / "y.safetensors")

@@ -109,7 +109,13 @@ class TextEncoder:
         if strings:
             # verbose=False: longer than the context is this library's own check, with a message that says what to do
             special = bos and self.is_encoder and self.bos_token_id is not None
-            read = self.tokenizer([texts[i] for i in strings], add_special_tokens=special, verbose=False)["input_ids"]
+            try:
+                read = self.tokenizer([texts[i] for i in strings], add_special_tokens=special, verbose=False)[
+                    "input_ids"
+                ]
+            except (TypeError, ValueError, OverflowError) as error:  # its files hold values of other types
+                reason = " ".join(str(error).split())[:200]
+                raise SteersmanError(f"the tokenizer cannot read texts ({reason}): are its files whole?") from error
             start = [self.bos_token_id] if bos and not self.is_encoder and self.bos_token_id is not None else []
             for i, row in zip(strings, read):
                 rows[i] = [*start, *row] if row[:1] != start else list(row)
