@@ -107,7 +107,10 @@ def test_contexts_hold_the_token_that_fired(lm: LanguageModel, store: Activation
     assert [feature.id for feature in described] == ids
     assert len(report.stats.density) == 128
     documents = texts(150, seed=5)
+    dense = sae.encode(store.activations(torch.arange(store.n_rows), HOOKS[1]).float()).detach()
     for feature in described:
+        tenth = float(dense[:, feature.id].sort(descending=True).values[9])
+        assert feature.typical_act == pytest.approx(tenth, rel=1e-5)
         assert len(feature.contexts) == 3
         assert feature.contexts[0].activation == pytest.approx(feature.max_act)
         assert len(feature.promotes) == len(feature.suppresses) == 8
@@ -126,7 +129,7 @@ def test_contexts_hold_the_token_that_fired(lm: LanguageModel, store: Activation
 
 def test_tokens_are_written_out_in_the_table() -> None:
     words = {"fires_on": ["\n", " it's", "\x1b[2J"], "promotes": [" é"], "suppresses": ["\u202e"]}
-    feature = Feature(id=1, density=0.1, max_act=2.0, p999=1.5, contexts=[], **words)
+    feature = Feature(id=1, density=0.1, max_act=2.0, typical_act=1.0, p999=1.5, contexts=[], **words)
     lines = features_to_text([feature]).splitlines()
     assert lines[1:4] == [
         "  fires on    '⏎'  ' it's'  '\\x1b[2J'",

@@ -30,8 +30,9 @@ class FeaturesCommand(ComputeOptions, PrintOptions):
     """Feature ids to show; the `top` ones if none are given."""
     top: int = 20
     """How many features to show when none are named."""
-    sort: Literal["max_act", "density", "id"] = "max_act"
-    """What the shown ones are the first by: largest activation, density, or id."""
+    sort: Literal["typical", "max_act", "density", "id"] = "typical"
+    """What the shown ones are the first by: typical is the tenth largest activation, which a few odd tokens do not
+    raise; or the largest activation, the density, or the id."""
     contexts: int = 5
     """Contexts of each feature."""
     out: str | None = None
@@ -55,7 +56,12 @@ def run(config: FeaturesCommand) -> None:
     described = stored or _found(config, sae, store, lm)
     if stored is None:
         save_features(out, described, source)
-    key = {"max_act": lambda i: -described[i].max_act, "density": lambda i: -described[i].density, "id": lambda i: i}
+    key = {
+        "typical": lambda i: -described[i].typical_act,
+        "max_act": lambda i: -described[i].max_act,
+        "density": lambda i: -described[i].density,
+        "id": lambda i: i,
+    }
     shown = asked or sorted(range(len(described)), key=key[config.sort])[: config.top]
     chosen = [described[i] for i in shown]
     config.show(lambda: features_to_text(chosen).rstrip("\n"), chosen)

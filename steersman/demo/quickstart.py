@@ -200,9 +200,9 @@ def _concept_targets(lm: LanguageModel, sae: SAE, concepts: Sequence[ConceptFeat
 
 
 def _promoted_targets(features: Sequence[Feature], n: int) -> list[Target]:
-    """Features that are neither rare nor dense and promote whole words, the ones with the largest activations."""
+    """Features that are neither rare nor dense and promote whole words, those that typically fire most strongly."""
     targets = []
-    for feature in sorted(features, key=lambda feature: -feature.max_act):
+    for feature in sorted(features, key=lambda feature: -feature.typical_act):
         words = tuple(dict.fromkeys(w for t in feature.promotes if (w := t.strip().lower()).isalpha() and len(w) > 1))
         if 5e-4 <= feature.density <= 0.05 and len(words) >= 3 and len(targets) < n:
             targets.append(Target(name=" ".join(words[:3]), words=words, candidates=(feature.id,)))

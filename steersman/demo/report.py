@@ -216,7 +216,7 @@ def _dose_plot(steered: list[SteeredTarget]) -> bytes:
 
 def _features(results: Results) -> str:
     names = {match.feature: match.concept for match in reversed(results.concepts)}
-    alive = sorted((f for f in results.features if f.contexts), key=lambda feature: -feature.max_act)
+    alive = sorted((f for f in results.features if f.contexts), key=lambda feature: -feature.typical_act)
     parts = [f"<h2>Features</h2><p class=muted>{len(alive)} of {len(results.features)} fired on the store.</p>"]
     for feature in alive:
         name = f" · {escape(names[feature.id])}" if feature.id in names else ""

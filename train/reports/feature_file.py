@@ -25,7 +25,7 @@ from steersman.train.store.store import ActivationStore
 
 log = logging.getLogger(__name__)
 
-FORMAT, VERSION = "steersman.features", 1
+FORMAT, VERSION = "steersman.features", 2
 """The version rises when the same SAE and store come to give other features."""
 LARGEST = 1 << 30
 """Largest file that is read: half a kilobyte for each feature, a few for each with many contexts."""

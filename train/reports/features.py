@@ -27,6 +27,7 @@ from steersman.visible import visible
 BATCH_ROWS = 8192
 
 _NEWLINE = "⏎"
+_TENTH = 9
 N_EXAMPLES = 30
 """Largest activations kept of each feature, among which contexts are chosen."""
 
@@ -59,6 +60,9 @@ class Feature:
     """Fraction of the tokens it is active on."""
     max_act: float
     """Largest activation on ordinary rows (see `FeatureStats`)."""
+    typical_act: float
+    """Its tenth largest activation, 0 where it has fewer: how strongly it fires in several places, which a few odd
+    tokens do not raise as they do `max_act`."""
     p999: float
     """99.9th percentile of its activations, over the ordinary rows it is active on."""
     fires_on: list[str]
@@ -148,6 +152,7 @@ def _described(
                 id=feature,
                 density=float(summary.stats.density[feature]),
                 max_act=float(summary.stats.max_act[feature]),
+                typical_act=_typical(values[found], float(summary.stats.max_act[feature])),
                 p999=float(summary.p999[feature]),
                 fires_on=_fires_on(lm.tokenizer, values[found], store.row_info(rows[found]).token_ids),
                 promotes=promotes,
@@ -156,6 +161,12 @@ def _described(
             )
         )
     return described
+
+
+def _typical(values: Tensor, max_act: float) -> float:
+    """The tenth of a feature's largest activations [n], largest first; at most `max_act`, which is 0 where it fires on
+    rows of huge norm alone."""
+    return min(float(values[_TENTH].abs()), max_act) if len(values) > _TENTH else 0.0
 
 
 def _contexts(
