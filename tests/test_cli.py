@@ -39,6 +39,21 @@ def test_flags_win_over_the_file(work: Path) -> None:
     assert (config["training"]["d_sae"], config["training"]["k"], config["training"]["log_every"]) == (128, 6, 5)
 
 
+def test_eval_begins_texts_as_the_store_does(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, acts = str(work / "stories.txt"), str(tmp_path / "acts")
+    main(["cache", "--model", MODEL, "--text", text, "--layer", "2", "--tokens", "2k", "--no-bos", "--out", acts])
+    found = []
+    for more in ([], ["--no-bos"]):
+        capsys.readouterr()
+        main(["eval", "--sae", str(work / "run"), "--store", acts, "--model", MODEL, "--text", text, "--json", *more])
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    main(
+        ["eval", "--sae", str(work / "run"), "--store", str(work / "acts"), "--model", MODEL, "--text", text, "--json"]
+    )
+    assert json.loads(capsys.readouterr().out)["loss"]["ce_unsteered"] != found[0]["loss"]["ce_unsteered"]
+
+
 def test_eval_measures_the_model_on_held_out_documents(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, out = str(work / "stories.txt"), str(work / "eval.json")
     main(

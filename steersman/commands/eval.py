@@ -1,7 +1,7 @@
 """`steersman eval`."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from steersman.commands.options import ComputeOptions, PrintOptions, on_kernels
@@ -44,7 +44,8 @@ def run(config: EvalCommand) -> None:
     if config.model is not None:
         if config.text is None:
             raise SteersmanError("--model needs --text: the text to measure its loss on")
-        lm = config.load_model(config.model)
+        as_cached = store.manifest.config.get("bos_token", 0) is not None
+        lm = replace(config, bos=config.bos and as_cached).load_model(config.model)
         check_sae_fits(lm, sae, hook)
         if obstacle := no_loss(sae, lm):
             log.warning("the model's loss is not measured: %s", obstacle)
