@@ -27,8 +27,10 @@ __all__ = ["check_tensors", "load_tensors", "save_tensors"]
 CHECKSUM = "crc32"
 _UNSET = "0" * 8
 _BEGIN = b'{"__metadata__":{"%s":"' % CHECKSUM.encode()
-"""How the header of a file with a checksum begins; one that differs from it in a few bytes is a damaged one."""
+"""How the header of a file with a checksum begins."""
+_DAMAGED_BEGIN = re.compile(rb'.{%d}[0-9a-f]{8}"' % len(_BEGIN), re.DOTALL)
 _FEW = 6
+"""So many bytes of the beginning may differ in a file that holds a checksum in its place and is damaged."""
 _PLACE = slice(8 + len(_BEGIN), 8 + len(_BEGIN) + len(_UNSET))
 """Where in the file the checksum stands."""
 _ANY_ENTRY = re.compile(rb'"%s"\s*:\s*[^\s{]' % CHECKSUM.encode())
@@ -91,7 +93,7 @@ def check_tensors(path: str | os.PathLike[str]) -> None:
                 raise SteersmanError(f"{path} is truncated or not a safetensors file: its header is longer than it")
             header = file.read(length)
             differing = sum(a != b for a, b in zip(header.ljust(len(_BEGIN)), _BEGIN))
-            if differing > _FEW:
+            if differing > _FEW or (differing and not _DAMAGED_BEGIN.match(header)):
                 if _ANY_ENTRY.search(header):
                     raise SteersmanError(f"{path} is damaged: its header was changed after it was written; restore it")
             elif differing or header[len(_BEGIN) :][: len(_UNSET)] != _crc(Path(path), length):

