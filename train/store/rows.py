@@ -9,7 +9,7 @@ import torch
 
 from steersman.errors import SteersmanError
 from steersman.train.store.batch import RowInfo
-from steersman.train.store.shards import FileRecord, check_size, checksum, damaged, read_header
+from steersman.train.store.shards import FileRecord, check_content, check_size, read_header
 
 _OPEN_SHARDS = 64
 """Row files kept mapped at once: 16 bytes a row of each, so a few hundred megabytes at most."""
@@ -35,8 +35,7 @@ class RowTable:
             self._open.move_to_end(index)
             return found
         if index not in self.verified:
-            if checksum(path) != record.crc32:
-                raise damaged(path)
+            check_content(path, record)
             self.verified.add(index)
         header = read_header(path)
         with open(path, "rb") as file:

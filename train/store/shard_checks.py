@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from steersman.errors import SteersmanError
-from steersman.train.store.shards import DATA_OFFSET, FileRecord, check_size, checksum, damaged
+from steersman.train.store.shards import DATA_OFFSET, FileRecord, check_content
 
 
 class ShardChecks:
@@ -30,9 +30,7 @@ class ShardChecks:
             with self._lock:
                 if self._unread[index]:
                     path, record = self._files[index]
-                    check_size(path, record)
-                    if checksum(path, DATA_OFFSET) != record.crc32:
-                        raise damaged(path)
+                    check_content(path, record, DATA_OFFSET)
                     self._unread[index] = False
 
     def check_all(self) -> None:

@@ -150,9 +150,7 @@ def load_arrays(path: Path, prefix: str = "", expected: FileRecord | None = None
     Raises `SteersmanError` naming the file when it is missing, damaged, or not as `expected`.
     """
     if expected is not None:
-        check_size(path, expected)
-        if checksum(path) != expected.crc32:
-            raise damaged(path)
+        check_content(path, expected)
     try:
         with safetensors.safe_open(path, framework="np") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a dict
@@ -211,6 +209,14 @@ def check_size(path: Path, expected: FileRecord) -> None:
             f"{path}: this shard has {size} bytes where the manifest says {expected.bytes}; "
             "it was cut short or altered: restore it, or write the store again"
         )
+
+
+def check_content(path: Path, expected: FileRecord, skip: int = 0) -> None:
+    """Compare a file's size and its content after the first `skip` bytes with its record; `SteersmanError` naming the
+    file when it is missing, cut short or altered."""
+    check_size(path, expected)
+    if checksum(path, skip) != expected.crc32:
+        raise damaged(path)
 
 
 def check_shard_header(path: Path, name: str, n_rows: int, width: int, dtype: str) -> None:

@@ -29,10 +29,9 @@ from steersman.train.store.shard_checks import ShardChecks
 from steersman.train.store.shards import (
     DTYPES,
     FileRecord,
+    check_content,
     check_shard_header,
     check_size,
-    checksum,
-    damaged,
     load_arrays,
 )
 from steersman.train.store.statistics import ActivationStats, StatsSums
@@ -249,9 +248,7 @@ class ActivationStore:
         """Compare every file with its checksum; `SteersmanError` naming the first shard that was altered."""
         for index, shard in enumerate(self.manifest.shards):
             file, record = self._file(ROWS, index), shard.files[ROWS]
-            check_size(file, record)
-            if checksum(file) != record.crc32:
-                raise damaged(file)
+            check_content(file, record)
             self._rows.verified.add(index)
         for checks in self._checks.values():
             checks.check_all()

@@ -27,9 +27,8 @@ from steersman.train.store.shards import (
     DATA_OFFSET,
     DTYPES,
     ShardWriter,
+    check_content,
     check_size,
-    checksum,
-    damaged,
     disk_errors,
     load_arrays,
     write_arrays,
@@ -159,10 +158,10 @@ class StoreWriter:
         for shard in self.manifest.shards:
             for name, record in shard.files.items():
                 file = self.folder / name / f"{shard.name}.safetensors"
-                check_size(file, record)
-                looked_at = name == ROWS or whole <= _VERIFIED_AT_RESUME
-                if looked_at and checksum(file, 0 if name == ROWS else DATA_OFFSET) != record.crc32:
-                    raise damaged(file)
+                if name == ROWS or whole <= _VERIFIED_AT_RESUME:
+                    check_content(file, record, 0 if name == ROWS else DATA_OFFSET)
+                else:
+                    check_size(file, record)
 
     def _find_short(self) -> ShardRecord | None:
         """The last shard, where `keep` left it without all of its rows."""
