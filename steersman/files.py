@@ -5,7 +5,6 @@ reader, and a power cut, find the old file or the new one, never a part of eithe
 under the temporary name is taken over by the next one that writes the file.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -114,7 +113,7 @@ def check_place(path: str | os.PathLike[str], kind: Literal["file", "folder"], *
             probe.unlink()
         finally:
             for one in () if keep else made:
-                with contextlib.suppress(OSError):  # not empty: somebody else uses it by now
+                with suppress(OSError):  # not empty: somebody else uses it by now
                     one.rmdir()
     except (OSError, ValueError) as error:
         if isinstance(error, SteersmanError):

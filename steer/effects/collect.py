@@ -21,6 +21,7 @@ from steersman.errors import PreemptedError, SteersmanError
 from steersman.files import make_folder
 from steersman.folders import FolderLock
 from steersman.lm import LanguageModel
+from steersman.lm.digest import tensor_hash
 from steersman.lm.origin import check_sae_fits
 from steersman.parallel import Mesh, Ranks, ending_on_sigterm, rank_and_world_size
 from steersman.progress import progress
@@ -43,7 +44,6 @@ from steersman.steer.effects.measured import (
     EffectShard,
     EffectsManifest,
     sae_identity,
-    tensor_hash,
 )
 from steersman.steer.effects.rollouts import RolloutMeter
 from steersman.steer.effects.scales import ScaleRule

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.files import temporary_path
+from steersman.lm.digest import tensor_hash
 from steersman.sae import SAE
 from steersman.steer.effects.map import EffectMap
 from steersman.steer.effects.measured import (
@@ -32,7 +33,6 @@ from steersman.steer.effects.measured import (
     EffectShard,
     EffectsManifest,
     sae_identity,
-    tensor_hash,
 )
 from steersman.tensor_files import load_tensors, save_tensors
 

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.files import write_json
+from steersman.lm.digest import tensor_hash
 from steersman.reading import read_json_object
 from steersman.sae import SAE
 from steersman.sealed import seal, unseal
@@ -23,16 +23,6 @@ from steersman.sealed import seal, unseal
 FORMAT, VERSION = "steersman.effects", 2
 """Version 1 had neither `model_digest` nor checksums, and its `vectors_hash` was of the unit vectors."""
 MANIFEST = "manifest.json"
-
-
-def tensor_hash(*tensors: Tensor) -> str:
-    """Sixteen hexadecimal digits that change when any number of the tensors changes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        x = tensor.detach().cpu().contiguous()
-        digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
-        digest.update(x.view(torch.uint8).numpy().data if x.numel() else b"")
-    return digest.hexdigest()[:16]
 
 
 def sae_identity(sae: SAE) -> dict[str, Any]:

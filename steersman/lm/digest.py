@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["model_digest", "weights_digest"]
+__all__ = ["model_digest", "tensor_hash", "weights_digest"]
 
 READ = 1 << 27
 """About how many weights are read: all of a model below this size, of larger ones every n-th row of each matrix."""
@@ -43,6 +43,16 @@ def weights_digest(model: nn.Module) -> str:
         value = tensors[name]
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(_bit_sums(value[::stride] if value.ndim > 1 else value).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tensor_hash(*tensors: Tensor) -> str:
+    """Sixteen hexadecimal digits that change when any number of the tensors changes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        x = tensor.detach().cpu().contiguous()
+        digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy().data if x.numel() else b"")
     return digest.hexdigest()[:16]
 
 

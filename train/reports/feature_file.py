@@ -4,7 +4,6 @@
 model and settings they follow from, and has the CRC-32 of the list: a list that somebody changed is not taken for ours.
 """
 
-import hashlib
 import json
 import logging
 import zlib
@@ -12,11 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from steersman.errors import SteersmanError
 from steersman.files import write_json, write_text
 from steersman.lm import LanguageModel
+from steersman.lm.digest import tensor_hash
 from steersman.reading import one_error, parse_json, read_bytes, read_json_object
 from steersman.sae import SAE
 from steersman.sealed import seal, unseal
@@ -36,7 +34,8 @@ def source_of(sae: SAE, store: ActivationStore, lm: LanguageModel, contexts: int
     return {
         "format": FORMAT,
         "version": VERSION,
-        "sae": _digest(sae),
+        "sae": tensor_hash(*(value for _, value in sorted(sae.weights().items()))),
+        "sae_config": json.loads(json.dumps(sae.cfg.record(), default=str)),
         "store": store.fingerprint,
         "hook_name": store.hook_of(sae),
         "model": lm.digest(),
@@ -79,13 +78,3 @@ def load_features(path: Path, source: dict[str, Any]) -> list[Feature] | None:
 
 def _feature(entry: dict[str, Any]) -> Feature:
     return Feature(**{**entry, "contexts": [Context(**context) for context in entry["contexts"]]})
-
-
-@torch.no_grad()
-def _digest(sae: SAE) -> str:
-    """Sixteen hexadecimal digits of an SAE's configuration and all its weights."""
-    digest = hashlib.sha256(json.dumps(sae.cfg.record(), sort_keys=True, default=str).encode())
-    for name, value in sorted(sae.weights().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
