@@ -1,5 +1,5 @@
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
-"""BatchTopK and JumpReLU in Triton, on the waves of `triton_encode`: one threshold for the batch, or one a latent.
+"""BatchTopK and JumpReLU in Triton, on the waves of `triton_wave`: one threshold for the batch, or one a latent.
 
 BatchTopK: each row proposes its `width` largest values. After every wave the (N*K)-th largest of all proposals is a
 lower bound of the batch's threshold, so what is below it enters no buffer any more. JumpReLU knows its thresholds, and
@@ -16,21 +16,17 @@ from torch import Tensor
 
 from steersman.kernels import tiles, torch_ops, triton_select
 from steersman.kernels.operands import Operands, prepare
-from steersman.kernels.triton_encode import (
+from steersman.kernels.triton_encode import LARGEST_K, SMALL_BATCH, chunk_of, plan
+from steersman.kernels.triton_rescue import Candidates, rescue
+from steersman.kernels.triton_select import EMPTY
+from steersman.kernels.triton_wave import (
     DENSE,
     FILTER,
     FIRST,
-    LARGEST_K,
-    SMALL_BATCH,
     THRESHOLD,
-    Candidates,
-    chunk_of,
     launch_wave,
-    plan,
-    rescue,
     small_batch_pre_activations,
 )  # fmt: skip
-from steersman.kernels.triton_select import EMPTY
 
 THRESHOLD_SLOTS = 1024
 """Slots of a row's buffer when the number of active latents is not known beforehand."""

@@ -46,8 +46,8 @@ def test_shipped_tiles(capability: int) -> None:
 
 def test_a_new_number_of_tokens_compiles_nothing() -> None:
     code = """
-from steersman.kernels import triton_decode, triton_encode, triton_select, triton_threshold
-for module in (triton_decode, triton_encode, triton_select, triton_threshold):
+from steersman.kernels import triton_decode, triton_rescue, triton_select, triton_threshold, triton_wave
+for module in (triton_decode, triton_rescue, triton_select, triton_threshold, triton_wave):
     for name in dir(module):
         if name.endswith("_kernel"):
             for p in getattr(module, name).params:

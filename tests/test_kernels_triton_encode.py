@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from steersman.errors import SteersmanError
-from steersman.kernels import operands, reference, triton_encode, triton_ops, triton_select
+from steersman.kernels import operands, reference, triton_encode, triton_ops, triton_select, triton_wave
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAN = triton_encode.plan
@@ -168,7 +168,7 @@ def test_adversarial_rows_of_a_signed_code(name: str) -> None:
 
 
 def test_a_tile_with_too_many_candidates_is_left_to_the_rescue(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_encode, "LIMIT", 6)
+    monkeypatch.setattr(triton_wave, "LIMIT", 6)
     x, W, b = adversarial("one hot tile")
     assert check(x, W, b, 10) == 6
 

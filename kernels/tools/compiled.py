@@ -19,17 +19,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from steersman.errors import SteersmanError
-from steersman.kernels import tiles, triton_decode, triton_encode, triton_select, triton_threshold
+from steersman.kernels import (
+    tiles,
+    triton_decode,
+    triton_encode,
+    triton_rescue,
+    triton_select,
+    triton_threshold,
+    triton_wave,
+)
 from steersman.kernels.tiles import Tile
 
 CAPABILITIES = (80, 90, 100)
 MODES = {
-    "first": triton_encode.FIRST,
-    "filter": triton_encode.FILTER,
-    "threshold": triton_encode.THRESHOLD,
-    "dense": triton_encode.DENSE,
+    "first": triton_wave.FIRST,
+    "filter": triton_wave.FILTER,
+    "threshold": triton_wave.THRESHOLD,
+    "dense": triton_wave.DENSE,
 }
-"""Those of `triton_encode.wave_kernel`."""
+"""Those of `triton_wave.wave_kernel`."""
 
 _MATRIX = {"wgmma": r"wgmma\.mma_async", "mma": r"(?<!wg)mma\.sync", "tcgen05": r"tcgen05\.mma"}
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -110,17 +118,17 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 
 def wave_job(tile: Tile, capability: int, dtype: torch.dtype, mode: str, C: int = 1024, *, signed: bool = False) -> Job:
-    """`triton_encode.wave_kernel` in one of its modes."""
+    """`triton_wave.wave_kernel` in one of its modes."""
     x, w = (_operand(dtype, rows, tile) for rows in (tile.BM, tile.BN))
     tau_and_buffer = {"bias_ptr": "*fp32", "tau_ptr": "*fp32", "buffer_ptr": "*fp32" if mode == "dense" else "*i64"}
     numbers = dict.fromkeys(("N", "L", "D", "first", "last"), "i32")
     return Job(
         name=f"encode {mode} {_NAMES[dtype]}" + " signed" * signed,
         capability=capability,
-        kernel=triton_encode.wave_kernel,
+        kernel=triton_wave.wave_kernel,
         types={"x": x, "w": w, "count_ptr": "*i32"} | tau_and_buffer | numbers,
         constants=_constants(tile)
-        | {"C": C, "GROUP": tile.group, "MODE": MODES[mode].value, "LIMIT": triton_encode.LIMIT, "SIGNED": signed},
+        | {"C": C, "GROUP": tile.group, "MODE": MODES[mode].value, "LIMIT": triton_wave.LIMIT, "SIGNED": signed},
         warps=tile.warps,
         stages=tile.stages,
         matrix=True,
@@ -128,12 +136,12 @@ def wave_job(tile: Tile, capability: int, dtype: torch.dtype, mode: str, C: int 
 
 
 def small_batch_job(tile: Tile, capability: int, dtype: torch.dtype) -> Job:
-    """`triton_encode.small_batch_kernel`."""
+    """`triton_wave.small_batch_kernel`."""
     x, w = (_operand(dtype, rows, tile) for rows in (tile.BN, tile.BM))
     return Job(
         name=f"encode small batch {_NAMES[dtype]}",
         capability=capability,
-        kernel=triton_encode.small_batch_kernel,
+        kernel=triton_wave.small_batch_kernel,
         types={"x": x, "w": w, "bias_ptr": "*fp32", "out_ptr": "*fp32"} | dict.fromkeys(("N", "L", "D"), "i32"),
         constants=_constants(tile),
         warps=tile.warps,
@@ -143,7 +151,7 @@ def small_batch_job(tile: Tile, capability: int, dtype: torch.dtype) -> Job:
 
 
 def rescue_job(capability: int, dtype: torch.dtype, C: int = 1024, k: int = 64, *, signed: bool = False) -> Job:
-    """`triton_encode.rescue_kernel`."""
+    """`triton_rescue.rescue_kernel`."""
     tile, kind = tiles.RESCUE[dtype], f"*{_NAMES[dtype]}"
     types = {"x_ptr": kind, "w_ptr": kind, "bias_ptr": "*fp32", "failed_ptr": "*i32", "n_failed_ptr": "*i32"}
     constants = _constants(tile) | {"C": C, "K": k, "W": min(C, triton.next_power_of_2(k + tile.BN)), "SIGNED": signed}
@@ -151,7 +159,7 @@ def rescue_job(capability: int, dtype: torch.dtype, C: int = 1024, k: int = 64, 
     return Job(
         name=f"encode rescue {_NAMES[dtype]}" + " signed" * signed,
         capability=capability,
-        kernel=triton_encode.rescue_kernel,
+        kernel=triton_rescue.rescue_kernel,
         types=types | {"buffer_ptr": "*i64", "L": "i32", "D": "i32"},
         constants=constants,
         warps=tile.warps,

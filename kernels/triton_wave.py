@@ -1,0 +1,211 @@
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+"""The product of the Triton encoders and what its epilogue does with a tile of pre-activations.
+
+`wave_kernel` multiplies a tile and stores it, appends what is above a threshold to buffers of candidates, or writes the
+code, by its mode. `small_batch_kernel` is for few tokens, where reading W_enc is the work: each row of it is read once.
+
+Shape letters: N tokens, L latents, D width, C slots of a row's buffer.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from steersman.kernels import tiles
+from steersman.kernels.operands import Operands
+from steersman.kernels.triton_select import make_key
+
+LIMIT = 24
+"""Candidates that a quarter of a tile's row may have; with more it would hold up the tile's other rows, and is
+rescued."""
+
+# What an epilogue does with a tile; see `wave_kernel`.
+FIRST, FILTER, THRESHOLD, DENSE = (tl.constexpr(mode) for mode in range(4))
+
+
+@triton.jit
+def product_tile(x, w, row0, column0, N, L, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                 TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """`x[row0:, :] w[column0:, :]^T` -> [BM, BN] fp32. With TMA, x and w are tensor descriptors, else
+    pointers to rows of D elements, D a multiple of 8."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    if TMA:
+        for k in range(0, D, BK):
+            acc = tl.dot(x.load([row0, k]), w.load([column0, k]).T, acc, input_precision=PRECISION)
+    else:
+        D = D // 8 * 8  # so that loads are known to start on 16 bytes
+        rows = row0 + tl.arange(0, BM)
+        columns = column0 + tl.arange(0, BN)
+        depth = tl.arange(0, BK)
+        x_at = x + rows.to(tl.int64)[:, None] * D + depth[None, :]
+        w_at = w + columns.to(tl.int64)[:, None] * D + depth[None, :]
+        for k in range(0, D, BK):
+            there = depth[None, :] < D - k
+            a = tl.load(x_at, mask=there & (rows < N)[:, None], other=0.0)
+            b = tl.load(w_at, mask=there & (columns < L)[:, None], other=0.0)
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+            x_at += BK
+            w_at += BK
+    return acc
+
+
+@triton.jit
+def append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+           LIMIT: tl.constexpr, SIGNED: tl.constexpr):  # fmt: skip
+    """Append to the rows' buffers what is above tau [BM] in acc [BM, BN], with SIGNED what is so in magnitude.
+
+    A row is looked at as 4 quarters, columns 8j + 2q and 8j + 2q + 1 for all j: what one thread holds of a matrix
+    unit's result (of `mma` and `wgmma`), so that maxima are taken within a thread. Each pass takes one candidate from
+    every quarter; the passes end with the fullest. Reserving the slots first makes one atomic addition a row.
+    """
+    quarters = tl.reshape(tl.permute(tl.reshape(acc, (BM, BN // 8, 4, 2)), (0, 2, 1, 3)), (BM, 4, BN // 4))
+    tau = tau[:, None]
+    inside = (rows < N)[:, None]
+    # Not "> tau": a NaN must be counted too, so that its row is seen to need the rescue.
+    # NaN is counted but never found, which marks its row as failed.
+    if SIGNED:
+        n = tl.sum((~(tl.abs(quarters) <= tau[:, :, None])).to(tl.int32), axis=2)
+    else:
+        n = tl.sum((~(quarters <= tau[:, :, None])).to(tl.int32), axis=2)
+        quarters = tl.maximum(quarters, float("-inf"))
+    crowded = n > LIMIT
+    wanted = tl.where(crowded, C + 1, n)  # one more than the buffer holds marks the row as failed
+    n = tl.where(crowded, 0, n)
+    total = tl.sum(wanted, axis=1)
+    passes = tl.max(tl.max(n, axis=1), axis=0)
+    start = tl.atomic_add(count_ptr + rows, total, mask=(rows < N) & (total > 0), sem="relaxed")
+    slot = start[:, None] + tl.cumsum(wanted, axis=1) - wanted
+    quarter = tl.arange(0, 4)[None, :]
+    position = tl.arange(0, BN // 4)[None, None, :]
+    base = buffer_ptr + rows.to(tl.int64)[:, None] * C
+    n_nan = tl.zeros_like(n)
+    for i in range(passes):
+        if SIGNED:  # one copy of the tile: what was taken becomes NaN, which `tl.maximum` passes over
+            sizes = tl.maximum(tl.abs(quarters), float("-inf"))
+            size, best = tl.max(sizes, axis=2, return_indices=True, return_indices_tie_break_left=False)
+            here = position == best[:, :, None]
+            value = tl.sum(tl.where(here, quarters, 0.0), axis=2)
+            quarters = tl.where(here, float("nan"), quarters)
+        else:
+            value, best = tl.max(quarters, axis=2, return_indices=True, return_indices_tie_break_left=False)
+            size = value
+            quarters = tl.where(position == best[:, :, None], float("-inf"), quarters)
+        latent = column0 + best // 2 * 8 + quarter * 2 + best % 2
+        live = inside & (i < n)
+        found = live & (size > tau)
+        n_nan += (live & ~found).to(tl.int32)
+        tl.store(base + slot + i, make_key(value, latent, SIGNED), mask=found & (slot + i < C))
+    if passes > 0:
+        failed = tl.sum(n_nan, axis=1) > 0
+        tl.atomic_add(count_ptr + rows, tl.where(failed, C + 1, 0), mask=(rows < N) & failed, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["N", "L", "D", "first", "last"])
+def wave_kernel(
+    x, w, bias_ptr, tau_ptr, buffer_ptr, count_ptr, N, L, D, first, last,
+    C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr,
+    LIMIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SIGNED: tl.constexpr,
+):  # fmt: skip
+    """One wave: a program computes the pre-activations of BM tokens and BN of the latents first <= l < last.
+
+    MODE FIRST stores all of them as keys; FILTER appends those above tau [N]; THRESHOLD those that are positive and
+    above tau [L]; DENSE writes those to buffer [N, L] fp32 and 0 elsewhere. GROUP blocks of rows share the tiles of W
+    in the cache.
+    """
+    program = tl.program_id(0)
+    n_row_blocks = tl.cdiv(N, BM)
+    n_tiles = tl.cdiv(last - first, BN)
+    group = program // (GROUP * n_tiles)
+    in_group = tl.minimum(n_row_blocks - group * GROUP, GROUP)
+    within = program % (GROUP * n_tiles)
+    row0 = (group * GROUP + within % in_group) * BM
+    column0 = first + within // in_group * BN
+    acc = product_tile(x, w, row0, column0, N, L, D, BM, BN, BK, TMA, PRECISION)
+
+    rows = row0 + tl.arange(0, BM)
+    columns = column0 + tl.arange(0, BN)
+    inside = columns < last
+    acc += tl.load(bias_ptr + columns, mask=inside, other=float("-inf"))[None, :]
+    if MODE == FIRST:
+        at = buffer_ptr + rows.to(tl.int64)[:, None] * C + (columns - first)[None, :]
+        tl.store(at, make_key(acc, columns[None, :], SIGNED), mask=(rows < N)[:, None] & inside[None, :])
+    elif MODE == FILTER:
+        tau = tl.load(tau_ptr + rows, mask=rows < N, other=float("inf"))
+        if SIGNED:  # no column past the last is above tau, which is no smaller than 0
+            acc = tl.where(inside[None, :], acc, 0.0)
+        append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C, BM, BN, LIMIT, SIGNED)
+    else:
+        threshold = tl.maximum(tl.load(tau_ptr + columns, mask=inside, other=float("inf")), 0.0)
+        if MODE == DENSE:
+            at = buffer_ptr + rows.to(tl.int64)[:, None] * L + columns[None, :]
+            acc = tl.where(acc <= threshold[None, :], 0.0, acc)
+            tl.store(at, acc, mask=(rows < N)[:, None] & inside[None, :])
+        else:
+            acc = tl.where(acc <= threshold[None, :], float("-inf"), acc)
+            tau = tl.where(rows < N, float("-inf"), float("inf"))
+            append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C, BM, BN, LIMIT, SIGNED)
+
+
+@triton.jit(do_not_specialize=["N", "L", "D"])
+def small_batch_kernel(
+    x, w, bias_ptr, out_ptr, N, L, D,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The pre-activations [N, L] fp32 of at most BN tokens. The latents are the product's rows (BM), as many as matrix
+    units want; each row of W is read by one program, once."""
+    row0 = tl.program_id(0) * BM
+    column0 = tl.program_id(1) * BN
+    acc = product_tile(w, x, row0, column0, L, N, D, BM, BN, BK, TMA, PRECISION)
+    latents = row0 + tl.arange(0, BM)
+    tokens = column0 + tl.arange(0, BN)
+    acc += tl.load(bias_ptr + latents, mask=latents < L, other=0.0)[:, None]
+    at = out_ptr + tokens.to(tl.int64)[None, :] * L + latents[:, None]
+    tl.store(at, acc, mask=(latents < L)[:, None] & (tokens < N)[None, :])
+
+
+def launch_wave(
+    ops: Operands,
+    tile: tiles.Tile,
+    mode: tl.constexpr,
+    wave: tuple[int, int],
+    tau: Tensor,
+    buffer: Tensor,
+    count: Tensor,
+    C: int,
+    *,
+    signed: bool = False,
+) -> None:
+    """Launch `wave_kernel` in a mode (FIRST, FILTER, THRESHOLD, DENSE) over the latents wave[0] <= l < wave[1]."""
+    N, D = ops.x.shape
+    first, last = wave
+    x, w = _sources(ops, (tile.BM, tile.BK), (tile.BN, tile.BK), tile.tma)
+    grid = (triton.cdiv(N, tile.BM) * triton.cdiv(last - first, tile.BN),)
+    wave_kernel[grid](
+        x=x, w=w, bias_ptr=ops.bias, tau_ptr=tau, buffer_ptr=buffer, count_ptr=count,
+        N=N, L=len(ops.W), D=D, first=first, last=last,
+        C=C, BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=tile.group, MODE=mode.value, LIMIT=LIMIT, TMA=tile.tma,
+        PRECISION=ops.precision, SIGNED=signed, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _sources(ops: Operands, x_block: tuple[int, int], w_block: tuple[int, int], tma: bool) -> tuple[object, object]:
+    """The operands as the kernels take them: descriptors for the copy engine, or the tensors themselves."""
+    if not tma:
+        return ops.x, ops.W
+    return TensorDescriptor.from_tensor(ops.x, list(x_block)), TensorDescriptor.from_tensor(ops.W, list(w_block))
+
+
+def small_batch_pre_activations(ops: Operands) -> Tensor:
+    """The pre-activations [N, L] fp32 of a few tokens, by one reading of W."""
+    N, D = ops.x.shape
+    L = len(ops.W)
+    tile = tiles.find_small_batch(ops.shape(1), ops.dtype, ops.x.device)
+    out = torch.empty(N, L, device=ops.x.device)
+    x, w = _sources(ops, (tile.BN, tile.BK), (tile.BM, tile.BK), tile.tma)
+    small_batch_kernel[(triton.cdiv(L, tile.BM), triton.cdiv(N, tile.BN))](
+        x=x, w=w, bias_ptr=ops.bias, out_ptr=out, N=N, L=L, D=D, BM=tile.BM, BN=tile.BN, BK=tile.BK, TMA=tile.tma,
+        PRECISION=ops.precision, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
