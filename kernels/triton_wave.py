@@ -32,6 +32,9 @@ def product_tile(x, w, row0, column0, N, L, D, BM: tl.constexpr, BN: tl.constexp
     pointers to rows of D elements, D a multiple of 8."""
     acc = tl.zeros((BM, BN), tl.float32)
     if TMA:
+        # With a loop that may not run at all, ptxas sees another definition of the accumulators beside wgmma's and
+        # waits for each wgmma before the next (its C7515).
+        tl.assume(D > 0)
         for k in range(0, D, BK):
             acc = tl.dot(x.load([row0, k]), w.load([column0, k]).T, acc, input_precision=PRECISION)
     else:
