@@ -74,7 +74,7 @@ def test_training_converges_like_the_reference(operands: torch.dtype, steps: int
 
 def test_a_new_number_of_tokens_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two batch sizes every launch has the same constants and numbers, but for one that kernels are not
-    specialised on (`test_kernels_compiled_update` looks at that)."""
+    specialised on (`test_kernels_compiled` looks at that)."""
     from triton.runtime.interpreter import InterpretedFunction
 
     run, launches = InterpretedFunction.run, []

@@ -1,29 +1,43 @@
-"""Print what the compiler makes of each shipped kernel: registers, shared memory, stack, matrix instructions.
+"""Print what the compiler makes of each shipped kernel: registers, spills, shared memory, matrix instructions.
 
     python scripts/dev/kernel_resources.py --full
 
-Needs no GPU. `stack` above 0 means that registers were spilled.
+Needs no GPU. What is not as it should be (see `Job`) is printed below its line, and the command then fails.
 """
 
 import argparse  # not tyro: runs on a bare GPU image too
 import json
 from dataclasses import asdict, fields
 
-from steersman.kernels.tools.compiled import CAPABILITIES, Resources, compile_job, shipped
+from steersman.kernels.tools.compiled import CAPABILITIES, Resources, compile_job, problems
+from steersman.kernels.tools.jobs import shipped
 
 
 def main(args: argparse.Namespace) -> None:
-    names = [field.name for field in fields(Resources)]
+    names = [f.name for f in fields(Resources) if f.repr and f.name != "messages"]
+    wide = {"name": 30, "tile": 20}
     if not args.json:
-        print("  ".join(f"{name:<{26 if name == 'name' else 14}}" for name in names))
+        print("  ".join(f"{name:<{wide.get(name, 10)}}" for name in names))
+    n_wrong = 0
     for capability in args.capabilities:
         for job in shipped(capability, args.full):
-            row = asdict(compile_job(job))
+            if args.only not in job.name:
+                continue
+            got = compile_job(job)
+            wrong = problems(job, got)
+            n_wrong += bool(wrong)
+            row = asdict(got)
             if args.json:
-                print(json.dumps(row | {"multiplies": job.matrix}), flush=True)
-            else:
-                line = (f"{row[name]!s:<{26 if name == 'name' else 14}}" for name in names)
-                print("  ".join(line).rstrip(), flush=True)
+                print(json.dumps(row | {"problems": wrong}), flush=True)
+                continue
+            print("  ".join(f"{row[name]!s:<{wide.get(name, 10)}}" for name in names).rstrip(), flush=True)
+            for each in wrong:
+                print(f"    ! {each}", flush=True)
+            for name in args.count:
+                in_loop = sum(n for instruction, n in got.loop.items() if instruction.startswith(name))
+                print(f"    {got.count(name)} {name}, {in_loop} in the loop around the product")
+    if n_wrong and not args.json:
+        raise SystemExit(f"kernel_resources: {n_wrong} kernels are not as they should be")
 
 
 if __name__ == "__main__":
@@ -34,5 +48,9 @@ if __name__ == "__main__":
     )  # fmt: skip
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--full", action=switch, default=False, help="also fp32 operands, measured tiles, more K")
-    parser.add_argument("--json", action=switch, default=False, help="print JSON, one line a kernel, for the table")
+    parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    parser.add_argument(
+        "--count", nargs="*", default=(), help="beginnings of machine instructions to count, such as LDG.E.128"
+    )
+    parser.add_argument("--json", action=switch, default=False, help="print JSON, one line a kernel")
     main(parser.parse_args())

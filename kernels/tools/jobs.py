@@ -1,0 +1,274 @@
+"""The kernels that ship, as jobs for the compiler: one function a family, each beside what its code is expected to be.
+
+A kernel's arguments that are no constants are given by their type. Names that end in `_ptr` and are not listed are
+pointers to fp32.
+
+Shape letters: N tokens, L latents, D width, K active latents a token, C slots of a row's buffer.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+
+from steersman.kernels import (
+    tiles,
+    triton_backward,
+    triton_decode,
+    triton_encode,
+    triton_rescue,
+    triton_select,
+    triton_threshold,
+    triton_update,
+    triton_wave,
+)
+from steersman.kernels.tiles import Tile
+from steersman.kernels.tools.compiled import Job
+
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+PRECISIONS = {torch.bfloat16: ("tf32",), torch.float32: ("ieee", "tf32")}
+"""How operands of a dtype are multiplied (see `operands.precision`); bf16 has only one way, whatever it is called."""
+MODES = {
+    "first": triton_wave.FIRST,
+    "filter": triton_wave.FILTER,
+    "threshold": triton_wave.THRESHOLD,
+    "dense": triton_wave.DENSE,
+}
+"""Those of `triton_wave.wave_kernel`."""
+UNITS = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+
+WIDTHS = (4096, 2304)
+"""Widths D whose kernels are compiled: rows of whole tiles, and rows that are not."""
+STATES = {"float32": ("*fp32", "*fp32"), "bfloat16": ("*bf16", "*bf16"), "int8": ("*i8", "*u8")}
+"""The types of the first and second moments by the name of what they are kept in; exponents are always bytes."""
+
+
+def shipped(capability: int, full: bool = False) -> Iterator[Job]:
+    """The kernels with the tiles they ship with on GPUs of one capability; `full` adds fp32 operands, measured tiles
+    and further sizes of K."""
+    for family in FAMILIES:
+        yield from family(capability, full)
+
+
+def operands_of(full: bool) -> list[tuple[torch.dtype, str]]:
+    """The dtypes of the operands and how they are multiplied."""
+    dtypes = NAMES if full else (torch.bfloat16,)
+    return [(dtype, precision) for dtype in dtypes for precision in PRECISIONS[dtype]]
+
+
+def job(name: str, capability: int, kernel: Any, constants: dict[str, Any], types: dict[str, str], **more: Any) -> Job:
+    """A job whose unlisted pointers are to fp32."""
+    pointers = {arg: "*fp32" for arg in kernel.arg_names if arg.endswith("_ptr") and arg not in constants}
+    return Job(name=name, capability=capability, kernel=kernel, constants=constants, types=pointers | types, **more)
+
+
+# --- encode: triton_wave ---
+
+
+def encode_jobs(capability: int, full: bool) -> Iterator[Job]:
+    """`triton_wave.wave_kernel` in all modes, plain and signed, and `small_batch_kernel`."""
+    for dtype, precision in operands_of(full):
+        for i, tile in enumerate(tiles.WAVE[capability, dtype]):
+            plain = i == tiles.PLAIN.get((capability, dtype), 0)
+            for mode in MODES if plain else ("filter",):
+                yield wave_job(tile, capability, dtype, mode, precision)
+        first, filtering = tiles.SIGNED.get((capability, dtype), (tiles.WAVE[capability, dtype][0],) * 2)
+        yield wave_job(first, capability, dtype, "first", precision, signed=True)
+        yield wave_job(filtering, capability, dtype, "filter", precision, signed=True)
+        for tile in tiles.SMALL_BATCH[capability, dtype]:
+            yield small_batch_job(tile, capability, dtype, precision)
+    if full:
+        for entry in tiles.entries(capability):
+            yield wave_job(Tile(**entry["tile"]), capability, getattr(torch, entry["dtype"]), "filter")
+
+
+def wave_job(
+    tile: Tile, capability: int, dtype: torch.dtype, mode: str, precision: str = "tf32", C: int = 1024, *,
+    signed: bool = False,
+) -> Job:  # fmt: skip
+    """`triton_wave.wave_kernel` in one of its modes."""
+    x, w = (_operand(dtype, rows, tile) for rows in (tile.BM, tile.BN))
+    buffer = "*fp32" if mode == "dense" else "*i64"
+    numbers = dict.fromkeys(("N", "L", "D", "first", "last"), "i32")
+    constants = _constants(tile, precision)
+    constants |= {"C": C, "GROUP": tile.group, "MODE": MODES[mode].value, "LIMIT": triton_wave.LIMIT, "SIGNED": signed}
+    return job(
+        f"encode {mode} {_label(dtype, precision)}" + " signed" * signed, capability, triton_wave.wave_kernel,
+        constants, {"x": x, "w": w, "count_ptr": "*i32", "buffer_ptr": buffer} | numbers,
+        warps=tile.warps, stages=tile.stages, **_product(capability, tile, precision),
+    )  # fmt: skip
+
+
+def small_batch_job(tile: Tile, capability: int, dtype: torch.dtype, precision: str = "tf32") -> Job:
+    """`triton_wave.small_batch_kernel`."""
+    x, w = (_operand(dtype, rows, tile) for rows in (tile.BN, tile.BM))
+    return job(
+        f"encode small batch {_label(dtype, precision)}", capability, triton_wave.small_batch_kernel,
+        _constants(tile, precision), {"x": x, "w": w} | dict.fromkeys(("N", "L", "D"), "i32"),
+        warps=tile.warps, stages=tile.stages, **_product(capability, tile, precision),
+    )  # fmt: skip
+
+
+def _label(dtype: torch.dtype, precision: str) -> str:
+    return NAMES[dtype] + f" {precision}" * (dtype == torch.float32)
+
+
+def _operand(dtype: torch.dtype, rows: int, tile: Tile) -> str:
+    return f"tensordesc<{NAMES[dtype]}[{rows},{tile.BK}]>" if tile.tma else f"*{NAMES[dtype]}"
+
+
+def _constants(tile: Tile, precision: str) -> dict[str, Any]:
+    return {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "TMA": tile.tma, "PRECISION": precision}
+
+
+def _product(capability: int, tile: Tile, precision: str) -> dict[str, str]:
+    """The unit and the copies of a large product; fp32 in full has no matrix unit."""
+    if precision == "ieee":
+        return {}
+    return {"unit": UNITS[capability], "copies": "tma" if tile.tma else "cp.async"}
+
+
+# --- encode's slow path: triton_rescue ---
+
+
+def rescue_jobs(capability: int, full: bool) -> Iterator[Job]:
+    """`triton_rescue.rescue_kernel`, plain and signed."""
+    for dtype, precision in operands_of(full):
+        for signed in (False, True):
+            yield rescue_job(capability, dtype, precision, signed=signed)
+    if full:
+        yield rescue_job(capability, torch.bfloat16, C=4096, k=512)
+
+
+def rescue_job(
+    capability: int, dtype: torch.dtype, precision: str = "tf32", C: int = 1024, k: int = 64, *, signed: bool = False
+) -> Job:
+    """`triton_rescue.rescue_kernel`. It multiplies 16 rows at a time, fewer than a warp group of Hopper takes."""
+    tile, kind = tiles.RESCUE[dtype], f"*{NAMES[dtype]}"
+    constants = _constants(tile, precision) | {
+        "C": C, "K": k, "W": min(C, triton.next_power_of_2(k + tile.BN)), "SIGNED": signed
+    }  # fmt: skip
+    del constants["TMA"]
+    return job(
+        f"encode rescue {_label(dtype, precision)}" + " signed" * signed, capability, triton_rescue.rescue_kernel,
+        constants, {"x_ptr": kind, "w_ptr": kind, "failed_ptr": "*i32", "n_failed_ptr": "*i32", "buffer_ptr": "*i64",
+                    "L": "i32", "D": "i32"},
+        warps=tile.warps, stages=tile.stages, copies="cp.async", unit="" if precision == "ieee" else "mma",
+    )  # fmt: skip
+
+
+# --- selection: triton_select, triton_threshold ---
+
+
+def selection_jobs(capability: int, full: bool) -> Iterator[Job]:
+    """The kernels of `triton_select`, plain and signed, and the counting of `triton_threshold`."""
+    for C, k in ((512, 32), (1024, 64), (4096, 512)) if full else ((1024, 64),):
+        for signed in (False, True):
+            yield from select_jobs(capability, C, k, signed=signed)
+    yield job(
+        "histogram", capability, triton_threshold.histogram_kernel, {"SHIFT": 16, "BLOCK": 4096},
+        {"bits_ptr": "*i32", "histogram_ptr": "*i32", "state_ptr": "*i32", "M": "i32"}, warps=4,
+    )  # fmt: skip
+    yield job(
+        "digit", capability, triton_threshold.digit_kernel, {}, {"histogram_ptr": "*i32", "state_ptr": "*i32"}, warps=1
+    )
+
+
+def select_jobs(capability: int, C: int, k: int, *, signed: bool = False) -> Iterator[Job]:
+    """The kernels of `triton_select` for buffers of C slots and k candidates kept; those that a signed code has of its
+    own, or those of any other."""
+    chunk, K2 = triton_encode.chunk_of(k), triton.next_power_of_2(k)
+    per_warp = triton_select.SLOTS_PER_WARP
+    n = {"N": "i32"}
+    for name, kernel, types, constants, warps in (
+        ("tighten", triton_select.tighten_kernel, n | {"buffer_ptr": "*i64", "count_ptr": "*i32"},
+         {"C": C, "K": k, "R": 1}, max(1, C // per_warp)),
+        ("reduce", triton_select.reduce_kernel, n | {"out_ptr": "*i64", "M": "i32", "n_chunks": "i32"},
+         {"C": chunk, "K": k, "R": 1, "VALUES": True, "SIGNED": signed}, max(1, chunk // per_warp)),
+        ("finish", triton_select.finish_kernel, n | {"keys_ptr": "*i64", "indices_ptr": "*i32"},
+         {"C": C, "K": k, "K2": K2, "R": 1, "SIGNED": signed}, max(1, K2 // 256)),
+        ("certify", triton_select.certify_kernel,
+         n | {"count_ptr": "*i32", "failed_ptr": "*i32", "n_failed_ptr": "*i32"}, {"C": C, "BLOCK": 1024}, 4),
+    ):  # fmt: skip
+        if not signed or "SIGNED" in constants:
+            yield job(f"{name} C={C} K={k}" + " signed" * signed, capability, kernel, constants, types, warps=warps)
+
+
+# --- decode: triton_decode ---
+
+
+def decode_jobs(capability: int, full: bool) -> Iterator[Job]:
+    """`triton_decode.decode_kernel` with and without the residual."""
+    for residual in (False, True):
+        yield job(
+            "decode" + " residual" * residual, capability, triton_decode.decode_kernel,
+            {"BIAS": True, "RESIDUAL": residual, "KB": triton_decode.KB, "BD": 512},
+            {"indices_ptr": "*i32", "w_ptr": "*bf16", "D": "i32", "K": "i32"}, warps=4,
+        )  # fmt: skip
+
+
+# --- backward: triton_backward ---
+
+SMALL = 48 << 10
+"""Bytes of shared memory that leave room for four programs and more on a multiprocessor."""
+
+
+def backward_jobs(capability: int, full: bool) -> Iterator[Job]:
+    """The kernels of `triton_backward`, with bf16 rows."""
+    integers = ("tokens_ptr", "latents_ptr", "starts_ptr", "hot_starts_ptr", "chunk_latents_ptr")
+    rows = ("g_ptr", "w_ptr", "rows_ptr")
+    types = dict.fromkeys(integers, "*i32") | dict.fromkeys(rows, "*bf16") | {"scale": "fp32"}
+    types |= dict.fromkeys(("n_pairs", "L", "D"), "i32")
+    for D in WIDTHS if full else WIDTHS[:1]:
+        block = {"BLOCK_D": triton_backward.width_block(D)}
+        sums = {"BLOCK_P": triton_backward.PAIRS} | block
+        for name, constants, warps in (
+            ("pair_dots", sums, 4),
+            ("chunk_sums", {"SIZE": triton_backward.CHUNK} | sums, 4),
+            ("row_sums", {"HOT": True} | sums, 4),
+            ("scalar_sums", {"BOTH": True, "BLOCK_P": 64}, 1),
+            ("vector_matrix_parts",
+             {"ROWS": 512, "BLOCK_L": 16, "BLOCK_D": triton_backward.width_block(D, 256)}, 4),
+        ):  # fmt: skip
+            kernel = getattr(triton_backward, name)
+            known = {arg: kind for arg, kind in types.items() if arg in kernel.arg_names}
+            yield job(f"{name} D={D}", capability, kernel, constants, known, warps=warps, divisible=("D", "L"),
+                      registers=128, shared=SMALL)  # fmt: skip
+
+
+# --- update: triton_update ---
+
+
+def update_jobs(capability: int, full: bool) -> Iterator[Job]:
+    """`triton_update.update_rows` in every dtype of its state."""
+    for D in WIDTHS:
+        for state in STATES:
+            if full or (D, state) != (4096, "bfloat16"):
+                yield update_job(capability, D, state)
+    if full:
+        yield update_job(capability, WIDTHS[0], "float32", aux=False)
+        yield update_job(capability, WIDTHS[0], "float32", adam=False)
+
+
+def update_job(capability: int, D: int, state: str, *, aux: bool = True, adam: bool = True) -> Job:
+    """`triton_update.update_rows` for rows of width D with bf16 copies of the weights."""
+    m, v = STATES[state]
+    types = {"g_ptr": "*bf16", "x_ptr": "*bf16", "enc_rows_ptr": "*bf16", "dec_rows_ptr": "*bf16"}
+    types |= dict.fromkeys(("tokens_ptr", "starts_ptr", "hot_starts_ptr", "slots_ptr", "n_steps_ptr"), "*i32")
+    for matrix in ("enc", "dec"):
+        types |= {f"m_{matrix}_ptr": m, f"v_{matrix}_ptr": v}
+        types |= {f"{moment}_{matrix}_exp_ptr": "*u8" if state == "int8" else m for moment in "mv"}
+    types |= dict.fromkeys(("scale", "beta1", "beta2", "eps"), "fp32") | {"D": "i32"}
+    tile = dict(triton_update.tile(D))
+    flags = {"HOT": True, "AUX": aux, "ADAM": adam, "TOUCHED_ONLY": False, "STATE": state, "COPY": True}
+    return job(
+        f"update_rows D={D} {state}" + " no aux" * (not aux) + " signum" * (not adam), capability,
+        triton_update.update_rows, flags | {k: v for k, v in tile.items() if k != "num_warps"}, types,
+        warps=tile["num_warps"], divisible=("D",), registers=128, shared=SMALL,
+    )  # fmt: skip
+
+
+FAMILIES: tuple[Callable[[int, bool], Iterator[Job]], ...] = (
+    encode_jobs, rescue_jobs, selection_jobs, decode_jobs, backward_jobs, update_jobs
+)  # fmt: skip
