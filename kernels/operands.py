@@ -86,11 +86,19 @@ def _padded(rows: Tensor, dtype: torch.dtype) -> Tensor:
     it is that already."""
     D = rows.shape[1]
     if D % UNIT == 0:
-        rows = rows.to(dtype).contiguous()
-        return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+        return _packed(rows.to(dtype).contiguous())
     out = rows.new_zeros((len(rows), -(-D // UNIT) * UNIT), dtype=dtype)
     out[:, :D] = rows
     return out
+
+
+def _packed(rows: Tensor) -> Tensor:
+    """A contiguous tensor [M, D] whose rows are D apart and start on 16 bytes: itself, a view, or a copy.
+
+    PyTorch calls a tensor contiguous whatever the stride of a dimension of size 1; the copy engine reads that stride.
+    """
+    rows = rows.view(-1).view(rows.shape)
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
 def versions(*tensors: Tensor) -> tuple[int, ...]:
@@ -114,7 +122,7 @@ def weights(W: Tensor, dtype: torch.dtype) -> Tensor:
     replays see the weights of their time.
     """
     if W.dtype == dtype and W.is_contiguous() and W.shape[1] % UNIT == 0 and W.data_ptr() % 16 == 0:
-        return W.detach()
+        return _packed(W.detach())
     owner = W if W._base is None else W._base
     if W.is_inference() or owner.is_inference():
         return _padded(W.detach(), dtype)

@@ -259,6 +259,15 @@ class TestOperands:
         assert operands.weights(W[:5], torch.bfloat16).shape == (5, 8)
         assert operands.weights(W, torch.float16).dtype == torch.float16
 
+    @pytest.mark.parametrize("few", [0, 64])
+    def test_one_row_with_any_stride(self, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(triton_encode, "SMALL_BATCH", few)
+        W, b = integers(30, 8, seed=2), integers(30, seed=3)
+        for x in (integers(5, 9, seed=1)[3:4, :8], integers(8, 1, seed=1).T, integers(3, 9, seed=1)[1:2, 1:]):
+            assert len({x.stride(0), x.shape[1]}) == 2
+            check(x, W, b, 4)
+            check(W, x, b[:1], 1)  # a dictionary of one latent
+
     def test_tensors_of_inference_mode(self) -> None:
         with torch.inference_mode():
             W = torch.randn(16, 8)
