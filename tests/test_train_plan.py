@@ -55,6 +55,19 @@ def test_memory_is_that_of_the_moment_that_needs_most() -> None:
     assert many_rows["batch"] == (1 << 20) * 1024 * (2 * 4 + 4 * 4)
 
 
+def test_graphs_keep_the_memory_of_a_step_beside_that_of_a_step() -> None:
+    plain, fused, graphs = (
+        plan_run(PlanConfig(**LARGE, **more)).memory for more in ({}, {"fused": True}, {"cuda_graph": True})
+    )
+    assert "gradients" in plain
+    assert "gradients" not in fused
+    assert fused["weights in bf16"] == 2 * 1024 * (1 << 16) * 2
+    held = sum(fused[item] for item in ("weights", "weights in bf16", "optimiser state", "counters", "libraries"))
+    assert graphs.keys() == fused.keys() | {"memory of the graphs"}
+    in_flight = 512 * 1024 * 4  # the batch that is read ahead is that of no graph, which has one of its own
+    assert graphs["memory of the graphs"] == sum(fused.values()) - held - 2 * in_flight + in_flight
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -59,6 +59,11 @@ class PlanConfig:
     """Dead features to assume. With any, AuxK costs a second reconstruction."""
     ema: bool = False
     """Whether a moving average of the weights is kept."""
+    fused: bool = False
+    """Whether gradients, optimiser and normalisation are one pass, as on GPUs: without dense gradients, with a copy of
+    the weights in bf16."""
+    cuda_graph: bool = False
+    """Whether steps are replayed as CUDA graphs, whose memory stays beside that of steps that are not."""
     flops: float = 4e14
     """Floating-point operations a second of one rank's matrix products."""
     memory_bandwidth: float = 2.5e12
@@ -155,8 +160,10 @@ def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
     owned = held / mesh.data
     P = min(c.k, L)
     selection = mesh.latent * N * P * (2 * FP32 + 8 + FP32 + 1) if mesh.latent > 1 else 0
+    fused = c.fused or c.cuda_graph
     held_throughout = {
         "weights": held,
+        "weights in bf16": 2 * L * D * 2 if fused else 0,
         "optimiser state": 2 * owned,
         "moving average": owned if c.ema else 0,
         "counters": L * 2 * FP32,
@@ -169,7 +176,7 @@ def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
         # The encoder: the scaled batch and its centred copy.
         {
             "batch": read_ahead + 2 * N * D * FP32,
-            "encoder in bf16": L * D * 2,
+            "encoder in bf16": 0 if fused else L * D * 2,
             "pre-activations": min(BLOCK_BYTES, N * L * FP32),
             **code,
         },
@@ -178,7 +185,12 @@ def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
         # The update: one matrix at a time is projected (one process) or received from the replicas.
         {"gradients": gradients, "update, exchange": matrix, "batch": read_ahead + N * D * FP32, **code},
     ]
-    items = held_throughout | max(moments, key=lambda moment: sum(moment.values()))
+    if fused:  # the gradients: the residual and the centred batch, in bf16, come to the scaled batch
+        moments[1:] = [{"batch": read_ahead + N * D * (FP32 + 2 * 2), **code}]
+    most = max(moments, key=lambda moment: sum(moment.values()))
+    if c.cuda_graph:  # they read a batch of their own
+        held_throughout["memory of the graphs"] = sum(most.values()) - read_ahead + N * D * _item(c)
+    items = held_throughout | most
     return {name: n for name, n in items.items() if n}
 
 
