@@ -12,7 +12,9 @@ from support.training import mixture, trainer_of
 
 from steersman.errors import SteersmanError
 from steersman.train import TrainConfig
+from steersman.train.run import dead_latents
 from steersman.train.run.graph import WARM_UP, GraphedStep
+from steersman.train.run.optim import FusedUpdater
 
 CONFIG = TrainConfig(d_sae=64, k=3, batch_size=128, seed=3, device="cpu", tokens=12_800, dead_after=128 * 4)
 
@@ -36,32 +38,88 @@ def test_other_obstacles_are_named_on_a_gpu(options: dict, message: str) -> None
         trainer._graphed()
 
 
-def test_every_batch_is_taken_once_and_only_those_of_one_size_by_replays() -> None:
-    """With a capture that, as CUDA's, does nothing itself and does the recorded work at each replay."""
-    taken: list[Any] = []
-    replays = 0
+class FakeCapture:
+    """As CUDA's: does nothing itself, and does the recorded work at each replay."""
 
-    def capture(run: Callable[[], None]) -> Callable[[], None]:
+    def __init__(self) -> None:
+        self.replays: list[int] = []
+        """Which capture each replay was of."""
+        self.captures = 0
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        number, self.captures = self.captures, self.captures + 1
+
         def replay() -> None:
-            nonlocal replays
-            replays += 1
+            self.replays.append(number)
             run()
 
         return replay
 
-    weights = torch.zeros(2)
+
+def test_every_batch_is_taken_once_and_only_those_of_one_size_by_replays() -> None:
+    taken: list[Any] = []
+    replayed: list[int] = []
+    capture = FakeCapture()
     step = GraphedStep(
-        lambda x: taken.append(x.clone()), torch.device("cpu"), [weights], capture=capture, beside=nullcontext
+        lambda x: taken.append(x.clone()),
+        torch.device("cpu"),
+        lambda: replayed.append(len(taken)),
+        capture=capture,
+        beside=nullcontext,
     )
     batches = [torch.full((4, 2), float(i)) for i in range(8)]
     batches.insert(6, torch.full((3, 2), -1.0))
-    version = weights._version
     for x in batches:
         step(x)
     assert len(taken) == len(batches)
     assert all(torch.equal(a, b) for a, b in zip(taken, batches))
-    assert replays == len(batches) - WARM_UP - 1
-    assert weights._version == version + replays
+    assert capture.replays == [0] * (len(batches) - WARM_UP - 1)
+    assert replayed == [4, 5, 6, 8, 9]
+
+
+def test_every_kind_of_step_has_a_graph_of_its_own() -> None:
+    taken: list[Any] = []
+    capture = FakeCapture()
+    kind = "a"
+    step = GraphedStep(
+        lambda x: taken.append((kind, float(x[0]))),
+        torch.device("cpu"),
+        lambda: None,
+        capture=capture,
+        beside=nullcontext,
+    )
+    kinds = "aaaaabababbbaba"
+    for i, kind in enumerate(kinds):
+        step(torch.tensor([float(i)]), kind)
+    assert taken == [(kind, float(i)) for i, kind in enumerate(kinds)]
+    assert capture.captures == 2
+    assert capture.replays == [0, 0, 0, 0, 1, 1, 0, 1, 0]
+
+
+def test_a_graphed_trainer_takes_the_steps_of_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With replays that do the work of their kind: the candidates of AuxK, known one step late, choose the graph."""
+    monkeypatch.setattr(dead_latents, "steps_late", lambda device: 1)
+    monkeypatch.setattr(dead_latents, "SIZES", (8, 16))
+    config = replace(CONFIG, fused_update=True, dead_after=256, k_aux=5)
+    plain, graphed = trainer_of(config), trainer_of(config)
+    assert isinstance(graphed.updater, FusedUpdater)
+    capture = FakeCapture()
+    graphed._graph = GraphedStep(
+        graphed._take_step, graphed.device, graphed.updater.replayed, capture=capture, beside=nullcontext
+    )
+    refreshed: list[int] = []
+    monkeypatch.setattr(
+        graphed.updater.state_of_rule.__class__, "refresh", lambda state: refreshed.append(plain.n_steps_done)
+    )
+    for x in mixture(128 * 60, seed=1).split(128):
+        plain.step(x)
+        graphed.step(x)
+    for a, b in zip(plain._state().values(), graphed._state().values(), strict=True):
+        assert torch.equal(a, b)
+    assert capture.captures > 2
+    assert len(set(capture.replays)) == capture.captures
+    assert refreshed == [1, 0] or refreshed == [0, 1], "the copies of weights are made again before the first step only"
+    assert float(plain.sums[1]) > 0, "the AuxK loss was never on"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from steersman.errors import SteersmanError
 from steersman.kernels import dispatch
 from steersman.train import ActivationStore, TrainConfig, Trainer, train_sae
+from steersman.train.run import dead_latents
 from steersman.train.run.optim import AutogradUpdater, FusedUpdater, RuleUpdater, check_many, make_updater
 
 D = 16
@@ -195,12 +196,14 @@ def test_a_step_on_a_gpu_never_waits(options: dict, monkeypatch: pytest.MonkeyPa
     """On meta tensors, which have no numbers to read: everything from the batch to the new weights is queued."""
     monkeypatch.setattr(dispatch, "triton_obstacle", lambda device: None)
     with dispatch.using("triton"):
-        trainer = trainer_of(replace(CONFIG, device="meta", **options))
+        dead = [0]
+        monkeypatch.setattr(dead_latents, "read_later", lambda counts: lambda: dead)
+        trainer = trainer_of(replace(CONFIG, device="meta", k_aux=10, **options))
         assert isinstance(trainer.updater, FusedUpdater)
         assert trainer.updater.operands == torch.bfloat16
         x = torch.empty(128, D, device="meta")
-        with NoWaiting():
-            trainer.step(x)
-            trainer.step(x)
+        for dead[0] in (0, 3, 64):  # without AuxK, with all of the candidates, with some of them
+            with NoWaiting():
+                trainer.step(x)
         with pytest.raises((RuntimeError, NotImplementedError, AssertionError)), NoWaiting():
             trainer.read_metrics()

@@ -45,6 +45,9 @@ def auxk_loss(
 def _largest(sae: SAE, Z: Tensor, alive: Tensor, k: int, width: int | None) -> tuple[Tensor, Tensor]:
     """The activations [N, P] of the dead latents that a token uses, and where they stand in Z [N, A]: the k largest, of
     a signed code those of largest magnitude."""
+    if width is None and k >= Z.shape[1]:  # all of them
+        every = torch.arange(Z.shape[1], device=Z.device).expand(Z.shape)
+        return (Z if sae.signed else Z.relu()).masked_fill(alive, 0.0), every
     size = (Z.abs() if sae.signed else Z).masked_fill(alive, float("-inf"))
     n = min(k if width is None else width, Z.shape[1])
     values, chosen = size.topk(n, dim=1, sorted=width is not None)

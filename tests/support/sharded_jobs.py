@@ -60,6 +60,14 @@ def train_on_every_mesh(configs: dict[str, TrainConfig], rows: Tensor, n_steps: 
         return {name: trained(replace(config), rows, n_steps, ranks) for name, config in configs.items()}
 
 
+def train_on_every_mesh_late(*args: Any) -> dict[str, Any]:
+    """`train_on_every_mesh`, with the number of dead latents known a step late, as on a GPU."""
+    from steersman.train.run import dead_latents
+
+    dead_latents.steps_late = lambda device: 1
+    return train_on_every_mesh(*args)
+
+
 def select(cases: list[tuple[Tensor, int, int]]) -> list[Any]:
     """For each (pre-activations [N, L], k, latent ranks): this rank's kept code [N, P] by both rules, with indices."""
     from steersman.parallel import rank_and_world_size

@@ -1,19 +1,27 @@
-"""A training step as one CUDA graph: the host queues one launch in place of some hundred.
+"""A training step as CUDA graphs: the host queues one launch in place of some hundred.
 
-The first steps run as always, on a stream of their own, while Triton compiles and PyTorch's allocator settles. The
-next is captured, and every later one is a replay with the new batch written to where the graph reads it. This needs a
-step that never waits for the device and reads no number of the host that changes: the fused update, and an architecture
-that is `host_free`.
+What the device does in a step depends on a number that the host knows, the candidates of AuxK; there is one graph for
+each. The first steps of a kind run as always, on a stream of their own, while Triton compiles and PyTorch's allocator
+settles. The next is captured, and every later one is a replay with the new batch written to where the graphs read it.
+This needs a step that never waits for the device and reads no other number of the host that changes: the fused update,
+and an architecture that is `host_free`.
+
+All graphs take their memory from one pool, which is as large as the largest needs: replays follow each other on one
+stream, and nothing that a step leaves behind for the next lies in it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 
 WARM_UP = 3
-"""Steps before the capture."""
+"""Steps of a kind before its capture."""
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+"""Records what a function queues, without doing it; the returned function replays it."""
 
 
 @contextmanager
@@ -26,35 +34,43 @@ def _side_stream(stream: torch.cuda.Stream) -> Iterator[None]:
     current.wait_stream(stream)
 
 
-def _captured(run: Callable[[], None]) -> Callable[[], None]:
-    """What `run` queues as a CUDA graph; the returned function replays it. `run` itself is recorded, not done."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+def cuda_capture() -> Capture:
+    """Captures of CUDA graphs that share a pool of memory. Other threads may go on calling CUDA meanwhile, as those do
+    that bring batches from the model."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(run: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            run()
+        return graph.replay
+
+    return capture
 
 
 class GraphedStep:
-    """Calls `step` on batches, by a CUDA graph of it where it can. A batch of another size than the first is not
+    """Calls `step` on batches, by CUDA graphs of it where it can. A batch of another size than the first is not
     graphed.
 
-    What `step` does on the host, it does only when it is called, which a replay does not. `written` are tensors that it
-    writes to, of which a replay does not inform PyTorch.
+    What `step` does on the host, it does only when it is called, which a replay does not; `replayed` is called after
+    each.
     """
 
     def __init__(
         self,
         step: Callable[[Tensor], None],
         device: torch.device,
-        written: Iterable[Tensor],
+        replayed: Callable[[], None],
         *,
-        capture: Callable[[Callable[[], None]], Callable[[], None]] = _captured,
+        capture: Capture | None = None,
         beside: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         """`capture` and `beside`, where the first steps run, are CUDA's unless given."""
-        self.step, self.device, self.written, self.taken = step, device, list(written), 0
-        self._capture, self._beside = capture, beside or self._on_stream(device)
-        self._replay: Callable[[], None] | None = None
+        self.step, self.device, self.replayed = step, device, replayed
+        self.taken: Counter[Hashable] = Counter()
+        """Steps of each kind before its capture."""
+        self._capture, self._beside = capture or cuda_capture(), beside or self._on_stream(device)
+        self._replays: dict[Hashable, Callable[[], None]] = {}
         self._x: Tensor | None = None
 
     @staticmethod
@@ -62,23 +78,24 @@ class GraphedStep:
         stream = torch.cuda.Stream(device)
         return lambda: _side_stream(stream)
 
-    def __call__(self, x: Tensor) -> None:
-        """One step on x [N, D], on any device."""
+    def __call__(self, x: Tensor, kind: Hashable = None) -> None:
+        """One step on x [N, D], on any device; steps of one `kind` do the same on the device."""
         if self._x is not None and x.shape != self._x.shape:
             self.step(x)
-        elif self.taken < WARM_UP:
-            self.taken += 1
+        elif self.taken[kind] < WARM_UP:
+            self.taken[kind] += 1
             with self._beside():
                 self.step(x)
         else:
-            self._graphed(x)
+            self._graphed(x, kind)
 
-    def _graphed(self, x: Tensor) -> None:
-        if self._replay is None or self._x is None:
-            held = self._x = x.to(self.device, copy=True)
-            self._replay = self._capture(lambda: self.step(held))
+    def _graphed(self, x: Tensor, kind: Hashable) -> None:
+        if self._x is None:
+            self._x = x.to(self.device, copy=True)
         else:
             self._x.copy_(x, non_blocking=True)
-        self._replay()
-        for tensor in self.written:
-            torch.autograd.graph.increment_version(tensor)
+        if kind not in self._replays:
+            held = self._x
+            self._replays[kind] = self._capture(lambda: self.step(held))
+        self._replays[kind]()
+        self.replayed()

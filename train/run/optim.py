@@ -311,7 +311,10 @@ class FusedUpdater(_WithRule):
         self._gradients: tuple[Any, ...] | None = None
 
     def set_rate(self, lr: float) -> None:
-        """See `Updater`. Written to the device, where a CUDA graph reads it."""
+        """See `Updater`. Written to the device, where a CUDA graph reads it. Rows that products read are made again
+        here, before the step, if something else than `step` wrote to the weights."""
+        if self._weights_changed():
+            self.state_of_rule.refresh()
         self.lr.fill_(lr)
         self.bias_lr.fill_(lr * self.config.bias_lr_ratio)
 
@@ -324,8 +327,6 @@ class FusedUpdater(_WithRule):
     @torch.no_grad()
     def backward(self, x: Tensor, target: Tensor, n_values: int, state: TrainingState) -> Step:
         sae, weights, aux = self.sae, self.state_of_rule, state.aux
-        if self._weights_changed():
-            weights.refresh()
         code = sae.encode_training(x, weights.enc_rows)
         values, indices = code.values, code.order.indices
         residual, squares = ops.decode_residual(values, indices, weights.dec_rows, weights.b_dec, target)
@@ -356,6 +357,12 @@ class FusedUpdater(_WithRule):
             signed=self.sae.signed,
         )
         self._gradients = None
+        self._weights_changed()
+
+    def replayed(self) -> None:
+        """A CUDA graph has done what `backward` and `step` do on the device, of which it does not inform PyTorch."""
+        for parameter in self.parameters.values():
+            torch.autograd.graph.increment_version(parameter)
         self._weights_changed()
 
     def share_weights(self) -> None:

@@ -80,7 +80,7 @@ class TrainConfig:
     grad_accumulation: int = 1
     """Parts a batch is split into, one after the other, to save memory. The step is the same."""
     cuda_graph: bool = setting(False, identity=False)
-    """Whether steps are replayed as one CUDA graph, which saves the host's time where steps are short. Needs the fused
+    """Whether steps are replayed as CUDA graphs, which saves the host's time where steps are short. Needs the fused
     update and an architecture that never waits for the device, as topk."""
     ema: float = 0.0
     """Decay of the moving average of the weights that is saved in their place; 0 saves the weights themselves."""

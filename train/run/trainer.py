@@ -74,18 +74,19 @@ class Trainer:
         self.summed = _SUMS
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.device)
         """Losses and active features by the names in `summed`, over `n_steps_summed` steps."""
-        self._take = self._graphed() if config.cuda_graph else self._take_step
+        self._graph = self._graphed() if config.cuda_graph else None
 
     def _graphed(self) -> GraphedStep:
-        obstacles = {
-            "it needs a CUDA device": self.device.type != "cuda",
-            f"{self.cfg.architecture} reads numbers from the device": not self.sae.host_free,
-            "it needs the fused update": not isinstance(self.updater, FusedUpdater),
-        }
-        for obstacle, there in obstacles.items():
-            if there:
-                raise SteersmanError(f"cuda_graph=True cannot be: {obstacle}; use cuda_graph=False")
-        return GraphedStep(self._take_step, self.device, self.updater.parameters.values())
+        updater, obstacle = self.updater, None
+        if self.device.type != "cuda":
+            obstacle = "it needs a CUDA device"
+        elif not self.sae.host_free:
+            obstacle = f"{self.cfg.architecture} reads numbers from the device"
+        elif isinstance(updater, FusedUpdater):
+            return GraphedStep(self._take_step, self.device, updater.replayed)
+        raise SteersmanError(
+            f"cuda_graph=True cannot be: {obstacle or 'it needs the fused update'}; use cuda_graph=False"
+        )
 
     # The step
 
@@ -123,7 +124,11 @@ class Trainer:
         self.updater.set_rate(self.recipe.lr * self.recipe.lr_factor(self.n_steps_done))
         if self.large_rows.active:
             rows = self.large_rows.replaced(rows.to(self.device, non_blocking=True))
-        self._take(rows)
+        aux_shape = self.dead_latents.prepare()
+        if self._graph is not None:
+            self._graph(rows, aux_shape)
+        else:
+            self._take_step(rows)
         self.n_steps_done += 1
         self.n_steps_summed += 1
         self.between_steps = True
@@ -196,7 +201,7 @@ class Trainer:
         tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         tensors |= self.updater.state()
         tensors |= {f"ema.{state_key(name)}": value for name, value in self.ema.items()}
-        tensors |= {"silent_steps": self.dead_latents.silent_steps, "sums": sums[: len(_SUMS)]}
+        tensors |= {**self.dead_latents.state(), "sums": sums[: len(_SUMS)]}
         tensors |= {f"sums.{name}": value for name, value in zip(self.summed[len(_SUMS) :], sums[len(_SUMS) :])}
         tensors["rng"] = torch.get_rng_state()
         if self.large_rows.active:
@@ -247,7 +252,7 @@ class Trainer:
         for name, average in self.ema.items():
             average.copy_(tensors[f"ema.{state_key(name)}"])
         self.updater.restore(tensors)
-        self.dead_latents.restore(tensors["silent_steps"])
+        self.dead_latents.restore(tensors["silent_steps"], tensors.get("late_counts"))
         further = [name for name in tensors if name.startswith("sums.")]
         self.summed = (*_SUMS, *(name.removeprefix("sums.") for name in further))
         sums = torch.cat([tensors["sums"], *(tensors[name][None] for name in further)])
