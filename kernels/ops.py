@@ -211,24 +211,45 @@ def _decode_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 _op_sparse_decode.register_autograd(_decode_backward, setup_context=_keep_decode)
 
 
-@torch.library.custom_op("steersman::decode_residual", mutates_args=())
-def _op_decode_residual(
-    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """See `reference.decode_residual`."""
-    return dispatch.choose(values.device).decode_residual(values, indices, W_dec, b_dec, x)
+@torch.library.custom_op("steersman::decode_and_dots", mutates_args=())
+def _op_decode_and_dots(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    x: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.decode_and_dots`."""
+    return dispatch.choose(values.device).decode_and_dots(values, indices, W_dec, b_dec, x, scale, dtype)
 
 
-@_op_decode_residual.register_fake
-def _(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.float32), x.new_empty(len(x), dtype=torch.float32)
+@_op_decode_and_dots.register_fake
+def _(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    x: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = values.new_empty(len(x), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), sums, values.new_empty(values.shape, dtype=torch.float32)
 
 
-def decode_residual(
-    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """See `reference.decode_residual`; without gradients."""
-    return _op_decode_residual(values, indices, W_dec, b_dec, x)
+def decode_and_dots(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    x: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.decode_and_dots`; without gradients."""
+    return _op_decode_and_dots(values, indices, W_dec, b_dec, x, scale, dtype)
 
 
 @torch.library.custom_op("steersman::backward_update", mutates_args=("weights", "rows", "moments", "n_steps"))
@@ -244,6 +265,7 @@ def _op_backward_update(
     centred: Tensor,
     values: Tensor,
     indices: Tensor,
+    dots: Tensor,
     aux: Sequence[Tensor],
     centred_by_b_dec: bool,
     signed: bool,
@@ -258,8 +280,8 @@ def _op_backward_update(
     run = getattr(dispatch.choose(residual.device), "backward_update", update.backward_update)
     extra = AuxRows(*aux) if aux else None
     run(
-        state, how, lr, bias_lr, residual, scale, centred, values, indices, extra, centred_by_b_dec=centred_by_b_dec,
-        signed=signed,
+        state, how, lr, bias_lr, residual, scale, centred, values, indices, dots, extra,
+        centred_by_b_dec=centred_by_b_dec, signed=signed,
     )  # fmt: skip
 
 
@@ -278,6 +300,7 @@ def backward_update(
     centred: Tensor,
     values: Tensor,
     indices: Tensor,
+    dots: Tensor,
     aux: AuxRows | None,
     *,
     centred_by_b_dec: bool,
@@ -286,6 +309,6 @@ def backward_update(
     """See `update.backward_update`: on the device's implementation, as an operator that changes `state` in place."""
     weights, rows, moments = state.flatten()
     _op_backward_update(
-        weights, rows, moments, state.n_steps, lr, bias_lr, residual, scale, centred, values, indices, list(aux or ()),
-        centred_by_b_dec, signed, rule.name, rule.beta1, rule.beta2, rule.eps, rule.state_dtype,
+        weights, rows, moments, state.n_steps, lr, bias_lr, residual, scale, centred, values, indices, dots,
+        list(aux or ()), centred_by_b_dec, signed, rule.name, rule.beta1, rule.beta2, rule.eps, rule.state_dtype,
     )  # fmt: skip

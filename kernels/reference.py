@@ -96,12 +96,24 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     return X_hat if b_dec is None else X_hat + b_dec.float()
 
 
-def decode_residual(
-    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`x - x_hat` [N, D] fp32, with x_hat as `sparse_decode` makes it, and each token's squared error [N]."""
-    residual = x.float() - sparse_decode(values, indices, W_dec, b_dec)
-    return residual, residual.square().sum(dim=1)
+def decode_and_dots(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    x: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a training step takes from the decoder's rows of a code: x [N, D] in any dtype, the rest as in
+    `sparse_decode`.
+
+    Returns the residual `r = scale x - x_hat` [N, D] in `dtype`, each token's squared error |r|^2 [N] fp32, and
+    `<r_n, W_dec[indices[n, k]]>` [N, K] fp32, 0 where the value is 0. The sums are those of r before it is rounded.
+    """
+    residual = x.float() * scale - sparse_decode(values, indices, W_dec, b_dec)
+    dots = value_gradient(residual, W_dec, indices)
+    return residual.to(dtype), residual.square().sum(dim=1), torch.where(values != 0, dots, torch.zeros_like(dots))
 
 
 def value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor) -> Tensor:

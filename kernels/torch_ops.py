@@ -185,12 +185,24 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     return X_hat if b_dec is None else X_hat.add_(b_dec.float())
 
 
-def decode_residual(
-    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """See `reference.decode_residual`."""
-    residual = x.float() - sparse_decode(values, indices, W_dec, b_dec)
-    return residual, residual.square().sum(dim=1)
+def decode_and_dots(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    x: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.decode_and_dots`."""
+    residual = scaled(x, scale) - sparse_decode(values, indices, W_dec, b_dec)
+    dots = value_gradient(residual, W_dec, indices).masked_fill_(values == 0, 0.0)
+    return residual.to(dtype), residual.square().sum(dim=1), dots
+
+
+def scaled(x: Tensor, scale: float) -> Tensor:
+    """`scale x` in fp32; x itself where it is that already."""
+    return x.float() if scale == 1 else x.float() * scale
 
 
 def value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor) -> Tensor:

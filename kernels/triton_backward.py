@@ -51,10 +51,11 @@ def sum_chunks(chunks_ptr, first, stop, cols, mask, D, BLOCK_D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_pairs"])
 def pair_dots(
-    g_ptr, w_ptr, tokens_ptr, latents_ptr, out_ptr, n_pairs, scale, L, D,
+    g_ptr, w_ptr, tokens_ptr, latents_ptr, pairs_ptr, out_ptr, n_pairs, L, D,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`scale <g[token], W[latent]>` of the sorted pairs; pairs of latent L (no latent) give 0.
+    """`<g[token], W[latent]>` of the sorted pairs, each written to its place in the code [N, K]; those of latent L (no
+    latent) are 0.
 
     Pairs of one latent follow each other, so its row of W is read from memory once and then found in cache.
     """
@@ -62,14 +63,14 @@ def pair_dots(
     there = pair < n_pairs
     latent = tl.load(latents_ptr + pair, mask=there, other=L).to(tl.int64)
     token = tl.load(tokens_ptr + pair, mask=there, other=0).to(tl.int64)
-    total = tl.zeros([BLOCK_P], tl.float32)
+    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     for d in range(0, D, BLOCK_D):
         cols = d + tl.arange(0, BLOCK_D)
         both = (latent < L)[:, None] & (cols < D)[None, :]
         g = tl.load(g_ptr + token[:, None] * D + cols[None, :], mask=both, other=0.0).to(tl.float32)
         w = tl.load(w_ptr + latent[:, None] * D + cols[None, :], mask=both, other=0.0).to(tl.float32)
-        total += tl.sum(g * w, axis=1)
-    tl.store(out_ptr + pair, total * scale, mask=there)
+        total += g * w
+    tl.store(out_ptr + tl.load(pairs_ptr + pair, mask=there, other=0), tl.sum(total, axis=1), mask=there)
 
 
 @triton.jit
@@ -251,20 +252,16 @@ class LatentOrder:
         )  # fmt: skip
         return sums, products
 
-    def dots(self, g: Tensor, W: Tensor, scale: float = 1.0) -> Tensor:
-        """`scale <g[n], W[l]>` of the sorted pairs, 0 where a pair has no latent: g [N, D], W [L, D] -> [P] fp32."""
-        out = torch.empty(len(self.pairs), device=g.device)
-        block = width_block(g.shape[1])
-        pair_dots[(triton.cdiv(len(out), PAIRS),)](
-            g_ptr=g.contiguous(), w_ptr=W, tokens_ptr=self.tokens, latents_ptr=self.latents, out_ptr=out,
-            n_pairs=len(out), scale=scale, L=self.n_latents, D=g.shape[1], BLOCK_P=PAIRS, BLOCK_D=block, num_warps=4,
-        )  # fmt: skip
-        return out
-
     def value_gradient(self, g: Tensor, W_dec: Tensor) -> Tensor:
-        """See `reference.value_gradient`: g [N, D], W_dec [L, D] -> [N, K] fp32."""
-        out = torch.empty(len(self.pairs), device=g.device)
-        return out.scatter_(0, self.pairs, self.dots(g, W_dec.contiguous())).view(len(g), -1)
+        """See `reference.value_gradient`: g [N, D], W_dec [L, D] -> [N, K] fp32; 0 for pairs that have no latent."""
+        n_pairs, D = len(self.pairs), g.shape[1]
+        out = torch.empty(n_pairs, device=g.device)
+        pair_dots[(triton.cdiv(n_pairs, PAIRS),)](
+            g_ptr=g.contiguous(), w_ptr=W_dec.contiguous(), tokens_ptr=self.tokens, latents_ptr=self.latents,
+            pairs_ptr=self.pairs, out_ptr=out, n_pairs=n_pairs, L=self.n_latents, D=D, BLOCK_P=PAIRS,
+            BLOCK_D=width_block(D), num_warps=4,
+        )  # fmt: skip
+        return out.view(len(g), -1)
 
 
 def value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor) -> Tensor:

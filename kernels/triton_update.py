@@ -17,58 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from steersman.kernels import reference, rounding
+from steersman.kernels import reference
 from steersman.kernels.triton_backward import LatentOrder, sum_chunks, sum_rows, vector_matrix, width_block
+from steersman.kernels.triton_rounding import BLOCK, from_blocks, mix, nearest, to_blocks
 from steersman.kernels.update import AuxRows, Moments, StepSizes, UpdateRule, UpdateState, update_vector
-
-BLOCK: tl.constexpr = tl.constexpr(rounding.BLOCK)
-
-
-@triton.jit
-def mix(x):
-    """See `rounding.mix`; x is uint32."""
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def to_blocks(x, random, SPAN: tl.constexpr, LARGEST: tl.constexpr, SIZE: tl.constexpr, SIGNED: tl.constexpr):
-    """See `rounding.to_blocks`: codes [SIZE] int32 and exponents [SIZE / 128] int32."""
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    short = (bits + ((random & 0xFFFF) << 4).to(tl.int32)) >> 20
-    exponents = tl.max(tl.reshape(short, [SIZE // BLOCK, BLOCK]), axis=1) >> 3
-    spread = tl.reshape(tl.broadcast_to(exponents[:, None], [SIZE // BLOCK, BLOCK]), [SIZE])
-    codes = short - ((spread - SPAN) << 3)
-    if SIGNED:
-        codes = tl.where(short > 0, tl.minimum(tl.maximum(codes, 0), LARGEST), 0)
-        codes = tl.where(x < 0, -codes, codes)
-    else:
-        codes = tl.where(short > 0, tl.minimum(tl.maximum(codes, 1), LARGEST), 0)
-    return codes, exponents
-
-
-@triton.jit
-def from_blocks(codes, exponents, SPAN: tl.constexpr):
-    """See `rounding.from_blocks`: codes and each code's exponent, both int32 -> fp32."""
-    size = tl.abs(codes)
-    short = tl.where(size > 0, size + ((exponents - SPAN) << 3), 0)
-    x = (tl.maximum(short, 0) << 20).to(tl.float32, bitcast=True)
-    return tl.where(codes < 0, -x, x)
-
-
-@triton.jit
-def copied(w, rows_ptr):
-    """w in the dtype of rows, to nearest, ties to even. Written out for bf16, as Triton's interpreter truncates."""
-    if rows_ptr.dtype.element_ty == tl.bfloat16:
-        bits = w.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        bits = tl.where((bits & 0x7F800000) != 0x7F800000, nearest, bits)
-        return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
-    else:
-        return w.to(rows_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -194,7 +146,7 @@ def update_rows(
             )  # fmt: skip
             tl.store(w_enc_ptr + places, w, mask=mask)
             if COPY:
-                tl.store(enc_rows_ptr + places, copied(w, enc_rows_ptr), mask=mask)
+                tl.store(enc_rows_ptr + places, nearest(w, enc_rows_ptr.dtype.element_ty), mask=mask)
 
         tl.debug_barrier()  # the row is read again, by other threads than wrote it
         norm = tl.maximum(tl.sqrt_rn(tl.sum(squares)), 1.1754943508222875e-38)
@@ -204,7 +156,7 @@ def update_rows(
             w = tl.load(w_dec_ptr + places, mask=cols < D, other=0.0) / norm
             tl.store(w_dec_ptr + places, w, mask=cols < D)
             if COPY:
-                tl.store(dec_rows_ptr + places, copied(w, dec_rows_ptr), mask=cols < D)
+                tl.store(dec_rows_ptr + places, nearest(w, dec_rows_ptr.dtype.element_ty), mask=cols < D)
 
 
 def _slots(aux: AuxRows, n_latents: int) -> Tensor:
@@ -231,6 +183,7 @@ def backward_update(
     centred: Tensor,
     values: Tensor,
     indices: Tensor,
+    dots: Tensor,
     aux: AuxRows | None,
     *,
     centred_by_b_dec: bool,
@@ -240,7 +193,7 @@ def backward_update(
     L, D = state.W_enc.shape
     residual, centred = residual.contiguous(), centred.contiguous()
     order = LatentOrder(indices, L, reference.active(values, signed))
-    z, dz = order.sorted(values), order.dots(residual, state.dec_rows, scale)
+    z, dz = order.sorted(values), order.sorted(dots) * scale
     db_enc, along = order.scatter_sorted(dz, z)
     db_dec = residual.sum(dim=0, dtype=torch.float32) * scale
     if centred_by_b_dec:

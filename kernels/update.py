@@ -287,6 +287,7 @@ def backward_update(
     centred: Tensor,
     values: Tensor,
     indices: Tensor,
+    dots: Tensor,
     aux: AuxRows | None,
     *,
     centred_by_b_dec: bool,
@@ -303,6 +304,7 @@ def backward_update(
         centred: [N, D] fp32 or bf16, what the encoder multiplied: x - b_dec, or x.
         values: [N, K] fp32. Pairs that are not active (see `reference.active`) have no gradient.
         indices: [N, K] integers, each below L.
+        dots: [N, K] fp32, the residual's products with the decoder's rows, as `reference.decode_and_dots` gives them.
         aux: further gradients of some latents.
         centred_by_b_dec: whether b_dec was subtracted from x, so that it has a gradient through the encoder.
         signed: whether the code may be negative (AbsTopK).
@@ -311,7 +313,7 @@ def backward_update(
     active = reference.active(values, signed)
     zero = torch.zeros_like(values)
     values = torch.where(active, values, zero)
-    dz = torch.where(active, torch_ops.value_gradient(residual, state.dec_rows, indices), zero) * scale
+    dz = torch.where(active, dots, zero) * scale
     order = torch_ops.LatentOrder(indices, L)
     db_enc = order.scatter(dz)
     along = order.scatter(values * dz)  # <dW_dec[l], W_dec[l]>: no second pass over the rows

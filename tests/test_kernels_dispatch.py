@@ -25,7 +25,7 @@ def test_the_cpu_runs_pytorch_unless_told_otherwise() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["topk_encode", "batch_topk_encode", "threshold_encode", "threshold_select", "sparse_decode", "decode_residual",
+    ["topk_encode", "batch_topk_encode", "threshold_encode", "threshold_select", "sparse_decode", "decode_and_dots",
      "value_gradient"],
 )  # fmt: skip
 def test_every_implementation_has_the_functions_of_the_reference_and_their_signatures(name: str) -> None:
@@ -44,12 +44,12 @@ def test_old_names_warn(old: str, new: type) -> None:
 
 
 def test_operators_and_autograd_take_the_arguments_of_the_reference() -> None:
-    for name in ("topk_encode", "decode_residual"):
+    for name in ("topk_encode", "decode_and_dots"):
         expected = inspect.signature(getattr(reference, name)).parameters
         operator = getattr(torch.ops.steersman, name).default._schema.arguments
         assert [argument.name for argument in operator] == list(expected)
     assert inspect.signature(kernels.topk_encode).parameters == inspect.signature(reference.topk_encode).parameters
-    assert inspect.signature(ops.decode_residual) == inspect.signature(reference.decode_residual)
+    assert inspect.signature(ops.decode_and_dots) == inspect.signature(reference.decode_and_dots)
 
 
 def test_the_update_has_one_signature_and_sorts_have_the_same_methods() -> None:

@@ -33,13 +33,13 @@ def operands(name: str) -> tuple:
             *(t.clone().requires_grad_() for t in (W, b_dec)),
             order,
         ),
-        "decode_residual": (values, indices, W, b_dec, x),
+        "decode_and_dots": (values, indices, W, b_dec, x, 0.5, torch.bfloat16),
     }[name]
 
 
 NAMES = [
     "topk_encode", "sort_by_latent", "scatter_rows", "scatter", "value_gradient", "code_values", "sparse_decode",
-    "decode_residual",
+    "decode_and_dots",
 ]  # fmt: skip
 
 
@@ -61,8 +61,8 @@ def test_the_update_names_everything_it_changes(rule: UpdateRule, dtype: torch.d
     torch.library.opcheck(
         ops._op_backward_update,
         (
-            weights, rows, moments, state.n_steps, rate, rate, p.x[0], 0.3, p.x[0], values, indices, [], True, False,
-            rule.name, rule.beta1, rule.beta2, rule.eps, rule.state_dtype,
+            weights, rows, moments, state.n_steps, rate, rate, p.x[0], 0.3, p.x[0], values, indices, values, [], True,
+            False, rule.name, rule.beta1, rule.beta2, rule.eps, rule.state_dtype,
         ),
     )  # fmt: skip
 

@@ -76,7 +76,8 @@ def test_a_touched_rule_leaves_everything_of_silent_latents(name, state_dtype) -
     latents = torch.tensor([5, 30])
     aux = update.AuxRows(latents, torch.ones(2, 6), torch.ones(2), torch.ones(2, 6))
     update.backward_update(
-        state, rule, rate, rate, p.x[0], 1.0, p.x[0], values, indices, aux, centred_by_b_dec=False
+        state, rule, rate, rate, p.x[0], 1.0, p.x[0], values, indices, values, aux,
+        centred_by_b_dec=False,
     )  # fmt: skip
     after = {**state.state(), "W": state.W_enc, "U": state.W_dec}
     for key, old in before.items():
@@ -96,7 +97,8 @@ def test_the_gradient_beside_the_code_reaches_both_matrices() -> None:
         zero = torch.zeros(24, 3)
         rate = torch.ones(1) * 0.01
         update.backward_update(
-            state, rule, rate, rate, p.x[0], 0.1, p.x[0], zero, zero.int(), aux, centred_by_b_dec=True
+            state, rule, rate, rate, p.x[0], 0.1, p.x[0], zero, zero.int(), zero, aux,
+            centred_by_b_dec=True,
         )  # fmt: skip
         moved.append(
             [
@@ -163,13 +165,13 @@ def test_halves_of_a_batch_sum_to_the_gradient_of_the_whole() -> None:
     p, rule = problem(1, N=40), UpdateRule(name="signum")
     x, rate = p.x[0], torch.zeros(1)
     values, indices = reference.topk_encode(x, p.W_enc, p.b_enc, p.k, p.b_dec)
-    residual = x - reference.sparse_decode(values, indices, p.W_dec, p.b_dec)
+    residual, _, dots = reference.decode_and_dots(values, indices, p.W_dec, p.b_dec, x, 1.0, torch.float32)
 
     def moments(rows: slice) -> list[Tensor]:
         state = state_of(p, rule)
         update.backward_update(
-            state, rule, rate, rate, residual[rows], 0.3, (x - p.b_dec)[rows], values[rows], indices[rows], None,
-            centred_by_b_dec=True,
+            state, rule, rate, rate, residual[rows], 0.3, (x - p.b_dec)[rows], values[rows], indices[rows],
+            dots[rows], None, centred_by_b_dec=True,
         )  # fmt: skip
         return [each.m for each in state.moments.values()]
 

@@ -42,6 +42,8 @@ WIDTHS = (4096, 2304)
 """Widths D whose kernels are compiled: rows of whole tiles, and rows that are not."""
 STATES = {"float32": ("*fp32", "*fp32"), "bfloat16": ("*bf16", "*bf16"), "int8": ("*i8", "*u8")}
 """The types of the first and second moments by the name of what they are kept in; exponents are always bytes."""
+SMALL = 48 << 10
+"""Bytes of shared memory that leave room for four programs and more on a multiprocessor."""
 
 
 def shipped(capability: int, full: bool = False) -> Iterator[Job]:
@@ -199,26 +201,33 @@ def select_jobs(capability: int, C: int, k: int, *, signed: bool = False) -> Ite
 
 
 def decode_jobs(capability: int, full: bool) -> Iterator[Job]:
-    """`triton_decode.decode_kernel` with and without the residual."""
-    for residual in (False, True):
-        yield job(
-            "decode" + " residual" * residual, capability, triton_decode.decode_kernel,
-            {"BIAS": True, "RESIDUAL": residual, "KB": triton_decode.KB, "BD": 512},
-            {"indices_ptr": "*i32", "w_ptr": "*bf16", "D": "i32", "K": "i32"}, warps=4,
-        )  # fmt: skip
+    """The kernels of `triton_decode`, with bf16 rows in loads of 16 bytes."""
+    types = {"indices_ptr": "*i32", "w_ptr": "*bf16", "x_ptr": "*bf16", "residual_ptr": "*bf16", "scale": "fp32"}
+    types |= dict.fromkeys(("D", "K", "x_stride"), "i32")
+    shapes = ((64, 4096), (32, 1024), (64, 2304), (8, 768), (128, 4096), (512, 4096))
+    plain = {"BIAS": True, "KB": triton_decode.KB, "BD": triton_decode.piece_of(4096)}
+    for name, kernel, constants in (
+        ("decode", triton_decode.decode_kernel, plain | {"num_warps": 4}),
+        *(
+            (f"decode and dots K={K} D={D}", triton_decode.decode_and_dots_kernel,
+             {"BIAS": True, "HELD": K <= triton_decode.MOST_HELD, **triton_decode.held_tile(K, D)})
+            for K, D in (shapes if full else shapes[:3])
+        ),
+    ):  # fmt: skip
+        known = {arg: kind for arg, kind in types.items() if arg in kernel.arg_names}
+        warps = constants.pop("num_warps")
+        yield job(name, capability, kernel, constants, known, warps=warps, divisible=("D",), registers=176,
+                  shared=SMALL, needs=("LDG.E.128",))  # fmt: skip
 
 
 # --- backward: triton_backward ---
-
-SMALL = 48 << 10
-"""Bytes of shared memory that leave room for four programs and more on a multiprocessor."""
 
 
 def backward_jobs(capability: int, full: bool) -> Iterator[Job]:
     """The kernels of `triton_backward`, with bf16 rows."""
     integers = ("tokens_ptr", "latents_ptr", "starts_ptr", "hot_starts_ptr", "chunk_latents_ptr")
     rows = ("g_ptr", "w_ptr", "rows_ptr")
-    types = dict.fromkeys(integers, "*i32") | dict.fromkeys(rows, "*bf16") | {"scale": "fp32"}
+    types = dict.fromkeys(integers, "*i32") | dict.fromkeys(rows, "*bf16") | {"pairs_ptr": "*i64"}
     types |= dict.fromkeys(("n_pairs", "L", "D"), "i32")
     for D in WIDTHS if full else WIDTHS[:1]:
         block = {"BLOCK_D": triton_backward.width_block(D)}

@@ -74,8 +74,8 @@ def auxk_gradients(
 ) -> tuple[Tensor, AuxRows]:
     """`auxk_loss`, and the gradients of `scale` times it for the candidates' rows, without autograd.
 
-    W_enc, W_dec [L, D] and centred [N, D] are in the dtype of the products; residual [N, D] is fp32. Latents that are
-    alive come back as L, which counts for nothing.
+    W_enc, W_dec [L, D], centred and residual [N, D] are in the dtype of the products. Latents that are alive come back
+    as L, which counts for nothing.
     """
     enc, dec = W_enc[candidates], W_dec[candidates]
     Z = _product(centred, enc.T) + sae.b_enc[candidates]

@@ -154,7 +154,7 @@ def parts(shape: Shape, clock: Clock, args: argparse.Namespace) -> Iterator[Row]
         with torch.no_grad():
             yield row("encode", lambda: torch.topk(torch.relu(x_low @ W.T), K, dim=1), by="plain PyTorch")
     yield row("decode", lambda: ours.sparse_decode(values, indices, W, b[:D]))
-    yield row("decode and residual", lambda: ours.decode_residual(values, indices, W, b[:D], x))
+    yield row("decode for training", lambda: ours.decode_and_dots(values, indices, W, b[:D], x, 1.0, low))
     if N > 64:
         g = torch.randn(N, D, device=device).to(low)
 
@@ -308,13 +308,13 @@ def updates(shape: Shape, clock: Clock, args: argparse.Namespace, gemm_ms: float
     x = activations(N, D, device)
     centred = (x - b_dec).to(low)
     values, indices = ours.topk_encode(centred, state.enc_rows, b_enc, K)
-    residual, _ = ours.decode_residual(values, indices, state.dec_rows, b_dec, x)
-    residual, scale = residual.to(low), -2 / x.numel()
+    residual, _, dots = ours.decode_and_dots(values, indices, state.dec_rows, b_dec, x, 1.0, low)
+    scale = -2 / x.numel()
     lr = torch.full((1,), 1e-4, device=device)
 
     def update() -> None:
         ours.backward_update(
-            state, rule, lr, lr, residual, scale, centred, values, indices, None, centred_by_b_dec=True
+            state, rule, lr, lr, residual, scale, centred, values, indices, dots, None, centred_by_b_dec=True
         )  # fmt: skip
 
     ms, p20, p80, memory = clock.time(update)

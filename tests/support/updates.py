@@ -58,12 +58,14 @@ def train(
     rate = torch.tensor([lr])
     for step, x in enumerate(p.x):
         values, indices = reference.topk_encode(x, state.enc_rows, state.b_enc, p.k, state.b_dec, signed=signed)
-        residual = x - reference.sparse_decode(values, indices, state.dec_rows, state.b_dec)
-        losses.append(float(residual.square().mean()))
+        residual, squares, dots = reference.decode_and_dots(
+            values, indices, state.dec_rows, state.b_dec, x, 1.0, operands
+        )
+        losses.append(float(squares.sum() / x.numel()))
         aux = aux_of(len(p.W_enc), x.shape[1], step) if step % 3 == 1 else None
         implementation.backward_update(
-            state, rule, rate, rate * 2, residual.to(operands), -2 / x.numel(), (x - state.b_dec).to(operands), values,
-            indices, aux, centred_by_b_dec=True, signed=signed,
+            state, rule, rate, rate * 2, residual, -2 / x.numel(), (x - state.b_dec).to(operands), values,
+            indices, dots, aux, centred_by_b_dec=True, signed=signed,
         )  # fmt: skip
     return state, losses
 

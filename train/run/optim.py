@@ -329,7 +329,9 @@ class FusedUpdater(_WithRule):
         sae, weights, aux = self.sae, self.state_of_rule, state.aux
         code = sae.encode_training(x, weights.enc_rows)
         values, indices = code.values, code.order.indices
-        residual, squares = ops.decode_residual(values, indices, weights.dec_rows, weights.b_dec, target)
+        residual, squares, dots = ops.decode_and_dots(
+            values, indices, weights.dec_rows, weights.b_dec, target, 1.0, self.operands
+        )
         centred = (x if sae.input_bias is None else x - weights.b_dec).to(self.operands)
         losses, logged, aux_rows = {"squared_error": squares.sum()}, {}, None
         if aux is not None:
@@ -340,7 +342,7 @@ class FusedUpdater(_WithRule):
             logged["aux"] = aux.weight * loss
             losses["aux"] = aux.coefficient * logged["aux"]
         # The gradient of the reconstruction is -2 residual / n_values.
-        self._gradients = residual.to(self.operands), -2 / n_values, centred, values, indices, aux_rows
+        self._gradients = residual, -2 / n_values, centred, values, indices, dots, aux_rows
         return Step(code, losses, logged)
 
     @torch.no_grad()
