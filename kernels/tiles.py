@@ -43,7 +43,7 @@ WAVE: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
     (80, torch.bfloat16): (Tile(BM=128, BN=128, BK=64, warps=8, stages=3, tma=False),),
     (90, torch.bfloat16): (
         Tile(BM=128, BN=256, BK=64, warps=8, stages=4),
-        Tile(BM=128, BN=128, BK=64, warps=4, stages=3),
+        Tile(BM=128, BN=128, BK=64, warps=8, stages=3),
     ),
     (100, torch.bfloat16): (
         Tile(BM=128, BN=256, BK=64, warps=8, stages=4),

@@ -17,10 +17,6 @@ from steersman.kernels import tiles
 from steersman.kernels.operands import Operands
 from steersman.kernels.triton_select import make_key
 
-LIMIT = 24
-"""Candidates that a quarter of a tile's row may have; with more it would hold up the tile's other rows, and is
-rescued."""
-
 # What an epilogue does with a tile; see `wave_kernel`.
 FIRST, FILTER, THRESHOLD, DENSE = (tl.constexpr(mode) for mode in range(4))
 
@@ -56,12 +52,13 @@ def product_tile(x, w, row0, column0, N, L, D, BM: tl.constexpr, BN: tl.constexp
 
 @triton.jit
 def append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-           LIMIT: tl.constexpr, SIGNED: tl.constexpr):  # fmt: skip
+           SIGNED: tl.constexpr):  # fmt: skip
     """Append to the rows' buffers what is above tau [BM] in acc [BM, BN], with SIGNED what is so in magnitude.
 
     A row is looked at as 4 quarters, columns 8j + 2q and 8j + 2q + 1 for all j: what one thread holds of a matrix
     unit's result (of `mma` and `wgmma`), so that maxima are taken within a thread. Each pass takes one candidate from
-    every quarter; the passes end with the fullest. Reserving the slots first makes one atomic addition a row.
+    every quarter; the passes end with the fullest. Reserving the slots first makes one atomic addition a row. What
+    finds no slot is counted all the same, which marks its row as failed, and takes no pass.
     """
     quarters = tl.reshape(tl.permute(tl.reshape(acc, (BM, BN // 8, 4, 2)), (0, 2, 1, 3)), (BM, 4, BN // 4))
     tau = tau[:, None]
@@ -73,13 +70,11 @@ def append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C: tl.constexpr, B
     else:
         n = tl.sum((~(quarters <= tau[:, :, None])).to(tl.int32), axis=2)
         quarters = tl.maximum(quarters, float("-inf"))
-    crowded = n > LIMIT
-    wanted = tl.where(crowded, C + 1, n)  # one more than the buffer holds marks the row as failed
-    n = tl.where(crowded, 0, n)
-    total = tl.sum(wanted, axis=1)
-    passes = tl.max(tl.max(n, axis=1), axis=0)
+    total = tl.sum(n, axis=1)
     start = tl.atomic_add(count_ptr + rows, total, mask=(rows < N) & (total > 0), sem="relaxed")
-    slot = start[:, None] + tl.cumsum(wanted, axis=1) - wanted
+    slot = start[:, None] + tl.cumsum(n, axis=1) - n
+    n = tl.minimum(n, C - slot)
+    passes = tl.max(tl.max(n, axis=1), axis=0)
     quarter = tl.arange(0, 4)[None, :]
     position = tl.arange(0, BN // 4)[None, None, :]
     base = buffer_ptr + rows.to(tl.int64)[:, None] * C
@@ -99,7 +94,7 @@ def append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C: tl.constexpr, B
         live = inside & (i < n)
         found = live & (size > tau)
         n_nan += (live & ~found).to(tl.int32)
-        tl.store(base + slot + i, make_key(value, latent, SIGNED), mask=found & (slot + i < C))
+        tl.store(base + slot + i, make_key(value, latent, SIGNED), mask=found)
     if passes > 0:
         failed = tl.sum(n_nan, axis=1) > 0
         tl.atomic_add(count_ptr + rows, tl.where(failed, C + 1, 0), mask=(rows < N) & failed, sem="relaxed")
@@ -109,7 +104,7 @@ def append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C: tl.constexpr, B
 def wave_kernel(
     x, w, bias_ptr, tau_ptr, buffer_ptr, count_ptr, N, L, D, first, last,
     C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr,
-    LIMIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SIGNED: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
     """One wave: a program computes the pre-activations of BM tokens and BN of the latents first <= l < last.
 
@@ -138,7 +133,7 @@ def wave_kernel(
         tau = tl.load(tau_ptr + rows, mask=rows < N, other=float("inf"))
         if SIGNED:  # no column past the last is above tau, which is no smaller than 0
             acc = tl.where(inside[None, :], acc, 0.0)
-        append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C, BM, BN, LIMIT, SIGNED)
+        append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C, BM, BN, SIGNED)
     else:
         threshold = tl.maximum(tl.load(tau_ptr + columns, mask=inside, other=float("inf")), 0.0)
         if MODE == DENSE:
@@ -148,7 +143,7 @@ def wave_kernel(
         else:
             acc = tl.where(acc <= threshold[None, :], float("-inf"), acc)
             tau = tl.where(rows < N, float("-inf"), float("inf"))
-            append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C, BM, BN, LIMIT, SIGNED)
+            append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C, BM, BN, SIGNED)
 
 
 @triton.jit(do_not_specialize=["N", "L", "D"])
@@ -188,7 +183,7 @@ def launch_wave(
     wave_kernel[grid](
         x=x, w=w, bias_ptr=ops.bias, tau_ptr=tau, buffer_ptr=buffer, count_ptr=count,
         N=N, L=len(ops.W), D=D, first=first, last=last,
-        C=C, BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=tile.group, MODE=mode.value, LIMIT=LIMIT, TMA=tile.tma,
+        C=C, BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=tile.group, MODE=mode.value, TMA=tile.tma,
         PRECISION=ops.precision, SIGNED=signed, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 

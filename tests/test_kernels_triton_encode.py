@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from steersman.errors import SteersmanError
-from steersman.kernels import operands, reference, triton_encode, triton_ops, triton_select, triton_wave
+from steersman.kernels import operands, reference, triton_encode, triton_ops, triton_select
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAN = triton_encode.plan
@@ -165,12 +165,6 @@ def test_adversarial_rows_of_a_signed_code(name: str) -> None:
     else:  # the last wave's tile reaches past the latents, and most sizes are 0
         b[[130, 499]] = torch.tensor([3.0, -4.0])
     assert check(x, W, b, 10, signed=True) == (6 if name == "falling" else 0)
-
-
-def test_a_tile_with_too_many_candidates_is_left_to_the_rescue(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_wave, "LIMIT", 6)
-    x, W, b = adversarial("one hot tile")
-    assert check(x, W, b, 10) == 6
 
 
 def test_infinite_tokens_make_nan_or_infinity() -> None:
