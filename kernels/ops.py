@@ -252,7 +252,7 @@ def decode_and_dots(
     return _op_decode_and_dots(values, indices, W_dec, b_dec, x, scale, dtype)
 
 
-@torch.library.custom_op("steersman::backward_update", mutates_args=("weights", "rows", "moments", "n_steps"))
+@torch.library.custom_op("steersman::backward_update", mutates_args=("weights", "rows", "moments", "n_steps", "parts"))
 def _op_backward_update(
     weights: Sequence[Tensor],
     rows: Sequence[Tensor],
@@ -267,6 +267,8 @@ def _op_backward_update(
     indices: Tensor,
     dots: Tensor,
     aux: Sequence[Tensor],
+    parts: Tensor | None,
+    first_latent: int,
     centred_by_b_dec: bool,
     signed: bool,
     rule: str,
@@ -276,12 +278,12 @@ def _op_backward_update(
     state_dtype: str,
 ) -> None:
     how = UpdateRule(name=rule, beta1=beta1, beta2=beta2, eps=eps, state_dtype=state_dtype)  # pyright: ignore[reportArgumentType]
-    state = UpdateState.unflatten(how, weights, rows, moments, n_steps)
+    state = UpdateState.unflatten(how, weights, rows, moments, n_steps, first_latent)
     run = getattr(dispatch.choose(residual.device), "backward_update", update.backward_update)
     extra = AuxRows(*aux) if aux else None
     run(
         state, how, lr, bias_lr, residual, scale, centred, values, indices, dots, extra,
-        centred_by_b_dec=centred_by_b_dec, signed=signed,
+        centred_by_b_dec=centred_by_b_dec, signed=signed, parts=parts,
     )  # fmt: skip
 
 
@@ -305,10 +307,12 @@ def backward_update(
     *,
     centred_by_b_dec: bool,
     signed: bool = False,
+    parts: Tensor | None = None,
 ) -> None:
     """See `update.backward_update`: on the device's implementation, as an operator that changes `state` in place."""
     weights, rows, moments = state.flatten()
     _op_backward_update(
         weights, rows, moments, state.n_steps, lr, bias_lr, residual, scale, centred, values, indices, dots,
-        list(aux or ()), centred_by_b_dec, signed, rule.name, rule.beta1, rule.beta2, rule.eps, rule.state_dtype,
+        list(aux or ()), parts, state.first_latent, centred_by_b_dec, signed, rule.name, rule.beta1, rule.beta2,
+        rule.eps, rule.state_dtype,
     )  # fmt: skip

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from steersman.kernels.update import PART
+
 CHUNK = 256
 """Pairs of one latent that a single program sums."""
 PAIRS = 8
@@ -269,13 +271,12 @@ def value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor) -> Tensor:
     return LatentOrder(indices, len(W_dec)).value_gradient(g, W_dec)
 
 
-def vector_matrix(v: Tensor, W: Tensor) -> Tensor:
-    """`v W`: v [L] fp32, W [L, D] in any dtype -> [D] fp32, in a fixed order of summation."""
-    L, D = W.shape
-    block = width_block(D, 256)
-    n_parts = triton.cdiv(L, 512)
-    parts = torch.empty(n_parts, D, device=W.device)
+def bias_parts(db_enc: Tensor, W_enc: Tensor, out: Tensor | None = None) -> Tensor:
+    """See `update.bias_parts`; in a fixed order of summation, written to `out` [ceil(L / PART), D] if it is given."""
+    L, D = W_enc.shape
+    block, n_parts = width_block(D, 256), triton.cdiv(L, PART)
+    parts = torch.empty(n_parts, D, device=W_enc.device) if out is None else out
     vector_matrix_parts[(n_parts, triton.cdiv(D, block))](
-        v_ptr=v, w_ptr=W, parts_ptr=parts, L=L, D=D, ROWS=512, BLOCK_L=16, BLOCK_D=block, num_warps=4
+        v_ptr=db_enc, w_ptr=W_enc, parts_ptr=parts, L=L, D=D, ROWS=PART, BLOCK_L=16, BLOCK_D=block, num_warps=4
     )
-    return parts.sum(dim=0)
+    return parts

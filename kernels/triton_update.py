@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from steersman.kernels import reference
-from steersman.kernels.triton_backward import LatentOrder, sum_chunks, sum_rows, vector_matrix, width_block
+from steersman.kernels.triton_backward import LatentOrder, bias_parts, sum_chunks, sum_rows, width_block
 from steersman.kernels.triton_rounding import BLOCK, from_blocks, mix, nearest, to_blocks
-from steersman.kernels.update import AuxRows, Moments, StepSizes, UpdateRule, UpdateState, update_vector
+from steersman.kernels.update import AuxRows, Moments, StepSizes, UpdateRule, UpdateState, move_b_dec, update_vector
 
 
 @triton.jit
@@ -80,12 +80,12 @@ def apply_rule(
         return w - size * tl.where(m > 0, 1.0, tl.where(m < 0, -1.0, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_latent"])
 def update_rows(
     g_ptr, x_ptr, tokens_ptr, z_ptr, dz_ptr, starts_ptr, hot_starts_ptr, g_chunks_ptr, x_chunks_ptr, along_ptr,
     slots_ptr, aux_enc_ptr, aux_dec_ptr, w_enc_ptr, w_dec_ptr, enc_rows_ptr, dec_rows_ptr,
     m_enc_ptr, v_enc_ptr, m_enc_exp_ptr, v_enc_exp_ptr, m_dec_ptr, v_dec_ptr, m_dec_exp_ptr, v_dec_exp_ptr,
-    n_steps_ptr, sizes_ptr, inverse_roots_ptr, scale, beta1, beta2, eps, D,
+    n_steps_ptr, sizes_ptr, inverse_roots_ptr, scale, beta1, beta2, eps, first_latent, D,
     HOT: tl.constexpr, AUX: tl.constexpr, ADAM: tl.constexpr, TOUCHED_ONLY: tl.constexpr, STATE: tl.constexpr,
     COPY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -106,8 +106,9 @@ def update_rows(
         projection = tl.load(along_ptr + latent)
         size, inverse_root = tl.load(sizes_ptr), tl.load(inverse_roots_ptr)
         step = tl.load(n_steps_ptr).to(tl.uint32)
-        enc_random = mix(program.to(tl.uint32) + mix(2 * step))
-        dec_random = mix(program.to(tl.uint32) + mix(2 * step + 1))
+        number = (program + first_latent).to(tl.uint32)
+        enc_random = mix(number + mix(2 * step))
+        dec_random = mix(number + mix(2 * step + 1))
         squares = tl.zeros([BLOCK_D], tl.float32)
         for d in range(0, D, BLOCK_D):
             cols = d + tl.arange(0, BLOCK_D)
@@ -188,6 +189,7 @@ def backward_update(
     *,
     centred_by_b_dec: bool,
     signed: bool = False,
+    parts: Tensor | None = None,
 ) -> None:
     """See `update.backward_update`."""
     L, D = state.W_enc.shape
@@ -195,9 +197,7 @@ def backward_update(
     order = LatentOrder(indices, L, reference.active(values, signed))
     z, dz = order.sorted(values), order.sorted(dots) * scale
     db_enc, along = order.scatter_sorted(dz, z)
-    db_dec = residual.sum(dim=0, dtype=torch.float32) * scale
-    if centred_by_b_dec:
-        db_dec = db_dec - vector_matrix(db_enc, state.enc_rows)
+    own_parts = bias_parts(db_enc, state.enc_rows, out=parts) if centred_by_b_dec else None
     slots, aux_enc, aux_dec = order.starts, centred, centred  # never read without AuxK
     touched = order.starts.diff() > 0
     if aux is not None:
@@ -218,13 +218,15 @@ def backward_update(
         w_enc_ptr=state.W_enc, w_dec_ptr=state.W_dec, enc_rows_ptr=state.enc_rows, dec_rows_ptr=state.dec_rows,
         **_pointers("enc", state.moments["W_enc"]), **_pointers("dec", state.moments["W_dec"]),
         n_steps_ptr=state.n_steps, sizes_ptr=sizes.weights, inverse_roots_ptr=sizes.inverse_root,
-        scale=scale, beta1=rule.beta1, beta2=rule.beta2, eps=rule.eps, D=D,
+        scale=scale, beta1=rule.beta1, beta2=rule.beta2, eps=rule.eps,
+        first_latent=state.first_latent, D=D,
         HOT=len(g_chunks) > 0, AUX=aux is not None, ADAM=rule.adam, TOUCHED_ONLY=rule.touched_only,
         STATE=rule.state_dtype, COPY=state.enc_rows is not state.W_enc, **tile(D),
     )  # fmt: skip
     moving = touched if rule.touched_only else None
     update_vector(state.b_enc, db_enc, state.moments["b_enc"], moving, rule, sizes.biases, sizes.inverse_root)
-    update_vector(state.b_dec, db_dec, state.moments["b_dec"], None, rule, sizes.biases, sizes.inverse_root)
+    if parts is None:
+        move_b_dec(state, rule, sizes, residual, scale, own_parts)
 
 
 def tile(D: int) -> dict[str, int]:

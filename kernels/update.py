@@ -30,6 +30,8 @@ RuleName = Literal["adam", "adam_touched", "signum", "signum_touched"]
 StateDtype = Literal["float32", "bfloat16", "int8"]
 """What the moments of the weights are kept in."""
 
+PART = 512
+"""Latents whose share of the gradient of b_dec is summed first, so that the sum does not depend on who has them."""
 ROWS_AT_ONCE = 1024
 """Rows that are updated together: their temporaries stay in cache."""
 
@@ -112,10 +114,18 @@ class UpdateState:
     """By parameter: W_enc, W_dec, b_enc, b_dec."""
     n_steps: Tensor
     """[1] int32: steps done."""
+    first_latent: int = 0
+    """The number of the first latent among all, where others have the rest: random bits go by it."""
 
     @staticmethod
     def of(
-        W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, rule: UpdateRule, operands: torch.dtype
+        W_enc: Tensor,
+        W_dec: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        rule: UpdateRule,
+        operands: torch.dtype,
+        first_latent: int = 0,
     ) -> "UpdateState":
         """A state before the first step; it holds the given weights, not copies of them."""
         own = operands == torch.float32
@@ -126,6 +136,7 @@ class UpdateState:
             dec_rows=W_dec if own else W_dec.to(operands),
             moments={name: new_moments(value, rule) for name, value in parameters.items()},
             n_steps=torch.zeros(1, dtype=torch.int32, device=W_enc.device),
+            first_latent=first_latent,
         )
 
     @property
@@ -140,7 +151,12 @@ class UpdateState:
 
     @staticmethod
     def unflatten(
-        rule: UpdateRule, weights: Sequence[Tensor], rows: Sequence[Tensor], moments: Sequence[Tensor], n_steps: Tensor
+        rule: UpdateRule,
+        weights: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        moments: Sequence[Tensor],
+        n_steps: Tensor,
+        first_latent: int = 0,
     ) -> "UpdateState":
         """The object that `flatten` took apart."""
         left, named = iter(moments), {}
@@ -152,7 +168,7 @@ class UpdateState:
         enc_rows, dec_rows = rows or (W_enc, W_dec)
         return UpdateState(
             W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, b_dec=b_dec, enc_rows=enc_rows, dec_rows=dec_rows, moments=named,
-            n_steps=n_steps,
+            n_steps=n_steps, first_latent=first_latent,
         )  # fmt: skip
 
     def refresh(self) -> None:
@@ -210,11 +226,12 @@ def update_matrix(
     seed: Tensor,
     *,
     unit: bool,
+    first: int = 0,
 ) -> None:
     """Move W [L, D] by grad [L, D], write `rows` (W in another dtype, or W itself) and the moments.
 
-    touched [L] bool says which rows move under a touched-only rule; seed [1] int32 is the rounding's; `unit` makes
-    every row that moved a unit vector.
+    touched [L] bool says which rows move under a touched-only rule; seed [1] int32 and `first`, the number of the first
+    row, are the rounding's; `unit` makes every row that moved a unit vector.
     """
     for start in range(0, len(W), ROWS_AT_ONCE):
         part = slice(start, min(start + ROWS_AT_ONCE, len(W)))
@@ -227,7 +244,7 @@ def update_matrix(
         keep = touched[part, None] if rule.touched_only else None
         random = None
         if rule.state_dtype != "float32":
-            numbers = torch.arange(part.start, part.stop, dtype=torch.int32, device=W.device)
+            numbers = torch.arange(first + part.start, first + part.stop, dtype=torch.int32, device=W.device)
             random = rounding.random_bits(numbers, W.shape[1], seed)
         _write(moments.m, moments.m_exponents, m, random, part, keep, signed=True)
         if moments.v is not None and v is not None:
@@ -277,6 +294,23 @@ def update_vector(
             old.copy_(fresh if touched is None else torch.where(touched, fresh, old))
 
 
+def bias_parts(db_enc: Tensor, W_enc: Tensor) -> Tensor:
+    """What each PART latents give to `db_enc W_enc`, by which b_dec loses of its gradient where the encoder subtracts
+    it: db_enc [L] fp32, W_enc [L, D] in any dtype -> [ceil(L / PART), D] fp32."""
+    return torch.stack([v @ W.float() for v, W in zip(db_enc.split(PART), W_enc.split(PART))])
+
+
+def move_b_dec(
+    state: UpdateState, rule: UpdateRule, sizes: StepSizes, residual: Tensor, scale: float, parts: Tensor | None
+) -> None:
+    """Move b_dec, after `backward_update`, by `scale` times the sum of the residual [N, D] less the sum of all
+    `bias_parts`, if there are any."""
+    grad = residual.sum(dim=0, dtype=torch.float32) * scale
+    if parts is not None:
+        grad = grad - parts.sum(dim=0)
+    update_vector(state.b_dec, grad, state.moments["b_dec"], None, rule, sizes.biases, sizes.inverse_root)
+
+
 def backward_update(
     state: UpdateState,
     rule: UpdateRule,
@@ -292,6 +326,7 @@ def backward_update(
     *,
     centred_by_b_dec: bool,
     signed: bool = False,
+    parts: Tensor | None = None,
 ) -> None:
     """Take the gradients of one step's loss and move all weights by them, in place.
 
@@ -308,6 +343,8 @@ def backward_update(
         aux: further gradients of some latents.
         centred_by_b_dec: whether b_dec was subtracted from x, so that it has a gradient through the encoder.
         signed: whether the code may be negative (AbsTopK).
+        parts: [ceil(L / PART), D] fp32 that are to be filled with `bias_parts`. Where it is given, other latents have
+            parts too, and b_dec stays as it is: see `move_b_dec`.
     """
     L = len(state.W_enc)
     active = reference.active(values, signed)
@@ -318,9 +355,7 @@ def backward_update(
     db_enc = order.scatter(dz)
     along = order.scatter(values * dz)  # <dW_dec[l], W_dec[l]>: no second pass over the rows
     touched = order.scatter(active.float()) > 0
-    db_dec = residual.float().sum(dim=0) * scale
-    if centred_by_b_dec:
-        db_dec = db_dec - db_enc @ state.enc_rows.float()
+    own_parts = bias_parts(db_enc, state.enc_rows) if centred_by_b_dec else None
 
     state.n_steps.add_(1)
     sizes = StepSizes.of(rule, state.n_steps, lr, bias_lr)
@@ -334,18 +369,23 @@ def backward_update(
     decoder_seed = 2 * state.n_steps + 1
     # The encoder's gradient reads nothing that changes here, so that one dense gradient is held at a time.
     update_matrix(
-        state.W_dec, state.dec_rows, grad, state.moments["W_dec"], touched, rule, sizes, decoder_seed, unit=True
-    )
+        state.W_dec, state.dec_rows, grad, state.moments["W_dec"], touched, rule, sizes, decoder_seed, unit=True,
+        first=state.first_latent,
+    )  # fmt: skip
     grad = order.scatter_rows(dz, centred)
     if aux is not None:
         grad = _with_rows(grad, aux.latents, aux.dW_enc)
     encoder_seed = 2 * state.n_steps
     update_matrix(
-        state.W_enc, state.enc_rows, grad, state.moments["W_enc"], touched, rule, sizes, encoder_seed, unit=False
-    )
+        state.W_enc, state.enc_rows, grad, state.moments["W_enc"], touched, rule, sizes, encoder_seed, unit=False,
+        first=state.first_latent,
+    )  # fmt: skip
     moving = touched if rule.touched_only else None
     update_vector(state.b_enc, db_enc, state.moments["b_enc"], moving, rule, sizes.biases, sizes.inverse_root)
-    update_vector(state.b_dec, db_dec, state.moments["b_dec"], None, rule, sizes.biases, sizes.inverse_root)
+    if parts is None:
+        move_b_dec(state, rule, sizes, residual, scale, own_parts)
+    elif own_parts is not None:
+        parts.copy_(own_parts)
 
 
 def _rows_at(rows: Tensor, latents: Tensor) -> Tensor:

@@ -239,7 +239,9 @@ def test_the_gradients_of_auxk_without_autograd(name: str) -> None:
     loss = auxk_loss(sae, x, residual, candidates, alive, 2)
     (scale * loss).backward()
     rows = sae.W_enc.detach().T, sae.W_dec.detach()
-    got, parts = auxk_gradients(sae, *rows, x - sae.b_dec.detach(), residual, candidates, alive, 2, scale)
+    got, parts = auxk_gradients(
+        sae, *rows, x - sae.b_dec.detach(), residual, AuxTerm(candidates, alive, torch.tensor(1.0), 2, 1.0), scale
+    )
     torch.testing.assert_close(got, loss.detach())
     assert parts.latents.tolist() == [3, 60, 11, 40, 64, 64]
     grads = sae.W_enc.grad, sae.b_enc.grad, sae.W_dec.grad

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from steersman.errors import SteersmanError
 from steersman.kernels import dispatch
+from steersman.parallel import Mesh
 from steersman.train import ActivationStore, TrainConfig, Trainer, train_sae
 from steersman.train.run import dead_latents
-from steersman.train.run.optim import AutogradUpdater, FusedUpdater, RuleUpdater, check_many, make_updater
+from steersman.train.run.optim import AutogradUpdater, FusedUpdater, RuleUpdater, check_ranks, make_updater
 
 D = 16
 CONFIG = TrainConfig(d_sae=64, k=3, batch_size=128, seed=3, device="cpu", tokens=12_800, dead_after=128 * 4)
@@ -149,14 +150,17 @@ def test_what_cannot_be_right_is_refused(options: dict, message: str) -> None:
         replace(CONFIG, **options)
 
 
-def test_replicated_weights_are_refused() -> None:
-    check_many(CONFIG)
-    with pytest.raises(SteersmanError, match="use fused_update=False"):
-        check_many(replace(CONFIG, fused_update=True))
-    with pytest.raises(SteersmanError, match="use cuda_graph=False"):
-        check_many(replace(CONFIG, cuda_graph=True))
-    with pytest.raises(SteersmanError, match="optimizer=signum .* trains in one process only"):
-        check_many(replace(CONFIG, optimizer="signum"))
+def test_what_several_ranks_cannot_do_is_refused() -> None:
+    latents, replicas = Mesh(latent=2), Mesh(data=2, latent=2)
+    for mesh in (latents, replicas):
+        check_ranks(CONFIG, mesh)
+        with pytest.raises(SteersmanError, match="use cuda_graph=False"):
+            check_ranks(replace(CONFIG, cuda_graph=True), mesh)
+    for options in ({"fused_update": True}, {"optimizer": "signum"}, {"state_dtype": "int8"}):
+        config = replace(CONFIG, **options)
+        check_ranks(config, latents)
+        with pytest.raises(SteersmanError, match=r"2 replicas: let all ranks share the latents \(latent_shards=4\)"):
+            check_ranks(config, replicas)
 
 
 def test_left_open_the_fused_update_runs_where_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,11 @@ LARGE = {**SHAPE, "d_in": 1024, "d_sae": 1 << 16}  # the update is what needs mo
         (2, 2, {"architecture": "batch_topk"}),
         (2, 2, {"dead": 20, "k_aux": 48}),  # all of them dead from the first step on
         (2, 2, {"dead": 512, "k_aux": 16}),
+        (2, 2, {"fused": True, "d_sae": 4096, "dead": 512, "k_aux": 16}),
     ],
 )
 def test_bytes_sent_are_those_of_the_table(ranks: int, latent: int, more: dict[str, Any]) -> None:
-    config = PlanConfig(**SHAPE, ranks=ranks, latent_shards=latent, **more)
+    config = PlanConfig(**{**SHAPE, **more}, ranks=ranks, latent_shards=latent)
     expected = plan_run(config).network_bytes
     for sent in run_ranks(ranks, bytes_sent, config):
         assert sent == pytest.approx(expected, rel=0.05)
@@ -56,9 +57,10 @@ def test_memory_is_that_of_the_moment_that_needs_most() -> None:
 
 
 def test_graphs_keep_the_memory_of_a_step_beside_that_of_a_step() -> None:
-    plain, fused, graphs = (
-        plan_run(PlanConfig(**LARGE, **more)).memory for more in ({}, {"fused": True}, {"cuda_graph": True})
-    )
+    def memory(**more: Any) -> dict[str, float]:
+        return plan_run(PlanConfig(**{**LARGE, **more})).memory
+
+    plain, fused, graphs = memory(), memory(fused=True), memory(fused=True, cuda_graph=True)
     assert "gradients" in plain
     assert "gradients" not in fused
     assert fused["weights in bf16"] == 2 * 1024 * (1 << 16) * 2
@@ -73,6 +75,7 @@ def test_graphs_keep_the_memory_of_a_step_beside_that_of_a_step() -> None:
     [
         ({"ranks": 3}, "d_sae = 512 cannot be split over 3 ranks; use 510 or 513"),
         ({"k": 513}, "k = 513 must be at most d_sae = 512"),
+        ({"cuda_graph": True}, "cuda_graph=True needs fused=True and ranks=1"),
         ({"flops": 0.0}, "flops = 0.0 must be above 0"),
     ],
 )

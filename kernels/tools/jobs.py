@@ -22,6 +22,7 @@ from steersman.kernels import (
     triton_threshold,
     triton_update,
     triton_wave,
+    update,
 )
 from steersman.kernels.tiles import Tile
 from steersman.kernels.tools.compiled import Job
@@ -238,7 +239,7 @@ def backward_jobs(capability: int, full: bool) -> Iterator[Job]:
             ("row_sums", {"HOT": True} | sums, 4),
             ("scalar_sums", {"BOTH": True, "BLOCK_P": 64}, 1),
             ("vector_matrix_parts",
-             {"ROWS": 512, "BLOCK_L": 16, "BLOCK_D": triton_backward.width_block(D, 256)}, 4),
+             {"ROWS": update.PART, "BLOCK_L": 16, "BLOCK_D": triton_backward.width_block(D, 256)}, 4),
         ):  # fmt: skip
             kernel = getattr(triton_backward, name)
             known = {arg: kind for arg, kind in types.items() if arg in kernel.arg_names}
@@ -268,7 +269,7 @@ def update_job(capability: int, D: int, state: str, *, aux: bool = True, adam: b
     for matrix in ("enc", "dec"):
         types |= {f"m_{matrix}_ptr": m, f"v_{matrix}_ptr": v}
         types |= {f"{moment}_{matrix}_exp_ptr": "*u8" if state == "int8" else m for moment in "mv"}
-    types |= dict.fromkeys(("scale", "beta1", "beta2", "eps"), "fp32") | {"D": "i32"}
+    types |= dict.fromkeys(("scale", "beta1", "beta2", "eps"), "fp32") | dict.fromkeys(("first_latent", "D"), "i32")
     tile = dict(triton_update.tile(D))
     flags = {"HOT": True, "AUX": aux, "ADAM": adam, "TOUCHED_ONLY": False, "STATE": state, "COPY": True}
     return job(

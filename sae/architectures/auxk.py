@@ -8,7 +8,7 @@ from torch import Tensor
 
 from steersman.kernels import AuxRows
 from steersman.sae.base import SAE
-from steersman.sae.training import Step, TrainingState
+from steersman.sae.training import AuxTerm, Step, TrainingState
 
 
 class AuxKSAE(SAE):
@@ -67,22 +67,21 @@ def auxk_gradients(
     W_dec: Tensor,
     centred: Tensor,
     residual: Tensor,
-    candidates: Tensor,
-    alive: Tensor,
-    k_aux: int,
+    aux: AuxTerm,
     scale: Tensor,
 ) -> tuple[Tensor, AuxRows]:
-    """`auxk_loss`, and the gradients of `scale` times it for the candidates' rows, without autograd.
+    """`auxk_loss` of a term, and the gradients of `scale` times it for its candidates' rows, without autograd.
 
     W_enc, W_dec [L, D], centred and residual [N, D] are in the dtype of the products. Latents that are alive come back
     as L, which counts for nothing.
     """
+    candidates, alive = aux.candidates, aux.alive
     enc, dec = W_enc[candidates], W_dec[candidates]
     Z = _product(centred, enc.T) + sae.b_enc[candidates]
-    values, chosen = _largest(sae, Z, alive, k_aux, None)
+    values, chosen = _largest(sae, Z, alive, aux.k, aux.width)
     code = torch.zeros_like(Z).scatter(1, chosen, values)
     small = code.to(centred.dtype)
-    error = _product(small, dec) - residual
+    error = sae.latents.sum(_product(small, dec)) - residual
     g = (error * (2 * scale)).to(centred.dtype)
     d_code = _product(g, dec.T).masked_fill(code == 0 if sae.signed else code <= 0, 0.0)
     latents = torch.where(alive, sae.cfg.d_sae, candidates)

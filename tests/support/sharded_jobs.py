@@ -40,7 +40,10 @@ def trained(config: TrainConfig, rows: Tensor, n_steps: int, ranks: Ranks | None
     names = ("W_enc", "W_dec", "b_enc", "b_dec")
     found = {name: getattr(sae, name).detach().clone() for name in names}
     state = trainer.updater.state()
-    found |= {f"{name}.adam": state[f"adam.{i}.exp_avg_sq"] for i, name in enumerate(names)}
+    if "rule.n_steps" in state:
+        found |= {name.removeprefix("rule."): value.clone() for name, value in state.items()}
+    else:
+        found |= {f"{name}.adam": state[f"adam.{i}.exp_avg_sq"] for i, name in enumerate(names)}
     found |= {f"{name}.ema": average for name, average in trainer.ema.items()}
     found |= {
         "silent_steps": trainer.dead_latents.silent_steps,
@@ -213,6 +216,7 @@ def bytes_sent(config: Any, n_steps: int = 4) -> float:
     settings = TrainConfig(
         d_sae=config.d_sae, k=config.k, architecture=config.architecture, batch_size=config.batch, device="cpu",
         k_aux=config.k_aux, tokens=config.batch * 1000, aux_coefficient=0.25, dead_after=config.batch * 900,
+        fused_update=config.fused or None,
     )  # fmt: skip
     rows = mixture(config.batch, d_in=config.d_in, atoms=200)
     share = config.batch // n

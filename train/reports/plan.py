@@ -16,6 +16,7 @@ from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.files import format_bytes
 from steersman.kernels.torch_ops import BLOCK_BYTES
+from steersman.kernels.update import PART
 from steersman.parallel import Mesh
 from steersman.sae import SAE
 
@@ -63,7 +64,8 @@ class PlanConfig:
     """Whether gradients, optimiser and normalisation are one pass, as on GPUs: without dense gradients, with a copy of
     the weights in bf16."""
     cuda_graph: bool = False
-    """Whether steps are replayed as CUDA graphs, whose memory stays beside that of steps that are not."""
+    """Whether steps are replayed as CUDA graphs, whose memory stays beside that of other steps. Needs `fused` and one
+    rank."""
     flops: float = 4e14
     """Floating-point operations a second of one rank's matrix products."""
     memory_bandwidth: float = 2.5e12
@@ -76,6 +78,8 @@ class PlanConfig:
         for name in ("d_in", "d_sae", "k", "batch_size", "ranks", "flops", "memory_bandwidth", "network_bandwidth"):
             if getattr(self, name) <= 0:
                 raise SteersmanError(f"{name} = {getattr(self, name)} must be above 0")
+        if self.cuda_graph and not (self.fused and self.ranks == 1):
+            raise SteersmanError("cuda_graph=True needs fused=True and ranks=1")
         if self.model_ranks < 0:
             raise SteersmanError(f"model_ranks = {self.model_ranks} must be at least 0")
         if self.k > self.d_sae:
@@ -160,10 +164,9 @@ def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
     owned = held / mesh.data
     P = min(c.k, L)
     selection = mesh.latent * N * P * (2 * FP32 + 8 + FP32 + 1) if mesh.latent > 1 else 0
-    fused = c.fused or c.cuda_graph
     held_throughout = {
         "weights": held,
-        "weights in bf16": 2 * L * D * 2 if fused else 0,
+        "weights in bf16": 2 * L * D * 2 if c.fused else 0,
         "optimiser state": 2 * owned,
         "moving average": owned if c.ema else 0,
         "counters": L * 2 * FP32,
@@ -176,7 +179,7 @@ def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
         # The encoder: the scaled batch and its centred copy.
         {
             "batch": read_ahead + 2 * N * D * FP32,
-            "encoder in bf16": 0 if fused else L * D * 2,
+            "encoder in bf16": 0 if c.fused else L * D * 2,
             "pre-activations": min(BLOCK_BYTES, N * L * FP32),
             **code,
         },
@@ -185,7 +188,7 @@ def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
         # The update: one matrix at a time is projected (one process) or received from the replicas.
         {"gradients": gradients, "update, exchange": matrix, "batch": read_ahead + N * D * FP32, **code},
     ]
-    if fused:  # the gradients: the residual and the centred batch, in bf16, come to the scaled batch
+    if c.fused:  # the gradients: the residual and the centred batch, in bf16, come to the scaled batch
         moments[1:] = [{"batch": read_ahead + N * D * (FP32 + 2 * 2), **code}]
     most = max(moments, key=lambda moment: sum(moment.values()))
     if c.cuda_graph:  # they read a batch of their own
@@ -206,10 +209,12 @@ def _network(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
     reduce_n, reduce_d = 2 * (n - 1) / n, 2 * (d - 1) / d
     P = min(c.k, L)
     k_aux = c.k_aux if c.k_aux is not None else max(1, D // 2)
+    # The fused update gathers what each PART latents add to it, the others sum it.
+    bias = (n - 1) * -(-L // PART) * D * FP32 if c.fused else reduce_n * D * FP32
     items = {
         "batch": (n - 1) / n * N * D * _item(c),
         "reconstruction": reduce_n * N * D * FP32,
-        "bias gradient, dead counts": reduce_n * D * FP32 + (n - 1) * 4,
+        "bias gradient, dead counts": bias + (n - 1) * 2 * 4,
         "gradients": (d - 1) / d * L * (2 * D + 1) * FP32 + reduce_d * D * FP32,
         "weights": (d - 1) / d * L * (2 * D + 1) * FP32,
         "silence counters": reduce_d * L,

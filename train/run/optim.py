@@ -19,11 +19,11 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.kernels import UpdateRule, UpdateState, choose, ops
 from steersman.kernels.operands import versions
-from steersman.kernels.update import StepSizes, update_matrix, update_vector
+from steersman.kernels.update import PART, StepSizes, move_b_dec, update_matrix, update_vector
 from steersman.parallel import Mesh, Ranks
 from steersman.sae import SAE
 from steersman.sae.architectures.auxk import auxk_gradients
-from steersman.sae.training import Step, TrainingState
+from steersman.sae.training import Step, TrainingCode, TrainingState
 from steersman.train.run.checkpoints import PARAMETERS, state_key
 from steersman.train.run.recipe import TrainConfig
 
@@ -64,13 +64,11 @@ class Updater(Protocol):
 def make_updater(sae: SAE, config: TrainConfig, lr: float, ranks: Ranks | None = None) -> Updater:
     """The updater that the configuration asks for; lr is the peak learning rate."""
     ranks = ranks or Ranks(Mesh())
-    alone = ranks.mesh.world_size == 1
-    if not alone:
-        check_many(config)
+    check_ranks(config, ranks.mesh)
     fused = config.fused_update
     if fused is None:
         possible = (
-            alone
+            ranks.mesh.data == 1
             and sae.fused
             and not sae.cfg.transcoder
             and config.grad_clip is None
@@ -80,24 +78,25 @@ def make_updater(sae: SAE, config: TrainConfig, lr: float, ranks: Ranks | None =
     if fused and sae.cfg.transcoder:
         raise SteersmanError("the fused update trains no transcoder: use fused_update=False")
     if fused:
-        return FusedUpdater(sae, config)
+        return FusedUpdater(sae, config, ranks)
     if config.optimizer == "adam" and config.state_dtype == "float32":
         return AutogradUpdater(sae, config, lr, ranks)
-    return RuleUpdater(sae, config)
+    return RuleUpdater(sae, config, ranks)
 
 
-def check_many(config: TrainConfig) -> None:
-    """Raise a SteersmanError where several processes are to train one SAE in a way that only one can."""
-    if config.fused_update:
-        raise SteersmanError(
-            "the fused update has no gradient that processes could add up: use fused_update=False on several of them"
-        )
-    if config.cuda_graph:
+def check_ranks(config: TrainConfig, mesh: Mesh) -> None:
+    """Raise a SteersmanError where several processes are to train one SAE in a way that they cannot."""
+    if config.cuda_graph and mesh.world_size > 1:
         raise SteersmanError("cuda_graph=True trains in one process only: use cuda_graph=False on several")
+    if mesh.data == 1:  # a latent and its gradient are on one of them
+        return
+    instead = f"of {mesh.data} replicas: let all ranks share the latents (latent_shards={mesh.world_size}), or use"
+    if config.fused_update:
+        raise SteersmanError(f"the fused update has no gradient to be summed {instead} fused_update=False")
     if config.optimizer != "adam" or config.state_dtype != "float32":
         raise SteersmanError(
-            f"optimizer={config.optimizer} with state_dtype={config.state_dtype} trains in one process only: use "
-            "optimizer=adam and state_dtype=float32 on several"
+            f"optimizer={config.optimizer} with state_dtype={config.state_dtype} has no state to be divided {instead} "
+            "optimizer=adam and state_dtype=float32"
         )
 
 
@@ -248,7 +247,7 @@ def _rule_of_adam(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 class _WithRule:
     """What updaters with a `kernels.UpdateRule` share: the rule and its state, which holds the SAE's own weights."""
 
-    def _start(self, sae: SAE, config: TrainConfig, operands: torch.dtype) -> None:
+    def _start(self, sae: SAE, config: TrainConfig, operands: torch.dtype, ranks: Ranks) -> None:
         further = parameters_of(sae).keys() - set(PARAMETERS)
         if further:
             raise SteersmanError(
@@ -258,7 +257,8 @@ class _WithRule:
         beta1, beta2 = config.betas
         self.rule = UpdateRule(name=config.optimizer, beta1=beta1, beta2=beta2, state_dtype=config.state_dtype)
         W_enc, W_dec, b_enc, b_dec = (parameter.detach() for parameter in parameters_of(sae).values())
-        self.state_of_rule = UpdateState.of(W_enc.T, W_dec, b_enc, b_dec, self.rule, operands)
+        first, _ = ranks.mesh.local_latents(sae.whole_cfg.d_sae)
+        self.state_of_rule = UpdateState.of(W_enc.T, W_dec, b_enc, b_dec, self.rule, operands, first)
 
     def state(self) -> dict[str, Tensor]:
         return {f"rule.{name}": value for name, value in self.state_of_rule.state().items()}
@@ -274,9 +274,9 @@ class _WithRule:
 class RuleUpdater(_WithRule, _DenseGradients):
     """Autograd and any rule of `kernels.update`, on dense gradients. A feature is touched when it has one."""
 
-    def __init__(self, sae: SAE, config: TrainConfig):
-        super().__init__(sae, config, Ranks(Mesh()))
-        self._start(sae, config, torch.float32)
+    def __init__(self, sae: SAE, config: TrainConfig, ranks: Ranks):
+        super().__init__(sae, config, ranks)
+        self._start(sae, config, torch.float32, ranks)
 
     def _move(self) -> None:
         state, rule = self.state_of_rule, self.rule
@@ -288,8 +288,9 @@ class RuleUpdater(_WithRule, _DenseGradients):
         for name, grad, seed in (("W_enc", W_enc.T, 0), ("W_dec", W_dec, 1)):
             W = getattr(state, name)
             update_matrix(
-                W, W, grad, state.moments[name], touched, rule, sizes, 2 * state.n_steps + seed, unit=name == "W_dec"
-            )
+                W, W, grad, state.moments[name], touched, rule, sizes, 2 * state.n_steps + seed, unit=name == "W_dec",
+                first=state.first_latent,
+            )  # fmt: skip
         moving = touched if rule.touched_only else None
         update_vector(state.b_enc, b_enc, state.moments["b_enc"], moving, rule, sizes.biases, sizes.inverse_root)
         update_vector(state.b_dec, b_dec, state.moments["b_dec"], None, rule, sizes.biases, sizes.inverse_root)
@@ -300,12 +301,18 @@ class FusedUpdater(_WithRule):
 
     Products read bf16 copies of the weights on a GPU, which the pass writes as it goes, and the weights themselves on a
     CPU. A batch comes in one part, and nothing waits for the device.
+
+    Ranks that share the latents each do it for theirs, as every rank has the residual. They send each other their parts
+    of the reconstruction and of the gradient that b_dec has through the encoder. The latter are added as one process
+    adds them where a rank has a multiple of `kernels.update.PART` latents; so from the same residual, all weights have
+    the same bits. (The reconstruction itself is added by rank, which moves its last bits.)
     """
 
-    def __init__(self, sae: SAE, config: TrainConfig):
+    def __init__(self, sae: SAE, config: TrainConfig, ranks: Ranks):
         self.sae, self.config, self.parameters = sae, config, parameters_of(sae)
+        self._latent = ranks.latent
         self.operands = torch.float32 if sae.device.type == "cpu" else torch.bfloat16
-        self._start(sae, config, self.operands)
+        self._start(sae, config, self.operands, ranks)
         self.lr, self.bias_lr = (torch.zeros(1, device=sae.device) for _ in range(2))
         self._versions: tuple[int, ...] = ()
         self._gradients: tuple[Any, ...] | None = None
@@ -329,35 +336,44 @@ class FusedUpdater(_WithRule):
         sae, weights, aux = self.sae, self.state_of_rule, state.aux
         code = sae.encode_training(x, weights.enc_rows)
         values, indices = code.values, code.order.indices
-        residual, squares, dots = ops.decode_and_dots(
-            values, indices, weights.dec_rows, weights.b_dec, target, 1.0, self.operands
-        )
+        residual, squares, dots = self._decoded(code, target)
         centred = (x if sae.input_bias is None else x - weights.b_dec).to(self.operands)
         losses, logged, aux_rows = {"squared_error": squares.sum()}, {}, None
         if aux is not None:
             scale = aux.weight * (aux.coefficient / n_values)
-            loss, aux_rows = auxk_gradients(
-                sae, weights.enc_rows, weights.dec_rows, centred, residual, aux.candidates, aux.alive, aux.k, scale
-            )
+            loss, aux_rows = auxk_gradients(sae, weights.enc_rows, weights.dec_rows, centred, residual, aux, scale)
             logged["aux"] = aux.weight * loss
             losses["aux"] = aux.coefficient * logged["aux"]
         # The gradient of the reconstruction is -2 residual / n_values.
         self._gradients = residual, -2 / n_values, centred, values, indices, dots, aux_rows
         return Step(code, losses, logged)
 
+    def _decoded(self, code: TrainingCode, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `reference.decode_and_dots`."""
+        values, indices = code.values, code.order.indices
+        W_dec, b_dec = self.state_of_rule.dec_rows, self.state_of_rule.b_dec
+        if self._latent.size == 1:
+            return ops.decode_and_dots(values, indices, W_dec, b_dec, target, 1.0, self.operands)
+        part = choose(values.device).sparse_decode(values, indices, W_dec)
+        residual = target - (self.sae.latents.sum(part) + b_dec)
+        dots = code.order.get().value_gradient(residual, W_dec)
+        return residual.to(self.operands), residual.square().sum(dim=1), dots
+
     @torch.no_grad()
     def step(self) -> None:
         """Take the gradients of what `backward` was given and move the weights by them."""
         assert self._gradients is not None, "backward comes before step"
+        state, centred, residual, scale = self.state_of_rule, self.sae.input_bias is not None, *self._gradients[:2]
+        parts = None
+        if centred and self._latent.size > 1:
+            parts = residual.new_empty(-(-len(state.W_enc) // PART), residual.shape[1], dtype=torch.float32)
         ops.backward_update(
-            self.state_of_rule,
-            self.rule,
-            self.lr,
-            self.bias_lr,
-            *self._gradients,
-            centred_by_b_dec=self.sae.input_bias is not None,
-            signed=self.sae.signed,
-        )
+            state, self.rule, self.lr, self.bias_lr, *self._gradients, centred_by_b_dec=centred,
+            signed=self.sae.signed, parts=parts,
+        )  # fmt: skip
+        if parts is not None:
+            sizes = StepSizes.of(self.rule, state.n_steps, self.lr, self.bias_lr)
+            move_b_dec(state, self.rule, sizes, residual, scale, self._latent.all_gather(parts).flatten(0, 1))
         self._gradients = None
         self._weights_changed()
 
@@ -368,4 +384,4 @@ class FusedUpdater(_WithRule):
         self._weights_changed()
 
     def share_weights(self) -> None:
-        """Nothing: it works in one process."""
+        """Nothing: nobody else has this rank's latents."""
