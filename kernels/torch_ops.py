@@ -7,17 +7,16 @@ accumulate in fp32 in a fixed order.
 Shape letters: N tokens, L latents, D width, K active latents a token, C rows of a block, G columns of a group.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from steersman.kernels import screen
+from steersman.kernels import cpu_select, screen
 
-# A block of pre-activations that stays in the last-level cache; larger blocks only add memory.
-BLOCK_BYTES = 16 << 20
+# A block of pre-activations that stays in the last-level cache between product and selection.
+BLOCK_BYTES = 8 << 20
 # A dense code that is held while a sparse one is made of it.
 CODE_BYTES = 256 << 20
 
@@ -47,7 +46,7 @@ def _plain_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, signed: bool) -
     N, L = len(x), len(W_enc)
     values = torch.empty(N, k, device=x.device)
     indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
-    select = _select_checked if x.device.type == "cpu" else _select_branch_free
+    select = cpu_select.largest if x.device.type == "cpu" else _select_branch_free
     rows = max(1, min(N, BLOCK_BYTES // (4 * L)))
     Z = torch.empty(rows, L, device=x.device)
     for start in range(0, N, rows):
@@ -58,45 +57,6 @@ def _plain_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, signed: bool) -
         if signed:
             values[start:stop].copysign_(Z_block.gather(1, indices[start:stop].long()))
     return values, indices
-
-
-def _select_checked(Z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The K largest of each row of Z [C, L]: a fast selection, and a stable sort for the rows that hold ties.
-
-    `topk` promises nothing about ties, but a row whose K+1 largest values all differ has only one answer.
-    """
-    n = min(k + 1, Z.shape[1])
-    values, indices = _two_stage_topk(Z, n)
-    # NaN differs from NaN, so rows with NaN are looked at too: sort puts NaN first, in order of index.
-    tied = ~(values[:, :-1] > values[:, 1:]).all(dim=1)
-    values, indices = values[:, :k], indices[:, :k]
-    if bool(tied.any()):
-        slow_values, slow_indices = torch.sort(Z[tied], dim=1, descending=True, stable=True)
-        values[tied], indices[tied] = slow_values[:, :k], slow_indices[:, :k]
-    return values, indices.int()
-
-
-def _two_stage_topk(Z: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n largest of each row of Z [C, L], sorted, by way of the maxima of G-column groups.
-
-    The n largest values lie in the n groups with the largest maxima, so `topk` sees L/G + n*G columns in place of L.
-    The columns left over when G does not divide L are candidates of their own.
-    """
-    C, L = Z.shape
-    G = 1 << max(0, round(math.log2(math.sqrt(L / n))))
-    n_groups = L // G
-    if G < 4 or n_groups <= n:
-        return Z.topk(n, dim=1)
-    # Group j holds columns j, j + n_groups, j + 2 n_groups, ...: the maximum then runs over whole vectors.
-    maxima = Z[:, : n_groups * G].view(C, G, n_groups).amax(dim=1)
-    groups = maxima.topk(n, dim=1, sorted=False).indices
-    offsets = torch.arange(G, device=Z.device) * n_groups
-    candidates = (groups[:, :, None] + offsets).view(C, n * G)
-    if n_groups * G < L:
-        rest = torch.arange(n_groups * G, L, device=Z.device).expand(C, -1)
-        candidates = torch.cat([candidates, rest], dim=1)
-    values, chosen = Z.gather(1, candidates).topk(n, dim=1)
-    return values, candidates.gather(1, chosen)
 
 
 def _select_branch_free(Z: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steersman.kernels import reference, torch_ops
+from steersman.kernels import cpu_select, reference, torch_ops
 
 
 def weights(N: int, L: int, D: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,7 +63,7 @@ def adversarial(name: str, L: int) -> Tensor:
     raise ValueError(name)
 
 
-@pytest.mark.parametrize("select", [torch_ops._select_checked, torch_ops._select_branch_free])
+@pytest.mark.parametrize("select", [cpu_select.largest, torch_ops._select_branch_free])
 @pytest.mark.parametrize("L", [64, 1000, 4096])
 @pytest.mark.parametrize(
     "name", ["all equal", "all negative", "few positive", "ties across the boundary", "one hot group", "infinite"]
@@ -74,13 +74,13 @@ def test_selection_is_exact_on_adversarial_rows(name: str, L: int, select) -> No
     assert_same_code(select(Z, k), (values[:, :k], indices[:, :k].int()))
 
 
-@pytest.mark.parametrize("select", ["_select_checked", "_select_branch_free"])
+@pytest.mark.parametrize("select", [cpu_select.largest, torch_ops._select_branch_free])
 @pytest.mark.parametrize(
     "name", ["all equal", "all negative", "few positive", "ties across the boundary", "one hot group", "infinite"]
 )
-def test_a_signed_code_is_exact_on_adversarial_rows(name: str, select: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signed_code_is_exact_on_adversarial_rows(name: str, select, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole numbers times a unit vector, so that products are exact; signs alternate."""
-    monkeypatch.setattr(torch_ops, "_select_checked", getattr(torch_ops, select))
+    monkeypatch.setattr(cpu_select, "largest", select)
     Z = adversarial(name, 1000)[0] * torch.tensor([1.0, -1.0]).repeat(500)
     x, W, b = torch.ones(3, 1), Z.nan_to_num(posinf=9.0)[:, None], torch.zeros(1000)
     b[:9] = torch.where(Z[:9].isinf(), Z[:9], b[:9])
@@ -101,7 +101,7 @@ def test_a_signed_code_says_nan() -> None:
         assert values.isnan().any(dim=1).tolist() == [False, True, False, False]
 
 
-@pytest.mark.parametrize("select", [torch_ops._select_checked, torch_ops._select_branch_free])
+@pytest.mark.parametrize("select", [cpu_select.largest, torch_ops._select_branch_free])
 def test_a_row_with_nan_says_nan_and_leaves_other_rows_alone(select) -> None:
     Z = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
     clean = select(Z.clone(), 8)
@@ -113,6 +113,18 @@ def test_a_row_with_nan_says_nan_and_leaves_other_rows_alone(select) -> None:
         assert torch.equal(indices[row], clean[1][row])
 
 
+def test_selection_does_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_select, "_SHARED", 1)
+    Z = torch.randn(11, 1000, generator=torch.Generator().manual_seed(0))
+    Z[3, 5], Z[7] = float("nan"), 1.0
+    alone = cpu_select.largest(Z, 8)
+    for n_threads in (3, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
+        shared = cpu_select.largest(Z, 8)
+        assert torch.equal(alone[0].nan_to_num(nan=9e9), shared[0].nan_to_num(nan=9e9))
+        assert torch.equal(alone[1], shared[1])
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_selection_is_exact_on_rows_full_of_ties(data: st.DataObject) -> None:
@@ -122,7 +134,7 @@ def test_selection_is_exact_on_rows_full_of_ties(data: st.DataObject) -> None:
     seed = data.draw(st.integers(0, 10_000))
     Z = torch.randint(-levels, levels + 1, (5, L), generator=torch.Generator().manual_seed(seed)).float()
     values, indices = torch.sort(Z, dim=1, descending=True, stable=True)
-    for select in (torch_ops._select_checked, torch_ops._select_branch_free):
+    for select in (cpu_select.largest, torch_ops._select_branch_free):
         assert_same_code(select(Z, k), (values[:, :k], indices[:, :k].int()))
 
 
