@@ -5,11 +5,16 @@ is all that the K largest can come from, ties included: little more than K value
 group. They are ordered by 64-bit keys of value and column. NumPy partitions, finds and sorts in vector registers, where
 PyTorch's `topk` looks at one number at a time.
 
+A matrix that comes in tiles of columns is bounded by the tiles so far: what reached an earlier, lower bound is looked
+at once more at the end. So a tile is dropped when the next one is made, and a matrix product keeps the shape that is
+fast for it.
+
 Shape letters: C rows, L columns, K selected, G columns of a group.
 """
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,35 +22,54 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _SHARED = 1 << 20
-"""Numbers from which on the rows are shared out to threads."""
+"""Numbers of a tile from which on its rows are shared out to threads."""
 
 
-def largest(Z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The K largest of each row of Z [C, L] fp32: values [C, K], largest first, and int32 columns [C, K].
+class Largest:
+    """The K largest of each of C rows, from tiles of their columns that come one after the other.
 
-    Equal values go to the lower column first, and a NaN is larger than any number. No row's result depends on the
-    others or on the number of threads.
+    `signed` takes the K of largest magnitude, with their signs. No row's result depends on the others, on where the
+    tiles end or on the number of threads.
 
-    >>> largest(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 2)
-    (tensor([[3., 3.]]), tensor([[1, 2]], dtype=torch.int32))
+    >>> found = Largest(1, 2)
+    >>> found.add(torch.tensor([[1.0, 3.0]]), 0)
+    >>> found.add(torch.tensor([[3.0, 2.0]]), 2)
+    >>> found.finish()
+    (tensor([[3., 3.]]), tensor([[1, 2]], dtype=torch.int32), tensor([False]))
     """
-    maxima = _group_maxima(Z, k)
-    n_parts = torch.get_num_threads()
-    if n_parts == 1 or Z.numel() < _SHARED:
-        values, columns, left = _of_rows(Z.numpy(), maxima.numpy(), k)
-    else:
-        parts = zip(np.array_split(Z.numpy(), n_parts), np.array_split(maxima.numpy(), n_parts))
-        with ThreadPoolExecutor(n_parts) as pool:  # NumPy's loops do not hold the interpreter's lock
-            found = list(pool.map(lambda part: _of_rows(*part, k), parts))
-        values, columns, left = (np.concatenate(each) for each in zip(*found))
-    if left.any():
-        slow_values, slow_columns = torch.sort(Z[torch.from_numpy(left)], dim=1, descending=True, stable=True)
-        values[left], columns[left] = slow_values[:, :k].numpy(), slow_columns[:, :k].numpy()
-    return torch.from_numpy(values), torch.from_numpy(columns)
+
+    def __init__(self, n_rows: int, k: int, signed: bool = False):
+        self.k, self.signed = k, signed
+        n_parts = max(1, min(n_rows, torch.get_num_threads()))
+        ends = [n_rows * i // n_parts for i in range(n_parts + 1)]
+        self._slices = [slice(*pair) for pair in pairwise(ends)]
+        self._parts = [_Rows(part.stop - part.start, k, signed) for part in self._slices]
+
+    def add(self, Z: Tensor, first: int) -> None:
+        """Look at Z [C, a tile's columns] fp32, whose first column is `first`; tiles come in order of their columns."""
+        sizes = Z.abs() if self.signed else Z
+        arrays = Z.numpy(), sizes.numpy(), _group_maxima(sizes, self.k).numpy()
+
+        def look(rows: "_Rows", part: slice) -> None:
+            rows.add(*(array[part] for array in arrays), first=first)
+
+        if len(self._parts) == 1 or Z.numel() < _SHARED:
+            for each in zip(self._parts, self._slices):
+                look(*each)
+        else:
+            with ThreadPoolExecutor(len(self._parts)) as pool:  # NumPy's loops do not hold the interpreter's lock
+                list(pool.map(look, self._parts, self._slices))
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Values [C, K], largest first, int32 columns [C, K], and which rows [C] bool are left to another way, as they
+        have a NaN or a crowd of ties."""
+        found = [[torch.from_numpy(array) for array in rows.finish()] for rows in self._parts]
+        values, columns, left = found[0] if len(found) == 1 else (torch.cat(each) for each in zip(*found))
+        return values, columns, left
 
 
 def _group_maxima(Z: Tensor, k: int) -> Tensor:
-    """The maxima [C, at least K] of groups that hold every column of Z [C, L] once; NaN where a group has one."""
+    """The maxima of groups that hold every column of Z [C, L] once, about 4 K of them; NaN where a group has one."""
     C, L = Z.shape
     G = 1 << max(0, math.floor(math.log2(max(1, L / (4 * k)))))
     n_groups = L // G
@@ -56,30 +80,55 @@ def _group_maxima(Z: Tensor, k: int) -> Tensor:
     return torch.cat([maxima, Z[:, n_groups * G :].amax(dim=1, keepdim=True)], dim=1)
 
 
-def _of_rows(Z: NDArray, maxima: NDArray, k: int) -> tuple[NDArray, NDArray, NDArray]:
-    """Values [C, K], columns [C, K] and which rows [C] are left to another way: those with NaN or a crowd of ties."""
-    (C, L), n_groups = Z.shape, maxima.shape[1]
-    maxima.partition(n_groups - k, axis=1)  # NaN comes last
-    left = np.isnan(maxima[:, n_groups - k :]).any(axis=1)
-    reached = maxima[:, n_groups - k, None] <= Z
-    places = np.flatnonzero(reached)
-    counts = np.bincount(places // L, minlength=C)
-    left |= counts > 4 * k + 64
-    if left.any():
-        reached[left] = False
-        places = np.flatnonzero(reached)
-        counts[left] = 0
-    rows = places // L
-    columns = places - rows * L
-    # Ascending keys: falling values (-0 is 0), then rising columns.
-    bits = (Z.reshape(-1)[places] + np.float32(0)).view(np.int32)
-    keys = (~_ordered(bits)).astype(np.int64) << 32 | columns
-    width = max(k, int(counts.max(initial=0)))
-    padded = np.full((C, width), np.iinfo(np.int64).max)
-    padded[rows, np.arange(len(places)) - (counts.cumsum() - counts)[rows]] = keys
-    padded = np.sort(padded, axis=1)[:, :k]
-    values = _ordered(~(padded >> 32).astype(np.int32)).view(np.float32)
-    return values, (padded & 0xFFFFFFFF).astype(np.int32), left
+class _Rows:
+    """What is known of some rows: their K largest group maxima, and the values that reached a bound."""
+
+    def __init__(self, n_rows: int, k: int, signed: bool):
+        self.k, self.signed = k, signed
+        self.top = np.full((n_rows, k), -np.inf, dtype=np.float32)
+        """[C, K]: the first of each row is its smallest, the bound."""
+        self.left = np.zeros(n_rows, dtype=bool)
+        self.found: list[tuple[NDArray, NDArray, NDArray]] = []
+        """Rows, columns and values of each tile."""
+
+    def add(self, Z: NDArray, sizes: NDArray, maxima: NDArray, first: int) -> None:
+        """`sizes` [C, L] are what is compared, Z or its magnitudes; maxima are theirs."""
+        C, L = Z.shape
+        # In the first tile the bounds are still -inf.
+        known = np.concatenate([self.top, maxima], axis=1) if self.found or maxima.shape[1] < self.k else maxima
+        known.partition(known.shape[1] - self.k, axis=1)  # NaN comes last
+        self.top = known[:, -self.k :].copy()
+        self.left |= np.isnan(self.top).any(axis=1)
+        places = np.flatnonzero(self.top[:, :1] <= sizes)
+        rows = places // L
+        self.left |= np.bincount(rows, minlength=C) > 4 * self.k + 64
+        if self.left.any():
+            self.top[self.left] = np.inf
+            kept = ~self.left[rows]
+            places, rows = places[kept], rows[kept]
+        values = Z.reshape(-1)[places] + np.float32(0)  # -0 is 0
+        self.found.append((rows, places - rows * L + first, values))
+
+    def finish(self) -> tuple[NDArray, NDArray, NDArray]:
+        C = len(self.top)
+        rows, columns, values = self.found[0]
+        if len(self.found) > 1:
+            rows, columns, values = (np.concatenate(each) for each in zip(*self.found))
+        sizes = np.abs(values) if self.signed else values
+        if len(self.found) > 1:
+            reached = np.flatnonzero((sizes >= self.top[rows, 0]) & ~self.left[rows])
+            order = reached[np.argsort(rows[reached].astype(np.min_scalar_type(C)), kind="stable")]
+            rows, columns, values, sizes = rows[order], columns[order], values[order], sizes[order]
+        # Ascending keys: falling sizes, then rising columns; in the last bit the sign that the size lacks.
+        keys = (~_ordered(sizes.view(np.int32))).astype(np.int64) << 32 | columns << 1 | (values != sizes)
+        counts = np.bincount(rows, minlength=C)
+        padded = np.full((C, max(self.k, counts.max(initial=0))), np.iinfo(np.int64).max)
+        padded[rows, np.arange(len(rows)) - (counts.cumsum() - counts)[rows]] = keys
+        padded = np.sort(padded, axis=1)[:, : self.k]
+        largest = _ordered(~(padded >> 32).astype(np.int32)).view(np.float32)
+        if self.signed:
+            largest = np.where(padded & 1, -largest, largest)
+        return largest, ((padded & 0xFFFFFFFF) >> 1).astype(np.int32), self.left
 
 
 def _ordered(bits: NDArray) -> NDArray:

@@ -17,6 +17,8 @@ from steersman.kernels import cpu_select, screen
 
 # A block of pre-activations that stays in the last-level cache between product and selection.
 BLOCK_BYTES = 8 << 20
+# Rows of a block: fewer make the product read the weights more often than it pays, more make the blocks narrow.
+ROWS_AT_ONCE = 1024
 # A dense code that is held while a sparse one is made of it.
 CODE_BYTES = 256 << 20
 
@@ -42,11 +44,43 @@ def topk_encode(
 
 
 def _plain_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """The K largest pre-activations, before the ReLU, and their indices [N, K] int32, all in fp32."""
+    """The K largest pre-activations, before the ReLU, and their indices [N, K] int32, all in fp32.
+
+    On the CPU in blocks of rows and latents; rows with NaN or many ties once more, whole.
+    """
+    if x.device.type != "cpu":
+        return _whole_rows(x, W_enc, b_enc, k, signed, _select_branch_free)
+    N, L = len(x), len(W_enc)
+    parts = []
+    for start in range(0, max(N, 1), ROWS_AT_ONCE):
+        x_block = x[start : start + ROWS_AT_ONCE]
+        C = len(x_block)
+        found, width = cpu_select.Largest(C, k, signed), max(1, BLOCK_BYTES // (4 * max(1, C)))
+        Z = torch.empty(C * min(width, L))
+        for first in range(0, L, width):
+            W, b = W_enc[first : first + width], b_enc[first : first + width]
+            tile = Z[: C * len(W)].view(C, len(W))
+            torch.addmm(b, x_block, W.T, out=tile)
+            found.add(tile, first)
+        parts.append(found.finish())
+    values, indices, left = parts[0] if len(parts) == 1 else (torch.cat(each) for each in zip(*parts))
+    if bool(left.any()):
+        values[left], indices[left] = _whole_rows(x[left], W_enc, b_enc, k, signed, _select_by_sort)
+    return values, indices
+
+
+def _whole_rows(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    signed: bool,
+    select: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """`_plain_topk` by a selection that sees a row's L pre-activations at once."""
     N, L = len(x), len(W_enc)
     values = torch.empty(N, k, device=x.device)
     indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
-    select = cpu_select.largest if x.device.type == "cpu" else _select_branch_free
     rows = max(1, min(N, BLOCK_BYTES // (4 * L)))
     Z = torch.empty(rows, L, device=x.device)
     for start in range(0, N, rows):
@@ -55,8 +89,13 @@ def _plain_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, signed: bool) -
         torch.addmm(b_enc, x[start:stop], W_enc.T, out=Z_block)
         values[start:stop], indices[start:stop] = select(Z_block.abs() if signed else Z_block, k)
         if signed:
-            values[start:stop].copysign_(Z_block.gather(1, indices[start:stop].long()))
+            values[start:stop].copy_(Z_block.gather(1, indices[start:stop].long()))
     return values, indices
+
+
+def _select_by_sort(Z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, indices = torch.sort(Z, dim=1, descending=True, stable=True)
+    return values[:, :k], indices[:, :k].int()
 
 
 def _select_branch_free(Z: Tensor, k: int) -> tuple[Tensor, Tensor]:
