@@ -94,7 +94,7 @@ class RunPlan:
     memory: dict[str, float] = field(default_factory=dict)
     """Bytes held at the moment of the step that needs most."""
     checkpoint: float = 0.0
-    """Bytes of host memory while a checkpoint is written."""
+    """Bytes of host memory while a checkpoint is written; on GPUs the copy of the state is kept for the next."""
     network: dict[str, float] = field(default_factory=dict)
     """Bytes sent per step."""
     from_model: float = 0.0

@@ -32,6 +32,7 @@ from steersman.sae import SAE, SAEConfig
 from steersman.sae.formats.saelens import CONFIG
 from steersman.sealed import seal, unseal
 from steersman.tensor_files import check_tensors, save_tensors
+from steersman.train.run.host_copies import HostCopies
 
 STATE = "state.json"
 _FOLDER = re.compile(r"step_(\d{8,})")
@@ -82,6 +83,7 @@ class Checkpoints:
         """`keep` of them are kept, the newest, and that of step `keep_also`. `group` holds all processes of the run
         and, while one is written, is used by the thread alone."""
         self.folder, self.keep, self.group, self.keep_also = folder, keep, group or RankGroup(), keep_also
+        self._copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -101,13 +103,14 @@ class Checkpoints:
     # Writing
 
     def save(self, step: int, tensors: dict[str, Tensor], latents: tuple[int, int], state: dict[str, Any]) -> None:
-        """Take a copy of `tensors`, the part of the state that belongs to `latents`, and write it in a thread.
+        """Take a copy of `tensors`, the part of the state that belongs to `latents`, and write it in a thread; neither
+        is waited for, where the tensors are on a GPU.
 
         `state` is what else is to be known, with `axes`: which dimension of each tensor counts latents. Waits for the
         writing before this one, and raises what went wrong there.
         """
         self.wait()
-        copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        copied = self._copies.begin(tensors)
         self._thread = threading.Thread(
             target=self._write_safely, args=(step, copied, latents, state), name="steersman-checkpoint", daemon=True
         )
@@ -123,10 +126,12 @@ class Checkpoints:
             raise error
 
     def settle(self) -> None:
-        """Wait for the thread, ignoring its error, because another is already being raised."""
+        """After the last checkpoint: wait for the thread, ignoring its error, because another is already being raised,
+        or `wait` comes next."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._copies.release()
 
     def _write_safely(self, *args: Any) -> None:
         try:
@@ -134,7 +139,13 @@ class Checkpoints:
         except BaseException as error:  # handed to the thread that trains, by `wait`
             self._error = error
 
-    def _write(self, step: int, tensors: dict[str, Tensor], latents: tuple[int, int], state: dict[str, Any]) -> None:
+    def _write(
+        self,
+        step: int,
+        copied: Callable[[], dict[str, Tensor]],
+        latents: tuple[int, int],
+        state: dict[str, Any],
+    ) -> None:
         index, n = self.group.index, self.group.size
         temporary = self.folder / (f".writing-{step:08d}" + (f"-of-{n:05d}" if n > 1 else ""))
         problem: Exception | None = None
@@ -142,7 +153,7 @@ class Checkpoints:
         try:
             temporary.mkdir(exist_ok=True)
             file = temporary / part_name(index, n)
-            save_tensors(file, tensors)
+            save_tensors(file, copied())
             size = file.stat().st_size
         except (OSError, SteersmanError) as error:
             problem = error
