@@ -87,7 +87,8 @@ class Resources:
     messages: tuple[str, ...]
     """What the assembler says of losses (numbers C75xx) and warns of."""
     instructions: dict[str, int] = field(repr=False)
-    """How often each machine instruction stands in the code; with operands for `WARPGROUP.DEPBAR`."""
+    """How often each machine instruction stands in the code; with operands for `WARPGROUP.DEPBAR`. Empty where the code
+    was not disassembled."""
     loop: dict[str, int] = field(repr=False)
     """The same for the innermost loop around the first matrix instruction; empty where there is none."""
 
@@ -96,8 +97,9 @@ class Resources:
         return sum(n for name, n in self.instructions.items() if name.startswith(beginning))
 
 
-def compile_job(job: Job) -> Resources:
-    """Compile and read the result. Raises SteersmanError under Triton's interpreter, which has no compiler."""
+def compile_job(job: Job, disassemble: bool = False) -> Resources:
+    """Compile and read the result. Disassembling takes half a second, and is done where it is asked for or the job
+    expects something of the instructions. Raises SteersmanError under Triton's interpreter, which has no compiler."""
     if knobs.runtime.interpret:
         raise SteersmanError("nothing is compiled under TRITON_INTERPRET=1; unset it")
     types = {name: job.types.get(name, "constexpr") for name in job.kernel.arg_names}
@@ -118,21 +120,17 @@ def compile_job(job: Job) -> Resources:
     ptx, words = binary.asm["ptx"], said.getvalue()
     if "Used " not in words:
         raise SteersmanError(f"{job.name}: this Triton does not pass on what its assembler says: {words[:200]!r}")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage = _cuobjdump("--dump-resource-usage", file.name)
-        code = _cuobjdump("--dump-sass", file.name)
-    used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    instructions, loop = read_instructions(code)
+    instructions, loop = {}, {}
+    if disassemble or job.needs or job.lacks or job.unit == "wgmma":
+        instructions, loop = read_instructions(_disassembled(binary.asm["cubin"]))
     constants = job.constants
     return Resources(
         name=job.name,
         capability=job.capability,
         tile="x".join(str(constants[b]) for b in ("BM", "BN", "BK") if b in constants) + f" w{job.warps} s{job.stages}",
-        registers=used["REG"],
-        stack=max(used["STACK"], used["LOCAL"]),
-        spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", words)),
+        registers=_largest(r"Used (\d+) registers", words),
+        stack=_largest(r"(\d+) bytes stack frame", words),
+        spills=_largest(r"(\d+) bytes spill stores", words),
         shared=binary.metadata.shared,
         matrix=" ".join(name for name, pattern in _MATRIX.items() if re.search(pattern, ptx)),
         copies="tma" if "cp.async.bulk.tensor" in ptx else "cp.async" if "cp.async" in ptx else "loads",
@@ -188,6 +186,13 @@ def _source_type(kernel: Any) -> Any:
     return GluonASTSource
 
 
-def _cuobjdump(what: str, file: str) -> str:
+def _largest(pattern: str, words: str) -> int:
+    return max((int(n) for n in re.findall(pattern, words)), default=0)
+
+
+def _disassembled(cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, what, file], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout

@@ -23,7 +23,7 @@ def main(args: argparse.Namespace) -> None:
         for job in shipped(capability, args.full):
             if args.only not in job.name:
                 continue
-            got = compile_job(job)
+            got = compile_job(job, disassemble=bool(args.count))
             wrong = problems(job, got)
             n_wrong += bool(wrong)
             row = asdict(got)
