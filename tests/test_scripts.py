@@ -2,13 +2,20 @@
 
 import ast
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").rglob("*.py"))
-BARE = {"scripts/bench/kernels.py", "scripts/dev/autotune_kernels.py", "scripts/dev/kernel_resources.py"}
+BARE = {
+    "scripts/bench/kernels.py",
+    "scripts/dev/autotune_kernels.py",
+    "scripts/dev/check_gpu.py",
+    "scripts/dev/kernel_resources.py",
+}
 """Those that run without tyro too."""
 PEERS = {"sae_lens", "sparsify"}
 
@@ -47,3 +54,18 @@ def test_a_scripts_settings_are_a_dataclass_that_says_what_each_means(script: st
             bare = [ast.unparse(node.body[i]) for i in fields if not isinstance(node.body[i + 1], ast.Expr)]
             assert fields
             assert not bare
+
+
+def test_scripts_for_a_gpu_start_where_there_is_little_beside_pytorch() -> None:
+    """An image with torch, triton, numpy, safetensors, einops and transformers has none of what is blocked here."""
+    code = f"""
+import contextlib, io, runpy, sys
+for name in ("tyro", "wandb", "datasets", "matplotlib", "sparsify", "sae_lens", "gguf", "accelerate", "peft", "pytest"):
+    sys.modules[name] = None
+for script in {sorted(BARE)}:
+    sys.argv, out = [script, "--help"], io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    assert "usage" in out.getvalue(), script
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)

@@ -1,28 +1,29 @@
 """Time the kernels against the bare matrix product, and whole training steps against other libraries.
 
-    python scripts/bench/kernels.py
+    python scripts/bench/kernels.py --part encode decode --minutes 9
 
-For each shape and each of encode, decode, backward, update and the whole step: the median time, the time of the bare
-matrix product of the encoder in the same run, their ratio, memory beyond the inputs, and the fraction of rows that took
-the exact slow path. The same step by eai-sparsify, SAELens and plain PyTorch, where they are installed and fit in
-memory. Every shape is checked against a product in fp64 before it is timed. Prints a table and writes it as JSON
-under benchmarks/. On a CPU it runs small shapes with the PyTorch kernels.
+For each shape, small to large, and each part: the median time, the time of the bare matrix product of the encoder in
+the same run, their ratio, and memory beyond the inputs. Parts: encode (checked against a product in fp64 first, with
+the fraction of rows that took the exact slow path), decode (and the unfused backward pass), update (the fused backward
+pass and update alone), step (whole training steps with nothing dead, with dead latents, and as a CUDA graph), peers
+(the same step by plain PyTorch, eai-sparsify and SAELens, where they are installed and fit in memory).
+
+The table is printed and written as JSON under --out after each row, and rows of an earlier call on the same device and
+versions are kept, so that parts can be measured one call at a time. What fails is a row that says so. On a CPU small
+shapes run with the PyTorch kernels.
 """
 
 import argparse  # not tyro: a bare GPU image has to do, with torch, triton, numpy, safetensors, einops, transformers
-import datetime
 import gc
-import itertools
-import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -31,39 +32,40 @@ if not torch.cuda.is_available():
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 
 from steersman import TrainConfig
-from steersman.kernels import StateDtype, UpdateRule, UpdateState, choose, precision, using
+from steersman.kernels import UpdateRule, UpdateState, choose, precision, using
+from steersman.kernels.tools.timing import Clock, Table, activations, bare_product, encode_error, unit_rows
 from steersman.sae import SAE, SAEConfig
 from steersman.train import ActivationStats, Trainer, resolve
 
 Shape = tuple[int, int, int, int]
-
+PARTS = ("encode", "decode", "update", "step", "peers")
 GPU: tuple[Shape, ...] = (
     (1, 65536, 2304, 64),
     (64, 65536, 2304, 64),
     (4096, 65536, 2304, 64),
     (8192, 131072, 1024, 32),
     (8192, 131072, 4096, 64),
-    (16384, 262144, 4096, 64),
-    (8192, 1048576, 4096, 64),
 )
+"""Shapes of a GPU. Larger ones are asked for: 16384,262144,4096,64 and 8192,1048576,4096,64."""
 CPU: tuple[Shape, ...] = ((1, 4096, 384, 32), (1024, 4096, 384, 32), (1024, 16384, 384, 32))
+SMALL = 64
+"""Tokens up to which nobody trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measured number with what it is compared with."""
+    """One measured number with what it is compared with, or why there is none."""
 
     shape: Shape
     part: str
-    """encode, decode, backward, update, step, or what another library calls its step."""
     by: str
-    ms: float
+    ms: float | None = None
     """Median."""
-    p20: float
-    p80: float
-    gemm_ms: float
+    p20: float | None = None
+    p80: float | None = None
+    gemm_ms: float | None = None
     """The bare product N x D by D x L of the same run."""
-    memory_mb: float | None
+    memory_mb: float | None = None
     """Largest allocation beyond what was there before; None where the device does not say."""
     slow_rows: float | None = None
     """Fraction of rows that took the exact slow path."""
@@ -71,146 +73,209 @@ class Row:
     """For few tokens: one reading of W_enc, over the time and the copy bandwidth of the same run."""
     error: float | None = None
     """Largest error of an encoded value against fp64, relative to the largest value."""
+    failure: str | None = None
+    """What went wrong."""
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        head = f"{shape:<24} {self.part:<38} {self.by:<14}"
+        if self.ms is None or self.gemm_ms is None:
+            return f"{head} {self.failure}"
+        extras = [f"{1e2 * self.slow_rows:.3f} % slow rows" if self.slow_rows is not None else "",
+                  f"{self.bandwidth_share:.2f} of bandwidth" if self.bandwidth_share is not None else "",
+                  f"error {self.error:.1e}" if self.error is not None else ""]  # fmt: skip
+        memory = "" if self.memory_mb is None else f"{self.memory_mb:9.1f} MB"
+        numbers = f"{self.ms:10.3f} ms  {self.ms / self.gemm_ms:7.2f} x GEMM {memory}  "
+        return (f"{head} {numbers}" + ", ".join(filter(None, extras))).rstrip()
 
 
-class Clock:
-    """Medians on one device."""
+class OutOfTimeError(Exception):
+    """The call's time is spent; what was measured is written."""
 
-    def __init__(self, device: torch.device, seconds: float):
-        self.device, self.seconds = device, seconds
 
-    def wait(self) -> None:
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+Made = tuple[Callable[[], Any], dict[str, Any]]
+"""What to time, and further columns of its row."""
+
+
+class Bench:
+    """Measures one shape after the other."""
+
+    def __init__(self, device: torch.device, args: argparse.Namespace):
+        self.device, self.args, self.clock = device, args, Clock(device, args.seconds)
+        self.stop, self.ours = time.monotonic() + 60 * args.minutes, choose(device, args.kernels)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+        about = {"device": name or platform.machine(), "threads": torch.get_num_threads(),
+                 "versions": {p: version(p) for p in ("torch", "triton", "eai-sparsify", "sae-lens", "steersman")},
+                 "kernels": self.ours.__name__}  # fmt: skip
+        plain = "".join(c if c.isalnum() else "-" for c in about["device"].lower()).strip("-")
+        self.table = Table(args.out / f"kernels-{plain}.json", about, names=("shape", "part", "by"))
+        self.low = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def row(self, shape: Shape, part: str, by: str, gemm_ms: float, make: Callable[[], Made]) -> None:
+        """Measure what `make` builds, in memory alone; whatever it raises is the row."""
+        if time.monotonic() > self.stop:
+            raise OutOfTimeError
+        run = None
+        try:
+            run, more = make()
+            row = Row(shape=shape, part=part, by=by, gemm_ms=gemm_ms, **self.clock.time(run)._asdict(), **more)
+        except Exception as error:
+            why = "not installed" if isinstance(error, ImportError) else type(error).__name__
+            first = str(error).strip().splitlines()
+            row = Row(shape=shape, part=part, by=by, failure=f"{why}: {first[0][:200] if first else ''}")
+        finally:
+            run = None
+            self.free()
+        print(row, flush=True)
+        self.table.add(asdict(row) | {"shape": list(shape)})
+
+    def free(self) -> None:
+        gc.collect()
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
 
-    def time(self, run: Callable[[], Any]) -> tuple[float, float, float, float | None]:
-        """Median, 20th and 80th percentile in milliseconds, and megabytes allocated beyond what was there."""
-        run()
-        self.wait()
-        memory = None
+    def shape(self, shape: Shape) -> None:
+        """All parts of one shape that were asked for."""
+        x = activations(shape[0], shape[2], self.device)
+        gemm_ms = self.code(shape, x)
+        self.free()
+        if shape[0] <= SMALL:
+            return
+        parts = self.args.part
+        for moments in moments_of(shape, self.args):
+            if "update" in parts and hasattr(self.ours, "backward_update"):
+                self.row(shape, f"backward and update, {moments}", "steersman", gemm_ms,
+                         lambda m=moments: self.update(shape, x, m))  # fmt: skip
+            if "step" in parts:
+                self.steps(shape, x, moments, gemm_ms)
+        if "peers" in parts:
+            for name, peer in (
+                ("plain PyTorch", plain_step),
+                ("eai-sparsify", sparsify_step),
+                ("SAELens", saelens_step),
+            ):
+                self.row(shape, "step", name, gemm_ms, lambda peer=peer: step_on(peer(shape, self.device), x))
+
+    def code(self, shape: Shape, x: Tensor) -> float:
+        """The parts that read weights in the dtype of the products alone; returns the bare product's milliseconds."""
+        N, L, D, K = shape
+        W, x_low = unit_rows(L, D, self.device, self.low), x.to(self.low)
+        gemm_ms = self.clock.time(lambda: bare_product(x_low, W)).ms
+        if "encode" in self.args.part:
+            self.row(shape, "encode", "steersman", gemm_ms, lambda: self.encode(x, x_low, W, K))
+            if "peers" in self.args.part and 2 * N * L < 20e9:
+                plain = lambda: torch.topk(torch.relu(x_low @ W.T), K, dim=1)  # noqa: E731
+                self.row(shape, "encode", "plain PyTorch", gemm_ms, lambda: (plain, {}))
+        if "decode" in self.args.part:
+            for part, make in self.decoding(x, x_low, W, K):
+                self.row(shape, part, "steersman", gemm_ms, make)
+        return gemm_ms
+
+    def encode(self, x: Tensor, x_low: Tensor, W: Tensor, K: int) -> Made:
+        ours, b = self.ours, torch.zeros(len(W), device=self.device)
+        values, indices = ours.topk_encode(x, W, b, K)
+        more: dict[str, Any] = {"error": encode_error(x_low, W, values, indices)}
+        if len(x) <= SMALL and self.device.type == "cuda":
+            ms = self.clock.time(lambda: ours.topk_encode(x, W, b, K)).ms
+            more["bandwidth_share"] = W.nbytes / (ms * 1e-3) / self.clock.copy_bandwidth()
+        if hasattr(ours, "triton_encode"):
+            more["slow_rows"] = float(ours.triton_encode.topk_encode_counted(x, W, b, K)[2]) / len(x)
+        return lambda: ours.topk_encode(x, W, b, K), more
+
+    def decoding(self, x: Tensor, x_low: Tensor, W: Tensor, K: int) -> Iterator[tuple[str, Callable[[], Made]]]:
+        """Decode, and the backward pass of dense gradients."""
+        ours, low, (L, D) = self.ours, self.low, W.shape
+        bias = torch.zeros(D, device=self.device)
+        values, indices = ours.topk_encode(x, W, torch.zeros(L, device=self.device), K)
+        yield "decode", lambda: (lambda: ours.sparse_decode(values, indices, W, bias), {})
+        fused = lambda: ours.decode_and_dots(values, indices, W, bias, x, 1.0, low)  # noqa: E731
+        yield "decode, residual, dots", lambda: (fused, {})
+        if len(x) > SMALL and 8 * L * D < 40e9:
+            g = x_low.flip(0).contiguous()
+
+            def backward() -> None:
+                order = ours.LatentOrder(indices, L)
+                dz = order.value_gradient(g, W)
+                order.scatter_rows(values, g)
+                order.scatter_rows(dz, x_low)
+                order.scatter(dz)
+
+            yield "backward (dense gradients)", lambda: (backward, {})
+
+    def update(self, shape: Shape, x: Tensor, moments: Any) -> Made:
+        """The fused backward pass and update of one step alone."""
+        _, L, D, K = shape
+        ours, low = self.ours, self.low
+        rule = UpdateRule(state_dtype=moments)
+        W = unit_rows(L, D, self.device, torch.float32)
+        biases = torch.zeros(L, device=self.device), torch.zeros(D, device=self.device)
+        state = UpdateState.of(W.clone(), W, *biases, rule, low)
+        centred = x.to(low)
+        values, indices = ours.topk_encode(centred, state.enc_rows, state.b_enc, K)
+        residual, _, dots = ours.decode_and_dots(values, indices, state.dec_rows, state.b_dec, x, 1.0, low)
+        lr = torch.full((1,), 1e-4, device=self.device)
+
+        def update() -> None:
+            ours.backward_update(
+                state, rule, lr, lr, residual, -2 / x.numel(), centred, values, indices, dots, None,
+                centred_by_b_dec=True,
+            )  # fmt: skip
+
+        return update, {}
+
+    def steps(self, shape: Shape, x: Tensor, moments: Any, gemm_ms: float) -> None:
+        """Whole training steps, with and without dead latents."""
+        n_dead = min(1000, shape[1] // 2)
+        forms: list[tuple[str, int, bool]] = [("nothing dead", 0, False), (f"{n_dead} dead", n_dead, False)]
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            run()
-            self.wait()
-            memory = (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
-        times: list[float] = []
-        stop = time.perf_counter() + self.seconds
-        while len(times) < 5 or (time.perf_counter() < stop and len(times) < 1000):
-            times.append(self._once(run))
-        cuts = statistics.quantiles(times, n=5)
-        return statistics.median(times), cuts[0], cuts[3], memory
+            forms.append(("nothing dead, graph", 0, True))
+        for name, dead, graph in forms:
+            self.row(shape, f"step, {moments}, {name}", "steersman", gemm_ms,
+                     lambda d=dead, g=graph: step_on(self.trainer(shape, x, moments, d, g).step, x))  # fmt: skip
 
-    def _once(self, run: Callable[[], Any]) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            run()
-            return 1e3 * (time.perf_counter() - start)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
+    def trainer(self, shape: Shape, x: Tensor, moments: Any, n_dead: int, graph: bool) -> Trainer:
+        N, L, D, K = shape
+        config = TrainConfig(d_sae=L, k=K, batch_size=N, device=str(x.device), state_dtype=moments, cuda_graph=graph)
+        norms = x.norm(dim=1)
+        stats = ActivationStats(mean=x.mean(dim=0).cpu(), mean_norm=float(norms.mean()), n_rows=N,
+                                median_norm=float(norms.median()),
+                                mean_squared_norm=float(norms.square().mean()))  # fmt: skip
+        # A long run, so that no warm-up or decay falls into what is timed.
+        recipe = replace(resolve(config, D, 1_000_000_000), warmup_steps=0)
 
+        def drawn_on_device(cfg: SAEConfig, *_: Any) -> SAE:
+            """A trainer draws weights on the CPU, the same on every device, which takes minutes for the largest."""
+            with torch.device(x.device):
+                return SAE(cfg)
 
-def activations(N: int, D: int, device: torch.device) -> Tensor:
-    """Sums of a few of 2 D directions with some noise, so that a code is used as it is on real activations."""
-    generator = torch.Generator(device).manual_seed(0)
-    atoms = torch.nn.functional.normalize(torch.randn(2 * D, D, generator=generator, device=device), dim=1)
-    chosen = torch.randint(0, 2 * D, (N, 16), generator=generator, device=device)
-    x = torch.nn.functional.embedding_bag(chosen, atoms, mode="sum")
-    return x + 0.05 * torch.randn(N, D, generator=generator, device=device)
+        with mock.patch("steersman.train.run.trainer.new_sae", drawn_on_device):
+            made = Trainer(config, recipe, stats, SAEConfig(d_in=D, d_sae=L, k=K))
+        if n_dead:
+            with torch.no_grad():
+                made.sae.b_enc[:n_dead] = -1e4  # so that they stay dead
+            silent = torch.zeros(L, dtype=torch.int32, device=x.device)
+            silent[:n_dead] = recipe.dead_after_steps + 1
+            made.dead_latents.restore(silent)
+        return made
 
 
-def parts(shape: Shape, clock: Clock, args: argparse.Namespace) -> Iterator[Row]:
-    """Encode, decode and backward of one shape, correctness first."""
-    N, L, D, K = shape
-    device = clock.device
-    ours = choose(device, args.kernels)
-    low = torch.bfloat16 if device.type == "cuda" else torch.float32
-    x = activations(N, D, device)
-    W = torch.empty(L, D, device=device, dtype=low)
-    for rows in W.split(65536):
-        rows.copy_(torch.nn.functional.normalize(torch.randn(rows.shape, device=device), dim=1))
-    b = torch.zeros(L, device=device)
-    x_low = x.to(low)
-    product = clock.time(lambda: bare_product(x_low, W))[0]
-
-    def row(part: str, run: Callable[[], Any], by: str = "steersman", **more: Any) -> Row:
-        ms, p20, p80, memory = clock.time(run)
-        return Row(shape=shape, part=part, by=by, ms=ms, p20=p20, p80=p80, gemm_ms=product, memory_mb=memory, **more)
-
-    values, indices = ours.topk_encode(x, W, b, K)
-    error = check(x_low, W, values, indices)
-    more: dict[str, Any] = {"error": error}
-    if N <= 64 and device.type == "cuda":
-        ms = clock.time(lambda: ours.topk_encode(x, W, b, K))[0]
-        more["bandwidth_share"] = W.nbytes / (ms * 1e-3) / copy_bandwidth(clock)
-    if hasattr(ours, "triton_encode"):
-        more["slow_rows"] = float(ours.triton_encode.topk_encode_counted(x, W, b, K)[2]) / N
-    yield row("encode", lambda: ours.topk_encode(x, W, b, K), **more)
-    if args.peers and 2 * N * L < 20e9:
-        with torch.no_grad():
-            yield row("encode", lambda: torch.topk(torch.relu(x_low @ W.T), K, dim=1), by="plain PyTorch")
-    yield row("decode", lambda: ours.sparse_decode(values, indices, W, b[:D]))
-    yield row("decode for training", lambda: ours.decode_and_dots(values, indices, W, b[:D], x, 1.0, low))
-    if N > 64:
-        g = torch.randn(N, D, device=device).to(low)
-
-        def backward() -> None:
-            order = ours.LatentOrder(indices, L)
-            dz = order.value_gradient(g, W)
-            order.scatter_rows(values, g)
-            order.scatter_rows(dz, x_low)
-            order.scatter(dz)
-
-        if 8 * L * D < 40e9:
-            yield row("backward (dense gradients)", backward)
+def step_on(step: Callable[[Tensor], Any], x: Tensor) -> Made:
+    for _ in range(5):  # a graph is captured after some
+        step(x)
+    return lambda: step(x), {}
 
 
-def bare_product(x: Tensor, W: Tensor) -> None:
-    """x W^T by the device's library, in blocks of latents where the result would be too large to hold."""
-    for rows in W.split(max(1, int(10e9) // len(x))):
-        torch.mm(x, rows.T)
-
-
-def check(x: Tensor, W: Tensor, values: Tensor, indices: Tensor) -> float:
-    """The largest error of the values of a few tokens against fp64, relative; raises if a larger value was left out."""
-    some = torch.linspace(0, len(x) - 1, min(len(x), 16), device=x.device).long()
-    Z = torch.cat([x[some].double() @ rows.double().T for rows in W.split(16384)], dim=1)
-    best = Z.topk(values.shape[1], dim=1).values
-    scale = Z.abs().max()
-    chosen = Z.gather(1, indices[some].long())
-    error = float((values[some] - chosen.relu()).abs().max() / scale)
-    missed = float((best[:, -1:] - chosen).max() / scale)
-    if not (error < 1e-3 and missed < 1e-3 and values.isfinite().all()):
-        raise SystemExit(f"kernels: encode is wrong: values off by {error:.2g}, latents missed by {missed:.2g}")
-    return error
-
-
-def copy_bandwidth(clock: Clock) -> float:
-    """Bytes a second of a large copy, read and written."""
-    a = torch.empty(1 << 29, dtype=torch.uint8, device=clock.device)
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / (clock.time(lambda: b.copy_(a))[0] * 1e-3)
-
-
-def state_dtype(shape: Shape, args: argparse.Namespace) -> StateDtype:
-    """What the optimiser's state is kept in: as asked, or int8 where float32 would not fit."""
+def moments_of(shape: Shape, args: argparse.Namespace) -> list[str]:
+    """What the optimiser's state is kept in: as asked, or int8 alone where float32 would not fit."""
     _, L, D, _ = shape
-    return args.state_dtype or ("int8" if L * D > 3e9 else "float32")
-
-
-def trainer(shape: Shape, x: Tensor, args: argparse.Namespace) -> Trainer:
-    N, L, D, K = shape
-    config = TrainConfig(d_sae=L, k=K, batch_size=N, device=str(x.device), state_dtype=state_dtype(shape, args))
-    norms = x.norm(dim=1)
-    stats = ActivationStats(mean=x.mean(dim=0).cpu(), mean_norm=float(norms.mean()), median_norm=float(norms.median()),
-                            mean_squared_norm=float(norms.square().mean()), n_rows=N)  # fmt: skip
-    # A long run, so that no warm-up or decay falls into what is timed.
-    recipe = replace(resolve(config, D, 1_000_000_000), warmup_steps=0)
-    return Trainer(config, recipe, stats, SAEConfig(d_in=D, d_sae=L, k=K))
+    return args.moments or (["int8"] if L * D > 3e9 else ["float32", "int8"])
 
 
 def plain_step(shape: Shape, device: torch.device) -> Callable[[Tensor], Any]:
@@ -269,71 +334,6 @@ def saelens_step(shape: Shape, device: torch.device) -> Callable[[Tensor], Any]:
     return step
 
 
-def steps(shape: Shape, clock: Clock, args: argparse.Namespace, gemm_ms: float) -> Iterator[Row]:
-    """Whole training steps: ours, then the others', one in memory at a time."""
-    N, _, D, _ = shape
-    x = activations(N, D, clock.device)
-    makers: dict[str, Callable[[], Callable[[Tensor], Any]]] = {"steersman": lambda: trainer(shape, x, args).step}
-    if args.peers:
-        makers["plain PyTorch"] = lambda: plain_step(shape, clock.device)
-        makers["eai-sparsify"] = lambda: sparsify_step(shape, clock.device)
-        makers["SAELens"] = lambda: saelens_step(shape, clock.device)
-    for name, make in makers.items():
-        try:
-            step = make()
-            ms, p20, p80, memory = clock.time(lambda step=step: step(x))
-        except (torch.OutOfMemoryError, ImportError, MemoryError) as error:
-            why = "not installed" if isinstance(error, ImportError) else type(error).__name__
-            print(f"  {shape} {name}: {why}")
-            continue
-        finally:
-            step = None
-            gc.collect()
-            if clock.device.type == "cuda":
-                torch.cuda.empty_cache()
-        yield Row(shape=shape, part="step", by=name, ms=ms, p20=p20, p80=p80, gemm_ms=gemm_ms, memory_mb=memory)
-
-
-def updates(shape: Shape, clock: Clock, args: argparse.Namespace, gemm_ms: float) -> Iterator[Row]:
-    """The fused backward pass and update of one step alone, where the device has it."""
-    N, L, D, K = shape
-    device, ours = clock.device, choose(clock.device, args.kernels)
-    if not hasattr(ours, "backward_update"):
-        return
-    low = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sae = SAE(SAEConfig(d_in=D, d_sae=L, k=K), torch.Generator().manual_seed(0)).to(device)
-    rule = UpdateRule(state_dtype=state_dtype(shape, args))
-    W_enc, W_dec, b_enc, b_dec = (p.detach() for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec))
-    state = UpdateState.of(W_enc.T, W_dec, b_enc, b_dec, rule, low)
-    x = activations(N, D, device)
-    centred = (x - b_dec).to(low)
-    values, indices = ours.topk_encode(centred, state.enc_rows, b_enc, K)
-    residual, _, dots = ours.decode_and_dots(values, indices, state.dec_rows, b_dec, x, 1.0, low)
-    scale = -2 / x.numel()
-    lr = torch.full((1,), 1e-4, device=device)
-
-    def update() -> None:
-        ours.backward_update(
-            state, rule, lr, lr, residual, scale, centred, values, indices, dots, None, centred_by_b_dec=True
-        )  # fmt: skip
-
-    ms, p20, p80, memory = clock.time(update)
-    yield Row(shape=shape, part="backward and update", by="steersman", ms=ms, p20=p20, p80=p80, gemm_ms=gemm_ms,
-              memory_mb=memory)  # fmt: skip
-
-
-def line(row: Row) -> str:
-    extras = [f"{1e2 * row.slow_rows:.3f} % slow rows" if row.slow_rows is not None else "",
-              f"{row.bandwidth_share:.2f} of bandwidth" if row.bandwidth_share is not None else "",
-              f"error {row.error:.1e}" if row.error is not None else ""]  # fmt: skip
-    memory = "" if row.memory_mb is None else f"{row.memory_mb:9.1f} MB"
-    shape = "x".join(map(str, row.shape))
-    return (
-        f"{shape:<24} {row.part:<26} {row.by:<14} {row.ms:10.3f} ms  {row.ms / row.gemm_ms:7.2f} x GEMM {memory}  "
-        + ", ".join(filter(None, extras))
-    ).rstrip()
-
-
 def shape_of(text: str) -> Shape:
     """N,L,D,K."""
     try:
@@ -345,17 +345,21 @@ def shape_of(text: str) -> Shape:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    more: dict[str, Any] = {"nargs": "*", "default": ()}
     parser.add_argument(
-        "--shapes", help="N,L,D,K: tokens, features, width, active features; none: the usual ones", **more
+        "--shapes",
+        nargs="*",
+        default=(),
+        help="N,L,D,K: tokens, features, width, active features; none: the usual ones",
     )
+    parser.add_argument("--part", nargs="*", choices=PARTS, default=PARTS, help="only these parts")
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
     parser.add_argument("--kernels", default="auto", help="triton, torch or auto")
-    switch = argparse.BooleanOptionalAction
-    parser.add_argument("--peers", action=switch, default=True, help="also eai-sparsify, SAELens and plain PyTorch")
-    parser.add_argument("--steps", action=switch, default=True, help="also time whole training steps")
+    parser.add_argument(
+        "--moments", nargs="*", choices=("float32", "bfloat16", "int8"), default=(),
+        help="what the optimiser's state is kept in; none: float32 and int8, or int8 where float32 would not fit",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent measuring each number")
-    parser.add_argument("--state-dtype", help="the optimiser's state: float32, or int8 where float32 would not fit")
+    parser.add_argument("--minutes", type=float, default=30.0, help="time after which no further row is begun")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the JSON file")
     return parser.parse_args()
 
@@ -363,33 +367,15 @@ def parsed() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     shapes = [shape_of(text) for text in args.shapes] or list(GPU if device.type == "cuda" else CPU)
-    clock, rows = Clock(device, args.seconds), []
-    for shape in shapes:
-        with using(args.kernels, device), precision("bf16" if device.type == "cuda" else "fp32"):
-            for row in parts(shape, clock, args):
-                rows.append(row)
-                print(line(row), flush=True)
-            if shape[0] > 64 and args.steps:
-                gemm_ms = rows[-1].gemm_ms
-                for row in itertools.chain(updates(shape, clock, args, gemm_ms), steps(shape, clock, args, gemm_ms)):
-                    rows.append(row)
-                    print(line(row), flush=True)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    versions = {p: _version(p) for p in ("torch", "triton", "eai-sparsify", "sae-lens", "steersman")}
-    report = {"device": name, "versions": versions, "date": datetime.date.today().isoformat(),
-              "threads": torch.get_num_threads(), "kernels": choose(device, args.kernels).__name__,
-              "rows": [asdict(row) for row in rows]}  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"kernels-{''.join(c if c.isalnum() else '-' for c in name.lower()).strip('-')}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(path)
-
-
-def _version(package: str) -> str | None:
+    bench = Bench(device, args)
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+        for shape in sorted(shapes, key=lambda s: s[0] * s[1] * s[2]):
+            with using(args.kernels, device), precision("bf16" if device.type == "cuda" else "fp32"):
+                bench.shape(shape)
+            bench.free()
+    except OutOfTimeError:
+        print(f"kernels: {args.minutes:g} minutes are over; the rows until here are written")
+    print(bench.table.path)
 
 
 if __name__ == "__main__":
