@@ -61,6 +61,14 @@ def test_the_sae_is_that_of_one_process(
     assert left_out[0] == left_out[1] > 0
 
 
+def test_activations_may_travel_on_a_wire_of_their_own(text: str, alone: Path, tmp_path: Path) -> None:
+    """As between GPUs: by another process group than the messages, and beside the work of model and training."""
+    config = replace(CONFIG, model_ranks=2)
+    found = run_ranks(3, train_from_stream, text, {**STREAM, "wire": True}, config, str(tmp_path / "run"))
+    assert [ended for ended, *_ in found] == ["done"] * 3
+    assert (tmp_path / "run" / NAME).read_bytes() == (alone / NAME).read_bytes()
+
+
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_killed_rank_ends_the_job_and_the_next_one_ends_with_the_same_bytes(
     victim: int, text: str, alone: Path, tmp_path: Path

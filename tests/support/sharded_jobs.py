@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -154,8 +155,8 @@ def train_from_stream(
     `at` of a model rank. After how it ended comes the number of forward passes of this rank.
 
     Options that are not those of a stream: `load_seconds` to load the model, `step_seconds` more for a step, `broken`
-    (NaN for one token), `large` (how many times as long the rows of that token are), and texts for a rank of their own
-    (`text_of_rank`).
+    (NaN for one token), `large` (how many times as long the rows of that token are), texts for a rank of their own
+    (`text_of_rank`), and whether activations travel on a `wire` of their own, as between GPUs.
     """
     from steersman.lm import LanguageModel
     from steersman.parallel import rank_and_world_size
@@ -165,6 +166,8 @@ def train_from_stream(
     rank, options = rank_and_world_size()[0], dict(options)
     load_seconds, step_seconds = options.pop("load_seconds", 0), options.pop("step_seconds", 0)
     large, broken, texts = options.pop("large", 1.0), options.pop("broken", False), options.pop("text_of_rank", {})
+    if options.pop("wire", False):
+        wire_of_its_own()
     times = math.nan if broken else large
     happening, capture, take_step, passes = Event(event, at, victim), LanguageModel.capture, Trainer.step, [0]
 
@@ -184,6 +187,40 @@ def train_from_stream(
 
     LanguageModel.capture, Trainer.step = counted, slow_step
     return *happening.end_of(lambda: train_sae(stream, config, out)), passes[0]
+
+
+def wire_of_its_own() -> None:
+    """Have activations travel by a process group that nothing else uses, and everything that is done with them on the
+    side of the device's work that is the wire's."""
+    import torch.distributed as dist
+
+    from steersman.train.mesh import model_ranks
+    from steersman.train.mesh.wires import Wire
+
+    class Watched(Wire):
+        inside = 0
+
+        @contextmanager
+        def beside(self) -> Any:
+            self.inside += 1
+            yield
+            self.inside -= 1
+
+    wires: list[Watched] = []
+
+    def wire(control: Wire, device: torch.device, timeout: Any) -> Wire:
+        wires.append(Watched(dist.new_group(backend="gloo", timeout=timeout), torch.device("cpu")))
+        return wires[0]
+
+    def only_beside(function: Any, name: str) -> Any:
+        def checked(*args: Any, **named: Any) -> Any:
+            assert not wires or named.get("group") is not wires[0].group or wires[0].inside, name
+            return function(*args, **named)
+
+        return checked
+
+    dist.isend, dist.recv = only_beside(dist.isend, "isend"), only_beside(dist.recv, "recv")
+    model_ranks._wire_of_rows = wire
 
 
 def written() -> int:

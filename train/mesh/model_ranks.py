@@ -6,8 +6,8 @@ trainer asks for a batch; each model rank then sends each trainer those rows of 
 together, they are the batch that one process would have made, bit for bit, whatever the numbers of ranks.
 
 A model rank computes ahead at most half a buffer more than was asked for and sends nothing that was not; a trainer
-reads two batches ahead. The faster side waits for the slower one, and memory stays bounded. Activations travel through
-host memory (gloo), so that neither side's device waits for the other's.
+reads two batches ahead. The faster side waits for the slower one, and memory stays bounded. Activations travel from GPU
+to GPU where every rank has one of its own, else through host memory; neither side's device waits for the other's.
 
 Shape letters: N rows of a trainer's part of a batch, D width, T trainers, M model ranks.
 """
@@ -23,6 +23,7 @@ from functools import cached_property
 from itertools import count
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,6 +34,7 @@ from steersman.train.capture.capture import in_background
 from steersman.train.capture.stream import ActivationStream
 from steersman.train.capture.stream_rows import StreamRows, batch_of
 from steersman.train.mesh.preemption import Preemption
+from steersman.train.mesh.wires import Wire, from_gpu_to_gpu, gpu_of
 from steersman.train.store.batch import ActivationBatch, ActivationSource, batches_in
 from steersman.train.store.statistics import ActivationStats
 
@@ -44,9 +46,13 @@ _UNRECEIVED = 2
 
 @contextmanager
 def stream_from_model_ranks(
-    make_stream: Callable[[], ActivationSource], n_model_ranks: int, timeout_seconds: float
+    make_stream: Callable[[], ActivationSource],
+    n_model_ranks: int,
+    timeout_seconds: float,
+    device: torch.device,
 ) -> "Iterator[RemoteStream | None]":
-    """The stream that the last `n_model_ranks` of the job make, for the block in which the other ranks train on it.
+    """The stream that the last `n_model_ranks` of the job make, for the block in which the other ranks train on it, on
+    `device`.
 
     Called by all ranks. Those that run the model call `make_stream`, serve the trainers to their end, and get None.
     """
@@ -58,9 +64,11 @@ def stream_from_model_ranks(
             "with torchrun, or use fewer"
         )
     with process_group(timeout_seconds):
+        timeout = timedelta(seconds=timeout_seconds)
         with comm_errors():
-            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        channel = _Channel(group, n_trainers, n_model_ranks)
+            group = dist.new_group(backend="gloo", timeout=timeout)
+        control = Wire(group, torch.device("cpu"))
+        channel = _Channel(control, _wire_of_rows(control, device, timeout), n_trainers, n_model_ranks)
         if rank >= n_trainers:
             with ThreadPoolExecutor(1, "steersman-model", initializer=use_local_accelerator) as pool:
                 _ModelRank(channel, make_stream, pool, timeout_seconds).serve()
@@ -69,6 +77,16 @@ def stream_from_model_ranks(
             with RemoteStream(channel) as source:
                 yield source
         RankGroup(n_ranks, rank, group).barrier()
+
+
+def _wire_of_rows(control: Wire, device: torch.device, timeout: timedelta) -> Wire:
+    """What activations travel on. All ranks choose together."""
+    gpus: list[str | None] = [None] * dist.get_world_size()
+    with comm_errors():
+        dist.all_gather_object(gpus, gpu_of(device), group=control.group)
+        if not from_gpu_to_gpu(gpus):
+            return control
+        return Wire(dist.new_group(backend="nccl", timeout=timeout), device)
 
 
 class _Head(NamedTuple):
@@ -87,8 +105,8 @@ class _Head(NamedTuple):
 class _Channel:
     """The messages between trainers and model ranks."""
 
-    def __init__(self, group: Any, n_trainers: int, n_model_ranks: int) -> None:
-        self.group, self.rank = group, dist.get_rank()
+    def __init__(self, control: Wire, rows: Wire, n_trainers: int, n_model_ranks: int) -> None:
+        self.control, self.rows, self.group, self.rank = control, rows, control.group, dist.get_rank()
         self.trainers = range(n_trainers)
         self.model_ranks = range(n_trainers, n_trainers + n_model_ranks)
 
@@ -105,27 +123,6 @@ class _Channel:
         with comm_errors():
             dist.recv_object_list(found, src=0, group=self.group)
         return found[0]
-
-    def send(self, x: Tensor, to: int) -> Callable[[], Any]:
-        """Begin to send a tensor; the returned function waits until it is taken."""
-        x = x.contiguous()
-        with comm_errors():
-            work: Any = dist.isend(x.view(torch.uint8), dst=to, group=self.group)
-
-        def finish() -> Tensor:
-            with comm_errors():
-                work.wait()
-            return x  # held until here
-
-        return finish
-
-    def receive(self, source: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The next tensor from a rank."""
-        x = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
-        if x.numel():
-            with comm_errors():
-                dist.recv(x.view(torch.uint8), src=source, group=self.group)
-        return x
 
 
 # The model's side
@@ -186,8 +183,8 @@ class _ModelRank:
     ) -> Generator[list[StreamRows]]:
         """Of each batch, what every trainer is to know and to get from here."""
         for rows in stream.whole_batches(**options):
-            on_host = replace(rows, x=rows.x.cpu())
-            yield on_host.splits(len(self._channel.trainers), world_size)
+            sendable = replace(rows, x=self._channel.rows.ready(rows.x))
+            yield sendable.splits(len(self._channel.trainers), world_size)
 
     def _next(self) -> None:
         stream, batches = self._stream, self._batches
@@ -198,11 +195,14 @@ class _ModelRank:
         if splits is None:
             self._reply(_END)
             return
-        sending = []
-        for trainer, rows in zip(self._channel.trainers, splits):
-            sending.append(self._channel.send(self._head(len(rows), len(rows.x)), trainer))
-            parts = [torch.from_numpy(rows.info)] if self._part == 0 else []
-            sending += [self._channel.send(part, trainer) for part in [*parts, rows.x] if part.numel()]
+        sending, channel = [], self._channel
+        for trainer, rows in zip(channel.trainers, splits):
+            sending.append(channel.control.send(self._head(len(rows), len(rows.x)), trainer))
+            if self._part == 0 and len(rows):
+                info = np.ascontiguousarray(rows.info)
+                sending.append(channel.control.send(torch.from_numpy(info), trainer))
+            if rows.x.numel():
+                sending.append(channel.rows.send(rows.x, trainer))
         self._under_way(sending)
 
     def _stop(self) -> None:
@@ -232,11 +232,11 @@ class _ModelRank:
                     self._reply(_BUSY)
 
     def _reply(self, word: int, content: bytes = b"") -> None:
-        sending = []
+        sending, control = [], self._channel.control
         for trainer in self._channel.trainers:
-            sending.append(self._channel.send(self._head(word, len(content)), trainer))
+            sending.append(control.send(self._head(word, len(content)), trainer))
             if content:
-                sending.append(self._channel.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), trainer))
+                sending.append(control.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), trainer))
         self._under_way(sending)
 
     def _head(self, n: int, here: int) -> Tensor:
@@ -314,7 +314,7 @@ class RemoteStream:
         found: list[_Facts] = []
         for model_rank in self._channel.model_ranks:
             n = self._head(model_rank).here
-            found.append(pickle.loads(self._channel.receive(model_rank, (n,), torch.uint8).numpy().tobytes()))
+            found.append(pickle.loads(self._channel.control.receive(model_rank, (n,), torch.uint8).numpy().tobytes()))
             if found[-1].fingerprint != found[0].fingerprint:
                 first = self._channel.model_ranks.start
                 raise SteersmanError(
@@ -367,8 +367,8 @@ class RemoteStream:
         world_size: int = 1,
         **reading: Any,
     ) -> Iterator[ActivationBatch]:
-        """The stream's batches, on the CPU. All trainers call this together; which rows are this one's follows from
-        `world_size`; see `StreamRows.splits`. Ends what was read before."""
+        """The stream's batches, on the CPU or on the GPU that they were sent to. All trainers call this together; which
+        rows are this one's follows from `world_size`; see `StreamRows.splits`. Ends what was read before."""
         assert rank == self._channel.rank * world_size // len(self._channel.trainers)
         self._close()
         self._reading += 1
@@ -391,25 +391,26 @@ class RemoteStream:
             n = heads[0].n
             if n == _END:
                 return
-            info = channel.receive(first, (n, 5), torch.int64).numpy()
-            x = torch.empty(n, self.d_in, dtype=self._facts.dtype, pin_memory=torch.cuda.is_available())
+            info = channel.control.receive(first, (n, 5), torch.int64).numpy()
+            x = channel.rows.empty((n, self.d_in), self._facts.dtype)
             for part, (model_rank, head) in enumerate(zip(channel.model_ranks, heads)):
-                rows = channel.receive(model_rank, (head.here, self.d_in), x.dtype)
-                x[torch.from_numpy(info[:, 4] == part)] = rows
-            yield batch_of(x, info)
+                rows = channel.rows.receive(model_rank, (head.here, self.d_in), x.dtype)
+                with channel.rows.beside():
+                    x.index_copy_(0, torch.from_numpy(np.flatnonzero(info[:, 4] == part)).to(x.device), rows)
+            yield batch_of(channel.rows.arrived(x), info)
 
     def _head(self, model_rank: int) -> _Head:
         """The head of this reading's next message; what is still on its way from one that was closed is passed over."""
         channel = self._channel
         while True:
-            head = _Head(*channel.receive(model_rank, (4,), torch.int64).tolist())
+            head = _Head(*channel.control.receive(model_rank, (4,), torch.int64).tolist())
             self.preempted = self.preempted or bool(head.preempted)
             if head.n == _FAILED:
-                message = channel.receive(model_rank, (head.here,), torch.uint8)
+                message = channel.control.receive(model_rank, (head.here,), torch.uint8)
                 raise SteersmanError(message.numpy().tobytes().decode())
             if head.reading == self._reading and head.n != _BUSY:
                 return head
             if head.n > 0:
                 if model_rank == channel.model_ranks.start:
-                    channel.receive(model_rank, (head.n, 5), torch.int64)
-                channel.receive(model_rank, (head.here, self.d_in), self._facts.dtype)
+                    channel.control.receive(model_rank, (head.n, 5), torch.int64)
+                channel.rows.receive(model_rank, (head.here, self.d_in), self._facts.dtype)

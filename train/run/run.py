@@ -376,7 +376,9 @@ def train_sae(
     with ExitStack() as stack:
         if config.model_ranks:
             make: Callable[[], ActivationSource] = source if callable(source) else lambda: source
-            streamed = stream_from_model_ranks(make, config.model_ranks, config.timeout_seconds)
+            streamed = stream_from_model_ranks(
+                make, config.model_ranks, config.timeout_seconds, pick_device(config.device)
+            )
             source_here = stack.enter_context(streamed)
             n_ranks -= config.model_ranks
         else:
