@@ -37,12 +37,15 @@ class Tile:
     """Blocks of rows that share the tiles of W in the cache."""
     tma: bool = True
     """Load through the tensor copy engine (sm_90 and later)."""
+    persistent: bool = False
+    """Run the mode FILTER by `gluon_wave`, one program a multiprocessor (sm_90, operands of 16 bits, no signed code);
+    STEERSMAN_PERSISTENT=0 in the environment is as if no tile said so."""
 
 
 WAVE: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
     (80, torch.bfloat16): (Tile(BM=128, BN=128, BK=64, warps=8, stages=3, tma=False),),
     (90, torch.bfloat16): (
-        Tile(BM=128, BN=256, BK=64, warps=8, stages=4),
+        Tile(BM=128, BN=256, BK=64, warps=8, stages=4, persistent=True),
         Tile(BM=128, BN=128, BK=64, warps=8, stages=3),
     ),
     (100, torch.bfloat16): (

@@ -7,6 +7,11 @@ code, by its mode. `small_batch_kernel` is for few tokens, where reading W_enc i
 Shape letters: N tokens, L latents, D width, C slots of a row's buffer.
 """
 
+import functools
+import os
+import warnings
+from types import ModuleType
+
 import torch
 import triton
 import triton.language as tl
@@ -175,7 +180,12 @@ def launch_wave(
     *,
     signed: bool = False,
 ) -> None:
-    """Launch `wave_kernel` in a mode (FIRST, FILTER, THRESHOLD, DENSE) over the latents wave[0] <= l < wave[1]."""
+    """Launch `wave_kernel` in a mode (FIRST, FILTER, THRESHOLD, DENSE) over the latents wave[0] <= l < wave[1], or what
+    does the same where the tile is for it."""
+    wanted = tile.persistent and mode.value == FILTER.value and not signed and ops.dtype.itemsize == 2
+    if wanted and (persistent := persistent_waves()) is not None:
+        persistent.launch_filter(ops, tile, wave, tau, buffer, count, C)
+        return
     N, D = ops.x.shape
     first, last = wave
     x, w = _sources(ops, (tile.BM, tile.BK), (tile.BN, tile.BK), tile.tma)
@@ -186,6 +196,20 @@ def launch_wave(
         C=C, BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=tile.group, MODE=mode.value, TMA=tile.tma,
         PRECISION=ops.precision, SIGNED=signed, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+
+
+@functools.cache
+def persistent_waves() -> ModuleType | None:
+    """`gluon_wave`, which runs tiles that are `persistent`. None where the environment has STEERSMAN_PERSISTENT=0, and,
+    with a warning, where this Triton does not have what it is written in; `wave_kernel` runs them then."""
+    if os.environ.get("STEERSMAN_PERSISTENT", "1") == "0":
+        return None
+    try:
+        from steersman.kernels import gluon_wave
+    except (ImportError, AttributeError) as error:
+        warnings.warn(f"the encoder runs without its kernel for Hopper: {error}", RuntimeWarning, stacklevel=2)
+        return None
+    return gluon_wave
 
 
 def _sources(ops: Operands, x_block: tuple[int, int], w_block: tuple[int, int], tma: bool) -> tuple[object, object]:

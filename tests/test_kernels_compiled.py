@@ -71,8 +71,8 @@ for file in pathlib.Path(kernels.__file__).parent.glob("*.py"):
 def test_a_new_number_of_tokens_compiles_nothing() -> None:
     code = """
 from steersman.kernels import triton_backward, triton_decode, triton_rescue, triton_select, triton_threshold
-from steersman.kernels import triton_wave
-for module in (triton_decode, triton_rescue, triton_select, triton_threshold, triton_wave):
+from steersman.kernels import gluon_wave, triton_wave
+for module in (gluon_wave, triton_decode, triton_rescue, triton_select, triton_threshold, triton_wave):
     for name in dir(module):
         if name.endswith("_kernel"):
             for p in getattr(module, name).params:

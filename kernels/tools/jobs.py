@@ -70,12 +70,15 @@ def job(name: str, capability: int, kernel: Any, constants: dict[str, Any], type
 
 
 def encode_jobs(capability: int, full: bool) -> Iterator[Job]:
-    """`triton_wave.wave_kernel` in all modes, plain and signed, and `small_batch_kernel`."""
+    """`triton_wave.wave_kernel` in all modes, plain and signed, `gluon_wave.filter_kernel` where a tile is for it, and
+    `small_batch_kernel`."""
     for dtype, precision in operands_of(full):
         for i, tile in enumerate(tiles.WAVE[capability, dtype]):
             plain = i == tiles.PLAIN.get((capability, dtype), 0)
             for mode in MODES if plain else ("filter",):
                 yield wave_job(tile, capability, dtype, mode, precision)
+            if tile.persistent:
+                yield persistent_job(tile, capability, dtype)
         first, filtering = tiles.SIGNED.get((capability, dtype), (tiles.WAVE[capability, dtype][0],) * 2)
         yield wave_job(first, capability, dtype, "first", precision, signed=True)
         yield wave_job(filtering, capability, dtype, "filter", precision, signed=True)
@@ -83,7 +86,12 @@ def encode_jobs(capability: int, full: bool) -> Iterator[Job]:
             yield small_batch_job(tile, capability, dtype, precision)
     if full:
         for entry in tiles.entries(capability):
-            yield wave_job(Tile(**entry["tile"]), capability, getattr(torch, entry["dtype"]), "filter")
+            tile, dtype = Tile(**entry["tile"]), getattr(torch, entry["dtype"])
+            yield (
+                persistent_job(tile, capability, dtype)
+                if tile.persistent
+                else wave_job(tile, capability, dtype, "filter")
+            )
 
 
 def wave_job(
@@ -100,6 +108,23 @@ def wave_job(
         f"encode {mode} {_label(dtype, precision)}" + " signed" * signed, capability, triton_wave.wave_kernel,
         constants, {"x": x, "w": w, "count_ptr": "*i32", "buffer_ptr": buffer} | numbers,
         warps=tile.warps, stages=tile.stages, **_product(capability, tile, precision),
+    )  # fmt: skip
+
+
+def persistent_job(tile: Tile, capability: int, dtype: torch.dtype, C: int = 1024) -> Job:
+    """`gluon_wave.filter_kernel`: warps take and give registers, and candidates are written by one store each."""
+    from steersman.kernels import gluon_wave
+
+    layout = gluon_wave.stage_layout(tile.BK)
+    boxes = {"x": (tile.BM, tile.BK), "w": (tile.BN, tile.BK)}
+    types = {name: f"tensordesc<{NAMES[dtype]}[{rows},{BK}],{layout!r}>" for name, (rows, BK) in boxes.items()}
+    constants = {"C": C, "BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "GROUP": tile.group, "S": tile.stages,
+                 "WARPS": tile.warps}  # fmt: skip
+    return job(
+        f"encode filter {NAMES[dtype]} persistent", capability, gluon_wave.filter_kernel, constants,
+        types | {"count_ptr": "*i32", "buffer_ptr": "*i64"} | dict.fromkeys(("N", "D", "first", "last"), "i32"),
+        warps=tile.warps, stages=tile.stages, unit="wgmma", copies="tma", registers=168,
+        needs=("USETMAXREG", "ATOMG", "STG.E.64", "FMNMX.NAN"), lacks=("STL", "LDL"),
     )  # fmt: skip
 
 
