@@ -20,6 +20,7 @@ from steersman.errors import LostRankError, SteersmanError, UnfinishedError, nea
 from steersman.files import check_place
 from steersman.flag_help import help_text
 from steersman.flags import ShellFormatter, config_type, in_words_of_the_shell, parse
+from steersman.threads import share_the_machine
 from steersman.visible import visible
 
 MISTAKE, INTERRUPTED, UNFINISHED = 2, 130, 75
@@ -104,6 +105,7 @@ def usage(group: str = "") -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    share_the_machine()
     keep_freed_memory()
     try:
         run(list(sys.argv[1:] if argv is None else argv))

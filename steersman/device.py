@@ -6,7 +6,7 @@ import torch
 
 from steersman.errors import SteersmanError
 
-__all__ = ["local_rank", "pick_device", "usable_cores"]
+__all__ = ["local_rank", "pick_device"]
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
@@ -48,8 +48,3 @@ def local_rank() -> int:
         return int(os.environ.get("LOCAL_RANK", "0"))
     except ValueError:
         raise SteersmanError("LOCAL_RANK in the environment must be a number; start with torchrun") from None
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

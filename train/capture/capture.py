@@ -13,12 +13,12 @@ import torch
 
 from steersman.config import check_types
 from steersman.deprecation import renamed_fields
-from steersman.device import usable_cores
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.load import Quantization, parse_dtype
 from steersman.lm.tokens import bos_tokens
 from steersman.text import OnBadText, TxtDocuments, open_text
+from steersman.threads import usable_cores
 from steersman.train.capture.contexts import ContextBatch, context_batches
 from steersman.train.capture.text_digest import DigestedText
 from steersman.train.store.shards import DTYPES, check_choices

@@ -9,7 +9,7 @@ from itertools import islice
 
 import numpy as np
 
-from steersman.device import usable_cores
+from steersman.threads import usable_cores
 from steersman.train.store.batch import ActivationBatch
 from steersman.train.store.mapping import MappedShards, ReadShards
 from steersman.train.store.order import RowOrder
