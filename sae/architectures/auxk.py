@@ -36,18 +36,16 @@ def auxk_loss(
     rows = sae.W_enc.T[candidates]
     centred = x if sae.input_bias is None else x - sae.input_bias.detach()
     Z = torch.addmm(sae.b_enc[candidates], centred, rows.T)
-    values, chosen = _largest(sae, Z, alive, k_aux, width)
-    code = torch.zeros_like(Z).scatter(1, chosen, values)
+    code = _code(sae, Z, alive, k_aux, width)
     rebuilt = sae.latents.sum(code @ sae.W_dec[candidates])
     return (rebuilt - residual.detach()).square().sum()
 
 
-def _largest(sae: SAE, Z: Tensor, alive: Tensor, k: int, width: int | None) -> tuple[Tensor, Tensor]:
-    """The activations [N, P] of the dead latents that a token uses, and where they stand in Z [N, A]: the k largest, of
-    a signed code those of largest magnitude."""
+def _code(sae: SAE, Z: Tensor, alive: Tensor, k: int, width: int | None) -> Tensor:
+    """The activations [N, A] of the dead latents that a token uses, 0 elsewhere: of pre-activations Z [N, A] the k
+    largest, of a signed code those of largest magnitude."""
     if width is None and k >= Z.shape[1]:  # all of them
-        every = torch.arange(Z.shape[1], device=Z.device).expand(Z.shape)
-        return (Z if sae.signed else Z.relu()).masked_fill(alive, 0.0), every
+        return (Z if sae.signed else Z.relu()).masked_fill(alive, 0.0)
     size = (Z.abs() if sae.signed else Z).masked_fill(alive, float("-inf"))
     n = min(k if width is None else width, Z.shape[1])
     values, chosen = size.topk(n, dim=1, sorted=width is not None)
@@ -57,7 +55,9 @@ def _largest(sae: SAE, Z: Tensor, alive: Tensor, k: int, width: int | None) -> t
         proposals[:, :n] = values.detach()
         kept = sae.latents.keep_topk(proposals, k)
     values = Z.masked_fill(alive, 0.0).gather(1, chosen) if sae.signed else values.relu()
-    return values if kept is None else torch.where(kept[:, :n], values, torch.zeros_like(values)), chosen
+    if kept is not None:
+        values = torch.where(kept[:, :n], values, torch.zeros_like(values))
+    return torch.zeros_like(Z).scatter(1, chosen, values)
 
 
 @torch.no_grad()
@@ -78,8 +78,7 @@ def auxk_gradients(
     candidates, alive = aux.candidates, aux.alive
     enc, dec = W_enc[candidates], W_dec[candidates]
     Z = _product(centred, enc.T) + sae.b_enc[candidates]
-    values, chosen = _largest(sae, Z, alive, aux.k, aux.width)
-    code = torch.zeros_like(Z).scatter(1, chosen, values)
+    code = _code(sae, Z, alive, aux.k, aux.width)
     small = code.to(centred.dtype)
     error = sae.latents.sum(_product(small, dec)) - residual
     g = (error * (2 * scale)).to(centred.dtype)

@@ -21,7 +21,7 @@ from steersman.train.mesh.selection import keep_topk
 from steersman.train.run.recipe import Recipe
 
 SIZES = (256, 1024)
-"""Numbers of candidates below the largest, which is `max(4 k_aux, 64)`."""
+"""Numbers of candidates, beside k_aux, of which a token uses all, and the largest, `max(4 k_aux, 64)`."""
 
 
 class AuxShape(NamedTuple):
@@ -119,8 +119,9 @@ class DeadLatents:
 
     def _size(self, count: int) -> int:
         """The smallest number of candidates that so many fit in, or the largest that there is."""
-        fits = [size for size in (0, *SIZES) if count <= size < self._largest]
-        return min(fits[0] if fits else self._largest, len(self.silent_steps))
+        sizes = (0, *SIZES, self.recipe.k_aux)
+        smallest = min((size for size in sizes if count <= size), default=self._largest)
+        return min(smallest, self._largest, len(self.silent_steps))
 
     # Checkpoints
 
@@ -133,8 +134,8 @@ class DeadLatents:
     def restore(self, silent_steps: Tensor, late_counts: Tensor | None = None) -> None:
         """Resume from what `state` gave; counts of another number of ranks, or none, are taken anew."""
         self.silent_steps.copy_(silent_steps)
-        fits = late_counts is not None and len(late_counts) == self._counts.shape[1]
-        self._begin(late_counts.tolist() if late_counts is not None and fits else None)
+        counts = [] if late_counts is None else late_counts.tolist()
+        self._begin(counts if len(counts) == self._counts.shape[1] else None)
 
     def _begin(self, counts: list[int] | None) -> None:
         self._waiting.clear()

@@ -40,9 +40,8 @@ class HostCopies:
         copied = self._stream.record_event()
         current.wait_event(copied)
 
-        def finish() -> dict[str, Tensor]:
+        def finish() -> dict[str, Tensor]:  # holds the tensors meanwhile: some are of this call alone
             copied.synchronize()
-            on_device.clear()  # held until here: some are of this call alone
             return {name: copies[name] for name in tensors}
 
         return finish

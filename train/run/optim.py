@@ -304,8 +304,8 @@ class FusedUpdater(_WithRule):
 
     Ranks that share the latents each do it for theirs, as every rank has the residual. They send each other their parts
     of the reconstruction and of the gradient that b_dec has through the encoder. The latter are added as one process
-    adds them where a rank has a multiple of `kernels.update.PART` latents; so from the same residual, all weights have
-    the same bits. (The reconstruction itself is added by rank, which moves its last bits.)
+    adds them where a rank has a multiple of `kernels.update.PART` latents; so all weights get the same bits from the
+    same residual and dot products. (The reconstruction itself is added by rank, which moves its last bits.)
     """
 
     def __init__(self, sae: SAE, config: TrainConfig, ranks: Ranks):
