@@ -34,14 +34,14 @@ def _side_stream(stream: torch.cuda.Stream) -> Iterator[None]:
     current.wait_stream(stream)
 
 
-def cuda_capture() -> Capture:
+def cuda_capture(device: torch.device) -> Capture:
     """Captures of CUDA graphs that share a pool of memory. Other threads may go on calling CUDA meanwhile, as those do
     that bring batches from the model."""
-    pool = torch.cuda.graph_pool_handle()
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def capture(run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             run()
         return graph.replay
 
@@ -69,7 +69,7 @@ class GraphedStep:
         self.step, self.device, self.replayed = step, device, replayed
         self.taken: Counter[Hashable] = Counter()
         """Steps of each kind before its capture."""
-        self._capture, self._beside = capture or cuda_capture(), beside or self._on_stream(device)
+        self._capture, self._beside = capture or cuda_capture(device), beside or self._on_stream(device)
         self._replays: dict[Hashable, Callable[[], None]] = {}
         self._x: Tensor | None = None
 
