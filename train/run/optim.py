@@ -355,7 +355,7 @@ class FusedUpdater(_WithRule):
         if self._latent.size == 1:
             return ops.decode_and_dots(values, indices, W_dec, b_dec, target, 1.0, self.operands)
         part = choose(values.device).sparse_decode(values, indices, W_dec)
-        residual = target - (self.sae.latents.sum(part) + b_dec)
+        residual = target - self._latent.all_reduce_sum_(part).add_(b_dec)
         dots = code.order.get().value_gradient(residual, W_dec)
         return residual.to(self.operands), residual.square().sum(dim=1), dots
 
