@@ -93,13 +93,13 @@ def topk_encode_counted(
         return values, indices, n_failed
     ops = prepare(x, W_enc, b_enc, b_dec)
     if N <= SMALL_BATCH:
-        keys = triton_select.reduce(small_batch_pre_activations(ops), k, chunk_of(k), signed=signed)
+        keys, count = triton_select.reduce(small_batch_pre_activations(ops), k, chunk_of(k), signed=signed), None
     else:
         tile = tiles.find(ops.shape(k), ops.dtype, x.device, signed)
         candidates = collect(ops, k, n_failed, tile, signed=signed)
         rescue(ops, candidates, k, signed=signed)
-        keys = candidates.buffer
-    triton_select.finish(keys, k, values, indices, signed=signed)
+        keys, count = candidates.buffer, candidates.count
+    triton_select.finish(keys, count, k, values, indices, signed=signed)
     return values, indices, n_failed
 
 

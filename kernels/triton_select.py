@@ -6,10 +6,11 @@ NaN above all, and the latent in its lower half, so that of two equal values the
 keys are equal, so "the K largest keys" has exactly one answer. `EMPTY` is below every key. With SIGNED the upper half
 orders magnitudes, and the lower half's last bit, which never decides, is the sign.
 
-A selection finds the K-th largest value by fixing one bit of it after the other, 32 counts over registers; a row's
-candidates never have to be sorted, only the K that remain.
+A selection halves an interval of upper halves that holds the K-th largest, by counts over registers, and ends as soon
+as K keys are not below its lower end; a row's candidates never have to be sorted, only the K that remain. Where any
+lower bound of the K-th largest will do, it ends a little earlier: with up to SLACK keys more.
 
-Shape letters: N tokens, K kept, C slots of a row's buffer, R rows of a program.
+Shape letters: N tokens, K kept, C slots of a row's buffer, R rows of a program, T its threads.
 """
 
 import torch
@@ -20,9 +21,11 @@ from torch import Tensor
 EMPTY = tl.constexpr(-(1 << 63))
 NAN_BITS = tl.constexpr(0x7FC00000)
 LAST = tl.constexpr(0x7FFFFFFF)
+ORDER_OF_LOWEST = tl.constexpr(-0x7F800001)
+"""The upper half of -inf."""
 
-SLOTS_PER_WARP = 1024
-"""Keys that one warp holds in registers while it selects."""
+KEYS_PER_WARP = 1024
+"""Keys that one warp holds in registers while it selects, at most."""
 
 
 @triton.jit
@@ -59,117 +62,184 @@ def key_latent(keys, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def kth_largest(x, k):
-    """The largest t with at least k[r] of x[r] >= t: x [R, C] uint32, k [R] int32 -> [R] uint32; 0 where too few."""
-    t = tl.zeros_like(k).to(tl.uint32)
-    bit = tl.full(t.shape, 0x80000000, tl.uint32)
-    for _ in range(32):
-        trial = t | bit
-        bit = bit >> 1
-        enough = tl.sum((x >= trial[:, None]).to(tl.int32), axis=1) >= k
-        t = tl.where(enough, trial, t)
-    return t
+def lower_bound(x, n, t, k, SLACK: tl.constexpr):
+    """A t' >= t that at least k of x reach, and how many of x reach it: no more than k + SLACK, unless more than that
+    equal the k-th largest, which then is t'.
+
+    x [R, C] int32, of which n reach t, at least k; n, t, k [R] int32. In a row with n < k, t and n stay.
+    """
+    # The k-th largest is one of the `span` numbers from t on.
+    span = (tl.max(x, axis=1) - t).to(tl.uint32, bitcast=True) + 1
+    unsure = (n > k + SLACK) & (span > 1)
+    while tl.max(unsure.to(tl.int32), axis=0) > 0:
+        half = span >> 1
+        middle = t + half.to(tl.int32, bitcast=True)
+        n_middle = tl.sum((x >= middle[:, None]).to(tl.int32), axis=1)
+        enough = unsure & (n_middle >= k)
+        t = tl.where(enough, middle, t)
+        n = tl.where(enough, n_middle, n)
+        span = tl.where(enough, span - half, half)
+        unsure = (n > k + SLACK) & (span > 1)
+    return t, n
 
 
 @triton.jit
-def select_largest(keys, K: tl.constexpr):
-    """keys [R, C] -> which are among the K largest of their row, never an EMPTY one; and the K-th largest value as the
-    unsigned integer that orders it."""
-    high = (keys >> 32).to(tl.int32).to(tl.uint32, bitcast=True) ^ 0x80000000
-    wanted = tl.full([keys.shape[0]], K, tl.int32)
-    t = kth_largest(high, wanted)
-    above = high > t[:, None]
-    equal = (high == t[:, None]) & (keys != EMPTY)
-    missing = wanted - tl.sum(above.to(tl.int32), axis=1)
-    n_equal = tl.sum(equal.to(tl.int32), axis=1)
-    chosen = above | equal
-    if tl.max(n_equal - missing, axis=0) > 0:  # ties at the boundary: the lowest latents of them
-        low = tl.where(equal, (keys & LAST).to(tl.int32) + 1, 0).to(tl.uint32)
-        chosen = above | (equal & (low >= kth_largest(low, missing)[:, None]))
-    return chosen, t
+def choose(keys, n, K: tl.constexpr, SLACK: tl.constexpr):
+    """keys [R, C] of which n [R] are not EMPTY -> which are among the K largest of their row, with up to SLACK of
+    the next ones; how many they are [R]; and a lower bound of their values [R], in the order of the upper halves.
+
+    A row with fewer than K keys loses none.
+    """
+    order = (keys >> 32).to(tl.int32)
+    k = tl.full(n.shape, K, tl.int32)
+    least = tl.min(tl.where(keys == EMPTY, LAST, order), axis=1)
+    t, n = lower_bound(order, n, least, k, SLACK)
+    chosen = order >= t[:, None]
+    if tl.max(n, axis=0) > K + SLACK:  # ties at the boundary, where t is the K-th largest: the lowest latents of them
+        tied = n > K + SLACK
+        above = order > t[:, None]
+        n_above = tl.sum(above.to(tl.int32), axis=1)
+        low = tl.where(chosen & ~above, (keys & LAST).to(tl.int32), -1)
+        lowest, _ = lower_bound(low, n - n_above, tl.zeros_like(n), k - n_above, 0)
+        chosen = chosen & (above | (low >= lowest[:, None]) | ~tied[:, None])
+        n = tl.where(tied, k, n)
+    return chosen, n, t
+
+
+@triton.jit
+def rank(chosen, T: tl.constexpr):
+    """Numbers the chosen ones of each row of chosen [R, C] from 0, in an order of its own.
+
+    Column by column of a table of T columns: a thread holds whole ones when T is the number of threads, and asks the
+    others only for what stands before.
+    """
+    R: tl.constexpr = chosen.shape[0]
+    C: tl.constexpr = chosen.shape[1]
+    one = tl.reshape(chosen.to(tl.int32), (R, C // T, T))
+    in_column = tl.sum(one, axis=1)
+    before = tl.cumsum(in_column, axis=1) - in_column
+    return tl.reshape(before[:, None, :] + tl.cumsum(one, axis=1) - one, (R, C))
+
+
+@triton.jit
+def keep_largest(base, n, K: tl.constexpr, SLACK: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr):
+    """Move the K largest, with up to SLACK of the next ones, of the first n [R] <= WIDTH keys of the buffers at base
+    [R] to their front, in no particular order -> how many they are, and a lower bound of them as `choose` gives it."""
+    slots = tl.arange(0, WIDTH)[None, :]
+    keys = tl.load(base[:, None] + slots, mask=slots < n[:, None], other=EMPTY)
+    chosen, n, t = choose(keys, n, K, SLACK)
+    tl.debug_barrier()  # every key is read before one is written
+    tl.store(base[:, None] + rank(chosen, T), keys, mask=chosen)
+    return n, t
 
 
 @triton.jit
 def order_value(t):
-    """The fp32 value that an unsigned order integer stands for."""
-    ordered = (t ^ 0x80000000).to(tl.int32, bitcast=True)
-    return (ordered ^ ((ordered >> 31) & LAST)).to(tl.float32, bitcast=True)
+    """The fp32 value that an upper half stands for; -inf for all that are below every value."""
+    t = tl.maximum(t, ORDER_OF_LOWEST)
+    return (t ^ ((t >> 31) & LAST)).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["N"])
-def tighten_kernel(buffer_ptr, count_ptr, tau_ptr, N, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
-    """Move the K largest candidates of each row to the front of its buffer [N, C], and raise tau [N] to the smallest.
+@triton.jit
+def tighten_rows(base, count_ptr, tau_ptr, rows, count, inside, C: tl.constexpr, K: tl.constexpr, SLACK: tl.constexpr,
+                 WIDTH: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """`tighten_kernel` for rows with at most WIDTH candidates, or with C."""
+    n, t = keep_largest(base, tl.where(inside, tl.minimum(count, C), 0), K, SLACK, WIDTH, T)
+    lost = count > C
+    # With K candidates that are NaN no number can enter.
+    tau = order_value(t)
+    tau = tl.where(lost | (tau != tau), float("inf"), tau)
+    tl.store(tau_ptr + rows, tau, mask=inside & (count >= K))
+    tl.store(count_ptr + rows, tl.where(lost, count, n), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "stride"])
+def tighten_kernel(
+    buffer_ptr, count_ptr, tau_ptr, N, stride,
+    C: tl.constexpr, K: tl.constexpr, SLACK: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Move the K largest candidates of each row, with up to SLACK of the next ones, to the front of its buffer [N, C],
+    and raise tau [N] to a lower bound of them.
+
+    A value of a later latent that does not exceed tau is behind K others, ties included: at least K candidates reach
+    tau, and those are of lower latents. It need not be the K-th largest value for that. Of those that reach tau, only
+    ones that are behind K others are dropped, too.
 
     count [N] is how many candidates a row has; one above C has lost some and is left as it is, with tau at infinity so
-    that nothing more is added.
+    that no number is added.
     """
     rows = tl.program_id(0) * R + tl.arange(0, R)
     inside = rows < N
     count = tl.load(count_ptr + rows, mask=inside, other=0)
-    if tl.max(count, axis=0) > K:
-        slots = tl.arange(0, C)
-        base = buffer_ptr + rows.to(tl.int64)[:, None] * C
-        lost = count > C
-        live = inside[:, None] & (slots[None, :] < count[:, None])
-        keys = tl.load(base + slots[None, :], mask=live, other=EMPTY)
-        chosen, t = select_largest(keys, K)
-        place = tl.cumsum(chosen.to(tl.int32), axis=1) - 1
-        grown = (count > K)[:, None]
-        tl.debug_barrier()  # every key is read before one is written
-        tl.store(base + place, keys, mask=chosen & grown & inside[:, None])
-        # With K candidates that are NaN no number can enter; the encoder sends rows with a further NaN to the rescue.
-        tau = order_value(t)
-        tau = tl.where(lost | (tau != tau), float("inf"), tau)
-        tl.store(tau_ptr + rows, tau, mask=inside & (count > K))
-        tl.store(count_ptr + rows, tl.where(lost, count, K), mask=inside & (count > K))
+    base = buffer_ptr + rows.to(tl.int64) * stride
+    most = tl.max(count, axis=0)
+    # The buffer was full once, after the first wave; then a few K are live.
+    if most > K + SLACK:
+        if most <= C // 4:
+            tighten_rows(base, count_ptr, tau_ptr, rows, count, inside, C, K, SLACK, C // 4, T)
+        elif most <= C // 2:
+            tighten_rows(base, count_ptr, tau_ptr, rows, count, inside, C, K, SLACK, C // 2, T)
+        else:
+            tighten_rows(base, count_ptr, tau_ptr, rows, count, inside, C, K, SLACK, C, T)
 
 
 @triton.jit(do_not_specialize=["N", "M", "n_chunks"])
 def reduce_kernel(
     source_ptr, out_ptr, N, M, n_chunks,
-    K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, VALUES: tl.constexpr, SIGNED: tl.constexpr,
+    K: tl.constexpr, K2: tl.constexpr, C: tl.constexpr, R: tl.constexpr, T: tl.constexpr, VALUES: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):  # fmt: skip
     """The K largest of every C columns: source [N, M], fp32 values of latents 0..M-1 or keys -> keys [N, n_chunks * K].
 
-    A chunk with fewer than K candidates is filled up with EMPTY.
+    A chunk with fewer than K candidates is filled up with EMPTY. K2 is the power of two from K on.
     """
     rows = tl.program_id(0) * R + tl.arange(0, R)
+    inside = (rows < N)[:, None]
     chunk = tl.program_id(1)
-    columns = chunk * C + tl.arange(0, C)
-    live = (rows < N)[:, None] & (columns < M)[None, :]
-    at = source_ptr + rows.to(tl.int64)[:, None] * M + columns[None, :]
+    columns = chunk * C + tl.arange(0, C)[None, :]
+    live = inside & (columns < M)
+    at = source_ptr + rows.to(tl.int64)[:, None] * M + columns
     if VALUES:
-        keys = tl.where(live, make_key(tl.load(at, mask=live, other=0.0), columns[None, :], SIGNED), EMPTY)
+        keys = tl.where(live, make_key(tl.load(at, mask=live, other=0.0), columns, SIGNED), EMPTY)
     else:
         keys = tl.load(at, mask=live, other=EMPTY)
-    chosen, _ = select_largest(keys, K)
-    place = tl.cumsum(chosen.to(tl.int32), axis=1) - 1
-    n_chosen = tl.sum(chosen.to(tl.int32), axis=1)
+    chosen, n_chosen, _ = choose(keys, tl.sum((keys != EMPTY).to(tl.int32), axis=1), K, 0)
     base = out_ptr + rows.to(tl.int64)[:, None] * (n_chunks * K) + chunk * K
-    tl.store(base + place, keys, mask=chosen)
-    # The chosen fill the front, so the first columns that are left over number the slots that stay empty.
-    slots = tl.arange(0, C)[None, :]
-    tl.store(
-        base + slots,
-        tl.full([R, C], EMPTY, tl.int64),
-        mask=(rows < N)[:, None] & (slots >= n_chosen[:, None]) & (slots < K),
-    )
+    tl.store(base + rank(chosen, T), keys, mask=chosen)
+    slots = tl.arange(0, K2)[None, :]
+    left_over = inside & (slots >= n_chosen[:, None]) & (slots < K)
+    tl.store(base + slots, tl.full([R, K2], EMPTY, tl.int64), mask=left_over)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "stride"])
 def finish_kernel(
-    keys_ptr, values_ptr, indices_ptr, N,
-    C: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, R: tl.constexpr, SIGNED: tl.constexpr,
+    keys_ptr, count_ptr, values_ptr, indices_ptr, N, stride,
+    C: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, R: tl.constexpr, T: tl.constexpr, COUNTED: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Sort the first K keys of each row of keys [N, C], largest first, and write values, after ReLU unless SIGNED, and
-    latents [N, K].
+    """The K largest keys of each row of keys [N, C], largest first, as values, after ReLU unless SIGNED, and latents
+    [N, K].
 
-    K2 is the next power of two. A row with fewer than K candidates ends in value 0, latent 0.
+    With COUNTED, the first count [N] keys of a row are live, at most all C; else the first K are. K2 is the power of
+    two from K on. A row with fewer than K candidates ends in value 0, latent 0.
     """
     rows = tl.program_id(0) * R + tl.arange(0, R)
-    slots = tl.arange(0, K2)
-    inside = (rows < N)[:, None] & (slots < K)[None, :]
-    keys = tl.load(keys_ptr + rows.to(tl.int64)[:, None] * C + slots[None, :], mask=inside, other=EMPTY)
+    base = keys_ptr + rows.to(tl.int64) * stride
+    n = tl.where(rows < N, K, 0)
+    if COUNTED:
+        count = tl.minimum(tl.load(count_ptr + rows, mask=rows < N, other=0), C)
+        most = tl.max(count, axis=0)
+        if most > K:
+            if most <= C // 4:
+                keep_largest(base, count, K, 0, C // 4, T)
+            elif most <= C // 2:
+                keep_largest(base, count, K, 0, C // 2, T)
+            else:
+                keep_largest(base, count, K, 0, C, T)
+            tl.debug_barrier()  # one thread reads below what another wrote
+        n = tl.minimum(n, count)
+    slots = tl.arange(0, K2)[None, :]
+    keys = tl.load(base[:, None] + slots, mask=slots < n[:, None], other=EMPTY)
     keys = tl.sort(keys, 1, descending=True)
     values = key_value(keys, SIGNED)
     if SIGNED:
@@ -177,7 +247,8 @@ def finish_kernel(
     else:
         values = tl.where((keys == EMPTY) | (values < 0.0), 0.0, values)  # a NaN stays
     latents = tl.where(keys == EMPTY, 0, key_latent(keys, SIGNED))
-    at = rows.to(tl.int64)[:, None] * K + slots[None, :]
+    at = rows.to(tl.int64)[:, None] * K + slots
+    inside = (rows < N)[:, None] & (slots < K)
     tl.store(values_ptr + at, values, mask=inside)
     tl.store(indices_ptr + at, latents, mask=inside)
 
@@ -200,12 +271,28 @@ def rows_per_program(interpreted: bool) -> int:
     return 16 if interpreted else 1
 
 
+def shape_of(C: int, *, interpreted: bool = False) -> dict[str, int]:
+    """How a program looks at the C slots of a buffer: R rows of it, T columns, `num_warps`.
+
+    >>> shape_of(1024), shape_of(4096)["T"]
+    ({'R': 1, 'T': 64, 'num_warps': 1}, 256)
+    """
+    warps = max(1, C // KEYS_PER_WARP)
+    return {"R": rows_per_program(interpreted), "T": min(16 if interpreted else 32 * warps, C // 4), "num_warps": warps}
+
+
+def slack_of(k: int) -> int:
+    """Candidates beyond k that `tighten` may leave: finding where they end takes a third of its passes, and they let
+    in a twentieth more."""
+    return k // 8
+
+
 def tighten(buffer: Tensor, count: Tensor, tau: Tensor, k: int) -> None:
     """Launch `tighten_kernel` on buffer [N, C] int64, count [N] int32, tau [N] fp32."""
     N, C = buffer.shape
-    R = rows_per_program(not buffer.is_cuda)
-    tighten_kernel[(triton.cdiv(N, R),)](
-        buffer_ptr=buffer, count_ptr=count, tau_ptr=tau, N=N, C=C, K=k, R=R, num_warps=max(1, C // SLOTS_PER_WARP)
+    shape = shape_of(C, interpreted=not buffer.is_cuda)
+    tighten_kernel[(triton.cdiv(N, shape["R"]),)](
+        buffer_ptr=buffer, count_ptr=count, tau_ptr=tau, N=N, stride=C, C=C, K=k, SLACK=slack_of(k), **shape
     )
 
 
@@ -220,26 +307,30 @@ def certify(count: Tensor, failed: Tensor, n_failed: Tensor, C: int) -> None:
 def reduce(source: Tensor, k: int, chunk: int, *, signed: bool = False) -> Tensor:
     """The keys [N, M'] of the K largest of each row of source [N, M] (fp32 values or keys), M' at most `chunk`."""
     N = len(source)
+    shape = shape_of(chunk, interpreted=not source.is_cuda)
     while True:
         n_chunks = triton.cdiv(source.shape[1], chunk)
         out = source.new_empty((N, n_chunks * k), dtype=torch.int64)
-        R = rows_per_program(not source.is_cuda)
-        reduce_kernel[(triton.cdiv(N, R), n_chunks)](
+        reduce_kernel[(triton.cdiv(N, shape["R"]), n_chunks)](
             source_ptr=source, out_ptr=out, N=N, M=source.shape[1], n_chunks=n_chunks,
-            K=k, C=chunk, R=R, VALUES=source.dtype != torch.int64, SIGNED=signed,
-            num_warps=max(1, chunk // SLOTS_PER_WARP),
+            K=k, K2=triton.next_power_of_2(k), C=chunk, VALUES=source.dtype != torch.int64, SIGNED=signed, **shape,
         )  # fmt: skip
         if n_chunks == 1:
             return out
         source = out
 
 
-def finish(keys: Tensor, k: int, values: Tensor, indices: Tensor, *, signed: bool = False) -> None:
-    """Launch `finish_kernel`: the first k of keys [N, C] -> values fp32 and indices int32 [N, k]."""
+def finish(
+    keys: Tensor, count: Tensor | None, k: int, values: Tensor, indices: Tensor, *, signed: bool = False
+) -> None:
+    """The k largest keys of each row of keys [N, C] -> values fp32 and indices int32 [N, k].
+
+    Of a row the first count [N] int32 are live, at most all C; without a count the first k are.
+    """
     N, C = keys.shape
-    R = rows_per_program(not keys.is_cuda)
     K2 = max(2, triton.next_power_of_2(k))
-    finish_kernel[(triton.cdiv(N, R),)](
-        keys_ptr=keys, values_ptr=values, indices_ptr=indices, N=N,
-        C=C, K=k, K2=K2, R=R, SIGNED=signed, num_warps=max(1, K2 // 256),
+    shape = shape_of(C if count is not None else 4 * K2, interpreted=not keys.is_cuda)
+    finish_kernel[(triton.cdiv(N, shape["R"]),)](
+        keys_ptr=keys, count_ptr=keys if count is None else count, values_ptr=values, indices_ptr=indices,
+        N=N, stride=C, C=C, K=k, K2=K2, COUNTED=count is not None, SIGNED=signed, **shape,
     )  # fmt: skip

@@ -18,7 +18,6 @@ from steersman.kernels import tiles, torch_ops, triton_select
 from steersman.kernels.operands import Operands, prepare
 from steersman.kernels.triton_encode import LARGEST_K, SMALL_BATCH, chunk_of, plan
 from steersman.kernels.triton_rescue import Candidates, rescue
-from steersman.kernels.triton_select import EMPTY
 from steersman.kernels.triton_wave import (
     DENSE,
     FILTER,
@@ -109,7 +108,7 @@ def propose(ops: Operands, k: int, width: int) -> tuple[Tensor, Tensor]:
     indices = torch.empty(N, width, dtype=torch.int32, device=device)
     if N <= SMALL_BATCH:
         keys = triton_select.reduce(small_batch_pre_activations(ops), width, chunk_of(width))
-        triton_select.finish(keys, width, values, indices)
+        triton_select.finish(keys, None, width, values, indices)
         return values, indices
     schedule = plan(L, width)
     tile = tiles.find(ops.shape(width), ops.dtype, device)
@@ -129,7 +128,7 @@ def propose(ops: Operands, k: int, width: int) -> tuple[Tensor, Tensor]:
             torch.maximum(tau, below.nan_to_num(nan=float("inf")), out=tau)
     candidates = Candidates(buffer, count, torch.zeros(1, dtype=torch.int32, device=device))
     rescue(ops, candidates, width)
-    triton_select.finish(buffer, width, values, indices)
+    triton_select.finish(buffer, count, width, values, indices)
     return values, indices
 
 
@@ -164,7 +163,7 @@ def threshold_select(
     threshold = _per_latent(threshold, len(W_enc))
     N, C = len(x), THRESHOLD_SLOTS
     if N > SMALL_BATCH:
-        buffer = torch.full((N, C), EMPTY.value, dtype=torch.int64, device=x.device)
+        buffer = torch.empty(N, C, dtype=torch.int64, device=x.device)
         count = torch.zeros(N, dtype=torch.int32, device=x.device)
         tile = tiles.find_plain(ops.dtype, x.device)
         launch_wave(ops, tile, THRESHOLD, (0, len(W_enc)), threshold, buffer, count, C)
@@ -173,7 +172,7 @@ def threshold_select(
             width_2 = triton.next_power_of_2(width)  # so that few widths are compiled
             values = torch.empty(N, width_2, device=x.device)
             indices = torch.empty(N, width_2, dtype=torch.int32, device=x.device)
-            triton_select.finish(buffer, width_2, values, indices)
+            triton_select.finish(buffer, count, width_2, values, indices)
             return values[:, :width].contiguous(), indices[:, :width].contiguous()
     code = _dense(ops, threshold)
     return torch_ops.largest_of_code(lambda part: code[part], N, len(W_enc))

@@ -161,12 +161,14 @@ def _product(capability: int, tile: Tile, precision: str) -> dict[str, str]:
 
 
 def rescue_jobs(capability: int, full: bool) -> Iterator[Job]:
-    """`triton_rescue.rescue_kernel`, plain and signed."""
+    """The kernels of `triton_rescue`, plain and signed."""
     for dtype, precision in operands_of(full):
         for signed in (False, True):
             yield rescue_job(capability, dtype, precision, signed=signed)
+    yield merge_job(capability)
     if full:
         yield rescue_job(capability, torch.bfloat16, C=4096, k=512)
+        yield merge_job(capability, C=4096, k=512)
 
 
 def rescue_job(
@@ -174,15 +176,28 @@ def rescue_job(
 ) -> Job:
     """`triton_rescue.rescue_kernel`. It multiplies 16 rows at a time, fewer than a warp group of Hopper takes."""
     tile, kind = tiles.RESCUE[dtype], f"*{NAMES[dtype]}"
-    constants = _constants(tile, precision) | {
-        "C": C, "K": k, "W": min(C, triton.next_power_of_2(k + tile.BN)), "SIGNED": signed
-    }  # fmt: skip
+    W = triton_rescue.slots_of(k, C, tile.BN)
+    constants = _constants(tile, precision) | {"C": C, "K": k, "W": W, "T": 32 * tile.warps, "SIGNED": signed}
     del constants["TMA"]
     return job(
-        f"encode rescue {_label(dtype, precision)}" + " signed" * signed, capability, triton_rescue.rescue_kernel,
-        constants, {"x_ptr": kind, "w_ptr": kind, "failed_ptr": "*i32", "n_failed_ptr": "*i32", "buffer_ptr": "*i64",
-                    "L": "i32", "D": "i32"},
+        f"encode rescue {_label(dtype, precision)} K={k}" + " signed" * signed, capability,
+        triton_rescue.rescue_kernel, constants,
+        {"x_ptr": kind, "w_ptr": kind, "L": "i32", "D": "i32"} | _LISTED | {"scratch_ptr": "*i64"},
         warps=tile.warps, stages=tile.stages, copies="cp.async", unit="" if precision == "ieee" else "mma",
+    )  # fmt: skip
+
+
+_LISTED = {"failed_ptr": "*i32", "n_failed_ptr": "*i32", "buffer_ptr": "*i64", "count_ptr": "*i32"}
+"""The failed rows and their buffers."""
+
+
+def merge_job(capability: int, C: int = 1024, k: int = 64) -> Job:
+    """`triton_rescue.merge_kernel`."""
+    tile = tiles.RESCUE[torch.bfloat16]
+    constants = {"C": C, "K": k, "W": triton_rescue.slots_of(k, C, tile.BN), "BM": tile.BM, "T": 32 * tile.warps}
+    return job(
+        f"encode rescue merge K={k}", capability, triton_rescue.merge_kernel, constants,
+        _LISTED | {"scratch_ptr": "*i64", "stride": "i32", "room": "i32"}, warps=tile.warps,
     )  # fmt: skip
 
 
@@ -207,20 +222,27 @@ def select_jobs(capability: int, C: int, k: int, *, signed: bool = False) -> Ite
     """The kernels of `triton_select` for buffers of C slots and k candidates kept; those that a signed code has of its
     own, or those of any other."""
     chunk, K2 = triton_encode.chunk_of(k), triton.next_power_of_2(k)
-    per_warp = triton_select.SLOTS_PER_WARP
-    n = {"N": "i32"}
-    for name, kernel, types, constants, warps in (
+    n, row = {"N": "i32", "stride": "i32"}, {"K": k, "K2": K2, "SIGNED": signed}
+    for name, kernel, types, constants, slots in (
         ("tighten", triton_select.tighten_kernel, n | {"buffer_ptr": "*i64", "count_ptr": "*i32"},
-         {"C": C, "K": k, "R": 1}, max(1, C // per_warp)),
+         {"C": C, "K": k, "SLACK": triton_select.slack_of(k)}, C),
         ("reduce", triton_select.reduce_kernel, n | {"out_ptr": "*i64", "M": "i32", "n_chunks": "i32"},
-         {"C": chunk, "K": k, "R": 1, "VALUES": True, "SIGNED": signed}, max(1, chunk // per_warp)),
-        ("finish", triton_select.finish_kernel, n | {"keys_ptr": "*i64", "indices_ptr": "*i32"},
-         {"C": C, "K": k, "K2": K2, "R": 1, "SIGNED": signed}, max(1, K2 // 256)),
-        ("certify", triton_select.certify_kernel,
-         n | {"count_ptr": "*i32", "failed_ptr": "*i32", "n_failed_ptr": "*i32"}, {"C": C, "BLOCK": 1024}, 4),
+         row | {"C": chunk, "VALUES": True}, chunk),
+        ("finish", triton_select.finish_kernel, n | {"keys_ptr": "*i64", "count_ptr": "*i32", "indices_ptr": "*i32"},
+         row | {"C": C, "COUNTED": True}, C),
     ):  # fmt: skip
         if not signed or "SIGNED" in constants:
-            yield job(f"{name} C={C} K={k}" + " signed" * signed, capability, kernel, constants, types, warps=warps)
+            shape = triton_select.shape_of(slots)
+            constants |= {"R": shape["R"], "T": shape["T"]}
+            # A row's keys stay with the threads that read them: nothing passes through shared memory but sums and the
+            # sort of what is left.
+            yield job(f"{name} C={C} K={k}" + " signed" * signed, capability, kernel, constants, types,
+                      warps=shape["num_warps"], registers=168, shared=16 * K2)  # fmt: skip
+    if not signed:
+        yield job(
+            f"certify C={C}", capability, triton_select.certify_kernel, {"C": C, "BLOCK": 1024},
+            {"N": "i32", "count_ptr": "*i32", "failed_ptr": "*i32", "n_failed_ptr": "*i32"}, warps=4,
+        )  # fmt: skip
 
 
 # --- decode: triton_decode ---
