@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -98,18 +97,22 @@ def test_several_ranks_a_step_late(latent: int) -> None:
             assert mine == pytest.approx(one, rel=2e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("options", [{}, {"fused_update": True, "d_sae": 64, "k_aux": 2}], ids=str)
-def test_a_run_that_counts_a_step_late_resumes_with_the_same_bits(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_run_that_counts_a_step_late_resumes_with_the_same_sizes_and_bits(
+    fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dead_latents, "steps_late", lambda device: 1)
-    monkeypatch.setattr(dead_latents, "SIZES", (2, 3, 4, 5, 6, 7))
+    monkeypatch.setattr(dead_latents, "SIZES", tuple(range(1, 64)))
+    prepare, shapes = DeadLatents.prepare, []
+    monkeypatch.setattr(DeadLatents, "prepare", lambda self: shapes.append(prepare(self)) or shapes[-1])
     store = ActivationStore.from_tensors(mixture(20_000).split(5000), tmp_path / "acts", "h", dtype="float32")
-    config = replace(CONFIG, **options)
+    config = replace(CONFIG, d_sae=64, fused_update=fused)
     whole = train_sae(store, config, tmp_path / "whole")
     with stopped_before(22):
         train_sae(store, config, tmp_path / "cut")
     assert_equal_weights(whole, train_sae(store, config, tmp_path / "cut"))
+    assert shapes[40:] == shapes[:22] + shapes[15:40]
+    assert len(set(shapes)) > 5
 
 
 def test_late_counts_are_part_of_the_state() -> None:
