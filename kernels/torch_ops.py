@@ -207,14 +207,16 @@ def scaled(x: Tensor, scale: float) -> Tensor:
 def value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor) -> Tensor:
     """See `reference.value_gradient`."""
     N, K = indices.shape
-    flat = indices.reshape(-1).long()
-    bag_of = torch.arange(N, device=g.device).repeat_interleave(K)
-    starts = torch.arange(0, N * K, K, device=g.device)
-    # The gradient of an embedding bag's weights is this product, computed without gathering N*K rows.
-    dz = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        g.float().contiguous(), W_dec.float().contiguous(), flat, starts, bag_of, 0
+    tokens = torch.arange(N, device=g.device).repeat_interleave(K)
+    return _pair_products(g, W_dec, tokens, indices.reshape(-1).long()).view(N, K)
+
+
+def _pair_products(g: Tensor, W_dec: Tensor, tokens: Tensor, latents: Tensor) -> Tensor:
+    """`<g[tokens[p]], W_dec[latents[p]]>` [P] fp32, without gathering P rows."""
+    # The gradient of an embedding bag's weights is this product; where the bags start is not looked at in a sum.
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        g.float().contiguous(), W_dec.float().contiguous(), latents, latents.new_zeros(1), tokens, 0
     )
-    return dz.view(N, K)
 
 
 class LatentOrder:
@@ -254,7 +256,13 @@ class LatentOrder:
 
     def value_gradient(self, g: Tensor, W_dec: Tensor) -> Tensor:
         """See `reference.value_gradient`: g [N, D], W_dec [L, D] -> [N, K]."""
-        return value_gradient(g, W_dec, self.indices)
+        if len(W_dec) <= len(g):
+            return value_gradient(g, W_dec, self.indices)
+        # Pair by pair in order of the longer matrix, so that the cache holds the one that is read out of order.
+        flat = self.indices.reshape(-1).long()
+        dz = torch.empty(len(flat), device=g.device)
+        dz[self.pairs] = _pair_products(g, W_dec, self.tokens, flat[self.pairs])
+        return dz.view(self.indices.shape)
 
     def scatter_rows(self, weights: Tensor, rows: Tensor) -> Tensor:
         """See `reference.scatter_rows`: weights [N, K], rows [N, D] -> [L, D], in a fixed order of summation."""

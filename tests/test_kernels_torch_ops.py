@@ -178,6 +178,10 @@ def test_decode_and_gradient_pieces_equal_the_reference(N: int, L: int, D: int, 
     close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
     close(torch_ops.sparse_decode(values, indices, W, b_dec), reference.sparse_decode(values, indices, W, b_dec))
     close(torch_ops.value_gradient(x, W, indices), reference.value_gradient(x, W, indices))
+    for n_latents in (len(x), len(W)):  # no more latents than tokens, and more: in both orders
+        few, W_few = indices % n_latents, W[:n_latents]
+        got = torch_ops.LatentOrder(few, n_latents).value_gradient(x, W_few)
+        close(got, reference.value_gradient(x, W_few, few))
     order = torch_ops.LatentOrder(indices, L)
     close(order.scatter_rows(values, x), reference.scatter_rows(values, x, indices, L))
     want = torch.zeros(L).scatter_add_(0, indices.flatten().long(), values.flatten())

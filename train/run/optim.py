@@ -11,6 +11,7 @@ optimiser state is never held twice.
 Shape letters: N tokens, L latents, D width, K active latents a token.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -129,13 +130,15 @@ class _DenseGradients:
         W_dec = self.parameters["W_dec"]
         grad = W_dec.grad
         if grad is not None:  # moving along a unit row would only be undone below
-            grad.sub_((grad * W_dec).sum(dim=1, keepdim=True) * W_dec)
+            for g, w in zip(_row_blocks(grad), _row_blocks(W_dec)):
+                g.sub_((g * w).sum(dim=1, keepdim=True) * w)
         if self.config.grad_clip is not None:
             self._clip(self.config.grad_clip)
         self._move()
         for parameter in self.parameters.values():
             parameter.grad = None
-        W_dec /= W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        for w in _row_blocks(W_dec):
+            w /= w.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         self.share_weights()
 
     def _move(self) -> None:
@@ -184,6 +187,11 @@ class _DenseGradients:
             whole.copy_(finish().flatten(0, 1))
 
 
+def _row_blocks(matrix: Tensor) -> Sequence[Tensor]:
+    """The matrix [L, D] in parts whose temporaries stay in a CPU's cache; whole on other devices."""
+    return matrix.split(256 if matrix.device.type == "cpu" else max(1, len(matrix)))
+
+
 def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
@@ -193,33 +201,50 @@ class AutogradUpdater(_DenseGradients):
 
     def __init__(self, sae: SAE, config: TrainConfig, lr: float, ranks: Ranks):
         super().__init__(sae, config, ranks)
-        matrices = [p for p in self.parameters.values() if p.dim() > 1]
-        biases = [p for p in self.parameters.values() if p.dim() <= 1]
+        # Rows in one piece, as they lie in memory: the fused Adam would copy the gradient of a transposed matrix.
+        self._moved = {name: _in_one_piece(p) for name, p in self.parameters.items()}
+        matrices = [p for p in self._moved.values() if p.dim() > 1]
+        biases = [p for p in self._moved.values() if p.dim() <= 1]
         groups = [{"params": matrices, "ratio": 1.0}, {"params": biases, "ratio": config.bias_lr_ratio}]
         self.optimizer = torch.optim.Adam(groups, lr=lr, betas=config.betas, fused=True)
 
     def _move(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group["ratio"]
+        for name, moved in self._moved.items():
+            grad = self.parameters[name].grad
+            moved.grad = None if grad is None else _like(self.parameters[name], moved, grad)
         self.optimizer.step()
+        for moved in self._moved.values():
+            moved.grad = None
 
     def state(self) -> dict[str, Tensor]:
         return {
-            f"adam.{state_key(name)}.{kind}": value
-            for name, parameter in self.parameters.items()
-            for kind, value in self.optimizer.state[parameter].items()
+            f"adam.{state_key(name)}.{kind}": _like(self.parameters[name], moved, value)
+            for name, moved in self._moved.items()
+            for kind, value in self.optimizer.state[moved].items()
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         if "rule.n_steps" in tensors:
             tensors = _adam_of_rule(tensors)
-        for name, parameter in self.parameters.items():
-            key = f"adam.{state_key(name)}"
-            self.optimizer.state[parameter] = {
-                "step": tensors[f"{key}.step"].to(parameter.device),
-                "exp_avg": torch.empty_like(parameter).copy_(tensors[f"{key}.exp_avg"]),
-                "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"{key}.exp_avg_sq"]),
+        for name, moved in self._moved.items():
+            key, parameter = f"adam.{state_key(name)}", self.parameters[name]
+            moments = {kind: _like(parameter, moved, tensors[f"{key}.{kind}"]) for kind in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[moved] = {"step": tensors[f"{key}.step"].to(moved.device)} | {
+                kind: torch.empty_like(moved).copy_(value) for kind, value in moments.items()
             }
+
+
+def _in_one_piece(parameter: Tensor) -> Tensor:
+    """The parameter, or the transpose of a matrix that is stored as such."""
+    parameter = parameter.detach()
+    return parameter.T if parameter.dim() == 2 and parameter.stride(0) == 1 else parameter
+
+
+def _like(parameter: Tensor, moved: Tensor, value: Tensor) -> Tensor:
+    """What belongs to a parameter as it belongs to what is moved, and back."""
+    return value.T if value.dim() == 2 and moved.stride() != parameter.stride() else value
 
 
 # A run left free to choose its updater may be resumed where another one is chosen: Adam's state has two forms.
