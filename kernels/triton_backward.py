@@ -1,13 +1,15 @@
 """The backward pass, latent by latent, in Triton: what `torch_ops.LatentOrder` and `value_gradient` compute.
 
 The N*K (token, latent) pairs are sorted by latent once a step. The run of a latent then lists its tokens, and each
-sum over them has one owner and one order, so that two runs give the same bits: no atomics. A latent with more than
-CHUNK pairs is cut into chunks of CHUNK that are summed by programs of their own; its owner adds the chunks in order.
-Sums are fp32, operands bf16 or fp32. Nothing is asked of the host: tables have the size that the worst case needs.
+sum over them has one owner and one order, so that two runs give the same bits: no atomics. The sorted list is cut into
+chunks of CHUNK pairs. Those that lie in the run of one latent are summed by programs of their own, and its owner adds
+them in order: no program has more than 2 CHUNK pairs to gather. Sums are fp32, operands bf16 or fp32. Nothing is asked
+of the host.
 
-Shape letters: N tokens, L latents, D width, K active latents a token, P pairs, C chunks.
+Shape letters: N tokens, L latents, D width, K active latents a token, P pairs, C = P // CHUNK chunks.
 """
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # Triton's decorator does not show what types a kernel takes.
 
 import torch
@@ -15,40 +17,93 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from steersman.kernels.update import PART
-
-CHUNK = 256
-"""Pairs of one latent that a single program sums."""
+CHUNK = 128
+"""Pairs that a program of `chunk_sums` adds up."""
 PAIRS = 8
 """Pairs whose rows are read together."""
 
 
 @triton.jit
-def sum_rows(
-    rows_ptr, tokens_ptr, weights_ptr, start, stop, cols, mask, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """`sum_p weights[p] rows[tokens[p], cols]` over start <= p < stop, in a fixed order -> [BLOCK_D]."""
+def columns(d, BLOCK_D: tl.constexpr):
+    """Columns d to d + BLOCK_D - 1 of a row, four to a thread whatever their dtype: where there is a thread for every
+    four columns, a tile of pairs x columns is added up over its pairs without any exchange between threads."""
+    return d + tl.max_contiguous(tl.arange(0, BLOCK_D), 4)
+
+
+@triton.jit
+def sum_run(pairs, d, D, HOT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`sum_p weights[p] rows[tokens[p], d : d + BLOCK_D]` over the pairs start <= p < stop, in a fixed order.
+
+    pairs: pointers to rows [N, D], tokens and weights [P], and chunks [P // CHUNK, D]; start; stop. With HOT the chunks
+    that lie in the run as a whole are taken from there.
+    """
+    rows_ptr, tokens_ptr, weights_ptr, chunks_ptr, start, stop = pairs
+    cols = columns(d, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(start, stop, BLOCK_P):
-        pair = first + tl.arange(0, BLOCK_P)
+    end = stop
+    if HOT:
+        first, last = tl.cdiv(start, CHUNK), stop // CHUNK
+        between = tl.maximum(last - first, 0) * CHUNK
+        end = stop - between
+        row = chunks_ptr + first.to(tl.int64) * D
+        for _ in range(first, last):
+            total += tl.load(row + cols, mask=cols < D, other=0.0)
+            row += D
+    for place in range(start, end, BLOCK_P):
+        pair = place + tl.arange(0, BLOCK_P)
+        if HOT:
+            pair = tl.where((between > 0) & (pair >= first * CHUNK), pair + between, pair)
         there = pair < stop
         token = tl.load(tokens_ptr + pair, mask=there, other=0).to(tl.int64)
         weight = tl.load(weights_ptr + pair, mask=there, other=0.0)
-        both = there[:, None] & mask[None, :]
-        row = tl.load(rows_ptr + token[:, None] * D + cols[None, :], mask=both, other=0.0).to(tl.float32)
-        total += tl.sum(row * weight[:, None], axis=0)
+        both = there[:, None] & (cols < D)[None, :]
+        rows = tl.load(rows_ptr + token[:, None] * D + cols[None, :], mask=both, other=0.0).to(tl.float32)
+        total += tl.sum(rows * weight[:, None], axis=0)
     return total
 
 
 @triton.jit
-def sum_chunks(chunks_ptr, first, stop, cols, mask, D, BLOCK_D: tl.constexpr):
-    """The rows first <= c < stop of chunks [C, D], added in order -> [BLOCK_D]."""
-    total = tl.zeros([BLOCK_D], tl.float32)
-    row = chunks_ptr + first.to(tl.int64) * D
-    for _ in range(first, stop):
-        total += tl.load(row + cols, mask=mask, other=0.0)
-        row += D
-    return total
+def run_products(a_ptr, b_ptr, start, stop):
+    """The sums of a and of a * b over the pairs start <= p < stop."""
+    total = tl.zeros([32], tl.float32)
+    product = tl.zeros([32], tl.float32)
+    for first in range(start, stop, 32):
+        pair = first + tl.arange(0, 32)
+        a = tl.load(a_ptr + pair, mask=pair < stop, other=0.0)
+        total += a
+        product += a * tl.load(b_ptr + pair, mask=pair < stop, other=0.0)
+    return tl.sum(total), tl.sum(product)
+
+
+@triton.jit(do_not_specialize=["n_pairs", "n_halvings"])
+def runs(
+    latents_ptr, pairs_ptr, tokens_ptr, starts_ptr, n_pairs, n_halvings, K, L, BLOCK: tl.constexpr
+):  # fmt: skip
+    """tokens [P] of the sorted pairs, and starts [L + 1]: how many pairs belong to lower latents."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pair = tl.load(pairs_ptr + at, mask=at < n_pairs, other=0).to(tl.int32)
+    tl.store(tokens_ptr + at, pair // K, mask=at < n_pairs)
+    low = tl.zeros([BLOCK], tl.int32)
+    high = low + n_pairs
+    for _ in range(0, n_halvings):
+        middle = (low + high) // 2
+        looking = (low < high) & (at <= L)
+        lower = tl.load(latents_ptr + middle, mask=looking, other=0) < at
+        high = tl.where(looking & ~lower, middle, high)
+        low = tl.where(looking & lower, middle + 1, low)
+    tl.store(starts_ptr + at, low, mask=at <= L)
+
+
+@triton.jit(do_not_specialize=["n_pairs"])
+def sort_weights(
+    values_ptr, dots_ptr, pairs_ptr, z_ptr, dz_ptr, n_pairs, scale, DOTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """z [P]: the values in the order of the sorted pairs; with DOTS also dz [P], `scale dots`."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pair = tl.load(pairs_ptr + at, mask=at < n_pairs, other=0)
+    tl.store(z_ptr + at, tl.load(values_ptr + pair, mask=at < n_pairs, other=0.0).to(tl.float32), mask=at < n_pairs)
+    if DOTS:
+        tl.store(dz_ptr + at, scale * tl.load(dots_ptr + pair, mask=at < n_pairs, other=0.0), mask=at < n_pairs)
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
@@ -77,74 +132,46 @@ def pair_dots(
 
 @triton.jit
 def chunk_sums(
-    rows_ptr, tokens_ptr, weights_ptr, starts_ptr, hot_starts_ptr, chunk_latents_ptr, chunks_ptr, L, D,
-    SIZE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    g_ptr, g_weights_ptr, g_chunks_ptr, x_ptr, x_weights_ptr, x_chunks_ptr, tokens_ptr, latents_ptr, L, D,
+    CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Row c of chunks [C, D]: the weighted sum of one chunk of one hot latent. Chunks past the last do nothing."""
-    c = tl.program_id(0)
-    if c < tl.load(hot_starts_ptr + L):
-        latent = tl.load(chunk_latents_ptr + c)
-        start = tl.load(starts_ptr + latent) + (c - tl.load(hot_starts_ptr + latent)) * SIZE
-        stop = tl.minimum(start + SIZE, tl.load(starts_ptr + latent + 1))
-        cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        total = sum_rows(rows_ptr, tokens_ptr, weights_ptr, start, stop, cols, cols < D, D, BLOCK_P, BLOCK_D)
-        tl.store(chunks_ptr + c.to(tl.int64) * D + cols, total, mask=cols < D)
+    """Row c of chunks [C, D]: the weighted sum of pairs c CHUNK to (c + 1) CHUNK - 1, where all of them are one
+    latent's; other rows are never read. For rows g, and in programs of their own for rows x."""
+    c, d = tl.program_id(0), tl.program_id(1) * BLOCK_D
+    start, stop = c * CHUNK, (c + 1) * CHUNK
+    latent = tl.load(latents_ptr + start)
+    if (latent < L) & (latent == tl.load(latents_ptr + stop - 1)):
+        cols = columns(d, BLOCK_D)
+        at = c.to(tl.int64) * D + cols
+        if tl.program_id(2) == 0:
+            pairs = (g_ptr, tokens_ptr, g_weights_ptr, g_chunks_ptr, start, stop)
+            tl.store(g_chunks_ptr + at, sum_run(pairs, d, D, False, CHUNK, BLOCK_P, BLOCK_D), mask=cols < D)
+        else:
+            pairs = (x_ptr, tokens_ptr, x_weights_ptr, x_chunks_ptr, start, stop)
+            tl.store(x_chunks_ptr + at, sum_run(pairs, d, D, False, CHUNK, BLOCK_P, BLOCK_D), mask=cols < D)
 
 
 @triton.jit
 def row_sums(
-    rows_ptr, tokens_ptr, weights_ptr, starts_ptr, hot_starts_ptr, chunks_ptr, out_ptr, D,
-    HOT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows_ptr, tokens_ptr, weights_ptr, starts_ptr, chunks_ptr, out_ptr, D,
+    HOT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Row l of out [L, D]: the weighted sum over latent l's pairs."""
-    latent = tl.program_id(0)
+    latent, d = tl.program_id(0), tl.program_id(1) * BLOCK_D
     start, stop = tl.load(starts_ptr + latent), tl.load(starts_ptr + latent + 1)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = cols < D
-    if HOT:
-        first, last = tl.load(hot_starts_ptr + latent), tl.load(hot_starts_ptr + latent + 1)
-        total = sum_chunks(chunks_ptr, first, last, cols, mask, D, BLOCK_D)
-        stop = tl.where(last > first, start, stop)
-        total += sum_rows(rows_ptr, tokens_ptr, weights_ptr, start, stop, cols, mask, D, BLOCK_P, BLOCK_D)
-    else:
-        total = sum_rows(rows_ptr, tokens_ptr, weights_ptr, start, stop, cols, mask, D, BLOCK_P, BLOCK_D)
-    tl.store(out_ptr + latent.to(tl.int64) * D + cols, total, mask=mask)
+    pairs = (rows_ptr, tokens_ptr, weights_ptr, chunks_ptr, start, stop)
+    cols = columns(d, BLOCK_D)
+    total = sum_run(pairs, d, D, HOT, CHUNK, BLOCK_P, BLOCK_D)
+    tl.store(out_ptr + latent.to(tl.int64) * D + cols, total, mask=cols < D)
 
 
 @triton.jit
-def scalar_sums(a_ptr, b_ptr, starts_ptr, sums_ptr, product_sums_ptr, BOTH: tl.constexpr, BLOCK_P: tl.constexpr):
-    """sums[l] = the sum of a over latent l's pairs; with BOTH also product_sums[l], that of a * b."""
+def run_sums(weights_ptr, starts_ptr, sums_ptr):
+    """sums[l] = the sum of the weights over latent l's pairs."""
     latent = tl.program_id(0)
     start, stop = tl.load(starts_ptr + latent), tl.load(starts_ptr + latent + 1)
-    total = tl.zeros([BLOCK_P], tl.float32)
-    product = tl.zeros([BLOCK_P], tl.float32)
-    for first in range(start, stop, BLOCK_P):
-        pair = first + tl.arange(0, BLOCK_P)
-        x = tl.load(a_ptr + pair, mask=pair < stop, other=0.0)
-        total += x
-        if BOTH:
-            product += x * tl.load(b_ptr + pair, mask=pair < stop, other=0.0)
-    tl.store(sums_ptr + latent, tl.sum(total))
-    if BOTH:
-        tl.store(product_sums_ptr + latent, tl.sum(product))
-
-
-@triton.jit
-def vector_matrix_parts(
-    v_ptr, w_ptr, parts_ptr, L, D, ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Row i of parts: `sum_l v[l] W[l]` over the i-th ROWS latents."""
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    start = tl.program_id(0) * ROWS
-    for first in range(start, tl.minimum(start + ROWS, L), BLOCK_L):
-        latent = first + tl.arange(0, BLOCK_L)
-        there = latent < L
-        x = tl.load(v_ptr + latent, mask=there, other=0.0)
-        both = there[:, None] & (cols < D)[None, :]
-        w = tl.load(w_ptr + latent.to(tl.int64)[:, None] * D + cols[None, :], mask=both, other=0.0).to(tl.float32)
-        total += tl.sum(x[:, None] * w, axis=0)
-    tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * D + cols, total, mask=cols < D)
+    total, _ = run_products(weights_ptr, weights_ptr, start, stop)
+    tl.store(sums_ptr + latent, total)
 
 
 def width_block(D: int, largest: int = 512) -> int:
@@ -157,19 +184,12 @@ def width_block(D: int, largest: int = 512) -> int:
     return min(sizes, key=lambda size: -(-D // size) * size)
 
 
-def _most_chunks(indices: Tensor) -> int:
-    """Rows of the table of chunks: enough for any code of this shape."""
-    n_pairs = indices.shape[0] * indices.shape[1]
-    return 2 * n_pairs // CHUNK if n_pairs > CHUNK else 0
-
-
 class LatentOrder:
     """The N*K (token, latent) pairs sorted by latent: one sort a step, shared by every gradient.
 
     indices [N, K]; pairs that `active` [N, K] bool leaves out have no latent and stand last. `latents` and `tokens`
     [P] list the sorted pairs, `pairs` [P] their places in the flattened code, `starts` [L + 1] where each latent's run
-    begins. Latent l's chunks are rows `hot_starts[l]` to `hot_starts[l + 1] - 1` of a table of chunks, none where the
-    latent has no more than CHUNK pairs; `chunk_latents` [C] says whose a chunk is.
+    begins.
     """
 
     def __init__(self, indices: Tensor, n_latents: int, active: Tensor | None = None):
@@ -178,81 +198,82 @@ class LatentOrder:
             keys = torch.where(active, keys, n_latents)
         self.indices, self.n_latents = indices, n_latents
         self.latents, self.pairs = torch.sort(keys.reshape(-1), stable=True)
-        self.tokens = torch.div(self.pairs, indices.shape[1], rounding_mode="floor").int()
-        every = torch.arange(n_latents + 1, dtype=torch.int32, device=indices.device)
-        self.starts = torch.searchsorted(self.latents, every, out_int32=True)
-        counts = self.starts.diff()
-        n_chunks = torch.where(counts > CHUNK, (counts + CHUNK - 1) // CHUNK, torch.zeros_like(counts))
-        self.hot_starts = torch.cat([self.starts.new_zeros(1), n_chunks.cumsum(0, dtype=torch.int32)])
-        # A hot latent with n pairs has fewer than 2 n / CHUNK chunks, so this table is large enough for any code.
-        places = torch.arange(_most_chunks(indices), dtype=torch.int32, device=indices.device)
-        owner = torch.searchsorted(self.hot_starts[1:], places, right=True, out_int32=True)
-        self.chunk_latents = owner.clamp_max_(n_latents - 1)
+        self.tokens = torch.empty_like(self.latents)
+        self.starts = torch.empty(n_latents + 1, dtype=torch.int32, device=indices.device)
+        n_pairs, block = len(self.latents), 512
+        runs[(triton.cdiv(max(n_pairs, n_latents + 1), block),)](
+            latents_ptr=self.latents, pairs_ptr=self.pairs, tokens_ptr=self.tokens, starts_ptr=self.starts,
+            n_pairs=n_pairs, n_halvings=n_pairs.bit_length(), K=indices.shape[1], L=n_latents, BLOCK=block, num_warps=4,
+        )  # fmt: skip
 
     @property
     def tensors(self) -> list[Tensor]:
         """What the sort made; with the indices it is all there is to the object."""
-        return [self.latents, self.pairs, self.tokens, self.starts, self.hot_starts, self.chunk_latents]
+        return [self.latents, self.pairs, self.tokens, self.starts]
 
     @classmethod
     def of(cls, indices: Tensor, n_latents: int, tensors: list[Tensor]) -> "LatentOrder":
         """The order of indices [N, K] whose `tensors` these are, without another sort."""
         order = cls.__new__(cls)
         order.indices, order.n_latents = indices, n_latents
-        order.latents, order.pairs, order.tokens, order.starts, order.hot_starts, order.chunk_latents = tensors
+        order.latents, order.pairs, order.tokens, order.starts = tensors
         return order
 
     @staticmethod
     def shapes(indices: Tensor, n_latents: int) -> list[Tensor]:
         """Empty tensors like `tensors`."""
         P = indices.shape[0] * indices.shape[1]
-        sizes = (P, P, P, n_latents + 1, n_latents + 1, _most_chunks(indices))
-        kinds = [torch.int64 if i == 1 else torch.int32 for i in range(6)]
+        sizes = (P, P, P, n_latents + 1)
+        kinds = [torch.int64 if i == 1 else torch.int32 for i in range(4)]
         return [indices.new_empty(size, dtype=kind) for size, kind in zip(sizes, kinds)]
 
-    def sorted(self, per_pair: Tensor) -> Tensor:
-        """Numbers [N, K] in the order of the sorted pairs, fp32 [P]."""
-        return per_pair.reshape(-1)[self.pairs].float()
+    def sorted(self, values: Tensor, dots: Tensor | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """values [N, K] in the order of the sorted pairs, fp32 [P], and `scale dots` (the first again where dots is
+        None)."""
+        z = torch.empty(len(self.pairs), device=values.device)
+        dz = z if dots is None else torch.empty_like(z)
+        sort_weights[(triton.cdiv(len(z), 1024),)](
+            values_ptr=values.contiguous(), dots_ptr=z if dots is None else dots.contiguous(), pairs_ptr=self.pairs,
+            z_ptr=z, dz_ptr=dz, n_pairs=len(z), scale=scale, DOTS=dots is not None, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+        return z, dz
 
-    def chunk_table(self, weights: Tensor, rows: Tensor) -> Tensor:
-        """The sums over the chunks of hot latents: sorted weights [P], rows [N, D] -> [C, D] fp32."""
-        D, C = rows.shape[1], len(self.chunk_latents)
-        chunks = torch.empty(C, D, device=rows.device)
+    def chunk_tables(
+        self, g_weights: Tensor, g: Tensor, x_weights: Tensor | None = None, x: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sums over the chunks that are one latent's: sorted weights [P], rows [N, D] -> [C, D] fp32, of one or two
+        kinds of rows."""
+        D, C = g.shape[1], len(self.pairs) // CHUNK
+        chunks = torch.empty(1 if x is None else 2, C, D, device=g.device)
         if C:
             block = width_block(D)
-            chunk_sums[(C, triton.cdiv(D, block))](
-                rows_ptr=rows, tokens_ptr=self.tokens, weights_ptr=weights, starts_ptr=self.starts,
-                hot_starts_ptr=self.hot_starts, chunk_latents_ptr=self.chunk_latents, chunks_ptr=chunks,
-                L=self.n_latents, D=D, SIZE=CHUNK, BLOCK_P=PAIRS, BLOCK_D=block, num_warps=4,
+            chunk_sums[(C, triton.cdiv(D, block), len(chunks))](
+                g_ptr=g, g_weights_ptr=g_weights, g_chunks_ptr=chunks[0], x_ptr=g if x is None else x,
+                x_weights_ptr=g_weights if x_weights is None else x_weights, x_chunks_ptr=chunks[-1],
+                tokens_ptr=self.tokens, latents_ptr=self.latents, L=self.n_latents, D=D, CHUNK=CHUNK, BLOCK_P=PAIRS,
+                BLOCK_D=block, num_warps=block // 128,
             )  # fmt: skip
-        return chunks
+        return chunks[0], chunks[-1]
 
     def scatter_rows(self, weights: Tensor, rows: Tensor) -> Tensor:
         """See `reference.scatter_rows`: weights [N, K], rows [N, D] -> [L, D] fp32."""
-        rows, weights = rows.contiguous(), self.sorted(weights)
+        rows, weights = rows.contiguous(), self.sorted(weights)[0]
         D = rows.shape[1]
         out = torch.empty(self.n_latents, D, device=rows.device)
-        chunks, block = self.chunk_table(weights, rows), width_block(D)
+        chunks, block = self.chunk_tables(weights, rows)[0], width_block(D)
         row_sums[(self.n_latents, triton.cdiv(D, block))](
-            rows_ptr=rows, tokens_ptr=self.tokens, weights_ptr=weights, starts_ptr=self.starts,
-            hot_starts_ptr=self.hot_starts, chunks_ptr=chunks, out_ptr=out, D=D,
-            HOT=len(chunks) > 0, BLOCK_P=PAIRS, BLOCK_D=block, num_warps=4,
+            rows_ptr=rows, tokens_ptr=self.tokens, weights_ptr=weights, starts_ptr=self.starts, chunks_ptr=chunks,
+            out_ptr=out, D=D, HOT=len(chunks) > 0, CHUNK=CHUNK, BLOCK_P=PAIRS, BLOCK_D=block, num_warps=block // 128,
         )  # fmt: skip
         return out
 
     def scatter(self, weights: Tensor) -> Tensor:
         """`out[l]` = the sum of weights [N, K] over the pairs of latent l -> [L] fp32."""
-        return self.scatter_sorted(self.sorted(weights))[0]
-
-    def scatter_sorted(self, a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The sums over each latent's pairs of a [P], and of a * b: [L] and [L] (the first again where b is None)."""
-        sums = torch.empty(self.n_latents, device=a.device)
-        products = sums if b is None else torch.empty_like(sums)
-        scalar_sums[(self.n_latents,)](
-            a_ptr=a, b_ptr=a if b is None else b, starts_ptr=self.starts, sums_ptr=sums, product_sums_ptr=products,
-            BOTH=b is not None, BLOCK_P=64, num_warps=1,
-        )  # fmt: skip
-        return sums, products
+        sums = torch.empty(self.n_latents, device=weights.device)
+        run_sums[(self.n_latents,)](
+            weights_ptr=self.sorted(weights)[0], starts_ptr=self.starts, sums_ptr=sums, num_warps=1
+        )
+        return sums
 
     def value_gradient(self, g: Tensor, W_dec: Tensor) -> Tensor:
         """See `reference.value_gradient`: g [N, D], W_dec [L, D] -> [N, K] fp32; 0 for pairs that have no latent."""
@@ -269,14 +290,3 @@ class LatentOrder:
 def value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor) -> Tensor:
     """See `reference.value_gradient`; `LatentOrder.value_gradient` saves the sort where there is one already."""
     return LatentOrder(indices, len(W_dec)).value_gradient(g, W_dec)
-
-
-def bias_parts(db_enc: Tensor, W_enc: Tensor, out: Tensor | None = None) -> Tensor:
-    """See `update.bias_parts`; in a fixed order of summation, written to `out` [ceil(L / PART), D] if it is given."""
-    L, D = W_enc.shape
-    block, n_parts = width_block(D, 256), triton.cdiv(L, PART)
-    parts = torch.empty(n_parts, D, device=W_enc.device) if out is None else out
-    vector_matrix_parts[(n_parts, triton.cdiv(D, block))](
-        v_ptr=db_enc, w_ptr=W_enc, parts_ptr=parts, L=L, D=D, ROWS=PART, BLOCK_L=16, BLOCK_D=block, num_warps=4
-    )
-    return parts

@@ -296,15 +296,22 @@ def update_vector(
 
 def bias_parts(db_enc: Tensor, W_enc: Tensor) -> Tensor:
     """What each PART latents give to `db_enc W_enc`, by which b_dec loses of its gradient where the encoder subtracts
-    it: db_enc [L] fp32, W_enc [L, D] in any dtype -> [ceil(L / PART), D] fp32."""
-    return torch.stack([v @ W.float() for v, W in zip(db_enc.split(PART), W_enc.split(PART))])
+    it: db_enc [L], W_enc [L, D] -> [ceil(L / PART), D], all fp32."""
+    return torch.stack([v @ W for v, W in zip(db_enc.split(PART), W_enc.split(PART))])
 
 
 def move_b_dec(
-    state: UpdateState, rule: UpdateRule, sizes: StepSizes, residual: Tensor, scale: float, parts: Tensor | None
+    state: UpdateState,
+    rule: UpdateRule,
+    lr: Tensor,
+    bias_lr: Tensor,
+    residual: Tensor,
+    scale: float,
+    parts: Tensor | None,
 ) -> None:
     """Move b_dec, after `backward_update`, by `scale` times the sum of the residual [N, D] less the sum of all
     `bias_parts`, if there are any."""
+    sizes = StepSizes.of(rule, state.n_steps, lr, bias_lr)
     grad = residual.sum(dim=0, dtype=torch.float32) * scale
     if parts is not None:
         grad = grad - parts.sum(dim=0)
@@ -355,17 +362,17 @@ def backward_update(
     db_enc = order.scatter(dz)
     along = order.scatter(values * dz)  # <dW_dec[l], W_dec[l]>: no second pass over the rows
     touched = order.scatter(active.float()) > 0
-    own_parts = bias_parts(db_enc, state.enc_rows) if centred_by_b_dec else None
+    own_parts = bias_parts(db_enc, state.W_enc) if centred_by_b_dec else None
 
     state.n_steps.add_(1)
     sizes = StepSizes.of(rule, state.n_steps, lr, bias_lr)
     grad = order.scatter_rows(values * scale, residual)
     if aux is not None:
-        along = _with_rows(along, aux.latents, (aux.dW_dec * _rows_at(state.dec_rows, aux.latents)).sum(dim=1))
+        along = _with_rows(along, aux.latents, (aux.dW_dec * _rows_at(state.W_dec, aux.latents)).sum(dim=1))
         grad = _with_rows(grad, aux.latents, aux.dW_dec)
         db_enc = _with_rows(db_enc, aux.latents, aux.db_enc)
         touched = _with_rows(touched.float(), aux.latents, torch.ones_like(aux.db_enc)) > 0
-    grad -= along[:, None] * state.dec_rows
+    grad -= along[:, None] * state.W_dec
     decoder_seed = 2 * state.n_steps + 1
     # The encoder's gradient reads nothing that changes here, so that one dense gradient is held at a time.
     update_matrix(
@@ -383,13 +390,13 @@ def backward_update(
     moving = touched if rule.touched_only else None
     update_vector(state.b_enc, db_enc, state.moments["b_enc"], moving, rule, sizes.biases, sizes.inverse_root)
     if parts is None:
-        move_b_dec(state, rule, sizes, residual, scale, own_parts)
+        move_b_dec(state, rule, lr, bias_lr, residual, scale, own_parts)
     elif own_parts is not None:
         parts.copy_(own_parts)
 
 
 def _rows_at(rows: Tensor, latents: Tensor) -> Tensor:
-    return rows[latents.clamp_max(len(rows) - 1)].float()
+    return rows[latents.clamp_max(len(rows) - 1)]
 
 
 def _with_rows(x: Tensor, latents: Tensor, extra: Tensor) -> Tensor:

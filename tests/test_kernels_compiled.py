@@ -71,7 +71,7 @@ for file in pathlib.Path(kernels.__file__).parent.glob("*.py"):
 def test_a_new_number_of_tokens_compiles_nothing() -> None:
     code = """
 from steersman.kernels import triton_backward, triton_decode, triton_rescue, triton_select, triton_threshold
-from steersman.kernels import gluon_wave, triton_wave
+from steersman.kernels import gluon_wave, triton_update, triton_wave
 for module in (gluon_wave, triton_decode, triton_rescue, triton_select, triton_threshold, triton_wave):
     for name in dir(module):
         if name.endswith("_kernel"):
@@ -79,6 +79,12 @@ for module in (gluon_wave, triton_decode, triton_rescue, triton_select, triton_t
                 # The width and the scale are those of a run.
                 if not p.is_constexpr and not p.name.endswith("_ptr") and p.name not in ("x", "w", "D", "scale"):
                     assert p.do_not_specialize, (name, p.name)
-assert {p.name for p in triton_backward.pair_dots.params if p.do_not_specialize} == {"n_pairs"}
+for kernel, names in (
+    (triton_backward.pair_dots, {"n_pairs"}),
+    (triton_backward.runs, {"n_pairs", "n_halvings"}),
+    (triton_backward.sort_weights, {"n_pairs"}),
+    (triton_update.update_b_dec, {"N", "S"}),
+):
+    assert {p.name for p in kernel.params if p.do_not_specialize} == names
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=compiling(), check=True)

@@ -51,38 +51,46 @@ def test_sums_over_pairs_equal_the_reference(
     want = reference.value_gradient(rows, W, indices)
     torch.testing.assert_close(order.value_gradient(rows, W), want, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(triton_backward.value_gradient(rows, W, indices), want, rtol=1e-5, atol=1e-4)
-    v = torch.randn(L, generator=g).to(DEVICE)
-    torch.testing.assert_close(triton_backward.bias_parts(v, W).sum(dim=0), v @ W.float(), rtol=1e-5, atol=1e-5)
-
-
-def test_a_hot_latent_is_cut_into_chunks_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backward, "CHUNK", 16)
-    _, indices = code(50, 9, 2, "hot")
-    order = LatentOrder(indices, 9)
-    assert order.hot_starts.diff().tolist() == [0, 0, 4, 0, 0, 0, 0, 0, 0]
-    assert order.chunk_latents[:4].tolist() == [2] * 4
-    assert len(order.chunk_latents) >= 4
 
 
 @pytest.mark.parametrize(("N", "K", "L"), [(1, 1, 1), (300, 2, 3), (64, 8, 8), (1000, 1, 500), (257, 1, 1)])
 @pytest.mark.parametrize("kind", ["even", "one latent"])
-def test_the_table_of_chunks_is_large_enough_for_any_code(N: int, K: int, L: int, kind: str) -> None:
+def test_the_sort_lists_every_latents_run(N: int, K: int, L: int, kind: str) -> None:
     _, indices = code(N, L, K, kind)
     order = LatentOrder(indices, L)
-    assert int(order.hot_starts[-1]) <= len(order.chunk_latents)
+    flat = indices.flatten()
+    assert order.starts.diff().tolist() == torch.bincount(flat, minlength=L).tolist()
+    assert torch.equal(flat[order.pairs], order.latents)
+    assert torch.equal(order.pairs // K, order.tokens.long())
     for made, empty in zip(order.tensors, LatentOrder.shapes(indices, L)):
         assert made.shape == empty.shape
         assert made.dtype == empty.dtype
+
+
+def test_chunks_of_one_latent_are_summed_apart_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backward, "CHUNK", 16)
+    values, indices = code(50, 9, 2, "hot")
+    order = LatentOrder(indices, 9)
+    rows = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    z = order.sorted(values)[0]
+    chunks = order.chunk_tables(z, rows)[0]
+    whole = [c for c in range(100 // 16) if len(order.latents[16 * c : 16 * c + 16].unique()) == 1]
+    assert len(whole) >= 2
+    for c in whole:
+        part = slice(16 * c, 16 * c + 16)
+        want = (z[part, None] * rows[order.tokens[part].long()]).sum(dim=0)
+        torch.testing.assert_close(chunks[c], want, rtol=1e-5, atol=1e-5)
 
 
 def test_pairs_that_are_not_active_count_for_nothing() -> None:
     values, indices = code(20, 7, 3, "even")
     g = torch.randn(20, 5, device=DEVICE)
     order = LatentOrder(indices, 7, values > 0)
-    z = order.sorted(values)
     assert int(order.starts[-1]) == int((values > 0).sum())
     want = reference.scatter_rows(values.relu(), torch.ones(20, 1, device=DEVICE), indices, 7)[:, 0]
-    torch.testing.assert_close(order.scatter_sorted(z)[0], want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(order.scatter(values), want, rtol=1e-5, atol=1e-5)
+    z, dz = order.sorted(values, values, 3.0)
+    torch.testing.assert_close(dz, 3 * z)
     W = torch.randn(7, 5, device=DEVICE)
     want = torch.where(values > 0, reference.value_gradient(g, W, indices), torch.zeros_like(values))
     torch.testing.assert_close(order.value_gradient(g, W), want, rtol=1e-5, atol=1e-5)

@@ -37,8 +37,11 @@ def test_steps_equal_the_definition(
     signed: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every tensor after three steps, one with AuxK; chunks so small that some latents are hot."""
+    """Every tensor after three steps, one with AuxK; some latents are hot, and there are several programs."""
     monkeypatch.setattr(triton_backward, "CHUNK", 8)
+    for module in (triton_update, update):
+        monkeypatch.setattr(module, "PART", 8)
+    monkeypatch.setattr(triton_update, "STRETCH", 4)
     p, rule = problem(3, N=30, L=L, D=D), UpdateRule(name=name, state_dtype=state_dtype)
     got, losses = train(triton_update, p, rule, 3e-3, operands, signed=signed)
     want, want_losses = train(update, p, rule, 3e-3, operands, signed=signed)
@@ -49,6 +52,19 @@ def test_steps_equal_the_definition(
         assert float(off.float().mean()) < (
             0.01 if rule.state_dtype == "float32" and operands != torch.bfloat16 else 0.03
         ), key
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
+def test_a_row_too_wide_for_registers_moves_as_any_other(
+    state_dtype: StateDtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, rule = problem(2, N=9, L=6, D=140), UpdateRule(state_dtype=state_dtype)
+    held, _ = train(triton_update, p, rule, 3e-3, torch.bfloat16)
+    monkeypatch.setattr(triton_update, "WIDEST_HELD", 100)
+    assert not triton_update.tile(140)["HELD"]
+    written, _ = train(triton_update, p, rule, 3e-3, torch.bfloat16)
+    for key, value in everything(held).items():
+        assert torch.equal(value, everything(written)[key]), key
 
 
 def test_two_runs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,4 +109,4 @@ def test_a_new_number_of_tokens_compiles_nothing(monkeypatch: pytest.MonkeyPatch
     assert [name for name, _ in first] == [name for name, _ in second]
     for (name, a), (_, b) in zip(first, second):
         differing = {key for key in a if a[key] != b[key]}
-        assert differing <= {"n_pairs", "scale"}, name  # fp32 numbers are never specialised on
+        assert differing <= {"n_pairs", "n_halvings", "N", "scale"}, name  # fp32 numbers are never specialised on

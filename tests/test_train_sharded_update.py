@@ -12,7 +12,7 @@ from support.training import assert_equal_weights, mixture
 from support.updates import aux_of, problem, state_of
 from torch import Tensor
 
-from steersman.kernels import AuxRows, UpdateRule, UpdateState, reference, triton_backward, triton_update, update
+from steersman.kernels import AuxRows, UpdateRule, UpdateState, reference, triton_update, update
 from steersman.kernels.update import RuleName, StateDtype
 from steersman.train import ActivationStore, TrainConfig, train_sae
 
@@ -54,7 +54,8 @@ def test_the_update_of_some_latents_is_their_part_of_the_whole(
         pytest.skip("the interpreter's part: tensors on the CPU")
     L, first = 32, 16
     monkeypatch.setattr(update, "PART", 16)
-    monkeypatch.setattr(triton_backward, "PART", 16)
+    monkeypatch.setattr(triton_update, "PART", 16)
+    monkeypatch.setattr(triton_update, "STRETCH", 8)
     p, rule = problem(2, N=12, L=L, D=6), UpdateRule(name=name, state_dtype=state_dtype)
     whole, rate = state_of(p, rule, torch.bfloat16), torch.full((1,), 0.01)
     ranks = [part_of(whole, rule, 0, first), part_of(whole, rule, first, L)]
@@ -75,8 +76,7 @@ def test_the_update_of_some_latents_is_their_part_of_the_whole(
                 centred_by_b_dec=True, parts=parts[-1],
             )  # fmt: skip
         for state in ranks:
-            sizes = update.StepSizes.of(rule, state.n_steps, rate, rate)
-            update.move_b_dec(state, rule, sizes, residual, scale, torch.cat(parts))
+            implementation.move_b_dec(state, rule, rate, rate, residual, scale, torch.cat(parts))
         implementation.backward_update(
             whole, rule, rate, rate, residual, scale, centred, values, indices, dots, aux, centred_by_b_dec=True
         )

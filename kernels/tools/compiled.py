@@ -47,6 +47,8 @@ class Job:
     """The arguments that are."""
     warps: int
     stages: int = 3
+    maxnreg: int | None = None
+    """The registers that it is launched with at most, where it says so."""
     divisible: tuple[str, ...] = ()
     """Numbers among the arguments that are multiples of 16; pointers always start on 16 bytes."""
     unit: str = ""
@@ -110,7 +112,7 @@ def compile_job(job: Job, disassemble: bool = False) -> Resources:
         if kind.startswith("*") or name in job.divisible
     }
     source = _source_type(job.kernel)(fn=job.kernel, signature=types, constexprs=job.constants, attrs=attributes)
-    options = {"num_warps": job.warps, "num_stages": job.stages}
+    options = {"num_warps": job.warps, "num_stages": job.stages, "maxnreg": job.maxnreg}
     said = io.StringIO()
     # A kernel from the cache would come without the assembler's words.
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(said):

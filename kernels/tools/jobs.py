@@ -22,7 +22,6 @@ from steersman.kernels import (
     triton_threshold,
     triton_update,
     triton_wave,
-    update,
 )
 from steersman.kernels.tiles import Tile
 from steersman.kernels.tools.compiled import Job
@@ -273,56 +272,67 @@ def decode_jobs(capability: int, full: bool) -> Iterator[Job]:
 
 def backward_jobs(capability: int, full: bool) -> Iterator[Job]:
     """The kernels of `triton_backward`, with bf16 rows."""
-    integers = ("tokens_ptr", "latents_ptr", "starts_ptr", "hot_starts_ptr", "chunk_latents_ptr")
-    rows = ("g_ptr", "w_ptr", "rows_ptr")
-    types = dict.fromkeys(integers, "*i32") | dict.fromkeys(rows, "*bf16") | {"pairs_ptr": "*i64"}
-    types |= dict.fromkeys(("n_pairs", "L", "D"), "i32")
+    types = dict.fromkeys(("tokens_ptr", "starts_ptr", "latents_ptr"), "*i32") | {"pairs_ptr": "*i64", "scale": "fp32"}
+    types |= dict.fromkeys(("g_ptr", "x_ptr", "w_ptr", "rows_ptr"), "*bf16")
+    types |= dict.fromkeys(("n_pairs", "n_halvings", "K", "L", "D"), "i32")
+    chunk = {"CHUNK": triton_backward.CHUNK}
     for D in WIDTHS if full else WIDTHS[:1]:
-        block = {"BLOCK_D": triton_backward.width_block(D)}
-        sums = {"BLOCK_P": triton_backward.PAIRS} | block
+        block = triton_backward.width_block(D)
+        sums = {"BLOCK_P": triton_backward.PAIRS, "BLOCK_D": block}
         for name, constants, warps in (
+            ("runs", {"BLOCK": 512}, 4),
+            ("sort_weights", {"DOTS": True, "BLOCK": 1024}, 4),
             ("pair_dots", sums, 4),
-            ("chunk_sums", {"SIZE": triton_backward.CHUNK} | sums, 4),
-            ("row_sums", {"HOT": True} | sums, 4),
-            ("scalar_sums", {"BOTH": True, "BLOCK_P": 64}, 1),
-            ("vector_matrix_parts",
-             {"ROWS": update.PART, "BLOCK_L": 16, "BLOCK_D": triton_backward.width_block(D, 256)}, 4),
-        ):  # fmt: skip
+            ("chunk_sums", chunk | sums, block // 128),
+            ("row_sums", {"HOT": True} | chunk | sums, block // 128),
+            ("run_sums", {}, 1),
+        ):
             kernel = getattr(triton_backward, name)
             known = {arg: kind for arg, kind in types.items() if arg in kernel.arg_names}
+            # Sums over pairs need nothing of other threads.
+            alone = ("BAR",) if name in ("chunk_sums", "row_sums") else ()
             yield job(f"{name} D={D}", capability, kernel, constants, known, warps=warps, divisible=("D", "L"),
-                      registers=128, shared=SMALL)  # fmt: skip
+                      registers=128, shared=SMALL, lacks=alone)  # fmt: skip
 
 
 # --- update: triton_update ---
 
 
 def update_jobs(capability: int, full: bool) -> Iterator[Job]:
-    """`triton_update.update_rows` in every dtype of its state."""
-    for D in WIDTHS:
+    """The kernels of `triton_update`, in every dtype of the moments."""
+    for D in (*WIDTHS, 8192, 1024, 768, 16384) if full else WIDTHS:
         for state in STATES:
             if full or (D, state) not in ((4096, "bfloat16"), (2304, "float32")):
                 yield update_job(capability, D, state)
-    if full:
-        yield update_job(capability, WIDTHS[0], "float32", aux=False)
-        yield update_job(capability, WIDTHS[0], "float32", adam=False)
+    for aux, adam in ((False, True), (True, False)) if full else ():
+        yield update_job(capability, WIDTHS[0], "float32", aux=aux, adam=adam)
+    numbers = dict.fromkeys(("scale", "beta1", "beta2", "log_beta1", "log_beta2", "eps"), "fp32")
+    numbers |= {"N": "i32", "S": "i32", "D": "i32", "n_steps_ptr": "*i32", "residual_ptr": "*bf16"}
+    yield job(
+        "update_b_dec", capability, triton_update.update_b_dec,
+        {"ADAM": True, "CENTRED": True, "ROWS": 256, "BLOCK_D": 32}, numbers, warps=8, divisible=("D",),
+        registers=128, shared=SMALL,
+    )  # fmt: skip
 
 
 def update_job(capability: int, D: int, state: str, *, aux: bool = True, adam: bool = True) -> Job:
     """`triton_update.update_rows` for rows of width D with bf16 copies of the weights."""
     m, v = STATES[state]
     types = {"g_ptr": "*bf16", "x_ptr": "*bf16", "enc_rows_ptr": "*bf16", "dec_rows_ptr": "*bf16"}
-    types |= dict.fromkeys(("tokens_ptr", "starts_ptr", "hot_starts_ptr", "slots_ptr", "n_steps_ptr"), "*i32")
+    types |= dict.fromkeys(("tokens_ptr", "starts_ptr", "slots_ptr", "n_steps_ptr"), "*i32")
     for matrix in ("enc", "dec"):
         types |= {f"m_{matrix}_ptr": m, f"v_{matrix}_ptr": v}
         types |= {f"{moment}_{matrix}_exp_ptr": "*u8" if state == "int8" else m for moment in "mv"}
-    types |= dict.fromkeys(("scale", "beta1", "beta2", "eps"), "fp32") | dict.fromkeys(("first_latent", "D"), "i32")
+    types |= dict.fromkeys(("scale", "beta1", "beta2", "log_beta1", "log_beta2", "eps"), "fp32")
+    types |= dict.fromkeys(("first_latent", "L", "D"), "i32")
     tile = dict(triton_update.tile(D))
+    warps, maxnreg = tile.pop("num_warps"), tile.pop("maxnreg")
     flags = {"HOT": True, "AUX": aux, "ADAM": adam, "TOUCHED_ONLY": False, "STATE": state, "COPY": True}
+    flags |= {"CENTRED": True, "STRETCH": triton_update.STRETCH, "CHUNK": triton_backward.CHUNK}
     return job(
         f"update_rows D={D} {state}" + " no aux" * (not aux) + " signum" * (not adam), capability,
-        triton_update.update_rows, flags | {k: v for k, v in tile.items() if k != "num_warps"}, types,
-        warps=tile["num_warps"], divisible=("D",), registers=128, shared=SMALL,
+        triton_update.update_rows, flags | tile, types, warps=warps, maxnreg=maxnreg, divisible=("D",), registers=128,
+        shared=SMALL,
     )  # fmt: skip
 
 

@@ -397,8 +397,9 @@ class FusedUpdater(_WithRule):
             signed=self.sae.signed, parts=parts,
         )  # fmt: skip
         if parts is not None:
-            sizes = StepSizes.of(self.rule, state.n_steps, self.lr, self.bias_lr)
-            move_b_dec(state, self.rule, sizes, residual, scale, self._latent.all_gather(parts).flatten(0, 1))
+            move = getattr(choose(residual.device), "move_b_dec", move_b_dec)
+            every = self._latent.all_gather(parts).flatten(0, 1)
+            move(state, self.rule, self.lr, self.bias_lr, residual, scale, every)
         self._gradients = None
         self._weights_changed()
 
