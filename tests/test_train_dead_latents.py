@@ -53,10 +53,10 @@ def test_every_dead_latent_is_a_candidate(late: int, dead_after: int, monkeypatc
             assert set(used.tolist()) == set(longest.tolist())
             assert float(term.weight) == pytest.approx(min(1.0, int(dead.sum()) / k_aux))
             assert term.k == (17 if bound > 17 else len(term.candidates))
-        more = (0.0, 1.5, 0.9, 0.98)[step // 8 % 4]  # now and then, all fire, or nearly all
+        more = (0.0, 1.5, 0.6, 0.8, 0.9, 0.95, 0.99)[step // 8 % 7]  # now and then, all fire, or nearly all
         latents.step_done((torch.rand(L, generator=g) < rarity + more).float())
-    assert None in sizes
-    assert len(sizes) > 2
+    every = late and dead_after == 1  # any latent may be dead in the next step
+    assert sizes >= ({None, 68} if every else {None, 4, 68})
 
 
 @pytest.mark.parametrize("late", [0, 1])
