@@ -22,7 +22,13 @@ SHAPES = ("8192,131072,1024,32", "4096,65536,2304,64", "8192,131072,4096,64")
 def candidates(capability: int) -> list[Tile]:
     """Tiles worth a measurement: those that fit the multiprocessor, around the shipped ones."""
     tma = capability >= 90
-    return [
+    persistent = [
+        Tile(BM=128, BN=BN, BK=64, warps=8, stages=stages, group=group, persistent=True)
+        for BN, stages in ((256, 3), (256, 4), (128, 4), (128, 6))
+        for group in (8, 16)
+        if capability == 90
+    ]
+    return persistent + [
         Tile(BM=BM, BN=BN, BK=BK, warps=warps, stages=stages, group=group, tma=tma)
         for BM, BN, warps in ((128, 256, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4), (256, 128, 8))
         for BK in ((32, 64) if capability < 90 else (64, 128))
