@@ -38,6 +38,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from steersman.kernels import tiles
 from steersman.kernels.operands import Operands
+from steersman.kernels.triton_select import key_ptx
 
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # of Triton before 3.9
 
@@ -84,20 +85,14 @@ NONE:
 
 
 def _append_code() -> str:
-    """PTX of `append_hits`, with the keys of `triton_select.make_key`. Warps branch as one."""
+    """PTX of `append_hits`, with the keys of `make_key`. Warps branch as one."""
     out, v, taus, counts, before, start, shift, low, base, slots = (_operands(8 * i) for i in range(10))
     ballots = "\n".join(f"vote.sync.ballot.b32 hit{i}, p{i}, 0xffffffff;" for i in range(8))
     writes = "\n".join(
         f"""setp.eq.s32 some, hit{i}, 0;
 @some bra.uni NEXT{i};
-add.rn.f32 value, {v[i]}, 0f00000000;
-setp.nan.f32 isnan, value, value;
-mov.b32 bits, value;
-selp.b32 bits, 0x7fc00000, bits, isnan;
-shr.s32 sign, bits, 31;
-and.b32 sign, sign, 0x7fffffff;
-xor.b32 bits, bits, sign;
 sub.s32 latent, {low[0]}, {i // 2 * 8 + i % 2};
+{key_ptx(v[i], signed=False)}
 setp.lt.and.s32 room, slot, {slots[0]}, p{i};
 @room st.global.v2.b32 [at], {{latent, bits}};
 @p{i} add.s32 slot, slot, 1;
@@ -246,8 +241,8 @@ def append(
     acc, tau, row0, column0, N, buffer_ptr, count_ptr,
     C: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """What `triton_wave.append` does, without its passes: each quarter of a row counts its candidates by groups, an
-    atomic addition for the quarter reserves their slots, and the groups that have some write them.
+    """What `triton_wave.append` does, by groups: each quarter of a row counts its candidates group by group, an atomic
+    addition for the quarter reserves their slots, and the groups that have some write them.
 
     The numbers of a quarter's groups are the bytes of two words; a product with 0x01010101 makes them sums up to each
     group."""

@@ -41,6 +41,20 @@ def make_key(values, latents, SIGNED: tl.constexpr):
         return (ordered.to(tl.int64) << 32) | (latents ^ LAST).to(tl.int64)
 
 
+def key_ptx(value: str, signed: bool) -> str:
+    """PTX of `make_key`: the upper half of a value's key in the register `bits`; the lower half is `latent`, to which a
+    signed key adds its sign."""
+    if signed:
+        halves = "shr.u32 sign, bits, 31;\nand.b32 bits, bits, 0x7fffffff;\nor.b32 latent, latent, sign;"
+    else:
+        halves = "shr.s32 sign, bits, 31;\nand.b32 sign, sign, 0x7fffffff;\nxor.b32 bits, bits, sign;"
+    return f"""add.rn.f32 value, {value}, 0f00000000;
+setp.nan.f32 isnan, value, value;
+mov.b32 bits, value;
+selp.b32 bits, 0x7fc00000, bits, isnan;
+{halves}"""
+
+
 @triton.jit
 def key_value(keys, SIGNED: tl.constexpr):
     """The fp32 values of keys."""

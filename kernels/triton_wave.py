@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from steersman.kernels import tiles
 from steersman.kernels.operands import Operands
-from steersman.kernels.triton_select import make_key
+from steersman.kernels.triton_select import LAST, key_ptx, make_key
 
 # What an epilogue does with a tile; see `wave_kernel`.
 FIRST, FILTER, THRESHOLD, DENSE = (tl.constexpr(mode) for mode in range(4))
@@ -55,61 +55,139 @@ def product_tile(x, w, row0, column0, N, L, D, BM: tl.constexpr, BN: tl.constexp
     return acc
 
 
+PACK = tl.constexpr(4)
+"""Values that share a branch: eight would take more registers than sm_100 has."""
+
+
+def _write_ptx(signed: bool) -> str:
+    """PTX of `write_hits`. Warps branch as one: over a pack of values, then over one."""
+    pack = range(PACK.value)
+    out, values, tau, mask, begin, bit, low, step, base, slots = (
+        [f"${len(pack) * i + j}" for j in pack] for i in range(10)
+    )
+    sizes = [f"a{i}" if signed else value for i, value in enumerate(values)]
+    absolute = [f"abs.f32 a{i}, {value};" for i, value in enumerate(values) if signed]
+    hits = [f"setp.gtu.f32 p{i}, {size}, {tau[i]};" for i, size in enumerate(sizes)]
+    ballots = [f"vote.sync.ballot.b32 hit{i}, p{i}, 0xffffffff;" for i in pack]
+    writes = [
+        f"""setp.eq.s32 some, hit{i}, 0;
+@some bra.uni NEXT{i};
+bfe.u32 slot, {mask[i]}, 0, {bit[i]};
+popc.b32 slot, slot;
+add.s32 slot, slot, {begin[i]};
+sub.s32 latent, {low[i]}, {step[i]};
+{key_ptx(values[i], signed)}
+mad.wide.s32 at, slot, 8, {base[i]};
+setp.lt.and.s32 room, slot, {slots[i]}, p{i};
+@room st.global.v2.b32 [at], {{latent, bits}};
+NEXT{i}:"""
+        for i in pack
+    ]
+    lines = [
+        "{",
+        ".reg .pred some, more, isnan, room, p<4>;",
+        ".reg .b32 slot, bits, sign, latent, hit<4>;",
+        ".reg .b64 at;",
+        ".reg .f32 value, a<4>;",
+        *(f"mov.b32 {register}, 0;" for register in out),
+        *absolute,
+        *hits,
+        "or.pred some, p0, p1;",
+        "or.pred more, p2, p3;",
+        "or.pred some, some, more;",
+        "vote.sync.any.pred some, some, 0xffffffff;",
+        "@!some bra.uni NONE;",
+        *ballots,
+        *writes,
+        "NONE:",
+        "}",
+    ]
+    return "\n".join(lines)
+
+
+WRITE = tl.constexpr(_write_ptx(signed=False))
+WRITE_SIGNED = tl.constexpr(_write_ptx(signed=True))
+WRITE_REGISTERS = tl.constexpr(",".join(kind for kind in ("=&r", *"ffrrrrrlr") for _ in range(PACK.value)))
+
+
+@triton.jit
+def count_bits(x, PTX: tl.constexpr):
+    """How many bits of each int32 are set."""
+    if PTX:
+        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        u = x.to(tl.uint32, bitcast=True)
+        u = u - ((u >> 1) & 0x55555555)
+        u = (u & 0x33333333) + ((u >> 2) & 0x33333333)
+        u = (u + (u >> 4)) & 0x0F0F0F0F
+        return ((u * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def write_hits(values, tau, mask, begin, bit, latent, step, base, C: tl.constexpr, SIGNED: tl.constexpr,
+               PTX: tl.constexpr):  # fmt: skip
+    """Store the keys of what is above tau, of latents `latent + step`. A value's slot after `base` is `begin` and the
+    number of bits in `mask` below `bit`; one from C on is not written. With PTX, values of which none is above cost a comparison and
+    a fourth of a branch; without, this is the definition, which Triton's interpreter runs."""
+    if PTX:
+        every = tl.zeros(values.shape, tl.int32)
+        if SIGNED:
+            low, step = ((LAST >> 1) - latent) << 1, step << 1
+        else:
+            low = LAST - latent
+        tl.inline_asm_elementwise(
+            WRITE_SIGNED if SIGNED else WRITE, WRITE_REGISTERS,
+            [values, tau + every.to(tl.float32), mask + every, begin + every, bit + every, low + every, step + every,
+             base.to(tl.int64) + every, every + C],
+            dtype=tl.int32, is_pure=False, pack=PACK,
+        )  # fmt: skip
+    else:
+        sizes = tl.abs(values) if SIGNED else values
+        slot = begin + count_bits(mask & ((1 << bit) - 1), PTX)
+        tl.store(base + slot, make_key(values, latent + step, SIGNED), mask=~(sizes <= tau) & (slot < C))
+
+
 @triton.jit
 def append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-           SIGNED: tl.constexpr):  # fmt: skip
-    """Append to the rows' buffers what is above tau [BM] in acc [BM, BN], with SIGNED what is so in magnitude.
+           SIGNED: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+    """Append to the rows' buffers what is above tau [BM] in acc [BM, BN], with SIGNED what is so in magnitude, and NaN.
 
     A row is looked at as 4 quarters, columns 8j + 2q and 8j + 2q + 1 for all j: what one thread holds of a matrix
-    unit's result (of `mma` and `wgmma`), so that maxima are taken within a thread. Each pass takes one candidate from
-    every quarter; the passes end with the fullest. Reserving the slots first makes one atomic addition a row. What
-    finds no slot is counted all the same, which marks its row as failed, and takes no pass.
+    unit's result (of `mma` and `wgmma`), so that sums are taken within a thread. What is above tau are the bits of two
+    words. An atomic addition a quarter reserves the slots; what finds none is counted all the same, which marks its row
+    as failed.
     """
     quarters = tl.reshape(tl.permute(tl.reshape(acc, (BM, BN // 8, 4, 2)), (0, 2, 1, 3)), (BM, 4, BN // 4))
-    tau = tau[:, None]
     inside = (rows < N)[:, None]
-    # Not "> tau": a NaN must be counted too, so that its row is seen to need the rescue.
-    # NaN is counted but never found, which marks its row as failed.
-    if SIGNED:
-        n = tl.sum((~(tl.abs(quarters) <= tau[:, :, None])).to(tl.int32), axis=2)
-    else:
-        n = tl.sum((~(quarters <= tau[:, :, None])).to(tl.int32), axis=2)
-        quarters = tl.maximum(quarters, float("-inf"))
-    total = tl.sum(n, axis=1)
-    start = tl.atomic_add(count_ptr + rows, total, mask=(rows < N) & (total > 0), sem="relaxed")
-    slot = start[:, None] + tl.cumsum(n, axis=1) - n
-    n = tl.minimum(n, C - slot)
-    passes = tl.max(tl.max(n, axis=1), axis=0)
-    quarter = tl.arange(0, 4)[None, :]
     position = tl.arange(0, BN // 4)[None, None, :]
-    base = buffer_ptr + rows.to(tl.int64)[:, None] * C
-    n_nan = tl.zeros_like(n)
-    for i in range(passes):
-        if SIGNED:  # one copy of the tile: what was taken becomes NaN, which `tl.maximum` passes over
-            sizes = tl.maximum(tl.abs(quarters), float("-inf"))
-            size, best = tl.max(sizes, axis=2, return_indices=True, return_indices_tie_break_left=False)
-            here = position == best[:, :, None]
-            value = tl.sum(tl.where(here, quarters, 0.0), axis=2)
-            quarters = tl.where(here, float("nan"), quarters)
-        else:
-            value, best = tl.max(quarters, axis=2, return_indices=True, return_indices_tie_break_left=False)
-            size = value
-            quarters = tl.where(position == best[:, :, None], float("-inf"), quarters)
-        latent = column0 + best // 2 * 8 + quarter * 2 + best % 2
-        live = inside & (i < n)
-        found = live & (size > tau)
-        n_nan += (live & ~found).to(tl.int32)
-        tl.store(base + slot + i, make_key(value, latent, SIGNED), mask=found)
-    if passes > 0:
-        failed = tl.sum(n_nan, axis=1) > 0
-        tl.atomic_add(count_ptr + rows, tl.where(failed, C + 1, 0), mask=(rows < N) & failed, sem="relaxed")
+    quarter = tl.arange(0, 4)[None, :]
+    tau = tau[:, None, None]
+    sizes = tl.abs(quarters) if SIGNED else quarters
+    bits = (~(sizes <= tau)).to(tl.int32) << (position % 32)  # not "> tau", which leaves out NaN
+    low_half = position < 32
+    low = tl.sum(tl.where(low_half, bits, 0), axis=2)
+    high = tl.sum(tl.where(low_half, 0, bits), axis=2)
+    n_low = count_bits(low, PTX)
+    n = n_low + count_bits(high, PTX)
+    start = tl.atomic_add(count_ptr + rows[:, None] + quarter * 0, n, mask=inside & (n > 0), sem="relaxed")
+    start = tl.where(inside, start, C)
+    write_hits(
+        quarters, tau,
+        tl.where(low_half, low[:, :, None], high[:, :, None]),
+        tl.where(low_half, start[:, :, None], (start + n_low)[:, :, None]),
+        position % 32,
+        (column0 + quarter * 2)[:, :, None],
+        position // 2 * 8 + position % 2,
+        buffer_ptr + rows.to(tl.int64)[:, None, None] * C,
+        C, SIGNED, PTX,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "L", "D", "first", "last"])
 def wave_kernel(
     x, w, bias_ptr, tau_ptr, buffer_ptr, count_ptr, N, L, D, first, last,
     C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, SIGNED: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, SIGNED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One wave: a program computes the pre-activations of BM tokens and BN of the latents first <= l < last.
 
@@ -138,7 +216,7 @@ def wave_kernel(
         tau = tl.load(tau_ptr + rows, mask=rows < N, other=float("inf"))
         if SIGNED:  # no column past the last is above tau, which is no smaller than 0
             acc = tl.where(inside[None, :], acc, 0.0)
-        append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C, BM, BN, SIGNED)
+        append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C, BM, BN, SIGNED, PTX)
     else:
         threshold = tl.maximum(tl.load(tau_ptr + columns, mask=inside, other=float("inf")), 0.0)
         if MODE == DENSE:
@@ -148,7 +226,7 @@ def wave_kernel(
         else:
             acc = tl.where(acc <= threshold[None, :], float("-inf"), acc)
             tau = tl.where(rows < N, float("-inf"), float("inf"))
-            append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C, BM, BN, SIGNED)
+            append(acc, tau, rows, column0, N, buffer_ptr, count_ptr, C, BM, BN, SIGNED, PTX)
 
 
 @triton.jit(do_not_specialize=["N", "L", "D"])
@@ -194,7 +272,7 @@ def launch_wave(
         x=x, w=w, bias_ptr=ops.bias, tau_ptr=tau, buffer_ptr=buffer, count_ptr=count,
         N=N, L=len(ops.W), D=D, first=first, last=last,
         C=C, BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=tile.group, MODE=mode.value, TMA=tile.tma,
-        PRECISION=ops.precision, SIGNED=signed, num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=ops.precision, SIGNED=signed, PTX=ops.x.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

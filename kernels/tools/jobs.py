@@ -102,7 +102,7 @@ def wave_job(
     buffer = "*fp32" if mode == "dense" else "*i64"
     numbers = dict.fromkeys(("N", "L", "D", "first", "last"), "i32")
     constants = _constants(tile, precision)
-    constants |= {"C": C, "GROUP": tile.group, "MODE": MODES[mode].value, "SIGNED": signed}
+    constants |= {"C": C, "GROUP": tile.group, "MODE": MODES[mode].value, "SIGNED": signed, "PTX": True}
     return job(
         f"encode {mode} {_label(dtype, precision)}" + " signed" * signed, capability, triton_wave.wave_kernel,
         constants, {"x": x, "w": w, "count_ptr": "*i32", "buffer_ptr": buffer} | numbers,
