@@ -127,8 +127,8 @@ def count_bits(x, PTX: tl.constexpr):
 def write_hits(values, tau, mask, begin, bit, latent, step, base, C: tl.constexpr, SIGNED: tl.constexpr,
                PTX: tl.constexpr):  # fmt: skip
     """Store the keys of what is above tau, of latents `latent + step`. A value's slot after `base` is `begin` and the
-    number of bits in `mask` below `bit`; one from C on is not written. With PTX, values of which none is above cost a comparison and
-    a fourth of a branch; without, this is the definition, which Triton's interpreter runs."""
+    number of bits in `mask` below `bit`; one from C on is not written. With PTX, values of which none is above cost a
+    comparison and a fourth of a branch; without, this is the definition, which Triton's interpreter runs."""
     if PTX:
         every = tl.zeros(values.shape, tl.int32)
         if SIGNED:
