@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steersman.errors import SteersmanError
-from steersman.kernels import dispatch
+from steersman.kernels import UpdateRule, dispatch
 from steersman.parallel import Mesh
 from steersman.train import ActivationStore, TrainConfig, Trainer, train_sae
 from steersman.train.run import dead_latents
 from steersman.train.run.optim import AutogradUpdater, FusedUpdater, RuleUpdater, check_ranks, make_updater
+from steersman.train.run.recipe import adam_eps
 
 D = 16
 CONFIG = TrainConfig(d_sae=64, k=3, batch_size=128, seed=3, device="cpu", tokens=12_800, dead_after=128 * 4)
@@ -211,3 +212,15 @@ def test_a_step_on_a_gpu_never_waits(options: dict, monkeypatch: pytest.MonkeyPa
                 trainer.step(x)
         with pytest.raises((RuntimeError, NotImplementedError, AssertionError)), NoWaiting():
             trainer.read_metrics()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("optimizer", ["adam", "signum"])
+def test_eps_follows_from_the_numbers_of_a_batch(fused: bool, optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused or not, by one rule, of which small batches notice nothing."""
+    assert adam_eps(128 * D) == UpdateRule().eps == 1e-8
+    assert adam_eps(8 << 20) == pytest.approx(1e-8 / 8)
+    monkeypatch.setattr("steersman.train.run.trainer.adam_eps", lambda n_values: n_values * 1e-12)
+    updater: Any = trainer_of(replace(CONFIG, fused_update=fused, optimizer=optimizer)).updater
+    dense = isinstance(updater, AutogradUpdater)
+    assert (updater.optimizer.param_groups[0]["eps"] if dense else updater.rule.eps) == 128 * D * 1e-12

@@ -62,8 +62,10 @@ class Updater(Protocol):
     def restore(self, tensors: dict[str, Tensor]) -> None: ...
 
 
-def make_updater(sae: SAE, config: TrainConfig, lr: float, ranks: Ranks | None = None) -> Updater:
-    """The updater that the configuration asks for; lr is the peak learning rate."""
+def make_updater(
+    sae: SAE, config: TrainConfig, lr: float, ranks: Ranks | None = None, eps: float = UpdateRule.eps
+) -> Updater:
+    """The updater that the configuration asks for; lr is the peak learning rate, eps Adam's (see `recipe.adam_eps`)."""
     ranks = ranks or Ranks(Mesh())
     check_ranks(config, ranks.mesh)
     fused = config.fused_update
@@ -79,10 +81,10 @@ def make_updater(sae: SAE, config: TrainConfig, lr: float, ranks: Ranks | None =
     if fused and sae.cfg.transcoder:
         raise SteersmanError("the fused update trains no transcoder: use fused_update=False")
     if fused:
-        return FusedUpdater(sae, config, ranks)
+        return FusedUpdater(sae, config, ranks, eps)
     if config.optimizer == "adam" and config.state_dtype == "float32":
-        return AutogradUpdater(sae, config, lr, ranks)
-    return RuleUpdater(sae, config, ranks)
+        return AutogradUpdater(sae, config, lr, ranks, eps)
+    return RuleUpdater(sae, config, ranks, eps)
 
 
 def check_ranks(config: TrainConfig, mesh: Mesh) -> None:
@@ -199,14 +201,14 @@ def _gradient(parameter: Tensor) -> Tensor:
 class AutogradUpdater(_DenseGradients):
     """Autograd and `torch.optim.Adam`, on dense gradients."""
 
-    def __init__(self, sae: SAE, config: TrainConfig, lr: float, ranks: Ranks):
+    def __init__(self, sae: SAE, config: TrainConfig, lr: float, ranks: Ranks, eps: float):
         super().__init__(sae, config, ranks)
         # Rows in one piece, as they lie in memory: the fused Adam would copy the gradient of a transposed matrix.
         self._moved = {name: _in_one_piece(p) for name, p in self.parameters.items()}
         matrices = [p for p in self._moved.values() if p.dim() > 1]
         biases = [p for p in self._moved.values() if p.dim() <= 1]
         groups = [{"params": matrices, "ratio": 1.0}, {"params": biases, "ratio": config.bias_lr_ratio}]
-        self.optimizer = torch.optim.Adam(groups, lr=lr, betas=config.betas, fused=True)
+        self.optimizer = torch.optim.Adam(groups, lr=lr, betas=config.betas, eps=eps, fused=True)
 
     def _move(self) -> None:
         for group in self.optimizer.param_groups:
@@ -272,7 +274,7 @@ def _rule_of_adam(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 class _WithRule:
     """What updaters with a `kernels.UpdateRule` share: the rule and its state, which holds the SAE's own weights."""
 
-    def _start(self, sae: SAE, config: TrainConfig, operands: torch.dtype, ranks: Ranks) -> None:
+    def _start(self, sae: SAE, config: TrainConfig, operands: torch.dtype, ranks: Ranks, eps: float) -> None:
         further = parameters_of(sae).keys() - set(PARAMETERS)
         if further:
             raise SteersmanError(
@@ -280,7 +282,7 @@ class _WithRule:
                 f"{', '.join(sorted(further))} of {sae.name}: use optimizer=adam and state_dtype=float32"
             )
         beta1, beta2 = config.betas
-        self.rule = UpdateRule(name=config.optimizer, beta1=beta1, beta2=beta2, state_dtype=config.state_dtype)
+        self.rule = UpdateRule(name=config.optimizer, beta1=beta1, beta2=beta2, eps=eps, state_dtype=config.state_dtype)
         W_enc, W_dec, b_enc, b_dec = (parameter.detach() for parameter in parameters_of(sae).values())
         first, _ = ranks.mesh.local_latents(sae.whole_cfg.d_sae)
         self.state_of_rule = UpdateState.of(W_enc.T, W_dec, b_enc, b_dec, self.rule, operands, first)
@@ -299,9 +301,9 @@ class _WithRule:
 class RuleUpdater(_WithRule, _DenseGradients):
     """Autograd and any rule of `kernels.update`, on dense gradients. A feature is touched when it has one."""
 
-    def __init__(self, sae: SAE, config: TrainConfig, ranks: Ranks):
+    def __init__(self, sae: SAE, config: TrainConfig, ranks: Ranks, eps: float):
         super().__init__(sae, config, ranks)
-        self._start(sae, config, torch.float32, ranks)
+        self._start(sae, config, torch.float32, ranks, eps)
 
     def _move(self) -> None:
         state, rule = self.state_of_rule, self.rule
@@ -333,11 +335,11 @@ class FusedUpdater(_WithRule):
     same residual and dot products. (The reconstruction itself is added by rank, which moves its last bits.)
     """
 
-    def __init__(self, sae: SAE, config: TrainConfig, ranks: Ranks):
+    def __init__(self, sae: SAE, config: TrainConfig, ranks: Ranks, eps: float):
         self.sae, self.config, self.parameters = sae, config, parameters_of(sae)
         self._latent = ranks.latent
         self.operands = torch.float32 if sae.device.type == "cpu" else torch.bfloat16
-        self._start(sae, config, self.operands, ranks)
+        self._start(sae, config, self.operands, ranks, eps)
         self.lr, self.bias_lr = (torch.zeros(1, device=sae.device) for _ in range(2))
         self._versions: tuple[int, ...] = ()
         self._gradients: tuple[Any, ...] | None = None

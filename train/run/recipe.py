@@ -57,7 +57,8 @@ class TrainConfig:
     decay: float = 0.25
     """Fraction of the steps, at the end, over which the learning rate falls to 0."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the optimiser's moments; Signum uses the first."""
+    """Decay rates of the optimiser's moments; Signum uses the first. What Adam adds to the root of the second moment
+    follows from the size of a batch: see `adam_eps`."""
     optimizer: RuleName = "adam"
     """How gradients move the weights: adam, or signum (the sign of the first moment, half the state). Both move every
     feature in every step; adam_touched and signum_touched leave features without a gradient, and their moments, as
@@ -245,6 +246,19 @@ def _is_count(name: str, value: Any) -> bool:
     if name == "lr":
         return isinstance(value, int | float) and 0 < value < math.inf
     return isinstance(value, int) and not isinstance(value, bool) and value >= (name in ("batch_size", "n_steps"))
+
+
+def adam_eps(n_values: int) -> float:
+    """What Adam adds to the root of its second moment (arXiv 1412.6980, alg. 1) in a run whose batches hold `n_values`
+    numbers, rows x width.
+
+    The loss is a mean over them, so gradients fall as 1 / n_values. Up to 2^20 numbers this is the 1e-8 that is usual;
+    beyond, it falls with the gradients, which it would damp else.
+
+    >>> adam_eps(4096 * 256), adam_eps(8192 * 4096)
+    (1e-08, 3.125e-10)
+    """
+    return 1e-8 * min(1.0, 2**20 / n_values)
 
 
 def tokens_of(config: TrainConfig, n_rows: int | None) -> int:

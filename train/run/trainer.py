@@ -27,7 +27,7 @@ from steersman.train.run.dead_latents import DeadLatents
 from steersman.train.run.graph import GraphedStep
 from steersman.train.run.large_rows import LargeRows, largest_ordinary
 from steersman.train.run.optim import FusedUpdater, Updater, make_updater
-from steersman.train.run.recipe import Recipe, TrainConfig
+from steersman.train.run.recipe import Recipe, TrainConfig, adam_eps
 from steersman.train.store.statistics import ActivationStats
 
 _SUMS = ("squared_error", "aux", "active")
@@ -64,7 +64,9 @@ class Trainer:
         self.sae = new_sae(cfg, config.seed, self.ranks).to(self.device)
         with torch.no_grad():
             self.sae.b_dec.copy_(target_stats.mean * self.scale_out)
-        self.updater: Updater = make_updater(self.sae, config, recipe.lr, self.ranks)
+        self.updater: Updater = make_updater(
+            self.sae, config, recipe.lr, self.ranks, adam_eps(recipe.batch_size * cfg.out_width)
+        )
         self.ema = {name: p.detach().clone() for name, p in self.updater.parameters.items()} if config.ema else {}
         self.dead_latents = DeadLatents(self.sae.cfg.d_sae, recipe, config.aux_coefficient, self.ranks, self.device)
         self.n_steps_done = 0
