@@ -285,6 +285,7 @@ def filter_kernel(
     """Append what of the latents first <= l < last is above tau [N] to buffer [N, C] int64 and count [N] int32, as
     `triton_wave.wave_kernel` does; x [N, D] and w [L, D] are tensor descriptors."""
     gl.static_assert(S > 1)  # a stage is given back when the next product has begun
+    gl.static_assert(BM == 16 * WARPS)
     x_stages = gl.allocate_shared_memory(x.dtype, [S, BM, BK], x.layout)
     w_stages = gl.allocate_shared_memory(w.dtype, [S, BN, BK], w.layout)
     full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
