@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.helpers import integers
+from support.helpers import PRECISIONS, integers
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -20,12 +20,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAN = triton_encode.plan
 
 
-@pytest.fixture(autouse=True)
-def _small_waves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True, params=PRECISIONS)
+def _small_waves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Buffers of 128 slots, so that a few hundred latents make several waves; no path of its own for a few tokens."""
     monkeypatch.setattr(triton_encode, "SMALL_BATCH", 0)
     monkeypatch.setattr(triton_encode, "plan", functools.partial(PLAN, smallest=128, largest=128))
-    with operands.precision("fp32"):
+    with operands.precision(request.param):
         yield
 
 

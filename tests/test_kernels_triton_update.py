@@ -1,13 +1,16 @@
 """The fused update in Triton against its definition, step by step, and the same bits from two runs."""
 
+from functools import partial
+
 import pytest
 import torch
-from support.updates import problem, train
+from support.updates import problem
+from support.updates import train as train_on
 
 from steersman.kernels import UpdateRule, UpdateState, triton_backward, triton_update, update
 from steersman.kernels.update import RuleName, StateDtype
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's part: shapes for the CPU")
+train = partial(train_on, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def everything(state: UpdateState) -> dict[str, torch.Tensor]:
@@ -88,6 +91,7 @@ def test_training_converges_like_the_reference(operands: torch.dtype, steps: int
     assert sum(losses[-20:]) < sum(losses[:20])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="records the interpreter's launches")
 def test_a_new_number_of_tokens_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two batch sizes every launch has the same constants and numbers, but for one that kernels are not
     specialised on (`test_kernels_compiled` looks at that)."""

@@ -39,6 +39,10 @@ def integers(*shape: int, seed: int, high: int = 3) -> Tensor:
     return torch.randint(-high, high + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
+PRECISIONS = ("bf16", "tf32", "fp32") if torch.cuda.is_available() else ("fp32",)
+"""How the tests of encoders multiply whole numbers, exactly in each: by every unit of a GPU, or by the interpreter."""
+
+
 def triton_before(major: int, minor: int) -> bool:
     """Whether the Triton installed is older than this release."""
     import triton

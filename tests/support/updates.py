@@ -52,17 +52,19 @@ def train(
     operands: torch.dtype = torch.float32,
     *,
     signed: bool = False,
+    device: str = "cpu",
 ) -> tuple[UpdateState, list[float]]:
     """All steps of the problem with an implementation's `backward_update`: the state after, and each step's loss."""
+    p = p._replace(**{name: t.to(device) for name, t in p._asdict().items() if isinstance(t, Tensor)})
     state, losses = state_of(p, rule, operands), []
-    rate = torch.tensor([lr])
+    rate = torch.tensor([lr], device=device)
     for step, x in enumerate(p.x):
         values, indices = reference.topk_encode(x, state.enc_rows, state.b_enc, p.k, state.b_dec, signed=signed)
         residual, squares, dots = reference.decode_and_dots(
             values, indices, state.dec_rows, state.b_dec, x, 1.0, operands
         )
         losses.append(float(squares.sum() / x.numel()))
-        aux = aux_of(len(p.W_enc), x.shape[1], step) if step % 3 == 1 else None
+        aux = AuxRows(*(t.to(device) for t in aux_of(len(p.W_enc), x.shape[1], step))) if step % 3 == 1 else None
         implementation.backward_update(
             state, rule, rate, rate * 2, residual, -2 / x.numel(), (x - state.b_dec).to(operands), values,
             indices, dots, aux, centred_by_b_dec=True, signed=signed,
