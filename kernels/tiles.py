@@ -136,8 +136,10 @@ def _table() -> list[dict[str, Any]]:
 
 
 def extend(rows: list[dict[str, Any]], path: Path = TABLE) -> None:
-    """Put rows made by `entry` into the table at `path`; a row of the same capability, dtype and shape is replaced."""
-    kept = {(e["capability"], e["dtype"], tuple(e["shape"])): e for e in json.loads(path.read_text())["entries"]}
+    """Put rows made by `entry` into the table at `path`, which need not be there yet; a row of the same capability,
+    dtype and shape is replaced."""
+    before = json.loads(path.read_text())["entries"] if path.exists() else []
+    kept = {(e["capability"], e["dtype"], tuple(e["shape"])): e for e in before}
     kept |= {(e["capability"], e["dtype"], tuple(e["shape"])): e for e in rows}
     path.write_text(json.dumps({"entries": [kept[key] for key in sorted(kept)]}, indent=1) + "\n")
     _table.cache_clear()

@@ -1,6 +1,7 @@
 """The cost model of the kernels: consistent with itself and with a count of candidates; and the table of tiles."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,21 @@ pytest.importorskip("triton")
 from steersman.kernels import tiles
 from steersman.kernels.tools import cost
 
-SHAPES = [(8192, 131072, 1024, 32), (4096, 65536, 2304, 64), (8192, 131072, 4096, 64), (8192, 1 << 20, 4096, 64)]
+SHAPES = [*cost.SHAPES, (8192, 1 << 20, 4096, 64)]
 TILE = tiles.WAVE[90, torch.bfloat16][0]
+
+# Kernels with none of what makes the shipped ones cheap: wgmma that waits, a program a tile, two-byte gathers, a row
+# written twice, AuxK in every step. Their cost was worked out by hand, from the same counts, kernel by kernel.
+PLAIN = cost.Design(
+    serial=1.12, tighten=10_400, prepare_bytes=50, gather=1.3, dots_apart=True, update_bytes={"float32": 62.0},
+    launches=60, aux_always=True,
+)  # fmt: skip
+BY_HAND = {(8192, 131072, 4096, 64): 3.5, (8192, 131072, 1024, 32): 3.7, (4096, 65536, 2304, 64): 5.8}
+"""Whole steps over the bare product."""
+
+
+def over_product(shape: tiles.Shape, ms: float) -> float:
+    return ms * cost.H100.tflops * 1e9 / cost.gemm(shape).flops
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -21,16 +35,33 @@ def test_the_buffers_are_a_small_share_of_the_pre_activations(shape: tiles.Shape
     assert cost.buffer_bytes(shape) <= (0.02 if L > 500_000 else 0.10) * 2 * N * L
 
 
+@pytest.mark.parametrize(("shape", "expected"), BY_HAND.items())
+def test_a_step_costs_what_was_worked_out_by_hand(shape: tiles.Shape, expected: float) -> None:
+    tile = replace(TILE, persistent=False)
+    parts = cost.step(shape, tile, cost.H100, PLAIN)
+    assert over_product(shape, sum(parts.values())) == pytest.approx(expected, rel=0.1)
+    shipped = cost.step(shape, TILE, cost.H100)
+    assert all(shipped[name] <= parts[name] for name in shipped)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_epilogue_costs_less_than_the_product(shape: tiles.Shape) -> None:
     """The model's own consistency, and what the choice of design rests on; no measurement."""
     encode, product = cost.encode(shape, TILE, cost.H100), cost.gemm(shape)
     assert product.flops == encode.flops
-    assert encode.bytes < product.bytes
-    assert 0 < encode.extra_ms < product.ms(cost.H100)
-    step = cost.step(shape, TILE, cost.H100)
-    parts = [encode, cost.decode(shape), cost.backward(shape), cost.update(shape)]
-    assert step.ms(cost.H100) == pytest.approx(sum(part.ms(cost.H100) for part in parts))
+    assert 0 < encode.extra_ms < 0.5 * product.ms(cost.H100)
+    assert encode.extra_ms < cost.encode(shape, replace(TILE, persistent=False), cost.H100).extra_ms
+
+
+def test_smaller_moments_and_fewer_dead_latents_cost_less() -> None:
+    for shape in cost.SHAPES:
+        float32, bfloat16, int8 = (
+            sum(cost.step(shape, TILE, cost.H100, moments=moments).values())
+            for moments in ("float32", "bfloat16", "int8")
+        )
+        assert float32 > bfloat16 > int8
+        few, many = (sum(cost.step(shape, TILE, cost.H100, n_aux=n).values()) for n in (256, 1024))
+        assert float32 < few < many
 
 
 def test_steering_is_bound_by_reading_the_encoder() -> None:
@@ -42,19 +73,24 @@ def test_steering_is_bound_by_reading_the_encoder() -> None:
 @pytest.mark.parametrize("K", [8, 64, 512])
 def test_passes_are_those_of_candidates_in_random_places(K: int) -> None:
     """A tile takes as many passes as the fullest quarter of its rows has candidates: counted here, tile by tile."""
-    L, growth, n_tiles = 65536, 4, 200
+    reached, n_tiles = 16384, 200
     g = torch.Generator().manual_seed(0)
     most = []
     for _ in range(n_tiles):
-        candidate = torch.rand(TILE.BM, TILE.BN, generator=g) < growth * K / L
+        candidate = torch.rand(TILE.BM, TILE.BN, generator=g) < K / reached
         quarters = candidate.view(TILE.BM, TILE.BN // 8, 4, 2).sum(dim=(1, 3))
         most.append(float(quarters.max()))
-    assert cost.passes((1, L, 1, K), TILE, growth) == pytest.approx(sum(most) / n_tiles, rel=0.05)
+    assert cost.passes((1, 65536, 1, K), TILE, reached) == pytest.approx(sum(most) / n_tiles, rel=0.05)
 
 
 class TestTable:
     def entry(self, shape: tiles.Shape, BM: int) -> dict[str, object]:
         return tiles.entry(shape, 90, torch.bfloat16, tiles.Tile(BM=BM, BN=64, BK=64, warps=4, stages=3), 1.0, "test")
+
+    def test_a_table_begins_where_there_is_none(self, tmp_path: Path) -> None:
+        path = tmp_path / "tiles.json"
+        tiles.extend([self.entry((1, 2, 3, 4), 16)], path)
+        assert [entry["shape"] for entry in json.loads(path.read_text())["entries"]] == [[1, 2, 3, 4]]
 
     def test_the_rule_where_nothing_was_measured(self) -> None:
         assert tiles.choice((8192, 131072, 1024, 32), 90, torch.bfloat16).BN % 8 == 0

@@ -1,24 +1,24 @@
 """What the kernels should cost: operations, bytes and, on a given GPU, milliseconds.
 
-Bytes count each operand once where it is shared through the cache, and gathered rows as often as they are gathered. A
-time is the larger of arithmetic and traffic, plus what cannot overlap: the epilogue of the encoder's tiles, launches.
-Estimates, to explain measurements and choose tiles; nothing is measured here.
+Bytes count each operand once where it is shared through the cache, and gathered rows as often as they are gathered.
+Instructions are counted in the machine code (`compiled.compile_job`), as cycles of one of a multiprocessor's four
+schedulers; compares, selects, maxima and integer logic (FSETP, FMNMX, SEL, ISETP, LOP3) take two, since 16 lanes of a
+scheduler do them, everything else one. A part's time is the larger of arithmetic and traffic plus what neither
+overlaps: epilogues, selections, launches. Rates are what large products and copies reach, not peaks. All of it is
+prediction, to explain measurements and to choose between designs; nothing is measured here.
 
-Shape letters: N tokens, L latents, D width, K active latents a token.
+Shape letters: N tokens, L latents, D width, K active latents a token, A candidates of the AuxK loss.
 """
 
 import math
 from dataclasses import dataclass
 
+import torch
+
 from steersman.kernels import tiles
 
-SHARED_RATE = 0.75
-"""Fraction of the peak that a large product reaches."""
-EPILOGUE_PASS = 5.0
-"""Instructions that one pass over a tile takes for each of its elements: compare, two selects, compare, select."""
-EPILOGUE_FIXED = 4.0
-"""The same for what happens once: bias, count, check."""
-LAUNCH_MS = 0.004
+Parts = dict[str, float]
+"""Milliseconds by the name of a part of a training step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,18 +27,55 @@ class Gpu:
 
     name: str
     tflops: float
-    """Dense bf16 peak, in 10^12 operations a second."""
+    """What a large bf16 product of the vendor's library reaches, in 10^12 operations a second."""
     bandwidth: float
-    """Device memory, in 10^12 bytes a second."""
+    """What a copy in device memory reaches, in 10^12 bytes a second."""
+    cache: float
+    """What gathers of rows that mostly lie in the second-level cache reach, in 10^12 bytes a second."""
     processors: int
     """Multiprocessors."""
     ghz: float
-    """Clock under load."""
+    """Clock under the load of a large product."""
+    launch_ms: float = 0.004
+    """Between the end of a kernel and the work of the next."""
 
 
-H100 = Gpu(name="H100 SXM", tflops=989.0, bandwidth=3.35, processors=132, ghz=1.6)
-H200 = Gpu(name="H200", tflops=989.0, bandwidth=4.8, processors=132, ghz=1.6)
-A100 = Gpu(name="A100 80GB", tflops=312.0, bandwidth=2.0, processors=108, ghz=1.3)
+H100 = Gpu(name="H100 SXM", tflops=720.0, bandwidth=3.0, cache=3.6, processors=132, ghz=1.4)
+H200 = Gpu(name="H200", tflops=720.0, bandwidth=4.3, cache=3.6, processors=132, ghz=1.4)
+A100 = Gpu(name="A100 80GB", tflops=250.0, bandwidth=1.75, cache=2.5, processors=108, ghz=1.3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """What of the kernels decides their cost: numbers read from their machine code and from their loads and stores."""
+
+    serial: float = 1.0
+    """Time of the encoder's main loop over that of one whose products overlap with the next ones' loads."""
+    tighten: float
+    """Cycles of a scheduler that `triton_select.tighten_kernel` takes for a row of 1024 slots."""
+    prepare_bytes: float
+    """Bytes that are moved for each element of x [N, D] before and after the encoder."""
+    gather: float
+    """Time of decode's gathers over that of as many bytes copied."""
+    dots_apart: bool
+    """Whether the gradients of the values are a pass of their own over the gathered rows."""
+    update_bytes: dict[str, float]
+    """Bytes a pair of an entry of W_enc and one of W_dec that the update moves, by what the moments are kept in."""
+    launches: int
+    """Kernels of a step beside those counted by name."""
+    aux_always: bool = False
+    """Whether AuxK is computed where nothing is dead."""
+
+
+SHIPPED = Design(
+    tighten=2600.0,
+    prepare_bytes=26.0,
+    gather=1.0,
+    dots_apart=False,
+    update_bytes={"float32": 54.0, "bfloat16": 38.0, "int8": 30.5},
+    launches=24,
+)
+"""The kernels of this package."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +85,11 @@ class Cost:
     flops: float
     bytes: float
     extra_ms: float = 0.0
-    """What neither explains: the epilogue, launches."""
+    """What neither explains: epilogues, selections, launches."""
 
     def ms(self, gpu: Gpu) -> float:
         """Expected milliseconds."""
-        arithmetic = self.flops / (gpu.tflops * SHARED_RATE * 1e9)
-        return max(arithmetic, self.bytes / (gpu.bandwidth * 1e9)) + self.extra_ms
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            flops=self.flops + other.flops, bytes=self.bytes + other.bytes, extra_ms=self.extra_ms + other.extra_ms
-        )
+        return max(self.flops / (gpu.tflops * 1e9), self.bytes / (gpu.bandwidth * 1e9)) + self.extra_ms
 
 
 def gemm(shape: tiles.Shape, item: int = 2) -> Cost:
@@ -67,17 +98,19 @@ def gemm(shape: tiles.Shape, item: int = 2) -> Cost:
     return Cost(flops=2.0 * N * L * D, bytes=item * (N * D + L * D + N * L))
 
 
-def passes(shape: tiles.Shape, tile: tiles.Tile, growth: float = 4.0) -> float:
-    """Expected passes of the epilogue over a tile of the last wave, for latents in no particular order.
+# --- encode ---
 
-    A quarter of a tile's row holds Poisson many candidates, `growth` K of them among L latents; a tile takes as many
-    passes as the fullest of its quarters.
 
-    >>> round(passes((8192, 131072, 4096, 64), tiles.Tile(BM=128, BN=256, BK=64, warps=8, stages=4)), 1)
-    2.1
+def passes(shape: tiles.Shape, tile: tiles.Tile, reached: int) -> float:
+    """Expected passes of `triton_wave.append` over a tile, for latents in no particular order, when tau is the K-th
+    largest of the `reached` latents before the wave.
+
+    A quarter of a tile's row holds Poisson many candidates; a tile takes as many passes as the fullest of its quarters.
+
+    >>> round(passes((8192, 131072, 4096, 64), tiles.Tile(BM=128, BN=256, BK=64, warps=8, stages=4), 39168), 1)
+    2.0
     """
-    _, L, _, K = shape
-    mean = growth * K * tile.BN / 4 / L
+    mean = shape[3] / reached * tile.BN / 4
     quarters, expected, below, term = 4 * tile.BM, 0.0, 0.0, math.exp(-mean)
     for n in range(200):  # the expected maximum is the sum of P(maximum > n)
         below += term
@@ -89,53 +122,49 @@ def passes(shape: tiles.Shape, tile: tiles.Tile, growth: float = 4.0) -> float:
     return expected
 
 
-def encode(shape: tiles.Shape, tile: tiles.Tile, gpu: Gpu, growth: float = 4.0, item: int = 2) -> Cost:
-    """`triton_encode.topk_encode`: the product, the epilogue on the multiprocessors' four schedulers, the selection."""
-    from steersman.kernels.triton_encode import SMALL_BATCH, plan
+def epilogue_cycles(shape: tiles.Shape, tile: tiles.Tile, reached: int) -> float:
+    """Cycles that a multiprocessor's epilogue of one tile takes in the mode FILTER (see `passes`)."""
+    warps = tile.warps / 4  # of each scheduler
+    values = tile.BM * tile.BN / (32 * tile.warps)  # a thread's; the counts below are those of 128
+    if not tile.persistent:
+        return values / 128 * warps * (1188 + 1394 * passes(shape, tile, reached)) + 2500  # and barriers, an atomic
+    # `gluon_wave`: a scan, then groups of eight values a thread of which some are above tau, then each of those.
+    above = shape[3] / reached
+    groups = values / 8 * (1 - (1 - above) ** 256)
+    single = values * (1 - (1 - above) ** 32)
+    return warps * (500 * values / 128 + 86 * groups + 20 * single) + 1400  # and an atomic
+
+
+def collect(shape: tiles.Shape, tile: tiles.Tile, gpu: Gpu, design: Design = SHIPPED, item: int = 2) -> Cost:
+    """`triton_encode.collect`: the product, the epilogues of all waves and the selections between them."""
+    from steersman.kernels.triton_encode import plan
 
     N, L, D, K = shape
-    if N <= SMALL_BATCH:  # W once; the pre-activations written and read, mostly in the cache
-        return Cost(flops=2.0 * max(N, 16) * L * D, bytes=item * L * D + 8.0 * N * L, extra_ms=4 * LAUNCH_MS)
-    schedule = plan(L, K, growth)
-    # A warp's instruction serves 32 elements, and a multiprocessor issues four a clock.
-    instructions = tile.BM * tile.BN / 32 * (EPILOGUE_FIXED + EPILOGUE_PASS * passes(shape, tile, growth))
-    rounds = math.ceil(N / tile.BM) * math.ceil(L / tile.BN) / gpu.processors
-    epilogue = rounds * instructions / 4 / (gpu.ghz * 1e6)
-    selection = 8.0 * N * (schedule.slots + growth * K * 2 * len(schedule.waves)) * 2
-    n_launches = 2 * len(schedule.waves) + 3
+    schedule = plan(L, K)
+    rows, epilogues, written = math.ceil(N / tile.BM), 0.0, 8.0 * N * schedule.slots
+    for first, last in schedule.waves[1:]:
+        rounds = rows * math.ceil((last - first) / tile.BN) / gpu.processors
+        epilogues += rounds * epilogue_cycles(shape, tile, first) / (gpu.ghz * 1e6)
+        written += 8.0 * N * K * (last - first) / first
+    tighten = N / (4 * gpu.processors) * design.tighten * schedule.slots / 1024 / (gpu.ghz * 1e6)
+    n_tighten = len(schedule.waves)  # one of them in the rescue, after the last wave
     return Cost(
-        flops=2.0 * N * L * D,
-        bytes=item * (N * D + L * D) + selection,
-        extra_ms=epilogue + n_launches * LAUNCH_MS,
+        flops=2.0 * N * L * D * design.serial,
+        bytes=item * (N * D + L * D * math.ceil(rows / tile.group)) + 2 * written,
+        extra_ms=epilogues + n_tighten * tighten + (2 * n_tighten + 3) * gpu.launch_ms,
     )
 
 
-def decode(shape: tiles.Shape, item: int = 2) -> Cost:
-    """`triton_decode`: K rows of W_dec a token, of which few are found in the cache twice."""
-    N, _, D, K = shape
-    return Cost(flops=2.0 * N * K * D, bytes=item * N * K * D + 8.0 * N * K + 4.0 * N * D, extra_ms=LAUNCH_MS)
+def encode(shape: tiles.Shape, tile: tiles.Tile, gpu: Gpu, design: Design = SHIPPED, item: int = 2) -> Cost:
+    """`triton_encode.topk_encode` without the casts before it."""
+    from steersman.kernels.triton_encode import SMALL_BATCH
 
-
-def backward(shape: tiles.Shape, item: int = 2) -> Cost:
-    """The latent-major sums: g and x rows gathered once for each pair (g twice), W_dec read once."""
     N, L, D, K = shape
-    return Cost(flops=6.0 * N * K * D, bytes=3.0 * item * N * K * D + item * L * D, extra_ms=8 * LAUNCH_MS)
-
-
-def update(shape: tiles.Shape, state: int = 4, shadow: int = 2) -> Cost:
-    """Adam on both matrices in place: weights and two moments read and written, the low-precision rows written."""
-    _, L, D, _ = shape
-    return Cost(flops=0.0, bytes=2.0 * L * D * (8 + 4 * state + shadow))
-
-
-def step(shape: tiles.Shape, tile: tiles.Tile, gpu: Gpu, state: int = 4) -> Cost:
-    """A training step: encode, decode, backward and update, one after the other."""
-    parts = [encode(shape, tile, gpu), decode(shape), backward(shape), update(shape, state)]
-    # Parts do not overlap, so their times add; flops and bytes are kept for the reader.
-    together = sum(parts[1:], parts[0])
-    separate = sum(part.ms(gpu) for part in parts)
-    return Cost(flops=together.flops, bytes=together.bytes, extra_ms=separate - Cost(
-        flops=together.flops, bytes=together.bytes).ms(gpu))  # fmt: skip
+    if N <= SMALL_BATCH:  # W once; the pre-activations written and read, mostly in the cache
+        return Cost(flops=2.0 * max(N, 16) * L * D, bytes=item * L * D + 8.0 * N * L, extra_ms=4 * gpu.launch_ms)
+    found = collect(shape, tile, gpu, design, item)
+    finish = 3 * 8.0 * N * K / (gpu.bandwidth * 1e9) + 8 * gpu.launch_ms
+    return Cost(flops=found.flops, bytes=found.bytes, extra_ms=found.extra_ms + finish)
 
 
 def buffer_bytes(shape: tiles.Shape) -> int:
@@ -144,3 +173,67 @@ def buffer_bytes(shape: tiles.Shape) -> int:
 
     N, L, _, K = shape
     return 4 * N * L if N <= SMALL_BATCH else 8 * N * plan(L, K).slots + 12 * N
+
+
+# --- the training step ---
+
+
+def step(
+    shape: tiles.Shape, tile: tiles.Tile, gpu: Gpu, design: Design = SHIPPED, moments: str = "float32", n_aux: int = 0
+) -> Parts:
+    """A training step with the fused update: its parts one after the other. n_aux is A, 0 where nothing is dead."""
+    N, L, D, K = shape
+    copy, gathered = gpu.bandwidth * 1e9, 2.0 * N * K * D  # bytes a millisecond; of K bf16 rows for each token
+    parts = {
+        "prepare": design.prepare_bytes * N * D / copy,
+        "encode": encode(shape, tile, gpu, design).ms(gpu),
+        "decode": (design.gather * gathered + 8.0 * N * D + 12.0 * N * K) / copy,
+        # A radix sort of the pairs, four passes over keys and places, each with a few launches.
+        "sort by latent": 4 * 24.0 * N * K / copy + 20 * gpu.launch_ms,
+        "sums of numbers": 2.0 * L * D / copy + 0.08,  # b_dec's: db_enc W_enc
+        "hot latents": 0.05,  # chunks, of which most are empty
+        "update": design.update_bytes[moments] * L * D / copy + 2 * gathered / (gpu.cache * 1e9),
+        "launches": design.launches * gpu.launch_ms,
+    }
+    if design.dots_apart:
+        parts["dots"] = gathered / (0.6 * gpu.cache * 1e9) + 2.0 * L * D / copy
+    if design.aux_always or n_aux:
+        parts["AuxK"] = auxk(shape, 2 * D if design.aux_always else n_aux, gpu)
+    return parts
+
+
+def auxk(shape: tiles.Shape, n_candidates: int, gpu: Gpu) -> float:
+    """Milliseconds of AuxK over A candidates with k_aux = D / 2: five products, some 15 passes over [N, A] fp32 and,
+    where A is above k_aux, another 20 of a selection."""
+    N, _, D, _ = shape
+    passes_over = 35 if n_candidates > D // 2 else 15
+    products = 10.0 * N * D * n_candidates / (gpu.tflops * 1e9)
+    return products + passes_over * 4.0 * N * n_candidates / (gpu.bandwidth * 1e9)
+
+
+# --- the table ---
+
+SHAPES: tuple[tiles.Shape, ...] = ((8192, 131072, 4096, 64), (8192, 131072, 1024, 32), (4096, 65536, 2304, 64))
+
+
+def predictions(gpu: Gpu = H100, capability: int = 90, design: Design = SHIPPED) -> str:
+    """A table of what is expected of encode and of whole steps at some shapes, over the bare product."""
+    heads = f"{'product':>9} {'encode':>8} {'step fp32':>10} {'bf16':>6} {'int8':>6} {'memory':>8}"
+    lines = [
+        f"Predicted, not measured, on {gpu.name}: times over the bare product, whole steps with nothing dead,",
+        "by what the moments are kept in; memory of encode over the pre-activations in bf16.",
+        f"{'N,L,D,K':<22} {heads}",
+    ]
+    tile = tiles.WAVE[capability, torch.bfloat16][0]
+    for shape in SHAPES:
+        product = gemm(shape).flops / (gpu.tflops * 1e9)
+        kinds = ("float32", "bfloat16", "int8")
+        totals = [sum(step(shape, tile, gpu, design, moments).values()) for moments in kinds]
+        first, *totals = (ms / product for ms in (encode(shape, tile, gpu, design).ms(gpu), *totals))
+        memory = buffer_bytes(shape) / (2 * shape[0] * shape[1])
+        named = ",".join(map(str, shape))
+        line = f"{named:<22} {product:6.2f} ms {first:8.2f} {totals[0]:10.2f} {totals[1]:6.2f} {totals[2]:6.2f}"
+        lines.append(f"{line} {100 * memory:6.1f} %")
+        parts = step(shape, tile, gpu, design)
+        lines.append("    ms: " + ", ".join(f"{name} {ms:.2f}" for name, ms in parts.items()))
+    return "\n".join(lines)

@@ -2,18 +2,23 @@
 
     python scripts/dev/kernel_resources.py --full
 
-Needs no GPU. What is not as it should be (see `Job`) is printed below its line, and the command then fails.
+Needs no GPU. What is not as it should be (see `Job`) is printed below its line, and the command then fails. With
+--predict it prints what the cost model expects of encode and of whole steps instead.
 """
 
 import argparse  # not tyro: runs on a bare GPU image too
 import json
 from dataclasses import asdict, fields
 
+from steersman.kernels.tools import cost
 from steersman.kernels.tools.compiled import CAPABILITIES, Resources, compile_job, problems
 from steersman.kernels.tools.jobs import shipped
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.predict:
+        print(cost.predictions(cost.H100, 90))
+        return
     names = [f.name for f in fields(Resources) if f.repr and f.name != "messages"]
     wide = {"name": 30, "tile": 20}
     if not args.json:
@@ -51,6 +56,9 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
     parser.add_argument(
         "--count", nargs="*", default=(), help="beginnings of machine instructions to count, such as LDG.E.128"
+    )
+    parser.add_argument(
+        "--predict", action=switch, default=False, help="instead print what they should cost on an H100"
     )
     parser.add_argument("--json", action=switch, default=False, help="print JSON, one line a kernel")
     main(parser.parse_args())
