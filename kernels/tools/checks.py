@@ -8,15 +8,15 @@ Shape letters: N tokens, L latents, D width, K active latents a token.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steersman.kernels import reference, update
+from steersman.kernels import reference, tiles, update
 from steersman.kernels.dispatch import choose
-from steersman.kernels.operands import Precision, precision
+from steersman.kernels.operands import Precision, precision, prepare
 from steersman.kernels.update import AuxRows, UpdateRule, UpdateState
 
 Shape = tuple[int, int, int, int]
@@ -159,6 +159,34 @@ def check_threshold(shape: Shape, device: torch.device, threshold: float, case: 
 def dense(values: Tensor, indices: Tensor, n_latents: int) -> Tensor:
     """A code [N, K] as a matrix [N, L]."""
     return torch.zeros(len(values), n_latents, device=values.device).scatter_add_(1, indices.long(), values)
+
+
+def check_persistent(shape: Shape, device: torch.device) -> str:
+    """Hopper's kernel of the mode FILTER against the one that defines it, on random numbers: the same keys in each row,
+    in whatever order, and the same rows that lose some."""
+    from steersman.kernels import triton_wave
+
+    N, L, D, k = shape
+    generator = torch.Generator(device).manual_seed(0)
+    x, W = (torch.randn(n, D, generator=generator, device=device) for n in (N, L))
+    x[N // 2, D // 2] = torch.nan
+    ops = prepare(x, W / D**0.5, integers(L, device=device, seed=1, high=1) / 8, None)
+    tile = next(tile for tile in tiles.WAVE[tiles.capability(device), torch.bfloat16] if tile.persistent)
+    C, first = 1024, L // 5
+    tau = torch.full((N,), float(torch.special.ndtri(torch.tensor(1 - 4 * k / L))), device=device)
+    tau[0] = -torch.inf
+    found = []
+    for each in (tile, replace(tile, persistent=False)):
+        buffer = torch.zeros(N, C, dtype=torch.int64, device=device)
+        count = torch.full((N,), 3, dtype=torch.int32, device=device)
+        triton_wave.launch_wave(ops, each, triton_wave.FILTER, (first, L), tau, buffer, count, C)
+        found.append((buffer, count))
+    (buffer, count), (want, want_count) = found
+    require_same(count > C, want_count > C, "rows that lost candidates")
+    kept = want_count <= C
+    require_same(count[kept], want_count[kept], "numbers of candidates")
+    require_same(buffer[kept].sort(dim=1).values, want[kept].sort(dim=1).values, "candidates")
+    return f"{float(want_count[kept].float().mean()) - 3:.0f} candidates a row, {int((~kept).sum())} rows lost some"
 
 
 # --- decode and backward ---
@@ -312,6 +340,12 @@ def encode_checks(device: torch.device, short: bool) -> Iterator[Check]:
     for shape, case, signed, how, dtype in wanted:
         name = named(shape, case, "signed" * signed, how, "bf16 weights" * (dtype == torch.bfloat16))
         yield Check(part="encode", name=name, run=_bound(check_topk, shape, device, case, signed, how, dtype))
+    if device.type == "cuda" and any(t.persistent for t in tiles.WAVE[tiles.capability(device), torch.bfloat16]):
+        shapes = ((130, 1300, 72, 5),) if short else ((300, 5000, 72, 7), (1, 70_000, 40, 32), (8192, 131072, 1024, 32))
+        for shape in shapes:
+            yield Check(
+                part="encode", name=named(shape, "persistent kernel"), run=_bound(check_persistent, shape, device)
+            )
 
 
 def threshold_checks(device: torch.device, short: bool) -> Iterator[Check]:
