@@ -71,16 +71,12 @@ def test_steering_is_bound_by_reading_the_encoder() -> None:
 
 
 @pytest.mark.parametrize("K", [8, 64, 512])
-def test_passes_are_those_of_candidates_in_random_places(K: int) -> None:
-    """A tile takes as many passes as the fullest quarter of its rows has candidates: counted here, tile by tile."""
+def test_groups_that_have_candidates_are_those_in_random_places(K: int) -> None:
     reached, n_tiles = 16384, 200
-    g = torch.Generator().manual_seed(0)
-    most = []
-    for _ in range(n_tiles):
-        candidate = torch.rand(TILE.BM, TILE.BN, generator=g) < K / reached
-        quarters = candidate.view(TILE.BM, TILE.BN // 8, 4, 2).sum(dim=(1, 3))
-        most.append(float(quarters.max()))
-    assert cost.passes((1, 65536, 1, K), TILE, reached) == pytest.approx(sum(most) / n_tiles, rel=0.05)
+    candidate = torch.rand(n_tiles * TILE.BM, TILE.BN, generator=torch.Generator().manual_seed(0)) < K / reached
+    # Eight rows, of which each thread has two columns of every eight: those of 32 side by side are a group.
+    groups = candidate.view(-1, 8, TILE.BN // 32, 32).any(dim=3).any(dim=1).float()
+    assert cost.taken((1, 65536, 1, K), reached, 256) == pytest.approx(float(groups.mean()), rel=0.05)
 
 
 class TestTable:

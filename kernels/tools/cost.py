@@ -101,38 +101,27 @@ def gemm(shape: tiles.Shape, item: int = 2) -> Cost:
 # --- encode ---
 
 
-def passes(shape: tiles.Shape, tile: tiles.Tile, reached: int) -> float:
-    """Expected passes of `triton_wave.append` over a tile, for latents in no particular order, when tau is the K-th
-    largest of the `reached` latents before the wave.
+def taken(shape: tiles.Shape, reached: int, n: int) -> float:
+    """The share of groups of n values in which a candidate is found, for latents in no particular order, when tau is
+    the K-th largest of the `reached` latents before the wave.
 
-    A quarter of a tile's row holds Poisson many candidates; a tile takes as many passes as the fullest of its quarters.
-
-    >>> round(passes((8192, 131072, 4096, 64), tiles.Tile(BM=128, BN=256, BK=64, warps=8, stages=4), 39168), 1)
-    2.0
+    >>> round(taken((8192, 131072, 4096, 64), 39168, 256), 2)
+    0.34
     """
-    mean = shape[3] / reached * tile.BN / 4
-    quarters, expected, below, term = 4 * tile.BM, 0.0, 0.0, math.exp(-mean)
-    for n in range(200):  # the expected maximum is the sum of P(maximum > n)
-        below += term
-        term *= mean / (n + 1)
-        more = 1.0 - min(below, 1.0) ** quarters
-        expected += more
-        if more < 1e-6:
-            break
-    return expected
+    return 1 - (1 - shape[3] / reached) ** n
 
 
 def epilogue_cycles(shape: tiles.Shape, tile: tiles.Tile, reached: int) -> float:
-    """Cycles that a multiprocessor's epilogue of one tile takes in the mode FILTER (see `passes`)."""
+    """Cycles that a multiprocessor's epilogue of one tile takes in the mode FILTER: what every tile needs, then groups
+    of a warp's values that have candidates, then places that have some, each with one of 32 threads' values."""
     warps = tile.warps / 4  # of each scheduler
     values = tile.BM * tile.BN / (32 * tile.warps)  # a thread's; the counts below are those of 128
-    if not tile.persistent:
-        return values / 128 * warps * (1188 + 1394 * passes(shape, tile, reached)) + 2500  # and barriers, an atomic
-    # `gluon_wave`: a scan, then groups of eight values a thread of which some are above tau, then each of those.
-    above = shape[3] / reached
-    groups = values / 8 * (1 - (1 - above) ** 256)
-    single = values * (1 - (1 - above) ** 32)
-    return warps * (500 * values / 128 + 86 * groups + 20 * single) + 1400  # and an atomic
+    places = 20 * values * taken(shape, reached, 32)
+    if tile.persistent:
+        groups = 86 * values / 8 * taken(shape, reached, 8 * 32)
+        return warps * (640 * values / 128 + groups + places) + 1400  # and an atomic
+    groups = 25 * values / 4 * taken(shape, reached, 4 * 32)
+    return warps * (1414 * values / 128 + groups + places) + 2500  # and barriers, an atomic
 
 
 def collect(shape: tiles.Shape, tile: tiles.Tile, gpu: Gpu, design: Design = SHIPPED, item: int = 2) -> Cost:
