@@ -1,15 +1,15 @@
 """Encode in Triton: a matrix product whose epilogue selects, so that the N x L pre-activations never reach memory.
 
 The latents are taken in waves that grow by a factor of `growth`. The first wave writes its few pre-activations as
-candidates into a buffer of C slots a row; after each wave `triton_select.tighten` keeps the K largest of a row and sets
-`tau`, the K-th largest value so far. A later wave computes a tile of pre-activations in registers and appends only what
-is above the row's tau. With growth 4 some 3K of a wave's values enter; a last sort gives the code.
+candidates into a buffer of C slots a row; after each wave `triton_select.tighten` keeps the K largest of a row, and a
+few more, and sets `tau`, which at least K values so far reach. A later wave computes a tile of pre-activations in
+registers and appends only what is above the row's tau. With growth 4 some 3K of a wave's values enter; a last, exact
+selection and a sort give the code.
 
-A row is exact, by construction, when it never had more candidates than slots: tau is the K-th largest of values that
-belong to lower latents, so a value that does not exceed it is behind K others, ties included; a NaN, the largest of
-all, always enters. The other rows are listed on the device and recomputed by `rescue_kernel`, a fixed grid that walks
-the list and returns at once when it is empty. Its streaming selection is exact for any values. Nothing is asked of the
-host.
+A row is exact, by construction, when it never had more candidates than slots: K values that belong to lower latents
+reach tau, so a value that does not exceed it is behind K others, ties included; a NaN, the largest of all, always
+enters. The other rows are listed on the device and recomputed by `rescue_kernel`, a fixed grid that walks the list and
+returns at once when it is empty. Its streaming selection is exact for any values. Nothing is asked of the host.
 
 A small batch (N <= SMALL_BATCH) is bound by reading W_enc, not by arithmetic: one kernel reads it once and writes the
 N x L pre-activations, which stay in the L2 cache, and `triton_select.reduce` picks.

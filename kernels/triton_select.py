@@ -343,7 +343,7 @@ def finish(
     """
     N, C = keys.shape
     K2 = max(2, triton.next_power_of_2(k))
-    shape = shape_of(C if count is not None else 4 * K2, interpreted=not keys.is_cuda)
+    shape = shape_of(max(4 * K2, C if count is not None else 0), interpreted=not keys.is_cuda)
     finish_kernel[(triton.cdiv(N, shape["R"]),)](
         keys_ptr=keys, count_ptr=keys if count is None else count, values_ptr=values, indices_ptr=indices,
         N=N, stride=C, C=C, K=k, K2=K2, COUNTED=count is not None, SIGNED=signed, **shape,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from steersman.kernels import operands, reference, torch_ops, triton_encode, triton_threshold
+from steersman.kernels import operands, reference, torch_ops, triton_encode, triton_select, triton_threshold
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAN = triton_encode.plan
@@ -60,6 +60,22 @@ def test_batch_topk_of_one_loud_token() -> None:
     assert (values[2] > 0).sum() > 32
 
 
+def test_batch_topk_computes_a_crowded_row_again_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal values at the threshold go to the earlier token, whose crowded row may have to give some back."""
+    x, W, b = integers(5, 8, seed=1), integers(300, 8, seed=2), integers(300, seed=3)
+    x[3] *= 50
+    x[4] = x[1]
+    again = []
+    values_from = triton_threshold._values_from
+    monkeypatch.setattr(triton_threshold, "_values_from", lambda *a: again.append(a[1]) or values_from(*a))
+    want_values, want_indices, smallest = reference.batch_topk_encode(x, W, b, 6)
+    got = triton_threshold.batch_topk_encode(x.to(DEVICE), W.to(DEVICE), b.to(DEVICE), 6)
+    assert torch.equal(dense(got[0], got[1], 300).cpu(), dense(want_values, want_indices, 300))
+    assert got[0].shape == want_values.shape
+    assert float(got[2]) == float(smallest)
+    assert [rows.tolist() for rows in again] == [[3]]
+
+
 @pytest.mark.parametrize("value", [-5.0, 0.0])
 def test_batch_topk_without_positive_values(value: float) -> None:
     W, b = torch.zeros(200, 4, device=DEVICE), torch.full((200,), value, device=DEVICE)
@@ -98,6 +114,22 @@ def test_threshold_with_more_active_latents_than_slots() -> None:
     assert torch.equal(dense(values, indices, 400).cpu(), expected)
 
 
+def test_threshold_computes_an_overflowing_row_again_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, W, b, _ = problem(6, 400, 8)
+    x[1], x[4] = 0.0, 1.0
+    b += 300.0
+    W[:350, 0] -= 200.0
+    x[:, 0] = torch.tensor([2.0, 2.0, 2.0, 2.0, 0.0, 2.0])
+    sizes = []
+    largest = torch_ops.largest_of_code
+    monkeypatch.setattr(torch_ops, "largest_of_code", lambda f, n, m: sizes.append(n) or largest(f, n, m))
+    expected = reference.threshold_encode(x, W, b, torch.tensor(0.5))
+    values, indices = triton_threshold.threshold_select(*[t.to(DEVICE) for t in (x, W, b, torch.tensor(0.5))])
+    assert torch.equal(dense(values, indices, 400).cpu(), expected)
+    assert values.shape[1] == (expected > 0).sum(dim=1).max()
+    assert sizes == ([6] if triton_threshold.SMALL_BATCH else [1])
+
+
 def test_threshold_passes_on_nan() -> None:
     x, W, b, _ = problem(3, 70, 8)
     x[1, 0] = torch.nan
@@ -107,7 +139,17 @@ def test_threshold_passes_on_nan() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 2, 50, 99, 100])
-def test_rank_value(rank: int) -> None:
+def test_rank(rank: int) -> None:
     values = torch.rand(100, generator=torch.Generator().manual_seed(rank)).round(decimals=1) * 1e3
     expected = values.sort(descending=True).values[rank - 1]
-    assert float(triton_threshold.rank_value(values.to(DEVICE), rank)) == float(expected)
+    assert float(triton_threshold.rank_bits(values.to(DEVICE), rank).view(torch.float32)) == float(expected)
+
+
+def test_rank_among_the_live_keys_of_rows() -> None:
+    keys = triton_select.reduce(integers(5, 64, seed=1).to(DEVICE), 64, 64)
+    count = torch.tensor([64, 0, 3, 70, 9], dtype=torch.int32)
+    upper = (keys.cpu() >> 32).clamp(min=0)  # the bits of a value that is not negative
+    live = torch.cat([row[:n] for row, n in zip(upper, count.tolist())]).sort(descending=True).values.tolist()
+    for rank in (1, 5, 30, 140, 150):
+        got = int(triton_threshold.rank_bits(keys, rank, count.to(DEVICE)))
+        assert got == (live[rank - 1] if rank <= len(live) else 0)

@@ -208,10 +208,13 @@ def selection_jobs(capability: int, full: bool) -> Iterator[Job]:
     for C, k in ((512, 32), (1024, 64), (4096, 512)) if full else ((1024, 64),):
         for signed in (False, True):
             yield from select_jobs(capability, C, k, signed=signed)
-    yield job(
-        "histogram", capability, triton_threshold.histogram_kernel, {"SHIFT": 16, "BLOCK": 4096},
-        {"bits_ptr": "*i32", "histogram_ptr": "*i32", "state_ptr": "*i32", "M": "i32"}, warps=4,
-    )  # fmt: skip
+    for keys in (False, True):
+        yield job(
+            "histogram" + " of keys" * keys, capability, triton_threshold.histogram_kernel,
+            {"SHIFT": 16, "KEYS": keys, "BLOCK": 1024},
+            {"bits_ptr": "*i32", "count_ptr": "*i32", "histogram_ptr": "*i32", "state_ptr": "*i32"}
+            | {"N": "i32", "M": "i32", "width": "i32"}, warps=4,
+        )  # fmt: skip
     yield job(
         "digit", capability, triton_threshold.digit_kernel, {}, {"histogram_ptr": "*i32", "state_ptr": "*i32"}, warps=1
     )
