@@ -1,4 +1,5 @@
-"""Time one training step against eai-sparsify's, on the same data, in turn, in one process.
+"""Time one training step against eai-sparsify's and against the bare matrix product of its encoder, on the same data,
+in turn, in one process.
 
 Run it in an environment with the `peers` extra: `pip install steersman[peers]`.
 
@@ -7,6 +8,10 @@ Run it in an environment with the `peers` extra: `pip install steersman[peers]`.
 Both steps read the same batches and do what their trainers do for a batch already in memory: forward, backward,
 projection of the decoder's gradient, an Adam step, decoder normalisation, dead-feature counters. Peak memory is what
 five steps add to a process of each library, over what it holds with the data and every import done.
+
+The product is x [N, D] times W [D, L] in the type that is the fastest on this processor: bf16 where it has instructions
+for it, fp32 elsewhere. Ratios are medians over rounds. On one thread they are given for processor time too, which other
+work on the machine disturbs less than the clock on the wall.
 """
 
 import json
@@ -25,6 +30,7 @@ os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 import torch
 import tyro
 
+from steersman.kernels.screen import has_fast_bf16
 from steersman.sae import SAEConfig
 from steersman.train import ActivationStats, TrainConfig, Trainer, resolve
 
@@ -92,7 +98,15 @@ def sparsify_step(args: Config, d_sae: int, x: torch.Tensor) -> Any:
     return step
 
 
-PEER = "eai-sparsify"
+def product(args: Config, d_sae: int, x: torch.Tensor) -> Any:
+    """The matrix product alone: what a step cannot be faster than, if it computes every pre-activation."""
+    dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
+    W, Z = torch.randn(d_sae, args.d_in, dtype=dtype), torch.empty(len(x), d_sae, dtype=dtype)
+    rows = x.to(dtype)
+    return lambda _: torch.mm(rows, W.T, out=Z)
+
+
+PEER, PRODUCT = "eai-sparsify", "product"
 MAKERS = {"steersman": our_step, PEER: sparsify_step}
 
 
@@ -144,19 +158,25 @@ def main(args: Config) -> None:
     for d_sae in args.d_sae:
         batches = made_batches(args)
         steps = {name: make(args, d_sae, batches[0]) for name, make in makers.items()}
-        times: dict[str, list[float]] = {name: [] for name in steps}
+        steps[PRODUCT] = product(args, d_sae, batches[0])
+        clocks = {"": time.perf_counter} | ({"cpu ": time.process_time} if torch.get_num_threads() == 1 else {})
+        times: dict[str, list[list[float]]] = {name: [] for name in steps}
         for i in range(args.steps + 3):
             for name, step in steps.items():
-                start = time.perf_counter()
+                start = [now() for now in clocks.values()]
                 step(batches[i % 3])
                 if i >= 3:
-                    times[name].append(time.perf_counter() - start)
+                    times[name].append([now() - then for now, then in zip(clocks.values(), start)])
         row: dict[str, Any] = {"d_sae": d_sae, "d_in": args.d_in, "k": args.k, "batch_size": args.batch_size}
-        row |= {f"{name} ms": 1e3 * statistics.median(t) for name, t in times.items()}
+        row |= {f"{name} ms": 1e3 * statistics.median(t for t, *_ in found) for name, found in times.items()}
+        steps.pop(PRODUCT)
+        pairs = {"step/product": ("steersman", PRODUCT), "ratio": (PEER, "steersman")}
+        for j, clock in enumerate(clocks):
+            for label, (above, below) in pairs.items():
+                if above in times:
+                    row[clock + label] = statistics.median(a[j] / b[j] for a, b in zip(times[above], times[below]))
         if args.memory:
             row |= {f"{name} peak MB": peak_mb(args, d_sae, name) for name in steps}
-        if PEER in times:
-            row["ratio"] = statistics.median(b / a for a, b in zip(times["steersman"], times[PEER]))
         rows.append(row | {"threads": torch.get_num_threads(), "torch": torch.__version__})
         print(
             "  ".join(
