@@ -9,8 +9,8 @@ Both steps read the same batches and do what their trainers do for a batch alrea
 projection of the decoder's gradient, an Adam step, decoder normalisation, dead-feature counters. Peak memory is what
 five steps add to a process of each library, over what it holds with the data and every import done.
 
-The product is x [N, D] times W [D, L] in the type that is the fastest on this processor: bf16 where it has instructions
-for it, fp32 elsewhere. Ratios are medians over rounds. On one thread they are given for processor time too, which other
+The product is x [N, D] times W [D, L] in the faster of fp32 and bf16, which is bf16 where the processor has
+instructions for it. Ratios are medians over rounds. On one thread they are given for processor time too, which other
 work on the machine disturbs less than the clock on the wall.
 """
 
@@ -30,7 +30,6 @@ os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 import torch
 import tyro
 
-from steersman.kernels.screen import has_fast_bf16
 from steersman.sae import SAEConfig
 from steersman.train import ActivationStats, TrainConfig, Trainer, resolve
 
@@ -99,10 +98,17 @@ def sparsify_step(args: Config, d_sae: int, x: torch.Tensor) -> Any:
 
 
 def product(args: Config, d_sae: int, x: torch.Tensor) -> Any:
-    """The matrix product alone: what a step cannot be faster than, if it computes every pre-activation."""
-    dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
-    W, Z = torch.randn(d_sae, args.d_in, dtype=dtype), torch.empty(len(x), d_sae, dtype=dtype)
-    rows = x.to(dtype)
+    """The matrix product alone, in the faster of bf16 and fp32: the floor of a step that computes every
+    pre-activation."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        W, few = torch.randn(d_sae, args.d_in, dtype=dtype), x[:256].to(dtype)
+        torch.mm(few, W.T)
+        start = time.perf_counter()
+        torch.mm(few, W.T)
+        found.append((time.perf_counter() - start, dtype, W))
+    _, dtype, W = min(found, key=lambda each: each[0])
+    rows, Z = x.to(dtype), torch.empty(len(x), d_sae, dtype=dtype)
     return lambda _: torch.mm(rows, W.T, out=Z)
 
 
