@@ -11,6 +11,7 @@ Shape letters: N tokens, L latents, D width, K active latents a token, A candida
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,20 +46,46 @@ H200 = Gpu(name="H200", tflops=720.0, bandwidth=4.3, cache=3.6, processors=132, 
 A100 = Gpu(name="A100 80GB", tflops=250.0, bandwidth=1.75, cache=2.5, processors=108, ghz=1.3)
 
 
+def taken(shape: tiles.Shape, reached: int, n: int) -> float:
+    """The share of groups of n values in which a candidate is found, for latents in no particular order, when tau is
+    the K-th largest of the `reached` latents before the wave.
+
+    >>> round(taken((8192, 131072, 4096, 64), 39168, 256), 2)
+    0.34
+    """
+    return 1 - (1 - shape[3] / reached) ** n
+
+
+def epilogue_cycles(shape: tiles.Shape, tile: tiles.Tile, reached: int) -> float:
+    """Cycles that a multiprocessor's epilogue of one tile takes in the mode FILTER: what every tile needs, then groups
+    of a warp's values that have candidates, then places that have some, each with one of 32 threads' values."""
+    warps = tile.warps / 4  # of each scheduler
+    values = tile.BM * tile.BN / (32 * tile.warps)  # a thread's; the counts below are those of 128
+    places = 20 * values * taken(shape, reached, 32)
+    if tile.persistent:
+        groups = 86 * values / 8 * taken(shape, reached, 8 * 32)
+        return warps * (640 * values / 128 + groups + places) + 1400  # and an atomic
+    groups = 25 * values / 4 * taken(shape, reached, 4 * 32)
+    return warps * (1414 * values / 128 + groups + places) + 2500  # and barriers, an atomic
+
+
 @dataclass(frozen=True, kw_only=True)
 class Design:
     """What of the kernels decides their cost: numbers read from their machine code and from their loads and stores."""
 
     serial: float = 1.0
     """Time of the encoder's main loop over that of one whose products overlap with the next ones' loads."""
+    epilogue: Callable[[tiles.Shape, tiles.Tile, int], float] = epilogue_cycles
+    """Cycles of an epilogue (see `epilogue_cycles`)."""
     tighten: float
-    """Cycles of a scheduler that `triton_select.tighten_kernel` takes for a row of 1024 slots."""
+    """Cycles of a scheduler that `triton_select.tighten_kernel` takes for a row of 1024 slots, of which all are in use
+    after the first wave and a quarter after the others: the mean."""
     prepare_bytes: float
     """Bytes that are moved for each element of x [N, D] before and after the encoder."""
     gather: float
     """Time of decode's gathers over that of as many bytes copied."""
-    dots_apart: bool
-    """Whether the gradients of the values are a pass of their own over the gathered rows."""
+    sums_apart: bool
+    """Whether the gradients of the values and of b_dec are passes of their own over rows of the weights."""
     update_bytes: dict[str, float]
     """Bytes a pair of an entry of W_enc and one of W_dec that the update moves, by what the moments are kept in."""
     launches: int
@@ -68,11 +95,11 @@ class Design:
 
 
 SHIPPED = Design(
-    tighten=2600.0,
+    tighten=3500.0,
     prepare_bytes=26.0,
     gather=1.0,
-    dots_apart=False,
-    update_bytes={"float32": 54.0, "bfloat16": 38.0, "int8": 30.5},
+    sums_apart=False,
+    update_bytes={"float32": 52.0, "bfloat16": 36.0, "int8": 28.3},
     launches=24,
 )
 """The kernels of this package."""
@@ -101,29 +128,6 @@ def gemm(shape: tiles.Shape, item: int = 2) -> Cost:
 # --- encode ---
 
 
-def taken(shape: tiles.Shape, reached: int, n: int) -> float:
-    """The share of groups of n values in which a candidate is found, for latents in no particular order, when tau is
-    the K-th largest of the `reached` latents before the wave.
-
-    >>> round(taken((8192, 131072, 4096, 64), 39168, 256), 2)
-    0.34
-    """
-    return 1 - (1 - shape[3] / reached) ** n
-
-
-def epilogue_cycles(shape: tiles.Shape, tile: tiles.Tile, reached: int) -> float:
-    """Cycles that a multiprocessor's epilogue of one tile takes in the mode FILTER: what every tile needs, then groups
-    of a warp's values that have candidates, then places that have some, each with one of 32 threads' values."""
-    warps = tile.warps / 4  # of each scheduler
-    values = tile.BM * tile.BN / (32 * tile.warps)  # a thread's; the counts below are those of 128
-    places = 20 * values * taken(shape, reached, 32)
-    if tile.persistent:
-        groups = 86 * values / 8 * taken(shape, reached, 8 * 32)
-        return warps * (640 * values / 128 + groups + places) + 1400  # and an atomic
-    groups = 25 * values / 4 * taken(shape, reached, 4 * 32)
-    return warps * (1414 * values / 128 + groups + places) + 2500  # and barriers, an atomic
-
-
 def collect(shape: tiles.Shape, tile: tiles.Tile, gpu: Gpu, design: Design = SHIPPED, item: int = 2) -> Cost:
     """`triton_encode.collect`: the product, the epilogues of all waves and the selections between them."""
     from steersman.kernels.triton_encode import plan
@@ -133,7 +137,7 @@ def collect(shape: tiles.Shape, tile: tiles.Tile, gpu: Gpu, design: Design = SHI
     rows, epilogues, written = math.ceil(N / tile.BM), 0.0, 8.0 * N * schedule.slots
     for first, last in schedule.waves[1:]:
         rounds = rows * math.ceil((last - first) / tile.BN) / gpu.processors
-        epilogues += rounds * epilogue_cycles(shape, tile, first) / (gpu.ghz * 1e6)
+        epilogues += rounds * design.epilogue(shape, tile, first) / (gpu.ghz * 1e6)
         written += 8.0 * N * K * (last - first) / first
     tighten = N / (4 * gpu.processors) * design.tighten * schedule.slots / 1024 / (gpu.ghz * 1e6)
     n_tighten = len(schedule.waves)  # one of them in the rescue, after the last wave
@@ -179,13 +183,13 @@ def step(
         "decode": (design.gather * gathered + 8.0 * N * D + 12.0 * N * K) / copy,
         # A radix sort of the pairs, four passes over keys and places, each with a few launches.
         "sort by latent": 4 * 24.0 * N * K / copy + 20 * gpu.launch_ms,
-        "sums of numbers": 2.0 * L * D / copy + 0.08,  # b_dec's: db_enc W_enc
         "hot latents": 0.05,  # chunks, of which most are empty
         "update": design.update_bytes[moments] * L * D / copy + 2 * gathered / (gpu.cache * 1e9),
         "launches": design.launches * gpu.launch_ms,
     }
-    if design.dots_apart:
+    if design.sums_apart:
         parts["dots"] = gathered / (0.6 * gpu.cache * 1e9) + 2.0 * L * D / copy
+        parts["sums of numbers"] = 2.0 * L * D / copy + 0.08  # b_dec's: db_enc W_enc
     if design.aux_always or n_aux:
         parts["AuxK"] = auxk(shape, 2 * D if design.aux_always else n_aux, gpu)
     return parts
