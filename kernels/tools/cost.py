@@ -160,12 +160,17 @@ def encode(shape: tiles.Shape, tile: tiles.Tile, gpu: Gpu, design: Design = SHIP
     return Cost(flops=found.flops, bytes=found.bytes, extra_ms=found.extra_ms + finish)
 
 
-def buffer_bytes(shape: tiles.Shape) -> int:
-    """Memory that encode takes beside its operands and result."""
+def buffer_bytes(shape: tiles.Shape, gpu: Gpu = H100) -> int:
+    """Memory that encode takes beside its operands and result: pre-activations, or the candidates of all rows and the
+    slots of the rescue's programs."""
     from steersman.kernels.triton_encode import SMALL_BATCH, plan
+    from steersman.kernels.triton_rescue import PROGRAMS, slots_of
 
     N, L, _, K = shape
-    return 4 * N * L if N <= SMALL_BATCH else 8 * N * plan(L, K).slots + 12 * N
+    if N <= SMALL_BATCH:
+        return 4 * N * L
+    C, tile = plan(L, K).slots, tiles.RESCUE[torch.bfloat16]
+    return 8 * N * C + 12 * N + 8 * PROGRAMS * gpu.processors * tile.BM * slots_of(K, C, tile.BN)
 
 
 # --- the training step ---
