@@ -73,7 +73,7 @@ def prepare(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Op
     low = W_enc.dtype in (torch.bfloat16, torch.float16)
     dtype = W_enc.dtype if low else (torch.bfloat16 if _state["precision"] == "bf16" else torch.float32)
     how = "tf32" if _state["precision"] == "tf32" else "ieee"
-    centred = x.float() if b_dec is None else x.float() - b_dec.float()
+    centred = x if b_dec is None else x.float() - b_dec.float()
     rows, W = _padded(centred, dtype), weights(W_enc, dtype)
     if dtype == torch.bfloat16 and not x.is_cuda:
         # Triton's interpreter cannot multiply bf16; in fp32 the product of two bf16 numbers is the same, and exact.

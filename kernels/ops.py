@@ -211,6 +211,23 @@ def _decode_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 _op_sparse_decode.register_autograd(_decode_backward, setup_context=_keep_decode)
 
 
+@torch.library.custom_op("steersman::centre", mutates_args=())
+def _op_centre(x: Tensor, scale: float, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """See `reference.centre`."""
+    centred = dispatch.choose(x.device).centre(x, scale, b_dec, dtype)
+    return centred.clone() if centred is x else centred  # an operator returns no argument
+
+
+@_op_centre.register_fake
+def _(x: Tensor, scale: float, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def centre(x: Tensor, scale: float, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """See `reference.centre`; without gradients."""
+    return _op_centre(x, scale, b_dec, dtype)
+
+
 @torch.library.custom_op("steersman::decode_and_dots", mutates_args=())
 def _op_decode_and_dots(
     values: Tensor,

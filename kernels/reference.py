@@ -21,6 +21,13 @@ def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | Non
     return centred @ W_enc.float().T + b_enc.float()
 
 
+def centre(x: Tensor, scale: float, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`scale x - b_dec` [N, D], computed in fp32 and rounded to `dtype`: what the encoder multiplies of rows x [N, D]
+    in any dtype."""
+    scaled = x.float() * scale
+    return (scaled if b_dec is None else scaled - b_dec.float()).to(dtype)
+
+
 def active(values: Tensor, signed: bool = False) -> Tensor:
     """Which entries of a code count: the positive ones, or of a signed code those that are not 0. bool, as `values`."""
     return values != 0 if signed else values > 0

@@ -199,6 +199,12 @@ def decode_and_dots(
     return residual.to(dtype), residual.square().sum(dim=1), dots
 
 
+def centre(x: Tensor, scale: float, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """See `reference.centre`."""
+    x = scaled(x, scale)
+    return (x if b_dec is None else x - b_dec).to(dtype)
+
+
 def scaled(x: Tensor, scale: float) -> Tensor:
     """`scale x` in fp32; x itself where it is that already."""
     return x.float() if scale == 1 else x.float() * scale

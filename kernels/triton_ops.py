@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.kernels import torch_ops, triton_backward, triton_decode, triton_encode, triton_threshold, triton_update
+from steersman.kernels import (
+    torch_ops,
+    triton_backward,
+    triton_centre,
+    triton_decode,
+    triton_encode,
+    triton_threshold,
+    triton_update,
+)
 from steersman.kernels.update import UpdateState
 
 LatentOrder = triton_backward.LatentOrder
@@ -48,6 +56,7 @@ batch_topk_encode = on_device(triton_threshold.batch_topk_encode)
 threshold_encode = on_device(triton_threshold.threshold_encode)
 threshold_select = on_device(triton_threshold.threshold_select)
 sparse_decode = on_device(triton_decode.sparse_decode)
+centre = on_device(triton_centre.centre)
 decode_and_dots = on_device(triton_decode.decode_and_dots)
 value_gradient = on_device(triton_backward.value_gradient)
 backward_update = on_device(triton_update.backward_update)

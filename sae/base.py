@@ -205,7 +205,8 @@ class SAE(nn.Module):
     def encode_training(self, x: Tensor, W_enc: Tensor | None = None) -> TrainingCode:
         """The code of x [N, D] while training, with gradients.
 
-        W_enc [L, D] stands in for the encoder's rows, where a copy of them is kept in the dtype of the products.
+        W_enc [L, D] stands in for the encoder's rows, where a copy of them is kept in the dtype of the products; x is
+        then what they multiply, in that dtype: `input_bias` has been subtracted.
         """
         able = ", ".join(name for name, kind in SAE.architectures.items() if kind.trainable)
         raise SteersmanError(f"training of {self.cfg.architecture!r} SAEs is not supported; use one of {able}")

@@ -25,8 +25,8 @@ def test_the_cpu_runs_pytorch_unless_told_otherwise() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["topk_encode", "batch_topk_encode", "threshold_encode", "threshold_select", "sparse_decode", "decode_and_dots",
-     "value_gradient"],
+    ["topk_encode", "batch_topk_encode", "threshold_encode", "threshold_select", "centre", "sparse_decode",
+     "decode_and_dots", "value_gradient"],
 )  # fmt: skip
 def test_every_implementation_has_the_functions_of_the_reference_and_their_signatures(name: str) -> None:
     pytest.importorskip("triton")
@@ -44,7 +44,7 @@ def test_old_names_warn(old: str, new: type) -> None:
 
 
 def test_operators_and_autograd_take_the_arguments_of_the_reference() -> None:
-    for name in ("topk_encode", "decode_and_dots"):
+    for name in ("topk_encode", "centre", "decode_and_dots"):
         expected = inspect.signature(getattr(reference, name)).parameters
         operator = getattr(torch.ops.steersman, name).default._schema.arguments
         assert [argument.name for argument in operator] == list(expected)

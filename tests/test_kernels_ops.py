@@ -33,13 +33,14 @@ def operands(name: str) -> tuple:
             *(t.clone().requires_grad_() for t in (W, b_dec)),
             order,
         ),
+        "centre": (x, 0.5, b_dec, torch.bfloat16),
         "decode_and_dots": (values, indices, W, b_dec, x, 0.5, torch.bfloat16),
     }[name]
 
 
 NAMES = [
     "topk_encode", "sort_by_latent", "scatter_rows", "scatter", "value_gradient", "code_values", "sparse_decode",
-    "decode_and_dots",
+    "centre", "decode_and_dots",
 ]  # fmt: skip
 
 

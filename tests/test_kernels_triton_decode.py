@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from steersman.kernels import reference, torch_ops, triton_decode
+from steersman.kernels import reference, torch_ops, triton_centre, triton_decode
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -66,6 +66,22 @@ def test_dots_are_those_of_the_residual_before_it_is_rounded_and_the_same_twice(
     assert torch.equal(rounded[0], exact[0].bfloat16())
     assert torch.equal(rounded[1], exact[1])
     assert torch.equal(rounded[2], exact[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("N", "D"), [(1, 3), (7, 40), (5, 1100), (0, 8)])
+def test_rows_are_scaled_centred_and_rounded_once(N: int, D: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(N, D + 3, generator=generator).to(DEVICE, dtype)[:, 3:]
+    b = torch.randn(D, generator=generator).to(DEVICE)
+    for bias in (b, None):
+        for out in (torch.float32, torch.bfloat16):
+            want = reference.centre(x, 0.7, bias, out)
+            for implementation in (triton_centre, torch_ops):
+                got = implementation.centre(x, 0.7, bias, out)
+                assert got.dtype == out
+                assert got.is_contiguous()
+                torch.testing.assert_close(got, want)
 
 
 def test_entries_of_value_zero_read_nothing() -> None:

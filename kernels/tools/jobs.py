@@ -15,6 +15,7 @@ import triton
 from steersman.kernels import (
     tiles,
     triton_backward,
+    triton_centre,
     triton_decode,
     triton_encode,
     triton_rescue,
@@ -251,7 +252,13 @@ def select_jobs(capability: int, C: int, k: int, *, signed: bool = False) -> Ite
 
 
 def decode_jobs(capability: int, full: bool) -> Iterator[Job]:
-    """The kernels of `triton_decode`, with bf16 rows in loads of 16 bytes."""
+    """The kernels of `triton_centre` and `triton_decode`, with bf16 rows in loads of 16 bytes."""
+    numbers = dict.fromkeys(("N", "D", "x_stride"), "i32") | {"scale": "fp32"}
+    yield job(
+        "centre", capability, triton_centre.centre_kernel, {"BIAS": True, "ROWS": 4, "BD": 1024},
+        {"x_ptr": "*bf16", "out_ptr": "*bf16"} | numbers, warps=4, divisible=("D", "x_stride"), registers=128,
+        needs=("LDG.E.128", "STG.E.128"),
+    )  # fmt: skip
     types = {"indices_ptr": "*i32", "w_ptr": "*bf16", "x_ptr": "*bf16", "residual_ptr": "*bf16", "scale": "fp32"}
     types |= dict.fromkeys(("D", "K", "x_stride"), "i32")
     shapes = ((64, 4096), (32, 1024), (64, 2304), (8, 768), (128, 4096), (512, 4096))

@@ -32,8 +32,8 @@ class BatchTopKSAE(AuxKSAE, ElementwiseSAE):
         )
 
     def encode_training(self, x: Tensor, W_enc: Tensor | None = None) -> TrainingCode:
-        rows, bias, latents = self.W_enc.T if W_enc is None else W_enc, self.input_bias, self.latents
-        k = self.whole_cfg.k
+        rows, bias = (self.W_enc.T, self.input_bias) if W_enc is None else (W_enc, None)
+        k, latents = self.whole_cfg.k, self.latents
         with torch.no_grad():
             # All that the batch selects may lie here, so a rank proposes as many as all replicas select.
             values, indices, lowest = choose(x.device).batch_topk_encode(

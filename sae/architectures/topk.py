@@ -40,7 +40,7 @@ class TopKSAE(AuxKSAE):
         return torch.where(ahead.sum(dim=-1) < k, code, torch.zeros_like(code))
 
     def encode_training(self, x: Tensor, W_enc: Tensor | None = None) -> TrainingCode:
-        rows, bias = self.W_enc.T if W_enc is None else W_enc, self.input_bias
+        rows, bias = (self.W_enc.T, self.input_bias) if W_enc is None else (W_enc, None)
         with torch.no_grad():
             values, order = topk_encode(x, rows, self.b_enc, self.cfg.k, bias, signed=self.signed)
             kept = self.latents.keep_topk(values.abs() if self.signed else values, self.whole_cfg.k)

@@ -20,6 +20,7 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.kernels import UpdateRule, UpdateState, choose, ops
 from steersman.kernels.operands import versions
+from steersman.kernels.torch_ops import scaled
 from steersman.kernels.update import PART, StepSizes, move_b_dec, update_matrix, update_vector
 from steersman.parallel import Mesh, Ranks
 from steersman.sae import SAE
@@ -45,9 +46,12 @@ class Updater(Protocol):
         """The learning rate of the next `step`."""
         ...
 
-    def backward(self, x: Tensor, target: Tensor, n_values: int, state: TrainingState) -> Step:
-        """Take the gradients of a part, x [N, D] and target [N, D_out], of a batch whose targets are `n_values`
-        numbers."""
+    scales: bool
+    """Whether it scales the rows of a batch itself, as it reads them."""
+
+    def backward(self, x: Tensor, target: Tensor, n_values: int, state: TrainingState, scale: float = 1.0) -> Step:
+        """Take the gradients of a part, `scale` x [N, D] and target [N, D_out], of a batch whose targets are `n_values`
+        numbers. What does not scale rows itself is given scaled ones, and a scale of 1."""
         ...
 
     def step(self) -> None:
@@ -106,6 +110,8 @@ def check_ranks(config: TrainConfig, mesh: Mesh) -> None:
 class _DenseGradients:
     """Gradients by autograd: summed over replicas, projected and clipped. A subclass moves the weights by them."""
 
+    scales = False
+
     def __init__(self, sae: SAE, config: TrainConfig, ranks: Ranks):
         self.sae, self.config, self.ranks, self.lr = sae, config, ranks, 0.0
         self.parameters = parameters_of(sae)
@@ -119,7 +125,7 @@ class _DenseGradients:
     def set_rate(self, lr: float) -> None:
         self.lr = lr
 
-    def backward(self, x: Tensor, target: Tensor, n_values: int, state: TrainingState) -> Step:
+    def backward(self, x: Tensor, target: Tensor, n_values: int, state: TrainingState, scale: float = 1.0) -> Step:
         step = self.sae.training_step(x, target, state)
         (step.loss / n_values).backward()
         return step
@@ -335,6 +341,8 @@ class FusedUpdater(_WithRule):
     same residual and dot products. (The reconstruction itself is added by rank, which moves its last bits.)
     """
 
+    scales = True
+
     def __init__(self, sae: SAE, config: TrainConfig, ranks: Ranks, eps: float):
         self.sae, self.config, self.parameters = sae, config, parameters_of(sae)
         self._latent = ranks.latent
@@ -359,30 +367,30 @@ class FusedUpdater(_WithRule):
         return changed
 
     @torch.no_grad()
-    def backward(self, x: Tensor, target: Tensor, n_values: int, state: TrainingState) -> Step:
+    def backward(self, x: Tensor, target: Tensor, n_values: int, state: TrainingState, scale: float = 1.0) -> Step:
         sae, weights, aux = self.sae, self.state_of_rule, state.aux
-        code = sae.encode_training(x, weights.enc_rows)
+        centred = ops.centre(x, scale, None if sae.input_bias is None else weights.b_dec, self.operands)
+        code = sae.encode_training(centred, weights.enc_rows)
         values, indices = code.values, code.order.indices
-        residual, squares, dots = self._decoded(code, target)
-        centred = (x if sae.input_bias is None else x - weights.b_dec).to(self.operands)
+        residual, squares, dots = self._decoded(code, target, scale)
         losses, logged, aux_rows = {"squared_error": squares.sum()}, {}, None
         if aux is not None:
-            scale = aux.weight * (aux.coefficient / n_values)
-            loss, aux_rows = auxk_gradients(sae, weights.enc_rows, weights.dec_rows, centred, residual, aux, scale)
+            weight = aux.weight * (aux.coefficient / n_values)
+            loss, aux_rows = auxk_gradients(sae, weights.enc_rows, weights.dec_rows, centred, residual, aux, weight)
             logged["aux"] = aux.weight * loss
             losses["aux"] = aux.coefficient * logged["aux"]
         # The gradient of the reconstruction is -2 residual / n_values.
         self._gradients = residual, -2 / n_values, centred, values, indices, dots, aux_rows
         return Step(code, losses, logged)
 
-    def _decoded(self, code: TrainingCode, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _decoded(self, code: TrainingCode, target: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """See `reference.decode_and_dots`."""
         values, indices = code.values, code.order.indices
         W_dec, b_dec = self.state_of_rule.dec_rows, self.state_of_rule.b_dec
         if self._latent.size == 1:
-            return ops.decode_and_dots(values, indices, W_dec, b_dec, target, 1.0, self.operands)
+            return ops.decode_and_dots(values, indices, W_dec, b_dec, target, scale, self.operands)
         part = choose(values.device).sparse_decode(values, indices, W_dec)
-        residual = target - self._latent.all_reduce_sum_(part).add_(b_dec)
+        residual = scaled(target, scale) - self._latent.all_reduce_sum_(part).add_(b_dec)
         dots = code.order.get().value_gradient(residual, W_dec)
         return residual.to(self.operands), residual.square().sum(dim=1), dots
 

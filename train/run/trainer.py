@@ -138,14 +138,15 @@ class Trainer:
     def _take_step(self, rows: Tensor) -> None:
         """What the device does in a step, in `grad_accumulation` parts."""
         sae, config = self.sae, self.config
-        x, target = self.scaled(rows)
+        scale = self.scale if self.updater.scales else 1.0
+        x, target = self.split(rows.to(self.device, non_blocking=True)) if self.updater.scales else self.scaled(rows)
         fired = torch.zeros(sae.cfg.d_sae, device=self.device)
         aux = self.dead_latents.aux_term()
         state = TrainingState(step=self.n_steps_done, n_steps=self.recipe.n_steps, aux=aux, config=config)
         # Targets have unit variance per dimension, so the loss a number estimates FVU, whatever the batch holds.
         n_values = target.numel() * self.ranks.mesh.data
         for part in zip(x.chunk(config.grad_accumulation), target.chunk(config.grad_accumulation)):
-            step = self.updater.backward(*part, n_values, state)
+            step = self.updater.backward(*part, n_values, state, scale)
             active = step.code.active.float()
             fired.scatter_add_(0, step.code.order.indices.flatten().long(), active.flatten())
             self._add(step, active.sum())
