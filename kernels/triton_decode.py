@@ -132,10 +132,11 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     (N, K), D = values.shape, W_dec.shape[1]
     piece = piece_of(D)
     out = torch.empty(N, D, device=values.device)
+    bias = out if b_dec is None else b_dec.detach().contiguous()
     if N:
         decode_kernel[(N, triton.cdiv(D, piece))](
-            values_ptr=values, indices_ptr=indices, w_ptr=W_dec, bias_ptr=out if b_dec is None else b_dec.detach(),
-            out_ptr=out, D=D, K=K, BIAS=b_dec is not None, KB=KB, BD=piece, num_warps=4 if piece > 128 else 1,
+            values_ptr=values, indices_ptr=indices, w_ptr=W_dec, bias_ptr=bias, out_ptr=out, D=D, K=K,
+            BIAS=b_dec is not None, KB=KB, BD=piece, num_warps=4 if piece > 128 else 1,
         )  # fmt: skip
     return out
 
@@ -153,12 +154,13 @@ def decode_and_dots(
     values, indices, W_dec = values.contiguous(), indices.contiguous(), W_dec.contiguous()
     (N, K), D = values.shape, W_dec.shape[1]
     x = x if x.stride(1) == 1 else x.contiguous()
+    bias = None if b_dec is None else b_dec.contiguous()
     residual = torch.empty(N, D, dtype=dtype, device=x.device)
     squares, dots = torch.empty(N, device=x.device), torch.empty(N, K, device=x.device)
     if N:
         decode_and_dots_kernel[(N,)](
-            values_ptr=values, indices_ptr=indices, w_ptr=W_dec, bias_ptr=squares if b_dec is None else b_dec, x_ptr=x,
+            values_ptr=values, indices_ptr=indices, w_ptr=W_dec, bias_ptr=squares if bias is None else bias, x_ptr=x,
             residual_ptr=residual, squares_ptr=squares, dots_ptr=dots, D=D, K=K, x_stride=x.stride(0), scale=scale,
-            BIAS=b_dec is not None, HELD=K <= MOST_HELD, **held_tile(K, D),
+            BIAS=bias is not None, HELD=K <= MOST_HELD, **held_tile(K, D),
         )  # fmt: skip
     return residual, squares, dots

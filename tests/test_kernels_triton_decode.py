@@ -30,6 +30,8 @@ def test_equals_the_reference(N: int, L: int, D: int, k: int, dtype: torch.dtype
     expected = reference.sparse_decode(values, indices, W, b)
     torch.testing.assert_close(triton_decode.sparse_decode(values, indices, W, b), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(triton_decode.sparse_decode(values, indices, W), expected - b, rtol=1e-5, atol=1e-5)
+    spread = torch.stack([b, torch.zeros_like(b)], dim=1)[:, 0]  # a bias may be a column of something wider
+    torch.testing.assert_close(triton_decode.sparse_decode(values, indices, W, spread), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
