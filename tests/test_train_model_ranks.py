@@ -1,7 +1,10 @@
 """Some ranks run the model, others train: the run of one process, whatever their numbers and whatever happens."""
 
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,10 +13,12 @@ from support.ranks import answers, run_ranks, start_ranks
 from support.sharded_jobs import bytes_sent_by_model, train, train_from_stream
 from support.stores import word_documents
 from support.training import assert_same_sae, mixture
+from torch import Tensor
 
-from steersman.errors import SteersmanError
+from steersman.errors import LostRankError, PreemptedError, SteersmanError
 from steersman.sae import SAE
 from steersman.train import ActivationStore, TrainConfig, train_sae
+from steersman.train.mesh.model_ranks import _ModelRank
 from steersman.train.reports.plan import PlanConfig, plan_run
 
 CONFIG = TrainConfig(
@@ -113,6 +118,29 @@ def test_a_rank_that_is_asked_to_end_has_all_of_them_save_and_end(
     assert 0 < int(newest[5:]) < 60
     run_ranks(3, train_from_stream, text, STREAM, config, str(out))
     assert_same_sae(alone, out)
+
+
+def test_why_they_end_is_said_by_the_first_trainer_though_another_is_gone_already() -> None:
+    class Gone:
+        """A wire on which the second trainer is gone when something is to be sent, or while it is."""
+
+        def send(self, x: Tensor, to: int) -> Callable[[], Any]:
+            if to == 1 and x.numel() == 4 and next(sent) == 0:
+                raise LostRankError("rank 1 is gone")
+
+            def finish() -> None:
+                if to == 1:
+                    raise LostRankError("rank 1 is gone")
+
+            return finish
+
+    sent, requests = itertools.count(), iter([("stop",)] * 5 + [("end", "PreemptedError", "asked to end")])
+    channel: Any = SimpleNamespace(
+        control=Gone(), rank=2, trainers=range(2), model_ranks=range(2, 3), receive_request=lambda: next(requests)
+    )
+    pool: Any = None
+    with pytest.raises(PreemptedError, match="asked to end"):
+        _ModelRank(channel, pytest.fail, pool, 1.0).serve()
 
 
 def test_the_model_runs_no_further_ahead_than_half_a_buffer(text: str, tmp_path: Path) -> None:

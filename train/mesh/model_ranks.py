@@ -197,12 +197,12 @@ class _ModelRank:
             return
         sending, channel = [], self._channel
         for trainer, rows in zip(channel.trainers, splits):
-            sending.append(channel.control.send(self._head(len(rows), len(rows.x)), trainer))
+            sending.append(_send(channel.control, self._head(len(rows), len(rows.x)), trainer))
             if self._part == 0 and len(rows):
                 info = np.ascontiguousarray(rows.info)
-                sending.append(channel.control.send(torch.from_numpy(info), trainer))
+                sending.append(_send(channel.control, torch.from_numpy(info), trainer))
             if rows.x.numel():
-                sending.append(channel.rows.send(rows.x, trainer))
+                sending.append(_send(channel.rows, rows.x, trainer))
         self._under_way(sending)
 
     def _stop(self) -> None:
@@ -234,9 +234,9 @@ class _ModelRank:
     def _reply(self, word: int, content: bytes = b"") -> None:
         sending, control = [], self._channel.control
         for trainer in self._channel.trainers:
-            sending.append(control.send(self._head(word, len(content)), trainer))
+            sending.append(_send(control, self._head(word, len(content)), trainer))
             if content:
-                sending.append(control.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), trainer))
+                sending.append(_send(control, torch.frombuffer(bytearray(content), dtype=torch.uint8), trainer))
         self._under_way(sending)
 
     def _head(self, n: int, here: int) -> Tensor:
@@ -246,7 +246,17 @@ class _ModelRank:
         self._sent.append(sending)
         while len(self._sent) > _UNRECEIVED:
             for finish in self._sent.popleft():
-                finish()
+                with suppress(LostRankError):  # see `_send`
+                    finish()
+
+
+def _send(wire: Wire, tensor: Tensor, trainer: int) -> Callable[[], Any]:
+    """See `Wire.send`. A trainer that is gone gets nothing: why they end is for the first of them to say, which may
+    come later, and if that one is gone too, its next request is what is lost."""
+    try:
+        return wire.send(tensor, trainer)
+    except LostRankError:
+        return lambda: None
 
 
 @dataclass(frozen=True)
