@@ -96,7 +96,7 @@ class Design:
 
 SHIPPED = Design(
     tighten=3500.0,
-    prepare_bytes=26.0,
+    prepare_bytes=8.0,
     gather=1.0,
     sums_apart=False,
     update_bytes={"float32": 52.0, "bfloat16": 36.0, "int8": 28.3},
