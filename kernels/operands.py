@@ -59,6 +59,11 @@ class Operands:
     def dtype(self) -> torch.dtype:
         return self.x.dtype
 
+    @property
+    def in_full(self) -> bool:
+        """Whether fp32 is multiplied as it is, for which there are no matrix units."""
+        return self.dtype == torch.float32 and self.precision == "ieee"
+
     def shape(self, k: int) -> tuple[int, int, int, int]:
         """N, L, D, K."""
         return len(self.x), len(self.W), self.x.shape[1], k

@@ -58,6 +58,10 @@ WAVE: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
 }
 """The shipped tiles of `wave_kernel` by capability and dtype of the operands; the first is the rule's choice."""
 
+IN_FULL = WAVE[80, torch.float32][0]
+"""The tile of `wave_kernel` where fp32 is multiplied in full: without matrix units a larger one needs more registers
+than there are."""
+
 PLAIN = {(100, torch.bfloat16): 1}
 """The entry of `WAVE` for modes other than FILTER, where the rule's choice would need more registers than there are."""
 
@@ -89,7 +93,7 @@ SMALL_BATCH |= {(100, torch.float32): SMALL_BATCH[80, torch.float32]}
 
 RESCUE: dict[torch.dtype, Tile] = {
     torch.bfloat16: Tile(BM=16, BN=64, BK=64, warps=4, stages=3, tma=False),
-    torch.float32: Tile(BM=16, BN=64, BK=32, warps=4, stages=3, tma=False),
+    torch.float32: Tile(BM=16, BN=64, BK=32, warps=8, stages=3, tma=False),
 }
 """The tile of `rescue_kernel`."""
 

@@ -264,6 +264,8 @@ def launch_wave(
     if wanted and (persistent := persistent_waves()) is not None:
         persistent.launch_filter(ops, tile, wave, tau, buffer, count, C)
         return
+    if ops.in_full and ops.x.is_cuda:
+        tile = tiles.IN_FULL
     N, D = ops.x.shape
     first, last = wave
     x, w = _sources(ops, (tile.BM, tile.BK), (tile.BN, tile.BK), tile.tma)
