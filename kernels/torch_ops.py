@@ -210,6 +210,22 @@ def scaled(x: Tensor, scale: float) -> Tensor:
     return x.float() if scale == 1 else x.float() * scale
 
 
+def mark_active(values: Tensor, indices: Tensor, fired: Tensor, n_active: Tensor) -> None:
+    """Count a code, values and indices [N, K], in place: fired [L] fp32 becomes larger where a latent is active (its
+    value is not 0), n_active [1] fp64 grows by the number of active entries."""
+    active = (values.abs() > 0).float()
+    fired.scatter_add_(0, indices.flatten().long(), active.flatten())
+    n_active += active.sum()
+
+
+def count_silence(silent_steps: Tensor, fired: Tensor, limits: Tensor) -> Tensor:
+    """Count a step, in place: silent_steps [L] int32 is 0 where fired [L] is above 0 and grows by 1 elsewhere. Returns
+    how many latents have been silent for at least each of limits [M] int32 steps, [M] int32."""
+    silent_steps += 1
+    silent_steps.masked_fill_(fired > 0, 0)
+    return (silent_steps >= limits[:, None]).sum(dim=1, dtype=torch.int32)
+
+
 def value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor) -> Tensor:
     """See `reference.value_gradient`."""
     N, K = indices.shape

@@ -16,6 +16,7 @@ from steersman.kernels import (
     torch_ops,
     triton_backward,
     triton_centre,
+    triton_counters,
     triton_decode,
     triton_encode,
     triton_threshold,
@@ -61,3 +62,5 @@ decode_and_dots = on_device(triton_decode.decode_and_dots)
 value_gradient = on_device(triton_backward.value_gradient)
 backward_update = on_device(triton_update.backward_update)
 move_b_dec = on_device(triton_update.move_b_dec)
+mark_active = on_device(triton_counters.mark_active)
+count_silence = on_device(triton_counters.count_silence)

@@ -289,7 +289,7 @@ def shape_of(C: int, *, interpreted: bool = False) -> dict[str, int]:
     """How a program looks at the C slots of a buffer: R rows of it, T columns, `num_warps`.
 
     >>> shape_of(1024), shape_of(4096)["T"]
-    ({'R': 1, 'T': 64, 'num_warps': 1}, 256)
+    ({'R': 1, 'T': 32, 'num_warps': 1}, 128)
     """
     warps = max(1, C // KEYS_PER_WARP)
     return {"R": rows_per_program(interpreted), "T": min(16 if interpreted else 32 * warps, C // 4), "num_warps": warps}

@@ -16,6 +16,7 @@ from steersman.kernels import (
     tiles,
     triton_backward,
     triton_centre,
+    triton_counters,
     triton_decode,
     triton_encode,
     triton_rescue,
@@ -347,6 +348,19 @@ def update_job(capability: int, D: int, state: str, *, aux: bool = True, adam: b
     )  # fmt: skip
 
 
+# --- counters: triton_counters ---
+
+
+def counter_jobs(capability: int, full: bool) -> Iterator[Job]:
+    """The kernels of `triton_counters`."""
+    types = {"indices_ptr": "*i32", "n_active_ptr": "*fp64", "n_pairs": "i32"}
+    yield job("mark_active", capability, triton_counters.mark_active_kernel, {"BLOCK": triton_counters.BLOCK}, types,
+              warps=4, registers=64)  # fmt: skip
+    types = dict.fromkeys(("silent_ptr", "limits_ptr", "counts_ptr"), "*i32") | {"L": "i32"}
+    yield job("count_silence", capability, triton_counters.count_silence_kernel,
+              {"LIMITS": 2, "BLOCK": triton_counters.BLOCK}, types, warps=4, registers=64)  # fmt: skip
+
+
 FAMILIES: tuple[Callable[[int, bool], Iterator[Job]], ...] = (
-    encode_jobs, rescue_jobs, selection_jobs, decode_jobs, backward_jobs, update_jobs
+    encode_jobs, rescue_jobs, selection_jobs, decode_jobs, backward_jobs, update_jobs, counter_jobs
 )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from steersman.kernels import choose
 from steersman.parallel import Ranks
 from steersman.sae.training import AuxTerm
 from steersman.train.mesh.selection import keep_topk
@@ -52,7 +53,7 @@ class DeadLatents:
         self._largest = min(n_latents * ranks.mesh.latent, max(4 * recipe.k_aux, 64))
         self._late = steps_late(device)
         after = recipe.dead_after_steps
-        self._limits = torch.tensor([[after - self._late], [after]], dtype=torch.int32, device=device)
+        self._limits = torch.tensor([after - self._late, after], dtype=torch.int32, device=device)
         self._counts = torch.zeros(2, ranks.latent.size, dtype=torch.int32, device=device)
         """[2, R]: how many latents of each rank may be dead in `_late` steps from now, and how many are."""
         self._waiting: deque[Callable[[], list[int]]] = deque()
@@ -98,14 +99,12 @@ class DeadLatents:
         """Count a step; fired [L] is above 0 where a latent was active on one of this rank's rows."""
         if self.ranks.mesh.world_size > 1:
             fired = self.ranks.data.all_reduce_max_((fired > 0).to(torch.uint8))
-        self.silent_steps += 1
-        self.silent_steps.masked_fill_(fired > 0, 0)
-        self._count()
+        self._share(choose(fired.device).count_silence(self.silent_steps, fired, self._limits))
 
-    def _count(self) -> None:
+    def _share(self, counts: Tensor) -> None:
+        """Let all ranks know this rank's counts [2]."""
         if self._coefficient:
-            here = (self.silent_steps >= self._limits).sum(dim=1, dtype=torch.int32)
-            self._counts.copy_(self.ranks.latent.all_gather(here).T)
+            self._counts.copy_(self.ranks.latent.all_gather(counts).T)
 
     def _shape_of(self, counts: list[int]) -> AuxShape | None:
         """The sizes with which all of the dead take part, where each rank has at most so many."""
@@ -139,7 +138,7 @@ class DeadLatents:
 
     def _begin(self, counts: list[int] | None) -> None:
         self._waiting.clear()
-        self._count()
+        self._share((self.silent_steps >= self._limits[:, None]).sum(dim=1, dtype=torch.int32))
         if self._late and self._coefficient:
             first = read_later(self._counts[1])() if counts is None else counts
             self._waiting.append(lambda: first)

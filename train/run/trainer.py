@@ -18,6 +18,7 @@ from torch import Tensor
 
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
+from steersman.kernels import choose
 from steersman.parallel import Mesh, Ranks
 from steersman.sae import SAE, SAEConfig
 from steersman.sae.training import Step, TrainingState
@@ -147,9 +148,8 @@ class Trainer:
         n_values = target.numel() * self.ranks.mesh.data
         for part in zip(x.chunk(config.grad_accumulation), target.chunk(config.grad_accumulation)):
             step = self.updater.backward(*part, n_values, state, scale)
-            active = step.code.active.float()
-            fired.scatter_add_(0, step.code.order.indices.flatten().long(), active.flatten())
-            self._add(step, active.sum())
+            self._add(step)
+            choose(self.device).mark_active(step.code.values.detach(), step.code.order.indices, fired, self._n_active)
             sae.after_step(step, state)
         self.updater.step()
         for name, average in self.ema.items():
@@ -158,7 +158,11 @@ class Trainer:
 
     # What is logged
 
-    def _add(self, step: Step, active: Tensor) -> None:
+    @property
+    def _n_active(self) -> Tensor:
+        return self.sums[_ACTIVE : _ACTIVE + 1]
+
+    def _add(self, step: Step) -> None:
         losses = {name: value.detach() for name, value in {**step.losses, **step.logged}.items()}
         if step.losses.keys() - set(_SUMS):
             losses["loss"] = step.loss.detach()
@@ -166,9 +170,8 @@ class Trainer:
         if further:
             self.summed += further
             self.sums = torch.cat([self.sums, self.sums.new_zeros(len(further))])
-        losses["active"] = active
-        nothing = torch.zeros_like(active)
-        self.sums += torch.stack([losses.get(name, nothing) for name in self.summed]).double()
+        for name, value in losses.items():
+            self.sums[self.summed.index(name)].add_(value)
 
     def _sums_of_ranks(self) -> Tensor:
         """`sums` over all ranks: losses are those of a replica's rows, active features those of a rank's latents."""
