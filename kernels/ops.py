@@ -333,3 +333,33 @@ def backward_update(
         list(aux or ()), parts, state.first_latent, centred_by_b_dec, signed, rule.name, rule.beta1, rule.beta2,
         rule.eps, rule.state_dtype,
     )  # fmt: skip
+
+
+@torch.library.custom_op("steersman::mark_active", mutates_args=("fired", "n_active"))
+def _op_mark_active(values: Tensor, indices: Tensor, fired: Tensor, n_active: Tensor) -> None:
+    dispatch.choose(values.device).mark_active(values, indices, fired, n_active)
+
+
+@_op_mark_active.register_fake
+def _(values: Tensor, indices: Tensor, fired: Tensor, n_active: Tensor) -> None:
+    return None
+
+
+def mark_active(values: Tensor, indices: Tensor, fired: Tensor, n_active: Tensor) -> None:
+    """See `torch_ops.mark_active`; without gradients."""
+    _op_mark_active(values.detach(), indices, fired, n_active)
+
+
+@torch.library.custom_op("steersman::count_silence", mutates_args=("silent_steps",))
+def _op_count_silence(silent_steps: Tensor, fired: Tensor, limits: Tensor) -> Tensor:
+    return dispatch.choose(fired.device).count_silence(silent_steps, fired, limits)
+
+
+@_op_count_silence.register_fake
+def _(silent_steps: Tensor, fired: Tensor, limits: Tensor) -> Tensor:
+    return torch.empty_like(limits)
+
+
+def count_silence(silent_steps: Tensor, fired: Tensor, limits: Tensor) -> Tensor:
+    """See `torch_ops.count_silence`."""
+    return _op_count_silence(silent_steps, fired, limits)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steersman.kernels import choose
+from steersman.kernels import ops
 from steersman.parallel import Ranks
 from steersman.sae.training import AuxTerm
 from steersman.train.mesh.selection import keep_topk
@@ -99,7 +99,7 @@ class DeadLatents:
         """Count a step; fired [L] is above 0 where a latent was active on one of this rank's rows."""
         if self.ranks.mesh.world_size > 1:
             fired = self.ranks.data.all_reduce_max_((fired > 0).to(torch.uint8))
-        self._share(choose(fired.device).count_silence(self.silent_steps, fired, self._limits))
+        self._share(ops.count_silence(self.silent_steps, fired, self._limits))
 
     def _share(self, counts: Tensor) -> None:
         """Let all ranks know this rank's counts [2]."""

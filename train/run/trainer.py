@@ -18,7 +18,7 @@ from torch import Tensor
 
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
-from steersman.kernels import choose
+from steersman.kernels import ops
 from steersman.parallel import Mesh, Ranks
 from steersman.sae import SAE, SAEConfig
 from steersman.sae.training import Step, TrainingState
@@ -149,7 +149,7 @@ class Trainer:
         for part in zip(x.chunk(config.grad_accumulation), target.chunk(config.grad_accumulation)):
             step = self.updater.backward(*part, n_values, state, scale)
             self._add(step)
-            choose(self.device).mark_active(step.code.values.detach(), step.code.order.indices, fired, self._n_active)
+            ops.mark_active(step.code.values, step.code.order.indices, fired, self._n_active)
             sae.after_step(step, state)
         self.updater.step()
         for name, average in self.ema.items():
