@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.stores import HOOK, digests, word_documents
 
 from steersman.errors import LostRankError, SteersmanError
 from steersman.train import ActivationStore, cache_activations
+from steersman.train.capture import shared_store
 from steersman.train.capture.parallel_cache import SharedStore
 
 DOCUMENTS = word_documents(90, seed=3)
@@ -52,6 +54,39 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "acts"
     cache(str(out), {**OPTIONS, "tokens": 1901})
     return out
+
+
+@pytest.mark.parametrize("question", ["_is_ours", "only_begun", "_only_begun"])
+def test_another_rank_may_begin_while_one_looks(question: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Just after one of the questions whose folder it is has been answered."""
+    stores: list[SharedStore] = []
+    place: Any = SharedStore if question == "_only_begun" else shared_store
+    begin, answer = SharedStore._open, getattr(place, question)
+
+    def opened(self: SharedStore) -> None:
+        stores.append(self)
+        begin(self)
+
+    def asked(*args: Any) -> bool:
+        found = answer(*args)
+        record = tmp_path / "acts" / "parts" / "manifest.json"
+        record.write_bytes(replace(stores[0]._described, shards=()).sealed())
+        (tmp_path / "acts" / "rows").mkdir(exist_ok=True)
+        (tmp_path / "acts" / "rows" / "00000.safetensors").touch()
+        return found
+
+    def reached(*_: Any) -> None:
+        raise LostRankError("the store is open")
+
+    monkeypatch.setattr(SharedStore, "_open", opened)
+    monkeypatch.setattr(place, question, asked)
+    monkeypatch.setattr(SharedStore, "begin_shard", reached)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "acts" / "parts").mkdir(parents=True)
+    (tmp_path / "acts" / "parts" / "rank-00000").touch()
+    with pytest.raises(LostRankError, match="the store is open"):
+        cache_activations(model(), DOCUMENTS, out=str(tmp_path / "acts"), **OPTIONS, tokens=1901)
 
 
 @pytest.mark.parametrize("n", [2, 4])

@@ -103,9 +103,10 @@ class SharedStore:
             self.manifest = check_same_store(folder, manifest, self._check_text)
             if self.manifest.complete:
                 return
-        elif not _is_ours(parts) and not only_begun(folder, manifest, [PARTS]):
+        # Another rank may go on from the one to the other between the two questions, but not back.
+        elif not only_begun(folder, manifest, [PARTS]) and not _is_ours(parts):
             raise SteersmanError(f"{folder}: exists and is not an activation store; choose an empty or new folder")
-        if parts.exists() and not _is_ours(parts) and not self._only_begun():
+        if parts.exists() and not self._only_begun() and not _is_ours(parts):
             raise SteersmanError(
                 f"{parts}: this folder is needed and holds files that Steersman did not write; choose another folder "
                 "for the store"
