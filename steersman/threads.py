@@ -1,8 +1,9 @@
-"""Processor threads: how many there may be, and that they sleep where they wait. Does not load PyTorch.
+"""Processor threads: how many there may be, and how long they spin where they wait. Does not load PyTorch.
 
 PyTorch cuts an operation into one part a thread and waits for the last. A waiting thread spins for about a millisecond,
 which is the fastest where each has a core to itself. Where other work shares the cores, the threads that spin hold the
-cores that the last part waits for, and generation by a small model is several times slower than on one thread.
+cores that the last part waits for, and generation by a small model is several times slower than on one thread. Where
+they sleep at once, waking them costs as much as a small operation. So they spin for a few hundredths of it, and sleep.
 """
 
 import math
@@ -10,18 +11,20 @@ import os
 from pathlib import Path
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+_SPINS = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+"""For GNU's OpenMP a number of looks; for LLVM's and Intel's milliseconds, of which 0 would be none."""
 _COUNTING = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def share_the_machine() -> None:
-    """Have the threads of this process sleep while they wait, and be no more than the cores it may use.
+    """Have the threads of this process sleep where they wait for long, and be no more than the cores it may use.
 
     It works through the environment that PyTorch reads when it is loaded, so it is for programs and comes before the
     import: the command line calls it, the library does not. What the user has set stays; the number depends on the
     machine and the container alone, never on its load, so that a run on it gives the same bits each time.
     """
     if not any(name in os.environ for name in _WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.update(_SPINS)
     quota = _cpu_quota()
     if quota is not None and not any(name in os.environ for name in _COUNTING):
         os.environ["OMP_NUM_THREADS"] = str(usable_cores())
