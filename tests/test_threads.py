@@ -1,4 +1,4 @@
-"""Threads of a program: they soon sleep where they wait, and their number fits the container; what the user set stays."""
+"""Threads of a program: they soon sleep where they wait, and their number fits the container; what users set stays."""
 
 import os
 import subprocess
