@@ -22,6 +22,7 @@ Shape letters: N tokens, L latents, D width, K active latents a token, C slots, 
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -86,18 +87,29 @@ def topk_encode_counted(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None, *, signed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`topk_encode`, and how many rows took the exact slow path: a [1] int32 tensor on the device."""
-    N = len(x)
-    values = torch.empty(N, k, device=x.device)
-    indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
-    n_failed = torch.zeros(1, dtype=torch.int32, device=x.device)
+    return largest(prepare(x, W_enc, b_enc, b_dec), k, signed=signed)
+
+
+RaiseBound = Callable[[Tensor, Tensor, Tensor], None]
+"""Called between two waves with the buffer of keys [N, C], the counts [N] and tau [N], which it may raise."""
+
+
+def largest(
+    ops: Operands, k: int, *, signed: bool = False, raise_bound: RaiseBound | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The K largest of each row, values fp32 and indices int32 [N, K], and how many rows took the exact slow path [1].
+    With `raise_bound`, only what reaches that bound is sure to be among them."""
+    N, device = len(ops.x), ops.x.device
+    values = torch.empty(N, k, device=device)
+    indices = torch.empty(N, k, dtype=torch.int32, device=device)
+    n_failed = torch.zeros(1, dtype=torch.int32, device=device)
     if N == 0:
         return values, indices, n_failed
-    ops = prepare(x, W_enc, b_enc, b_dec)
     if N <= SMALL_BATCH:
         keys, count = triton_select.reduce(small_batch_pre_activations(ops), k, chunk_of(k), signed=signed), None
     else:
-        tile = tiles.find(ops.shape(k), ops.dtype, x.device, signed)
-        candidates = collect(ops, k, n_failed, tile, signed=signed)
+        tile = tiles.find(ops.shape(k), ops.dtype, device, signed)
+        candidates = collect(ops, k, n_failed, tile, signed=signed, raise_bound=raise_bound)
         rescue(ops, candidates, k, signed=signed)
         keys, count = candidates.buffer, candidates.count
     triton_select.finish(keys, count, k, values, indices, signed=signed)
@@ -114,13 +126,13 @@ def collect(
     k: int,
     n_failed: Tensor,
     tile: tiles.Tile,
-    schedule: Plan | None = None,
     *,
     signed: bool = False,
+    raise_bound: RaiseBound | None = None,
 ) -> Candidates:
     """Run all waves: each row's candidates, among them its K largest unless its count says that some were lost."""
     N = len(ops.x)
-    schedule = schedule or plan(len(ops.W), k)
+    schedule = plan(len(ops.W), k)
     C = schedule.slots
     device = ops.x.device
     buffer = torch.empty(N, C, dtype=torch.int64, device=device)
@@ -134,4 +146,6 @@ def collect(
             launch_wave(ops, tile, FILTER, wave, tau, buffer, count, C, signed=signed)
         if i < len(schedule.waves) - 1:
             triton_select.tighten(buffer, count, tau, k)
+            if raise_bound is not None:
+                raise_bound(buffer, count, tau)
     return Candidates(buffer, count, n_failed)

@@ -22,12 +22,9 @@ from torch import Tensor
 
 from steersman.kernels import tiles, torch_ops, triton_select
 from steersman.kernels.operands import Operands, prepare
-from steersman.kernels.triton_encode import LARGEST_K, SMALL_BATCH, chunk_of, plan
-from steersman.kernels.triton_rescue import Candidates, rescue
+from steersman.kernels.triton_encode import LARGEST_K, SMALL_BATCH, largest
 from steersman.kernels.triton_wave import (
     DENSE,
-    FILTER,
-    FIRST,
     THRESHOLD,
     launch_wave,
     small_batch_pre_activations,
@@ -177,33 +174,14 @@ def _resized(rows: Tensor, width: int) -> Tensor:
 def propose(ops: Operands, k: int, width: int) -> tuple[Tensor, Tensor]:
     """Each row's `width` largest values after ReLU, complete down to the batch's (N*K)-th largest: values fp32 and
     indices int32 [N, width]."""
-    N, L = len(ops.x), len(ops.W)
-    device = ops.x.device
-    values = torch.empty(N, width, device=device)
-    indices = torch.empty(N, width, dtype=torch.int32, device=device)
-    if N <= SMALL_BATCH:
-        keys = triton_select.reduce(small_batch_pre_activations(ops), width, chunk_of(width))
-        triton_select.finish(keys, None, width, values, indices)
-        return values, indices
-    schedule = plan(L, width)
-    tile = tiles.find(ops.shape(width), ops.dtype, device)
-    buffer = torch.empty(N, schedule.slots, dtype=torch.int64, device=device)
-    count = torch.full((N,), schedule.waves[0][1], dtype=torch.int32, device=device)
-    tau = torch.full((N,), float("-inf"), device=device)
-    for i, wave in enumerate(schedule.waves):
-        first = i == 0
-        in_use = tiles.find_plain(ops.dtype, device) if first else tile
-        launch_wave(ops, in_use, FIRST if first else FILTER, wave, tau, buffer, count, schedule.slots)
-        if i < len(schedule.waves) - 1:
-            triton_select.tighten(buffer, count, tau, width)
-            # Equal values of an earlier token go before those of a later one, so the bound lets them in: it is the
-            # next number below.
-            below = (rank_bits(buffer, N * k, count) - 1).clamp(min=0).view(torch.float32)
-            torch.maximum(tau, below.nan_to_num(nan=float("inf")), out=tau)
-    candidates = Candidates(buffer, count, torch.zeros(1, dtype=torch.int32, device=device))
-    rescue(ops, candidates, width)
-    triton_select.finish(buffer, count, width, values, indices)
-    return values, indices
+
+    def raise_bound(buffer: Tensor, count: Tensor, tau: Tensor) -> None:
+        # Equal values of an earlier token go before those of a later one, so the bound lets them in: it is the next
+        # number below.
+        below = (rank_bits(buffer, len(ops.x) * k, count) - 1).clamp(min=0).view(torch.float32)
+        torch.maximum(tau, below.nan_to_num(nan=float("inf")), out=tau)
+
+    return largest(ops, width, raise_bound=raise_bound)[:2]
 
 
 def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None) -> Tensor:

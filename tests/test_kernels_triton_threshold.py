@@ -22,7 +22,7 @@ def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     few = 64 if request.param == "few" else 0
     for module in (triton_encode, triton_threshold):
         monkeypatch.setattr(module, "SMALL_BATCH", few)
-        monkeypatch.setattr(module, "plan", functools.partial(PLAN, smallest=128, largest=256))
+    monkeypatch.setattr(triton_encode, "plan", functools.partial(PLAN, smallest=128, largest=256))
     monkeypatch.setattr(triton_threshold, "THRESHOLD_SLOTS", 128)
 
 

@@ -74,14 +74,14 @@ def encode_jobs(capability: int, full: bool) -> Iterator[Job]:
     """`triton_wave.wave_kernel` in all modes, plain and signed, `gluon_wave.filter_kernel` where a tile is for it, and
     `small_batch_kernel`."""
     for dtype, precision in operands_of(full):
-        for i, tile in enumerate((tiles.IN_FULL,) if precision == "ieee" else tiles.WAVE[capability, dtype]):
+        waves = (tiles.IN_FULL,) if precision == "ieee" else tiles.WAVE[capability, dtype]
+        for i, tile in enumerate(waves):
             plain = i == tiles.PLAIN.get((capability, dtype), 0)
             for mode in MODES if plain else ("filter",):
                 yield wave_job(tile, capability, dtype, mode, precision)
             if tile.persistent:
                 yield persistent_job(tile, capability, dtype)
-        usual = tiles.IN_FULL if precision == "ieee" else tiles.WAVE[capability, dtype][0]
-        first, filtering = tiles.SIGNED.get((capability, dtype), (usual, usual))
+        first, filtering = tiles.SIGNED.get((capability, dtype), (waves[0], waves[0]))
         yield wave_job(first, capability, dtype, "first", precision, signed=True)
         yield wave_job(filtering, capability, dtype, "filter", precision, signed=True)
         for tile in tiles.SMALL_BATCH[capability, dtype]:

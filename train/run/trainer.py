@@ -149,7 +149,8 @@ class Trainer:
         for part in zip(x.chunk(config.grad_accumulation), target.chunk(config.grad_accumulation)):
             step = self.updater.backward(*part, n_values, state, scale)
             self._add(step)
-            ops.mark_active(step.code.values, step.code.order.indices, fired, self._n_active)
+            n_active = self.sums[_ACTIVE : _ACTIVE + 1]
+            ops.mark_active(step.code.values, step.code.order.indices, fired, n_active)
             sae.after_step(step, state)
         self.updater.step()
         for name, average in self.ema.items():
@@ -157,10 +158,6 @@ class Trainer:
         self.dead_latents.step_done(fired)
 
     # What is logged
-
-    @property
-    def _n_active(self) -> Tensor:
-        return self.sums[_ACTIVE : _ACTIVE + 1]
 
     def _add(self, step: Step) -> None:
         losses = {name: value.detach() for name, value in {**step.losses, **step.logged}.items()}
