@@ -1,5 +1,9 @@
 """Interventions: steer a language model by features of an SAE or by vectors."""
 
+from steersman.steer.analysis.concept_shift import ConceptShift, concept_shift
+from steersman.steer.analysis.layers import LayerDivergence, layer_divergences
+from steersman.steer.analysis.promote import PromoteReport, promote_report
+from steersman.steer.analysis.sweep import Sweep, SweepConfig, sweep_layers
 from steersman.steer.calibrate import CalibrateConfig, Calibration, calibrate, calibrated
 from steersman.steer.compare import Comparison, SteerConfig, TextPair, steer_and_compare
 from steersman.steer.decompose import (
@@ -23,7 +27,7 @@ from steersman.steer.effects.map import EffectMap
 from steersman.steer.effects.verify import Verification, verify_effect
 from steersman.steer.evaluation import Estimate, EvaluationConfig, SteeringEvaluation, bootstrap, evaluate_steering
 from steersman.steer.feature_values import parse_features
-from steersman.steer.measures import generated_tokens, token_kl, token_nll
+from steersman.steer.measures import CostMeter, generated_tokens, token_kl, token_nll
 from steersman.steer.methods import METHODS, ContrastConfig, contrast
 from steersman.steer.scale_search import ScaleSearch, search_scale
 from steersman.steer.scope import Scope
@@ -39,7 +43,9 @@ __all__ = [
     "CalibrateConfig",
     "Calibration",
     "Comparison",
+    "ConceptShift",
     "ContrastConfig",
+    "CostMeter",
     "DecomposeConfig",
     "Decomposition",
     "Edit",
@@ -51,8 +57,10 @@ __all__ = [
     "EvaluationConfig",
     "FeatureOutcome",
     "FunctionEdit",
+    "LayerDivergence",
     "LinearFit",
     "LogitsEdit",
+    "PromoteReport",
     "Retention",
     "ScaleSearch",
     "Scope",
@@ -61,6 +69,8 @@ __all__ = [
     "Steering",
     "SteeringEvaluation",
     "SteeringVector",
+    "Sweep",
+    "SweepConfig",
     "TextPair",
     "Trace",
     "VectorEdit",
@@ -69,18 +79,22 @@ __all__ = [
     "bootstrap",
     "calibrate",
     "collect_effects",
+    "concept_shift",
     "contrast",
     "decompose",
     "evaluate_steering",
     "fgaa_targets",
     "generated_tokens",
+    "layer_divergences",
     "load_labels",
     "measure_retention",
     "parse_features",
     "plot_decompositions",
+    "promote_report",
     "ridge_fit",
     "search_scale",
     "steer_and_compare",
+    "sweep_layers",
     "token_kl",
     "token_nll",
     "verify_effect",

@@ -89,7 +89,7 @@ def calibrate(
     v: D,
     st: Steerer | LanguageModel,
     *,
-    texts: Sequence[str] | None = None,
+    texts: Sequence[str] | CostMeter | None = None,
     config: CalibrateConfig | None = None,
     **settings: Any,
 ) -> Calibration[D]:
@@ -99,6 +99,7 @@ def calibrate(
         v: a vector, {hook point: edit}, or a function from a scale to a context manager; its sign is kept.
         st: the steerer (or the model) it is for.
         texts: held-out texts to measure on. Without them the model writes its own, seeded, unsteered: 16 of 48 tokens.
+            Many calibrations on the same texts share a `CostMeter` of them.
         config: the settings; `**settings` are fields of it, over those of `config`.
 
     A budget that cannot be met is no error here: see `converged` and `reason` of the search. What is no vector has no
@@ -110,7 +111,8 @@ def calibrate(
     budget, target = check_budget(config, v)
     vector = _as_vector(v)
     steered(v, steerer, scope=config.scope)  # refuses what does not fit before anything is run
-    meter = CostMeter(steerer.lm, texts, batch_size=config.batch_size, max_length=config.max_length, seed=config.seed)
+    given = {"batch_size": config.batch_size, "max_length": config.max_length, "seed": config.seed}
+    meter = texts if isinstance(texts, CostMeter) else CostMeter(steerer.lm, texts, **given)
     norm = START_NORM if vector is None else _norm_frac(vector, meter.norms(vector.hook_names))
     if budget == "norm":
         scale = target / norm

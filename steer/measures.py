@@ -100,10 +100,14 @@ class CostMeter:
         if self.n_tokens == 0:
             raise SteersmanError("the texts hold no token to predict: they must be longer than one token")
         self._base: list[Tensor] | None = None
+        self._norms: dict[str, float] = {}
 
     def norms(self, hooks: Sequence[str]) -> dict[str, float]:
         """Median norm of the residual stream at each hook point, without padding and BOS."""
-        return _median_norms(self.lm, self.batches, hooks)
+        new = [hook for hook in hooks if hook not in self._norms]
+        if new:
+            self._norms |= _median_norms(self.lm, self.batches, new)
+        return {hook: self._norms[hook] for hook in hooks}
 
     def cost(self, budget: Literal["kl", "loss"], steering: Callable[[], AbstractContextManager[Any]]) -> float:
         """KL or rise of the loss, in nats per predicted token, of what `steering()` opens."""

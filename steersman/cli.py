@@ -76,6 +76,12 @@ COMMANDS: dict[str, Command] = {
     "vector calibrate": Command(
         "steersman.commands.vector_calibrate:run", "scale a vector to what it may cost", writes=FILE
     ),
+    "vector sweep": Command(
+        "steersman.commands.vector_sweep:run",
+        "find the layer at which a method steers best, at equal KL",
+        resumes=True,
+        writes={"out": "file", "vector": "file"},
+    ),
     "vector convert": Command("steersman.commands.vector_convert:run", "between safetensors and GGUF", writes=FILE),
     "evaluate": Command("steersman.commands.evaluate:run", "measure a vector against its baselines", writes=FOLDER),
     "effects": Command(

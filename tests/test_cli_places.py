@@ -22,6 +22,7 @@ NEEDS = {
     "convert": ["a", "--to", "saelens"],
     "vector make": ["--sae", "a", "--feature", "1"],
     "vector calibrate": ["--vector", "v", "--model", "m", "--target-kl", "1"],
+    "vector sweep": ["--data", "d", "--model", "m"],
     "vector convert": ["--vector", "v"],
     "evaluate": ["--model", "m", "--vector", "v", "--prompts", "p"],
     "effects": ["--model", "m", "--sae", "a", "--text", "t.txt"],
@@ -59,7 +60,9 @@ def test_odd_places_are_one_line_before_anything_is_loaded(
             line = (
                 fails(capsys, *name.split(), *needs[:1], *given, *needs[1:])
                 if name == "convert"
-                else fails(capsys, *name.split(), *needs, *given, *(["--out", "o"] if field == "plot" else []))
+                else fails(
+                    capsys, *name.split(), *needs, *given, *(["--out", "o"] if field in ("plot", "vector") else [])
+                )
             )
             assert any(words in line for words in ("cannot be written", "name a", "no regular", "has no name")), line
     assert (tmp_path / "file").read_text() == "mine"

@@ -65,26 +65,35 @@ def heldout_loss(lm: LanguageModel, texts: Sequence[str], arm: Arm, batch_size: 
     return np.array(losses)
 
 
-@torch.no_grad()
 def margins(lm: LanguageModel, items: Sequence[Continuations], arm: Arm, batch_size: int) -> np.ndarray:
     """log p(positive | prompt) - log p(negative | prompt) of each item while steering, in nats."""
+    return likelihoods(lm, items, arm, batch_size)[0] @ np.array([1.0, -1.0])
+
+
+@torch.no_grad()
+def likelihoods(
+    lm: LanguageModel, items: Sequence[Continuations], arm: Arm, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """log p(continuation | prompt) in nats while steering, and the number of its tokens: [items, 2] each, the positive
+    continuation first. A token that holds the end of the prompt counts as the continuation's."""
     texts = [item.prompt + side for item in items for side in (item.positive, item.negative)]
     prompts = [lm.token_ids(item.prompt, bos=True) if item.prompt else [] for item in items for _ in range(2)]
-    logp = []
+    logp, counts = [], []
     for start in range(0, len(texts), batch_size):
         part = texts[start : start + batch_size]
         batch = lm.encode(part)
         starts = []
         for row, prompt in enumerate(prompts[start : start + batch_size]):
             same = min(common_prefix(batch.input_ids[row].tolist(), prompt), int(batch.lengths[row]) - 1)
-            starts.append(max(same, 1))  # a token that holds the end of the prompt counts as the continuation's
+            starts.append(max(same, 1))
         first = torch.tensor(starts, device=batch.input_ids.device)[:, None]
         with arm(len(part)):
             logits = lm.logits(batch.input_ids, batch.attention_mask, prompt_length=first[:, 0])
         column = torch.arange(1, batch.input_ids.shape[1], device=first.device)
         chosen = (column >= first) & batch.attention_mask[:, 1:].bool()
         logp += (-token_nll(logits, batch.input_ids).masked_fill(~chosen, 0.0).sum(1)).tolist()
-    return np.array(logp).reshape(-1, 2) @ np.array([1.0, -1.0])
+        counts += chosen.sum(1).tolist()
+    return np.array(logp).reshape(-1, 2), np.array(counts).reshape(-1, 2)
 
 
 def slopes(scales: Sequence[float], values: np.ndarray) -> np.ndarray:
