@@ -17,7 +17,19 @@ from steersman.steer.decompose import (
 )
 from steersman.steer.dose import steered
 from steersman.steer.edit_report import EditReport, FeatureOutcome
-from steersman.steer.edits import MODES, UNITS, AttentionBiasEdit, Edit, FunctionEdit, LogitsEdit, VectorEdit, blend
+from steersman.steer.edits import (
+    MODES,
+    UNITS,
+    AffineEdit,
+    AttentionBiasEdit,
+    Edit,
+    FunctionEdit,
+    HeadEdit,
+    LogitsEdit,
+    LoReFTEdit,
+    VectorEdit,
+    blend,
+)
 from steersman.steer.effects.collect import collect_effects
 from steersman.steer.effects.config import EffectsConfig
 from steersman.steer.effects.fgaa import fgaa_targets
@@ -34,11 +46,13 @@ from steersman.steer.scope import Scope
 from steersman.steer.steerer import Steerer, Steering
 from steersman.steer.trace import Trace
 from steersman.steer.vectors.vector import SteeringVector
+from steersman.steer.weights.delta import Reweighted, WeightDelta, head_columns
 
 __all__ = [
     "METHODS",
     "MODES",
     "UNITS",
+    "AffineEdit",
     "AttentionBiasEdit",
     "CalibrateConfig",
     "Calibration",
@@ -57,11 +71,14 @@ __all__ = [
     "EvaluationConfig",
     "FeatureOutcome",
     "FunctionEdit",
+    "HeadEdit",
     "LayerDivergence",
     "LinearFit",
+    "LoReFTEdit",
     "LogitsEdit",
     "PromoteReport",
     "Retention",
+    "Reweighted",
     "ScaleSearch",
     "Scope",
     "SteerConfig",
@@ -75,6 +92,7 @@ __all__ = [
     "Trace",
     "VectorEdit",
     "Verification",
+    "WeightDelta",
     "blend",
     "bootstrap",
     "calibrate",
@@ -85,6 +103,7 @@ __all__ = [
     "evaluate_steering",
     "fgaa_targets",
     "generated_tokens",
+    "head_columns",
     "layer_divergences",
     "load_labels",
     "measure_retention",
