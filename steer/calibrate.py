@@ -96,7 +96,7 @@ def calibrate(
     """The scale at which steering by `v` meets a budget: `calibrate(v, st, target_kl=0.5)`.
 
     Args:
-        v: a vector, {hook point: edit}, or a function from a scale to a context manager; its sign is kept.
+        v: a vector, {hook point: edit}, a recipe, or a function from a scale to a context manager; its sign is kept.
         st: the steerer (or the model) it is for.
         texts: held-out texts to measure on. Without them the model writes its own, seeded, unsteered: 16 of 48 tokens.
             Many calibrations on the same texts share a `CostMeter` of them.

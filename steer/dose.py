@@ -3,10 +3,11 @@
 Calibration and evaluation ask nothing else of a way of steering than that it has a strength.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from steersman.lm import LanguageModel
 from steersman.steer.edits import Edit, PerRow
@@ -14,8 +15,25 @@ from steersman.steer.scope import Scope, ScopeLike
 from steersman.steer.steerer import Steerer, Steering
 from steersman.steer.vectors.vector import SteeringVector
 
-Dosed = SteeringVector | Mapping[str, Edit] | Callable[[Any], AbstractContextManager[Any]]
-"""A vector, {hook point: edit}, or a function that opens the steering of a given scale."""
+
+class Dose(ABC):
+    """A way of steering that has a strength of its own, such as a recipe."""
+
+    @abstractmethod
+    def opened(self, st: Steerer, scale: PerRow = 1.0, **options: Any) -> AbstractContextManager[Any]:
+        """The context in which `scale` times it steers; `options` (scope, ...) where it says none itself."""
+
+    @abstractmethod
+    def times(self, factor: float, **notes: Any) -> Self:
+        """`factor` times it, with `notes` about it where it keeps any."""
+
+    def about(self) -> dict[str, Any]:
+        """What a report says of it."""
+        return {"method": type(self).__name__}
+
+
+Dosed = SteeringVector | Mapping[str, Edit] | Dose | Callable[[Any], AbstractContextManager[Any]]
+"""A vector, {hook point: edit}, a `Dose`, or a function that opens the steering of a given scale."""
 
 D = TypeVar("D", bound=Dosed)
 
@@ -34,6 +52,8 @@ def steered(
     """
     if isinstance(what, SteeringVector):
         return as_steerer(st).vector(what, scale=scale, scope=scope, **options)
+    if isinstance(what, Dose):
+        return what.opened(as_steerer(st), scale, scope=scope, **options)
     if isinstance(what, Mapping):
         edits = {hook: edit.scaled(scale) for hook, edit in what.items()}
         return Steering(as_steerer(st).lm, edits, Scope.of(scope, **options))
@@ -45,6 +65,8 @@ def scaled(what: D, factor: float, **notes: Any) -> D:
     if isinstance(what, SteeringVector):
         part = what * factor
         return replace(part, metadata={**what.metadata, **notes})  # pyright: ignore[reportReturnType]
+    if isinstance(what, Dose):
+        return what.times(factor, **notes)
     if isinstance(what, Mapping):
         return {hook: edit.scaled(factor) for hook, edit in what.items()}  # pyright: ignore[reportReturnType]
     return lambda scale: what(factor * scale)  # pyright: ignore[reportReturnType]

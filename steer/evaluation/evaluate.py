@@ -16,7 +16,7 @@ from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.progress import progress
 from steersman.sae import SAE
-from steersman.steer.dose import Dosed, steered
+from steersman.steer.dose import Dose, Dosed, steered
 from steersman.steer.evaluation.config import EvaluationConfig
 from steersman.steer.evaluation.forced import ContinuationLike, as_continuations, heldout_loss, margins
 from steersman.steer.evaluation.report import ArmReport, Point, SteeringEvaluation, choose_scale
@@ -49,7 +49,8 @@ def evaluate_steering(
 
     Args:
         lm: the model, unsteered.
-        vector: a vector, {hook point: edit}, or a function from a scale to a context manager; scales multiply it.
+        vector: a vector, {hook point: edit}, a recipe, or a function from a scale to a context manager; scales
+            multiply it.
         prompts: what is continued; at least two, better twenty.
         config: scales, sampling and the rest; `**settings` are fields of it, over those of `config`.
         words: words that should become more frequent.
@@ -153,6 +154,8 @@ def _about(what: Dosed) -> dict[str, Any]:
     """Provenance, hook points and norm of what is evaluated, as far as it has them."""
     if isinstance(what, SteeringVector):
         return what.provenance() | {"hook_names": what.hook_names, "norm": what.norm()}
+    if isinstance(what, Dose):
+        return what.about()
     kind = getattr(what, "__qualname__", type(what).__name__)
     return {"method": kind} if callable(what) else {"method": "edits", "hook_names": list(what)}
 

@@ -76,23 +76,36 @@ def likelihoods(
 ) -> tuple[np.ndarray, np.ndarray]:
     """log p(continuation | prompt) in nats while steering, and the number of its tokens: [items, 2] each, the positive
     continuation first. A token that holds the end of the prompt counts as the continuation's."""
-    texts = [item.prompt + side for item in items for side in (item.positive, item.negative)]
-    prompts = [lm.token_ids(item.prompt, bos=True) if item.prompt else [] for item in items for _ in range(2)]
-    logp, counts = [], []
-    for start in range(0, len(texts), batch_size):
-        part = texts[start : start + batch_size]
-        batch = lm.encode(part)
-        starts = []
-        for row, prompt in enumerate(prompts[start : start + batch_size]):
-            same = min(common_prefix(batch.input_ids[row].tolist(), prompt), int(batch.lengths[row]) - 1)
-            starts.append(max(same, 1))
-        first = torch.tensor(starts, device=batch.input_ids.device)[:, None]
+    rows: list[tuple[str, list[int], int | None]] = []  # text, its prompt's tokens, another last token to look at
+    for item in items:
+        prompt = lm.token_ids(item.prompt, bos=True) if item.prompt else []
+        positive, negative = (lm.token_ids(item.prompt + side, bos=True) for side in (item.positive, item.negative))
+        if positive[:-1] == negative[:-1] and len(positive) - 1 >= max(1, len(prompt)):
+            rows.append((item.prompt + item.positive, prompt, negative[-1]))  # one pass tells both last tokens
+        else:
+            rows += [(item.prompt + item.positive, prompt, None), (item.prompt + item.negative, prompt, None)]
+    logp: list[float] = []
+    counts: list[int] = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        batch = lm.encode([text for text, _, _ in part])
+        lengths = batch.lengths.tolist()
+        starts = [
+            max(1, min(common_prefix(batch.input_ids[row].tolist(), prompt), lengths[row] - 1))
+            for row, (_, prompt, _) in enumerate(part)
+        ]
+        first = torch.tensor(starts, device=batch.input_ids.device)
         with arm(len(part)):
-            logits = lm.logits(batch.input_ids, batch.attention_mask, prompt_length=first[:, 0])
-        column = torch.arange(1, batch.input_ids.shape[1], device=first.device)
-        chosen = (column >= first) & batch.attention_mask[:, 1:].bool()
-        logp += (-token_nll(logits, batch.input_ids).masked_fill(~chosen, 0.0).sum(1)).tolist()
-        counts += chosen.sum(1).tolist()
+            logits = lm.logits(batch.input_ids, batch.attention_mask, prompt_length=first)
+        each = -token_nll(logits, batch.input_ids)
+        for row, (_, _, other) in enumerate(part):
+            own = each[row, starts[row] - 1 : lengths[row] - 1]
+            logp.append(float(own.sum()))
+            counts.append(len(own))
+            if other is not None:
+                last = logits[row, lengths[row] - 2].float().log_softmax(-1)[other]
+                logp.append(float(own[:-1].sum() + last))
+                counts.append(len(own))
     return np.array(logp).reshape(-1, 2), np.array(counts).reshape(-1, 2)
 
 
