@@ -238,7 +238,7 @@ class PassClock:
             prompt_columns=columns,
             declared=None if run is not None else self._declared(batch, x.device),
             bos_id=self.bos_id,
-            sequence=state.sequence,
+            sequence=state.sequence if run is None else run.sequence,
             run=run,
             edits=edits,
         )
@@ -299,11 +299,20 @@ class PassClock:
     def begin_run(self, args: tuple[Any, ...], kwargs: dict[str, Any], stack: Unwinding) -> GenerationRun:
         """Note a call of `generate` until the stack unwinds."""
         self._applying()
-        run, state = self._read_run(args, kwargs), self.state
-        stack.undo(self._end_run, run)
-        state.runs = (*state.runs, run)
-        state.sequence = next(self._numbers)
+        run = self.numbered(self._read_run(args, kwargs))
+        self.resume(run, stack)
         return run
+
+    def numbered(self, run: GenerationRun) -> GenerationRun:
+        """`run` as a text of its own."""
+        run.sequence = self.state.sequence = next(self._numbers)
+        return run
+
+    def resume(self, run: GenerationRun, stack: Unwinding) -> None:
+        """Until the stack unwinds, passes made here are those of `run`, which others may have interrupted. Edits are
+        opened before."""
+        stack.undo(self._end_run, run)
+        self.state.runs = (*self.state.runs, run)
 
     def _end_run(self, run: GenerationRun) -> None:
         self.state.runs = tuple(other for other in self.state.runs if other is not run)

@@ -298,6 +298,11 @@ class LanguageModel:
     # Passes
 
     @property
+    def clock(self) -> PassClock:
+        """What tells edits where a pass stands; for decoders that make passes of their own (see `lm.session`)."""
+        return self._clock
+
+    @property
     def cache_name(self) -> str:
         """What the model's forward calls its KV cache."""
         return self._clock.cache_name
@@ -316,17 +321,22 @@ class LanguageModel:
         if attention_mask is not None:
             mask = torch.as_tensor(attention_mask, device=self.device).long().reshape(ids.shape)
             inputs["attention_mask"] = mask
-            padded_left = bool((mask[:, 0] == 0).any())
-            if padded_left:
-                self._check_left_padding()
-            if self.accepts("position_ids") and padded_left:
-                # Left padding: text starts where it does without, as in generate. Otherwise the default is the same.
-                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + self._first_position
+            if bool((mask[:, 0] == 0).any()):
+                self.check_left_padding()
+                inputs |= self.padded_inputs(mask, ids.shape[1])
         if self.accepts("use_cache"):
             inputs["use_cache"] = False
         return inputs
 
-    def _check_left_padding(self) -> None:
+    def padded_inputs(self, mask: Tensor, n: int) -> dict[str, Tensor]:
+        """What a pass over the last n columns of text padded on the left is given beside its tokens: `mask` [B, S], of
+        all columns so far, and positions that start where they do without padding, as in generate."""
+        inputs = {"attention_mask": mask}
+        if self.accepts("position_ids"):
+            inputs["position_ids"] = ((mask.cumsum(1) - 1).clamp(min=0) + self._first_position)[:, -n:]
+        return inputs
+
+    def check_left_padding(self) -> None:
         """Refuse left padding for a recurrent model that reads it, which is measured once."""
         if not getattr(self.model, "_is_stateful", False):
             return
@@ -515,7 +525,7 @@ class LanguageModel:
         check_options(options, len(prompts))
         batch = self.encode(prompts, bos=bos, padding_side="left")
         if bool((batch.attention_mask == 0).any()):
-            self._check_left_padding()
+            self.check_left_padding()
         width = batch.input_ids.shape[1]
         if self.context_length is not None and width + max_new_tokens > self.context_length:
             raise SteersmanError(

@@ -27,6 +27,7 @@ class GenerationRun:
         self.unfinished: Tensor | None = None  # [B, 1] bool: rows not ended before this pass; kept only under a cache
         self.passes = 0
         self.seen = 0  # columns that its passes have covered
+        self.sequence = 0  # its number among the texts that the clock has seen
 
     def expanded_mask(self, batch: int) -> Tensor:
         """The prompt's mask [B, P], its rows repeated as beams and returned sequences repeat the prompts."""
@@ -188,6 +189,12 @@ class ForwardPass:
             return torch.full((self.batch,), self.prompt_columns, device=self.device)
         unseen = max(0, self.prompt_columns - mask.shape[1])
         return mask[:, : self.prompt_columns].long().sum(1) + unseen
+
+    @cached_property
+    def steps(self) -> Tensor:
+        """[B, S] int64: which generated token is chosen from each token's output: 0 at the last token of the prompt, 1
+        at the first generated token, ...; negative before, and for padding."""
+        return self.positions - (self.prompt_length[:, None] - 1)
 
     @cached_property
     def in_prompt(self) -> Tensor:
