@@ -11,7 +11,10 @@ from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass
 
 NAMED = ("all", "prompt", "generation", "last_prompt")
-FORMS = "all, prompt, generation, last_prompt, a window such as 2:10, or token ids such as tokens:15,27"
+FORMS = (
+    "all, prompt, generation, last_prompt, a window such as 2:10, token ids such as tokens:15,27, or several of those "
+    "joined by +"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,16 +26,23 @@ class Scope:
 
     >>> Scope.of("2:10").window, sorted(Scope.of({7, 5}).token_ids)
     ((2, 10), [5, 7])
+
+    "last_prompt+generation" are the tokens whose outputs choose the generated ones.
+
+    >>> [part.kind for part in Scope.of("last_prompt+generation").parts]
+    ['last_prompt', 'generation']
     """
 
     kind: str
-    """One of all, prompt, generation, last_prompt, window, tokens, mask."""
+    """One of all, prompt, generation, last_prompt, window, tokens, mask, union."""
     window: tuple[int, int | None] | None = None
     """Half-open interval of absolute positions, counted over real tokens with the BOS at 0; None as its end is open."""
     token_ids: frozenset[int] = frozenset()
     """The token ids to steer, for kind `tokens`."""
     mask: Tensor | None = None
     """[B, S] or [S] bool over the columns of the padded batch, for kind `mask`; later columns are not steered."""
+    parts: tuple["Scope", ...] = ()
+    """For kind `union`: a token is steered where one of these has it."""
     include_bos: bool = False
     """Steer the beginning-of-sequence token as well where it falls into the scope."""
 
@@ -82,6 +92,9 @@ class Scope:
 
     @classmethod
     def _parse(cls, text: str, include_bos: bool) -> "Scope":
+        if "+" in text:
+            parts = tuple(cls._parse(part.strip(), include_bos) for part in text.split("+"))
+            return cls(kind="union", parts=parts, include_bos=include_bos)
         if text in NAMED:
             return cls(kind=text, include_bos=include_bos)
         head, _, tail = text.partition(":")
@@ -103,6 +116,8 @@ class Scope:
         return fwd.memo[self]
 
     def _select(self, fwd: ForwardPass) -> Tensor | bool:
+        if self.kind == "union":
+            return self._union(fwd)
         if self.kind == "mask":
             return self._columns(fwd)
         if self.kind == "tokens":
@@ -124,6 +139,17 @@ class Scope:
         if self.kind == "last_prompt":
             prompt = prompt & (fwd.positions == fwd.prompt_length[:, None] - 1)
         return self._keep_bos(fwd, prompt)
+
+    def _union(self, fwd: ForwardPass) -> Tensor | bool:
+        chosen: Tensor | bool = False
+        for part in self.parts:
+            found = part.select(fwd)
+            if isinstance(found, bool):
+                if found:
+                    return True
+            else:
+                chosen = found if isinstance(chosen, bool) else chosen | found
+        return chosen
 
     def _keep_bos(self, fwd: ForwardPass, chosen: Tensor) -> Tensor:
         if self.include_bos or fwd.phase == "generation":
