@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from steersman.lm import LanguageModel
-from steersman.steer.edits import Edit, PerRow
+from steersman.steer.edits import Edit, EditSet, PerRow
 from steersman.steer.scope import Scope, ScopeLike
 from steersman.steer.steerer import Steerer, Steering
 from steersman.steer.vectors.vector import SteeringVector
@@ -56,17 +56,24 @@ def steered(
         return what.opened(as_steerer(st), scale, scope=scope, **options)
     if isinstance(what, Mapping):
         edits = {hook: edit.scaled(scale) for hook, edit in what.items()}
+        if isinstance(what, EditSet):
+            what.check_fits(as_steerer(st).lm)
         return Steering(as_steerer(st).lm, edits, Scope.of(scope, **options))
     return what(scale)
 
 
 def scaled(what: D, factor: float, **notes: Any) -> D:
-    """`factor` times `what`: at scale 1 it does what `what` does at scale `factor`. A vector keeps `notes` about it."""
+    """`factor` times `what`: at scale 1 it does what `what` does at scale `factor`. A vector or
+    an `EditSet` keeps `notes` about it."""
     if isinstance(what, SteeringVector):
         part = what * factor
         return replace(part, metadata={**what.metadata, **notes})  # pyright: ignore[reportReturnType]
     if isinstance(what, Dose):
         return what.times(factor, **notes)
+    if isinstance(what, EditSet):
+        about = {**what.metadata, **notes}
+        part = what.with_edits({hook: edit.scaled(factor) for hook, edit in what.items()})
+        return replace(part, metadata=about)  # pyright: ignore[reportReturnType]
     if isinstance(what, Mapping):
         return {hook: edit.scaled(factor) for hook, edit in what.items()}  # pyright: ignore[reportReturnType]
     return lambda scale: what(factor * scale)  # pyright: ignore[reportReturnType]

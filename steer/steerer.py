@@ -17,7 +17,18 @@ from steersman.lm.origin import check_sae_fits
 from steersman.lm.unwinding import Opened, Unwinding
 from steersman.sae import SAE
 from steersman.steer.edit_report import EditReport, Meter
-from steersman.steer.edits import Edit, FeatureEdit, Features, PerRow, PositionEdit, VectorEdit
+from steersman.steer.edits import (
+    Edit,
+    FeatureEdit,
+    Features,
+    GateLike,
+    HookReader,
+    PerRow,
+    PositionEdit,
+    ScheduleLike,
+    VectorEdit,
+    gated,
+)
 from steersman.steer.scope import Scope, ScopeLike
 from steersman.steer.trace import Trace
 from steersman.steer.vectors.directions import VectorInput, directions_of
@@ -59,6 +70,10 @@ class Steering(Opened):
             self._meter.reset()
         unmet = _Unmet(self.scope)
         for hook, edit in self.edits.items():
+            edit.reset()
+            for read_at, reader in edit.readers(self.lm, self.lm.hook_point(hook)).items():
+                stack.enter_context(self.lm.edit(read_at, _looking(reader), for_all_threads=self.for_all_threads))
+        for hook, edit in self.edits.items():
             run = self._runner(edit, unmet)
             stack.enter_context(self.lm.edit(hook, run, for_all_threads=self.for_all_threads))
         stack.push(unmet.at_close)
@@ -73,7 +88,7 @@ class Steering(Opened):
             where = False if idle else scope.select(fwd)
             if not idle:
                 unmet.note(fwd)
-            where = edit.narrow(where, fwd)
+            where = edit.narrow(where, fwd, h)
             if isinstance(where, bool) and not where:
                 return h
             if mixed:
@@ -92,6 +107,14 @@ class Steering(Opened):
         if self._meter is None:
             raise SteersmanError("nothing was measured: open the context with measure=True")
         return self._meter.report()
+
+
+def _looking(reader: HookReader) -> Callable[[Tensor, ForwardPass], Tensor]:
+    def run(h: Tensor, fwd: ForwardPass) -> Tensor:
+        reader(h, fwd)
+        return h
+
+    return run
 
 
 class _Unmet:
@@ -147,7 +170,8 @@ class Steerer:
         edit: Edit,
         *,
         scope: ScopeLike = "all",
-        gate: PerRow = 1.0,
+        gate: GateLike = 1.0,
+        schedule: ScheduleLike | None = None,
         include_bos: bool = False,
         measure: bool = False,
     ) -> Steering:
@@ -155,13 +179,15 @@ class Steerer:
         `steersman.lm.hooks` for the hook points.
 
         `scope` as for `Scope.of`: the tokens whose state is changed, or whose attention (the queries), or whose logits
-        (those of the next token). `gate`, a number or [B], multiplies what the edit changes. `measure` is for features,
-        as for `features`. Raises SteersmanError for a hook point at which the edit makes no sense.
+        (those of the next token). `gate` multiplies what the edit changes: a number, [B], a `Gate`, or several of those
+        (`steersman.steer.edits.gates`); `schedule` does so by generated step, as for `Schedule.of`. `measure` is for
+        features, as for `features`. Raises SteersmanError for a hook point at which the edit makes no sense.
         """
-        edit = edit if isinstance(gate, int | float) and gate == 1 else edit.scaled(gate)
-        if measure and not isinstance(edit, FeatureEdit):
+        features = edit
+        edit = gated(edit, gate, schedule)
+        if measure and not isinstance(features, FeatureEdit):
             raise SteersmanError(f"measure=True encodes features before and after: {type(edit).__name__} edits none")
-        meter = Meter(edit) if measure and isinstance(edit, FeatureEdit) else None
+        meter = Meter(features) if measure and isinstance(features, FeatureEdit) else None
         hooks = self.lm.resolve_hooks(hook)
         return self._steering(dict.fromkeys(hooks, edit), scope, include_bos, meter)
 
@@ -178,7 +204,8 @@ class Steerer:
         mode: str = "add",
         units: str = "raw",
         scope: ScopeLike = "all",
-        gate: PerRow = 1.0,
+        gate: GateLike = 1.0,
+        schedule: ScheduleLike | None = None,
         hook: HookName | None = None,
         include_bos: bool = False,
         measure: bool = False,
@@ -187,17 +214,18 @@ class Steerer:
 
         `mode` is one of the five of `steersman.steer.edits.feature`. `units`: `raw` activation units; `max_act`,
         multiples of the feature's largest activation in training; `norm_frac`, such that strength times |d_j| is this
-        fraction of the median |h|. `scope` as for `Scope.of`; `gate` (a number or [B]) multiplies what the edit would
-        change. `hook` is needed only for an SAE that records none. `measure` also encodes each steered state before and
-        after the edit, for `report()`.
+        fraction of the median |h|. `scope` as for `Scope.of`; `gate` and `schedule` as for `edit`. `hook` is needed
+        only for an SAE that records none. `measure` also encodes each steered state before and after the edit, for
+        `report()`.
 
         Raises SteersmanError for a feature id out of range, a dead feature in `max_act` units, an SAE without the
         statistics its units need, and an SAE of another model, hook point or width.
         """
         sae.check_residual("steering")
         where = check_sae_fits(self.lm, sae, hook)
-        edit = FeatureEdit(sae, features, mode=mode, units=units, gate=gate)
-        return self.edit(where, edit, scope=scope, include_bos=include_bos, measure=measure)
+        edit = FeatureEdit(sae, features, mode=mode, units=units)
+        where_of = {"scope": scope, "include_bos": include_bos, "measure": measure}
+        return self.edit(where, edit, gate=gate, schedule=schedule, **where_of)
 
     def vector(
         self,
@@ -206,20 +234,21 @@ class Steerer:
         scale: PerRow = 1.0,
         hook: HookName | None = None,
         scope: ScopeLike = "all",
-        gate: PerRow = 1.0,
+        gate: GateLike = 1.0,
+        schedule: ScheduleLike | None = None,
         include_bos: bool = False,
     ) -> Steering:
         """Add `scale` times a vector: a `SteeringVector` (or a list of them, one per row), a tensor [D] or [B, D] with
         `hook`, a mapping {hook: tensor}, or an object with `hook_name` and `vector` (and `model_name`).
 
         A `SteeringVector` that has one direction per position is added from the front: row p at absolute position p.
-        `scale` and `gate` are a number or [B]: `scale=[0, 2, 4]` on three copies of a prompt is a dose-response curve
-        in one batch. Raises SteersmanError for a vector of another model, hook point or width, and for one that is
-        not finite.
+        `scale` is a number or [B]: `scale=[0, 2, 4]` on three copies of a prompt is a dose-response curve in one batch.
+        `gate` and `schedule` as for `edit`. Raises SteersmanError for a vector of another model, hook point or width,
+        and for one that is not finite.
         """
         recorded = isinstance(vector, SteeringVector)
         edits: dict[str, Edit] = {
-            name: (PositionEdit if recorded and v.ndim == 2 else VectorEdit)(v, scale, gate)
+            name: gated((PositionEdit if recorded and v.ndim == 2 else VectorEdit)(v, scale), gate, schedule)
             for name, v in directions_of(self.lm, vector, hook).items()
         }
         return self._steering(edits, scope, include_bos)
@@ -233,7 +262,8 @@ class Steerer:
         mode: str = "add",
         units: str = "raw",
         scope: ScopeLike = "all",
-        gate: PerRow = 1.0,
+        gate: GateLike = 1.0,
+        schedule: ScheduleLike | None = None,
         hook: HookName | None = None,
         include_bos: bool = False,
     ) -> EditReport:
@@ -246,6 +276,7 @@ class Steerer:
             units=units,
             scope=scope,
             gate=gate,
+            schedule=schedule,
             hook=hook,
             include_bos=include_bos,
             measure=True,

@@ -2,29 +2,53 @@
 
 from steersman.steer.edits.affine import AffineEdit, LoReFTEdit
 from steersman.steer.edits.attention import AttentionBiasEdit
-from steersman.steer.edits.base import Edit, FunctionEdit, PerRow, blend, common_rows, per_row
+from steersman.steer.edits.base import (
+    EDITS,
+    Edit,
+    FunctionEdit,
+    HookReader,
+    PerRow,
+    Saved,
+    blend,
+    common_rows,
+    per_row,
+)
 from steersman.steer.edits.feature import MODES, UNITS, FeatureEdit, Features, feature_rows
+from steersman.steer.edits.file import EditSet
+from steersman.steer.edits.gates import GATES, Gate, GatedEdit, GateLike, RowGate, Schedule, ScheduleLike, gated
 from steersman.steer.edits.heads import HeadEdit
 from steersman.steer.edits.logits import LogitsEdit
 from steersman.steer.edits.vector import PositionEdit, VectorEdit
 
 __all__ = [
+    "EDITS",
+    "GATES",
     "MODES",
     "UNITS",
     "AffineEdit",
     "AttentionBiasEdit",
     "Edit",
+    "EditSet",
     "FeatureEdit",
     "Features",
     "FunctionEdit",
+    "Gate",
+    "GateLike",
+    "GatedEdit",
     "HeadEdit",
+    "HookReader",
     "LoReFTEdit",
     "LogitsEdit",
     "PerRow",
     "PositionEdit",
+    "RowGate",
+    "Saved",
+    "Schedule",
+    "ScheduleLike",
     "VectorEdit",
     "blend",
     "common_rows",
     "feature_rows",
+    "gated",
     "per_row",
 ]

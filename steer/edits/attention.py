@@ -6,7 +6,7 @@ Shape letters: B rows, H heads, S queries (the tokens of the pass), K keys, P po
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, HookPoint, LanguageModel
-from steersman.steer.edits.base import Edit, PerRow, blend, common_rows, per_row
+from steersman.steer.edits.base import Edit, PerRow, Saved, blend, common_rows, per_row
 
 Window = tuple[int, int | None]
 """A half-open window of absolute positions; None as its end is open."""
@@ -36,6 +36,8 @@ class AttentionBiasEdit(Edit):
 
     >>> edit = AttentionBiasEdit(-4.6, keys=[(1, 5), (9, None)], heads=[0, 3])  # a hundredth of the weight
     """
+
+    name = "attention_bias"
 
     def __init__(self, bias: PerRow, keys: Keys, heads: Sequence[int] | None = None) -> None:
         given = torch.as_tensor(bias, dtype=torch.float32)
@@ -63,6 +65,15 @@ class AttentionBiasEdit(Edit):
             raise SteersmanError(f"an attention bias is added at a hook_attn_mask, not at {point.name}")
         if self.heads is not None and not 0 <= self.heads[0] <= self.heads[-1] < point.width:
             raise SteersmanError(f"heads {self.heads}: {lm.name} has {point.width} (0 to {point.width - 1})")
+
+    def saved(self) -> Saved:
+        settings = {"windows": [list(window) for window in self.windows], "heads": self.heads}
+        return Saved(settings, {"bias": self.bias} | ({} if self.table is None else {"keys": self.table}))
+
+    @classmethod
+    def restored(cls, saved: Saved) -> Self:
+        windows = [(start, stop) for start, stop in saved.settings["windows"]]
+        return cls(saved.tensors["bias"], saved.tensors.get("keys", windows), saved.settings["heads"])
 
     def scaled(self, factor: PerRow) -> "AttentionBiasEdit":
         factors = per_row(factor, "factor", self.bias.device)

@@ -5,7 +5,8 @@
 Shape letters: B rows of the batch, S tokens of the pass, D width; R rows of parameters (1 for all, or one per prompt).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -13,32 +14,73 @@ from torch import Tensor
 from steersman.doors import number
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, HookPoint, LanguageModel
+from steersman.registry import Registry
 
 PerRow = float | Sequence[float] | Tensor
 """A number for all rows, or one for each."""
 
 
+HookReader = Callable[[Tensor, ForwardPass], None]
+"""Looks at what a hook point holds in a pass, and changes nothing."""
+
+
+class Saved(NamedTuple):
+    """What a part of steering is made from, as files hold it."""
+
+    settings: dict[str, Any]
+    """Values that JSON can hold."""
+    tensors: dict[str, Tensor]
+    """By name."""
+
+
+EDITS: Registry[type["Edit"]] = Registry("edit")
+"""Every edit that files and recipes know, by name."""
+
+
 class Edit:
     """Something that turns h into h': the hidden states [B, S, D] at a hook point, or its attention mask [B, H, S, K],
-    or the logits [B, S, V]. A subclass needs `apply` alone; its parameters may differ per row.
+    or the logits [B, S, V]. A subclass needs `apply` alone; its parameters may differ per row. One that says its
+    `name`, and how it is `saved` and `restored`, can be kept in files.
 
     >>> class Double(Edit):
     ...     def apply(self, h, fwd, where):
     ...         return blend(h, 2 * h, where)
     """
 
+    name: ClassVar[str] = ""
+    """What files call it."""
     rows: int = 1
     """R, the rows of its parameters."""
     active: Tensor = torch.ones(1, dtype=torch.bool)
     """[R] bool: which rows it can change at all."""
 
+    def __init_subclass__(cls) -> None:
+        EDITS.register(cls, cls)
+
     def apply(self, h: Tensor, fwd: ForwardPass, where: Tensor | bool) -> Tensor:
         """h', a new tensor, equal to h outside `where` ([B, S] bool, or True for every token)."""
         raise NotImplementedError  # each edit defines it
 
-    def narrow(self, where: Tensor | bool, fwd: ForwardPass) -> Tensor | bool:
-        """Of the tokens in scope, those this edit can change."""
+    def narrow(self, where: Tensor | bool, fwd: ForwardPass, h: Tensor) -> Tensor | bool:
+        """Of the tokens in scope, those this edit can change, given what is at the hook point."""
         return where
+
+    def readers(self, lm: LanguageModel, point: HookPoint) -> Mapping[str, HookReader]:
+        """Hook points that it looks at, beside the one that it edits, while it is open at `point`. Where it reads and
+        edits the same hook point, it reads what is there before any edit of its own context."""
+        return {}
+
+    def reset(self) -> None:
+        """Forget what the passes before have shown: a context opens."""
+
+    def saved(self) -> Saved:
+        """What `restored` makes it from. Raises SteersmanError for an edit that lives in this process only."""
+        raise SteersmanError(f"{type(self).__name__} says no way to keep it in a file")
+
+    @classmethod
+    def restored(cls, saved: Saved) -> Self:
+        """The edit that was `saved`."""
+        raise SteersmanError(f"{cls.__name__} says no way to make it from a file")
 
     def check(self, lm: LanguageModel, point: HookPoint) -> None:
         """Raise a SteersmanError where the edit makes no sense at a hook point, before anything is run."""
@@ -50,12 +92,14 @@ class Edit:
         """
         return ScaledEdit(self, factor)
 
+    def gated(self, gates: Sequence[Any]) -> "Edit | None":
+        """The edit behind gates (`steersman.steer.edits.gates`), for one that has a strength of its own which they
+        should multiply; None for h + g (h' - h)."""
+        return None
+
     def expand(self, table: Tensor, fwd: ForwardPass) -> Tensor:
         """A table [R, ...] as [B, ...], or [1, ...] when one row serves all."""
-        if self.rows == 1:
-            return table
-        index = fwd.row_index(self.rows)
-        return table if index is None else table[index]
+        return expand(table, fwd)
 
 
 class FunctionEdit(Edit):
@@ -74,6 +118,8 @@ class FunctionEdit(Edit):
 class ScaledEdit(Edit):
     """h + factor (h' - h), with h' from another edit: between h (0) and h' (1), or beyond it."""
 
+    name = "scaled"
+
     def __init__(self, edit: Edit, factor: PerRow) -> None:
         self.edit = edit
         self.factor = per_row(factor, "factor", edit.active.device)
@@ -82,15 +128,61 @@ class ScaledEdit(Edit):
 
     def apply(self, h: Tensor, fwd: ForwardPass, where: Tensor | bool) -> Tensor:
         new = self.edit.apply(h, fwd, where)
-        factor = self.expand(self.factor.to(h.device), fwd).view(-1, *[1] * (h.ndim - 1))
-        # What is not changed stays as it is, infinite logits among it, and a factor of 1 gives h' to the last bit.
-        return torch.where((new == h) | (factor == 1), new, (h + factor * (new - h)).to(h.dtype))
+        return towards(h, new, self.expand(self.factor.to(h.device), fwd)[:, None])
 
-    def narrow(self, where: Tensor | bool, fwd: ForwardPass) -> Tensor | bool:
-        return self.edit.narrow(where, fwd)
+    def narrow(self, where: Tensor | bool, fwd: ForwardPass, h: Tensor) -> Tensor | bool:
+        return self.edit.narrow(where, fwd, h)
+
+    def readers(self, lm: LanguageModel, point: HookPoint) -> Mapping[str, HookReader]:
+        return self.edit.readers(lm, point)
+
+    def reset(self) -> None:
+        self.edit.reset()
 
     def check(self, lm: LanguageModel, point: HookPoint) -> None:
         self.edit.check(lm, point)
+
+    def saved(self) -> Saved:
+        inner = packed({"edit": self.edit})
+        return Saved(inner.settings, {**inner.tensors, "factor": self.factor})
+
+    @classmethod
+    def restored(cls, saved: Saved) -> Self:
+        return cls(unpacked(saved, "edit", EDITS), saved.tensors["factor"])
+
+
+def towards(h: Tensor, new: Tensor, factor: Tensor) -> Tensor:
+    """h + factor (new - h), `factor` [B or 1, S or 1]: h to the last bit where it is 0, `new` where it is 1. What is
+    not changed stays as it is, infinite logits among it. Of an attention mask the factor is its queries'."""
+    factor = factor[:, None, :, None] if h.ndim == 4 else factor[..., None]
+    between = (h + factor * (new - h)).to(h.dtype)
+    return torch.where(factor == 0, h, torch.where((new == h) | (factor == 1), new, between))
+
+
+def packed(parts: Mapping[str, Any]) -> Saved:
+    """Edits or gates, each under a key, as one: {key: {"name": ..., "settings": ...}} and their tensors as key/name."""
+    settings: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for key, part in parts.items():
+        saved = part.saved()
+        settings[key] = {"name": part.name, "settings": saved.settings}
+        tensors |= {f"{key}/{name}": tensor for name, tensor in saved.tensors.items()}
+    return Saved(settings, tensors)
+
+
+def unpacked(saved: Saved, key: str, registry: Mapping[str, Any]) -> Any:
+    """The part that `packed` put under `key`, of a kind that `registry` knows by name."""
+    record = saved.settings[key]
+    tensors = {name[len(key) + 1 :]: t for name, t in saved.tensors.items() if name.startswith(f"{key}/")}
+    return registry[record["name"]].restored(Saved(record["settings"], tensors))
+
+
+def expand(table: Tensor, fwd: ForwardPass) -> Tensor:
+    """A table [R, ...] as [B, ...], for R rows that `generate` or the pass was given; one row serves all."""
+    if len(table) == 1:
+        return table
+    index = fwd.row_index(len(table))
+    return table if index is None else table[index.to(table.device)]
 
 
 def per_row(value: PerRow, what: str, device: torch.device) -> Tensor:

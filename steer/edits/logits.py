@@ -7,6 +7,7 @@ Shape letters: B rows, V vocabulary, n tokens that have logits; M tokens named i
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from steersman.doors import number, whole_number
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, HookPoint, LanguageModel
-from steersman.steer.edits.base import Edit, PerRow, blend, common_rows, per_row
+from steersman.steer.edits.base import Edit, PerRow, Saved, blend, common_rows, per_row
 
 
 class LogitsEdit(Edit):
@@ -24,6 +25,8 @@ class LogitsEdit(Edit):
 
     >>> edit = LogitsEdit({15: 2.0, 27: -float("inf")})
     """
+
+    name = "logits"
 
     def __init__(self, tokens: Mapping[int, float] | Sequence[Mapping[int, float]], factor: PerRow = 1.0) -> None:
         self.tokens = [tokens] if isinstance(tokens, Mapping) else list(tokens)
@@ -50,6 +53,14 @@ class LogitsEdit(Edit):
             raise SteersmanError(f"logits are edited at the hook point 'logits', not at {point.name}")
         if not 0 <= int(self.ids[0]) <= int(self.ids[-1]) < point.width:
             raise SteersmanError(f"no token {int(self.ids[-1])}: the vocabulary of {lm.name} has {point.width}")
+
+    def saved(self) -> Saved:
+        rows = [[[t, "-inf" if s == -float("inf") else s] for t, s in row.items()] for row in self.tokens]
+        return Saved({"tokens": rows}, {"factor": self.factor})
+
+    @classmethod
+    def restored(cls, saved: Saved) -> Self:
+        return cls([{t: float(s) for t, s in row} for row in saved.settings["tokens"]], saved.tensors["factor"])
 
     def scaled(self, factor: PerRow) -> "LogitsEdit":
         factors = per_row(factor, "factor", self.factor.device)

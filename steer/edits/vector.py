@@ -3,7 +3,7 @@
 Shape letters: B rows of the batch, D width; R rows of parameters (1 for all, or one per prompt), P positions.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -11,11 +11,14 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, HookPoint, LanguageModel
 from steersman.lm.origin import check_fits
-from steersman.steer.edits.base import Edit, PerRow, blend, common_rows, per_row
+from steersman.steer.edits.base import Edit, PerRow, Saved, blend, common_rows, per_row
 
 
 class _Added(Edit):
     """What adds a `vector` [..., D] times `factor`, scale and gate together."""
+
+    vector: Tensor
+    factor: Tensor
 
     def __init__(self, vector: Tensor, scale: PerRow, gate: PerRow, /, **sizes: int) -> None:
         if not bool(torch.isfinite(vector).all()):
@@ -32,6 +35,13 @@ class _Added(Edit):
         what = f"a vector of shape {list(self.vector.squeeze(0).shape)}"
         check_fits(lm, what=what, model_name="", hook_name=point.name, width=self.vector.shape[-1])
 
+    def saved(self) -> Saved:
+        return Saved({}, {"vector": self.vector.detach(), "factor": self.factor})
+
+    @classmethod
+    def restored(cls, saved: Saved) -> Self:
+        return cls(saved.tensors["vector"], saved.tensors["factor"], 1.0)
+
 
 class VectorEdit(_Added):
     """h + scale gate v: `vector` [D] or [B, D], `scale` and `gate` a number or [B].
@@ -39,6 +49,8 @@ class VectorEdit(_Added):
     The product is formed once in fp32 and cast to h's dtype; with `vector.requires_grad` it is formed in every pass, so
     that gradients flow to the vector.
     """
+
+    name = "vector"
 
     def __init__(self, vector: Tensor, scale: PerRow = 1.0, gate: PerRow = 1.0) -> None:
         if vector.ndim not in (1, 2) or vector.numel() == 0:
@@ -69,13 +81,15 @@ class PositionEdit(_Added):
     """h_p + scale gate v_p at absolute position p < P, nothing after: `vector` [P, D], `scale` and `gate` a number or
     [B]."""
 
+    name = "positions"
+
     def __init__(self, vector: Tensor, scale: PerRow = 1.0, gate: PerRow = 1.0) -> None:
         if vector.ndim != 2 or vector.numel() == 0:
             raise SteersmanError(f"a vector added position by position must be [P, D], got {tuple(vector.shape)}")
         super().__init__(vector.float(), scale, gate)
         self.used = vector.abs().sum(1) > 0  # [P]: a position whose row is zero is not steered
 
-    def narrow(self, where: Tensor | bool, fwd: ForwardPass) -> Tensor | bool:
+    def narrow(self, where: Tensor | bool, fwd: ForwardPass, h: Tensor) -> Tensor | bool:
         if isinstance(where, bool) and not where:
             return False
         position = fwd.positions.to(self.used.device)
