@@ -2,24 +2,27 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steersman.doors import whole_number
 from steersman.errors import SteersmanError
-from steersman.lm import ForwardPass
+from steersman.lm import ForwardPass, LanguageModel
+from steersman.lm.chat_spans import PARTS, ChatPart
 
 NAMED = ("all", "prompt", "generation", "last_prompt")
 FORMS = (
-    "all, prompt, generation, last_prompt, a window such as 2:10, token ids such as tokens:15,27, or several of those "
-    "joined by +"
+    "all, prompt, generation, last_prompt, a window such as 2:10, token ids such as tokens:15,27, of a chat "
+    f"{', '.join(PARTS)}, role:NAME or turn:N, or several of those joined by +"
 )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scope:
-    """Which tokens are steered: a named part of the text, a window of positions, token ids, or a mask.
+    """Which tokens are steered: a named part of the text or of a conversation, a window of positions, token ids, or a
+    mask.
 
     Padding is never steered. The beginning-of-sequence token is left alone too, because its norm is an outlier, unless
     `include_bos` is set or a mask or token id names it.
@@ -34,7 +37,7 @@ class Scope:
     """
 
     kind: str
-    """One of all, prompt, generation, last_prompt, window, tokens, mask, union."""
+    """One of all, prompt, generation, last_prompt, window, tokens, mask, chat, union."""
     window: tuple[int, int | None] | None = None
     """Half-open interval of absolute positions, counted over real tokens with the BOS at 0; None as its end is open."""
     token_ids: frozenset[int] = frozenset()
@@ -43,6 +46,8 @@ class Scope:
     """[B, S] or [S] bool over the columns of the padded batch, for kind `mask`; later columns are not steered."""
     parts: tuple["Scope", ...] = ()
     """For kind `union`: a token is steered where one of these has it."""
+    part: ChatPart | None = None
+    """The part of a conversation, for kind `chat`."""
     include_bos: bool = False
     """Steer the beginning-of-sequence token as well where it falls into the scope."""
 
@@ -97,6 +102,8 @@ class Scope:
             return cls(kind="union", parts=parts, include_bos=include_bos)
         if text in NAMED:
             return cls(kind=text, include_bos=include_bos)
+        if (part := ChatPart.parse(text)) is not None:
+            return cls(kind="chat", part=part, include_bos=include_bos)
         head, _, tail = text.partition(":")
         try:
             if head == "tokens":
@@ -108,6 +115,17 @@ class Scope:
         except ValueError:
             pass
         raise SteersmanError(f"unknown scope {text!r}: use {FORMS}")
+
+    def check(self, lm: LanguageModel) -> None:
+        """Raise SteersmanError for a part of conversations that the model's chat template does not have."""
+        for scope in self.parts:
+            scope.check(lm)
+        if self.part is not None:
+            template = lm.chat_template
+            if self.part.kind == "role":
+                template.check_role(self.part.role)
+            if self.part.kind == "thinking":
+                _ = template.think_markers
 
     def select(self, fwd: ForwardPass) -> Tensor | bool:
         """The steered tokens of a pass, [B, S] bool; True or False when all or none are, known without the device."""
@@ -125,6 +143,8 @@ class Scope:
                 raise SteersmanError("a scope of token ids needs input_ids, the model was given embeddings")
             ids = torch.tensor(sorted(self.token_ids), device=fwd.device)
             return torch.isin(fwd.input_ids, ids) & fwd.real
+        if self.part is not None:
+            return self._keep_bos(fwd, self._chat(fwd, self.part))
         if self.kind == "window":
             return self._keep_bos(fwd, self._window(fwd))
         if fwd.phase == "generation":
@@ -151,8 +171,17 @@ class Scope:
                 chosen = found if isinstance(chosen, bool) else chosen | found
         return chosen
 
-    def _keep_bos(self, fwd: ForwardPass, chosen: Tensor) -> Tensor:
-        if self.include_bos or fwd.phase == "generation":
+    @staticmethod
+    def _chat(fwd: ForwardPass, part: ChatPart) -> Tensor | bool:
+        if fwd.spans is None:
+            raise SteersmanError(
+                f"scope '{part}' needs to know whose the tokens of a pass are: give messages to lm.chat or "
+                "lm.generate, the batch of lm.encode_chat to lm.logits, or open lm.chat_spans(batch)"
+            )
+        return fwd.spans.where(part, fwd)
+
+    def _keep_bos(self, fwd: ForwardPass, chosen: Any) -> Any:
+        if isinstance(chosen, bool) or self.include_bos or fwd.phase == "generation":
             return chosen
         return chosen & ~fwd.is_bos
 

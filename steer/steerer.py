@@ -55,6 +55,7 @@ class Steering(Opened):
         for point, edit in points.items():
             edit.check(lm, point)
         self.edits = {point.name: edit for point, edit in points.items()}
+        scope.check(lm)
         self.scope = scope
         self.for_all_threads = for_all_threads
         self.trace = Trace()

@@ -61,7 +61,7 @@ def without_hooks(model: nn.Module) -> None:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for number in [i for i, hook in hooks.items() if isinstance(hook, Hook) and hook.fn is _nothing]:
                 del hooks[number]
-    for name in ("generate", "init_continuous_batching"):
+    for name in ("generate", "prepare_inputs_for_generation", "init_continuous_batching"):
         found = model.__dict__.get(name)
         if isinstance(found, MethodType) and found.__func__ is getattr(type(model), name, None):
             del model.__dict__[name]

@@ -41,8 +41,8 @@ class PassDone(Exception):
 
 
 class _Held:
-    """What a context of execution holds open on a clock: an edit at `point`, a declared prompt length, or that passes
-    are to be `unedited`."""
+    """What a context of execution holds open on a clock: an edit at `point`, a declared prompt length, whose the tokens
+    of a chat are (False: that nobody says), or that passes are to be `unedited`."""
 
     def __init__(
         self, clock: "PassClock", point: HookPoint | None = None, declared: PromptLength | None = None
@@ -51,6 +51,7 @@ class _Held:
         self.fn: Callable[[Tensor], Tensor | None] = lambda h: None
         self.for_all_threads = False
         self.unedited = False
+        self.spans: Any = None
         self.handle: Any = None
 
     def run(self, h: Tensor) -> Tensor | None:
@@ -123,14 +124,16 @@ class PassClock:
 
         return Opened(start)
 
-    def declare(self, prompt_length: PromptLength | None, *, unedited: bool = False) -> Opened:
-        """Say how many real tokens of each row are its prompt, for passes outside `generate` (None says nothing), or
-        that passes are not to be edited."""
+    def declare(
+        self, prompt_length: PromptLength | None = None, *, spans: Any = None, unedited: bool = False
+    ) -> Opened:
+        """Say how many real tokens of each row are its prompt, for passes outside `generate` (None says nothing), whose
+        they are (a `ChatSpans`; False: that nobody says), or that passes are not to be edited."""
 
         def start(stack: Unwinding) -> None:
-            if prompt_length is not None or unedited:
+            if prompt_length is not None or spans is not None or unedited:
                 held = _Held(self, declared=prompt_length)
-                held.unedited = unedited
+                held.unedited, held.spans = unedited, spans
                 stack.undo(_release, held)
                 _HELD.set((*_HELD.get(), held))
 
@@ -241,6 +244,7 @@ class PassClock:
             sequence=state.sequence if run is None else run.sequence,
             run=run,
             edits=edits,
+            spans=self.spans() if run is None else run.spans,
         )
 
     def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
@@ -294,6 +298,11 @@ class PassClock:
             raise SteersmanError(f"prompt_length has {lengths.numel()} entries and the batch has {batch} rows")
         return lengths.expand(batch)
 
+    def spans(self) -> Any:
+        """Whose the tokens of passes made here are, as it was declared last; None where nobody says."""
+        found = [held.spans for held in _HELD.get() if held.clock is self and held.spans is not None]
+        return found[-1] or None if found else None
+
     # Generation
 
     def begin_run(self, args: tuple[Any, ...], kwargs: dict[str, Any], stack: Unwinding) -> GenerationRun:
@@ -333,7 +342,8 @@ class PassClock:
         if setting("guidance_scale") not in (None, 1):
             raise SteersmanError("guidance_scale makes passes of a second text between those of the first: not steered")
         stop = stop_ids(setting("eos_token_id"))
-        return GenerationRun(1 if x is None else x.shape[0], columns, mask, stop, int(setting("num_beams") or 1))
+        rows, beams = 1 if x is None else x.shape[0], int(setting("num_beams") or 1)
+        return GenerationRun(rows, columns, mask, stop, beams, self.spans())
 
 
 def _release(held: _Held) -> None:
@@ -383,6 +393,19 @@ class _NotedGenerate(StandIn):
             return out
 
 
+class _NotedInputs(StandIn):
+    """`prepare_inputs_for_generation`, noting all tokens so far: beams change places between passes."""
+
+    def __init__(self, owner: Any, model: nn.Module, name: str) -> None:
+        super().__init__(owner, model, name)
+        self.__signature__ = inspect.signature(self.method)  # generate looks at it
+
+    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.owner.state.runs:
+            self.owner.state.runs[-1].history = input_ids
+        return self.method(input_ids, *args, **kwargs)
+
+
 class _NoContinuousBatching(StandIn):
     """`init_continuous_batching`: its passes pack many requests into one row, in a thread of their own."""
 
@@ -395,4 +418,8 @@ class _NoContinuousBatching(StandIn):
         )
 
 
-_STAND_INS: dict[str, type[StandIn]] = {"generate": _NotedGenerate, "init_continuous_batching": _NoContinuousBatching}
+_STAND_INS: dict[str, type[StandIn]] = {
+    "generate": _NotedGenerate,
+    "prepare_inputs_for_generation": _NotedInputs,
+    "init_continuous_batching": _NoContinuousBatching,
+}

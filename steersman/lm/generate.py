@@ -9,6 +9,8 @@ from torch import Tensor
 
 from steersman.doors import number, whole_number
 from steersman.errors import SteersmanError
+from steersman.lm.chat_spans import ChatSpans
+from steersman.lm.tokens import TokenBatch
 from steersman.lm.unwinding import Opened, Unwinding
 
 
@@ -30,14 +32,19 @@ class Generation:
     """[B] int64: real tokens in each prompt, the BOS included."""
     prompt_columns: int
     """Width of the padded prompt: generated tokens start at this column of `tokens`."""
+    spans: ChatSpans | None = None
+    """Whose the tokens are, where prompts were given as conversations; what was generated is the assistant's."""
 
     @classmethod
     def from_tokens(
-        cls, tokenizer: Any, prompts: Sequence[str], prompt_mask: Tensor, tokens: Tensor, stop: list[int]
+        cls, tokenizer: Any, prompts: Sequence[str], batch: TokenBatch, tokens: Tensor, stop: list[int]
     ) -> Self:
-        """What `model.generate` returned, `tokens` [B, S], for `prompts` and their mask [prompts, P]."""
-        times, width = tokens.shape[0] // len(prompts), prompt_mask.shape[1]
-        mask = prompt_mask.repeat_interleave(times, dim=0)
+        """What `model.generate` returned, `tokens` [B, S], for a batch of `prompts`."""
+        times, width = tokens.shape[0] // len(prompts), batch.input_ids.shape[1]
+        mask = batch.attention_mask.repeat_interleave(times, dim=0)
+        spans = batch.spans
+        if spans is not None and times > 1:
+            spans = spans[[i for i in range(len(prompts)) for _ in range(times)]]
         new = tokens[:, width:]
         real = real_generated(new, stop)
         whole = torch.cat([mask, real], dim=1)
@@ -59,7 +66,27 @@ class Generation:
             attention_mask=whole,
             prompt_length=mask.sum(1),
             prompt_columns=width,
+            spans=spans,
         )
+
+    @property
+    def batch(self) -> TokenBatch:
+        """Prompts and generated tokens, for `lm.logits` and `lm.capture`; with `prompt_length` a steered pass over it
+        steers what generating it did."""
+        return TokenBatch(input_ids=self.tokens, attention_mask=self.attention_mask, spans=self.spans)
+
+    @property
+    def replies(self) -> list[str]:
+        """The assistant's message of each row, without white space around it; where the last message was continued,
+        with what it began with. Raises SteersmanError where a prompt was no conversation."""
+        return [str(conversation[-1]["content"]) for conversation in self.conversations]
+
+    @property
+    def conversations(self) -> list[list[dict[str, Any]]]:
+        """The conversation of each row with the reply as its last message, to go on from."""
+        if self.spans is None:
+            raise SteersmanError("the prompts were texts: replies are to conversations (lm.chat)")
+        return [row.with_reply(text) for row, text in zip(self.spans.conversations, self.completions)]
 
     @property
     def new_tokens(self) -> Tensor:
@@ -110,6 +137,63 @@ def sampling_settings(
         "top_k": top_k or 0,
         "top_p": 1.0 if top_p is None else top_p,
     }
+
+
+@torch.no_grad()
+def run_generation(
+    lm: Any,
+    batch: TokenBatch,
+    shown: Sequence[str],
+    *,
+    max_new_tokens: int,
+    sampling: Mapping[str, Any],
+    seed: int | None,
+    use_cache: bool,
+    options: Mapping[str, Any],
+    streamer: Any = None,
+) -> Generation:
+    """What `LanguageModel.generate` does with prompts, a left-padded batch that reads as `shown`. `streamer` is given
+    the tokens as they come, as transformers does it."""
+    max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", at_least=1)
+    check_options(options, len(batch.input_ids))
+    if bool((batch.attention_mask == 0).any()):
+        lm.check_left_padding()
+    width = batch.input_ids.shape[1]
+    if lm.context_length is not None and width + max_new_tokens > lm.context_length:
+        raise SteersmanError(
+            f"a prompt of {width} tokens and {max_new_tokens} new ones exceed the context of {lm.name}, "
+            f"{lm.context_length} tokens: shorten the prompt or lower max_new_tokens"
+        )
+    defaults: dict[str, Any] = {"pad_token_id": lm.pad_token_id, "disable_compile": True}
+    if options.get("stop_strings"):
+        defaults["tokenizer"] = lm.tokenizer
+    if streamer is not None:
+        defaults["streamer"] = streamer
+    with Unwinding() as stack:
+        lm._prepare(stack)
+        stack.enter_context(lm._clock.declare(spans=batch.spans or False))
+        stack.enter_context(seeded(seed, lm.device))
+        try:
+            out = lm.model.generate(
+                batch.input_ids,
+                attention_mask=batch.attention_mask,
+                max_new_tokens=max_new_tokens,
+                use_cache=use_cache,
+                **sampling,
+                **{**defaults, **options},
+            )
+        except (TypeError, ValueError) as error:
+            if not options:
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise SteersmanError(f"transformers cannot generate with {', '.join(options)}: {reason}") from error
+    tokens: Tensor = out if isinstance(out, Tensor) else out.sequences
+    return Generation.from_tokens(lm.tokenizer, shown, batch, tokens, end_tokens(lm, options))
+
+
+def end_tokens(lm: Any, options: Mapping[str, Any]) -> list[int]:
+    """The ids that end a row of a generation with these options."""
+    return stop_ids(options.get("eos_token_id", lm.model.generation_config.eos_token_id))
 
 
 OPTIONS_ELSEWHERE = {

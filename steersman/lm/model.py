@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from steersman.device import pick_device
 from steersman.doors import whole_number
 from steersman.errors import SteersmanError
+from steersman.lm import chat as chats
 from steersman.lm.attached import without_hooks
+from steersman.lm.chat_spans import ChatSpans
 from steersman.lm.clock import PassClock, PassDone, PromptLength, not_reached
 from steersman.lm.digest import model_digest
 from steersman.lm.final_norm import find_final_norm
-from steersman.lm.generate import Generation, check_options, sampling_settings, seeded, stop_ids
+from steersman.lm.generate import Generation, run_generation, sampling_settings
 from steersman.lm.hook_map import HookMap
 from steersman.lm.hooks import LOGITS, MASKED_ATTENTION, SPLIT_KINDS, HookName, HookPoint, several_hooks
 from steersman.lm.load import Quantization, load_pretrained
@@ -26,7 +28,9 @@ from steersman.lm.passes import ForwardPass
 from steersman.lm.positions import context_length, own_offset
 from steersman.lm.probe import module_device
 from steersman.lm.source import check_reads_text, name_in_cache
-from steersman.lm.tokens import Prompt, TextEncoder, TokenBatch, as_prompts
+from steersman.lm.streaming import Stream, streamed
+from steersman.lm.template import ChatTemplate, Conversation
+from steersman.lm.tokens import ChatBatch, Prompt, Prompts, TextEncoder, TokenBatch, as_prompts
 from steersman.lm.unwinding import Unwinding
 from steersman.lm.wrappers import eager, innermost, is_compiled
 
@@ -278,7 +282,7 @@ class LanguageModel:
 
     def encode(
         self,
-        texts: str | Sequence[Prompt] | Tensor,
+        texts: Prompts,
         *,
         bos: bool = True,
         padding_side: str = "right",
@@ -294,6 +298,62 @@ class LanguageModel:
     def token_ids(self, text: Prompt, bos: bool = False) -> list[int]:
         """The ids of one text, without special tokens unless `bos`."""
         return self._texts().ids(text, bos)
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The tokenizer's chat template. Raises SteersmanError where there is none."""
+        return self._texts().current_template()
+
+    @property
+    def template_digest(self) -> str | None:
+        """Sixteen hexadecimal digits of the chat template, which whatever is made from chats records; None without."""
+        return None if self._text is None or not self._text.has_template else self.chat_template.digest
+
+    def encode_chat(
+        self,
+        conversations: str | Conversation | Sequence[str | Conversation],
+        *,
+        system: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        padding_side: str = "right",
+        max_length: int | None = None,
+        **settings: Any,
+    ) -> ChatBatch:
+        """Conversations as one padded batch, written out by the model's own chat template, that knows whose each token
+        is: `roles`, `turns`, `content`, `mask("last_user")`. No BOS is added to what the template writes.
+
+        A conversation is a list of messages; a string is a user's message. `system` puts a system message before each.
+        Each ends with the header of the assistant's turn, unless its last message is one or `add_generation_prompt` is
+        False; `continue_final_message` ends with the last message's text, open. `settings` are the template's
+        variables, such as `enable_thinking` or `tools`.
+
+        Raises SteersmanError for a tokenizer without a template, and for conversations that the template refuses;
+        whose tokens are whose is found when it is asked for, and may be refused then (see `docs/chat.md`).
+        """
+        writing = chats.Asked(system, add_generation_prompt, continue_final_message, settings)
+        return chats.encode(self._texts(), conversations, writing, padding_side, max_length).to(self.device)
+
+    def chat(
+        self,
+        conversations: str | Conversation | Sequence[str | Conversation],
+        *,
+        system: str | None = None,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool | None = None,
+        template: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Generation:
+        """The assistant's reply to each conversation: see `Generation.replies` and `Generation.conversations`.
+
+        Conversations as for `encode_chat`, `template` its settings, and `options` those of `generate`. With
+        `continue_final_message` the reply begins with the last message. Steering contexts apply as in `generate`, with
+        scopes such as `assistant` or `last_user` beside.
+
+        Raises SteersmanError where the last message is the assistant's and is not to be continued.
+        """
+        asked = chats.Asked(system, add_generation_prompt, continue_final_message, template or {})
+        return self.generate(chats.encode(self._texts(), conversations, asked, "left", None, to_reply=True), **options)
 
     # Passes
 
@@ -311,7 +371,9 @@ class LanguageModel:
         """Whether the model's forward takes an argument of this name."""
         return argument in self._clock.parameters
 
-    def _inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+    def _inputs(self, input_ids: Tensor | TokenBatch, attention_mask: Tensor | None) -> dict[str, Any]:
+        if isinstance(input_ids, TokenBatch):
+            input_ids, attention_mask = input_ids.input_ids, input_ids.attention_mask
         ids = torch.as_tensor(input_ids, device=self.device)
         if ids.ndim == 1:
             ids = ids[None]
@@ -357,7 +419,7 @@ class LanguageModel:
     @torch.no_grad()
     def capture(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | TokenBatch,
         attention_mask: Tensor | None = None,
         *,
         hooks: HookName | Sequence[HookName],
@@ -366,8 +428,9 @@ class LanguageModel:
         """What the named hook points hold, from one pass that stops after the last one needed: hidden states [B, S, D]
         (D as `hook_width` says), attention masks [B, H, S, S], logits [B, S, V].
 
-        `input_ids` [B, S] and `attention_mask` [B, S] as from `encode`. The keys are the names as given. Inside an edit
-        the edited states are read; `prompt_length` is then as for `prompt_length()`. Padding is included as it comes.
+        `input_ids` [B, S] and `attention_mask` [B, S] as from `encode`, or the batch itself, which also knows whose
+        the tokens of conversations are. The keys are the names as given. Inside an edit the edited states are read;
+        `prompt_length` is then as for `prompt_length()`. Padding is included as it comes.
         """
         points = {name: self._reachable(name) for name in several_hooks(hooks)}
         if not points:
@@ -400,7 +463,7 @@ class LanguageModel:
 
         handles: dict[Any, Any] = {}
         with Unwinding() as stack:
-            stack.enter_context(self._clock.declare(prompt_length))
+            stack.enter_context(self._clock.declare(prompt_length, spans=_spans_of(input_ids)))
             self._prepare(stack)
             if is_compiled(self.model):
                 eager.hold(stack)
@@ -470,19 +533,29 @@ class LanguageModel:
         """
         return self._clock.declare(lengths)
 
+    def chat_spans(self, spans: ChatSpans | TokenBatch | Generation) -> AbstractContextManager[Any]:
+        """Declare whose the tokens of the passes inside are, row by row and by absolute position, for scopes such as
+        `assistant`: of `encode_chat`'s batch, a generation, or their `spans`. `chat` and `generate` do it themselves,
+        and so do `logits` and `capture` for a batch; calls of `lm.model` need it."""
+        found = spans if isinstance(spans, ChatSpans) else spans.spans
+        if found is None:
+            raise SteersmanError("these are no conversations: encode them with lm.encode_chat")
+        return self._clock.declare(spans=found)
+
     def logits(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | TokenBatch,
         attention_mask: Tensor | None = None,
         *,
         prompt_length: PromptLength | None = None,
         grad: bool = False,
     ) -> Tensor:
-        """Logits [B, S, V] of one pass without a cache; `prompt_length` as for `prompt_length()`. `grad` keeps the
-        graph, for whoever optimises what an edit adds, unless gradients are off outside too."""
+        """Logits [B, S, V] of one pass without a cache, of ids or a batch as for `capture`; `prompt_length` as for
+        `prompt_length()`. `grad` keeps the graph, for whoever optimises what an edit adds, unless gradients are off
+        outside too."""
         inputs = self._inputs(input_ids, attention_mask)
         with Unwinding() as stack:
-            stack.enter_context(self._clock.declare(prompt_length))
+            stack.enter_context(self._clock.declare(prompt_length, spans=_spans_of(input_ids)))
             if not grad:
                 self._prepare(stack)
             before = self._clock.state.passes
@@ -496,7 +569,7 @@ class LanguageModel:
     @torch.no_grad()
     def generate(
         self,
-        prompts: str | Sequence[Prompt] | Tensor,
+        prompts: Prompts | TokenBatch,
         *,
         max_new_tokens: int = 40,
         do_sample: bool | None = None,
@@ -508,7 +581,8 @@ class LanguageModel:
         bos: bool = True,
         **options: Any,
     ) -> Generation:
-        """Continue each prompt by up to `max_new_tokens` tokens, in one left-padded batch. Prompts as for `encode`.
+        """Continue each prompt by up to `max_new_tokens` tokens, in one left-padded batch. Prompts as for `encode`, or
+        a batch of it that is padded on the left.
 
         Greedy unless `do_sample`, a temperature other than 0 or 1, `top_k`, `top_p` or a `seed` asks for sampling.
         `seed` leaves the global generators as they were; `bos` is as for `encode`. Further `options` (`num_beams`,
@@ -517,45 +591,69 @@ class LanguageModel:
         transformers refuses or that would be passed over, and for prompts of several lengths where the model reads
         the padding before them, as some recurrent models do.
         """
+        return run_generation(
+            self,
+            *self._prompts(prompts, bos),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling_settings(
+                do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            ),
+            seed=seed,
+            use_cache=use_cache,
+            options=options,
+        )
+
+    def stream(
+        self,
+        prompts: Prompts | TokenBatch,
+        *,
+        max_new_tokens: int = 40,
+        do_sample: bool | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        use_cache: bool = True,
+        bos: bool = True,
+        **options: Any,
+    ) -> Stream:
+        """The tokens of `generate` one by one as they are made: an iterator of `StreamedToken`s, each with its row, id,
+        piece of text and whether it ends its row.
+
+        Arguments as for `generate`, without beams. The steering that is open where the first token is asked for
+        applies to all. Leaving the iterator early (`close()`, or a `with` block) leaves nothing on the model.
+        """
+        if options.get("num_beams") not in (None, 1):
+            raise SteersmanError("beams change what was written before: tokens of a beam search cannot be streamed")
+        sampling = sampling_settings(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        batch, shown = self._prompts(prompts, bos)
+        return streamed(
+            self,
+            batch,
+            shown,
+            max_new_tokens=whole_number(max_new_tokens, "max_new_tokens", at_least=1),
+            sampling=sampling,
+            seed=seed,
+            use_cache=use_cache,
+            options=options,
+        )
+
+    def _prompts(self, prompts: Prompts | TokenBatch, bos: bool) -> tuple[TokenBatch, list[str]]:
+        """Prompts to continue, as a left-padded batch and as they read."""
         if not self.can_generate:
             raise SteersmanError(f"{self.name} ({type(self.model).__name__}) cannot generate text: it is not a decoder")
-        max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", at_least=1)
-        settings = sampling_settings(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        if isinstance(prompts, TokenBatch):
+            if bool((prompts.attention_mask[:, -1] == 0).any()):
+                raise SteersmanError("prompts to continue are padded on the left: encode them with padding_side='left'")
+            rows = [row[real] for row, real in zip(prompts.input_ids, prompts.attention_mask.bool())]
+            return prompts.to(self.device), [str(self.tokenizer.decode(row)) for row in rows]
         prompts = as_prompts(prompts)
-        check_options(options, len(prompts))
         batch = self.encode(prompts, bos=bos, padding_side="left")
-        if bool((batch.attention_mask == 0).any()):
-            self.check_left_padding()
-        width = batch.input_ids.shape[1]
-        if self.context_length is not None and width + max_new_tokens > self.context_length:
-            raise SteersmanError(
-                f"a prompt of {width} tokens and {max_new_tokens} new ones exceed the context of {self.name}, "
-                f"{self.context_length} tokens: shorten the prompt or lower max_new_tokens"
-            )
-        defaults = {"pad_token_id": self.pad_token_id, "disable_compile": True}
-        if options.get("stop_strings"):
-            defaults["tokenizer"] = self.tokenizer
-        with Unwinding() as stack:
-            self._prepare(stack)
-            stack.enter_context(seeded(seed, self.device))
-            try:
-                out = self.model.generate(
-                    batch.input_ids,
-                    attention_mask=batch.attention_mask,
-                    max_new_tokens=max_new_tokens,
-                    use_cache=use_cache,
-                    **settings,
-                    **{**defaults, **options},
-                )
-            except (TypeError, ValueError) as error:
-                if not options:
-                    raise
-                reason = " ".join(str(error).split())[:300]
-                raise SteersmanError(f"transformers cannot generate with {', '.join(options)}: {reason}") from error
-        tokens: Tensor = out if isinstance(out, Tensor) else out.sequences
-        eos = options.get("eos_token_id", self.model.generation_config.eos_token_id)
-        shown = [self._texts().shown(prompt) for prompt in prompts]
-        return Generation.from_tokens(self.tokenizer, shown, batch.attention_mask, tokens, stop_ids(eos))
+        return batch, [self._texts().shown(prompt) for prompt in prompts]
+
+
+def _spans_of(given: object) -> ChatSpans | None:
+    return given.spans if isinstance(given, TokenBatch) else None
 
 
 def _set_training(modules: Sequence[nn.Module], mode: bool) -> None:

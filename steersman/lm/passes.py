@@ -16,14 +16,25 @@ from steersman.errors import SteersmanError
 
 
 class GenerationRun:
-    """What the clock knows about one call of `model.generate`: its prompt and which tokens end a row."""
+    """What the clock knows about one call of `model.generate`: its prompt, whose tokens those are, and which tokens end
+    a row."""
 
-    def __init__(self, rows: int, prompt_columns: int, mask: Tensor | None, stop_ids: list[int], beams: int) -> None:
+    def __init__(
+        self,
+        rows: int,
+        prompt_columns: int,
+        mask: Tensor | None,
+        stop_ids: list[int],
+        beams: int,
+        spans: Any = None,
+    ) -> None:
         self.rows = rows
         self.prompt_columns = prompt_columns
         self.mask = mask
         self.stop_ids = stop_ids
         self.beams = beams
+        self.spans = spans
+        self.history: Tensor | None = None  # [B, T] all tokens so far
         self.unfinished: Tensor | None = None  # [B, 1] bool: rows not ended before this pass; kept only under a cache
         self.passes = 0
         self.seen = 0  # columns that its passes have covered
@@ -39,7 +50,8 @@ class ForwardPass:
     """One forward pass of the model, as the hooks see it. B rows, S tokens in this pass.
 
     A token is of the prompt when `generate` received it; in a plain forward pass every token is, unless
-    `LanguageModel.prompt_length` declares where the prompt ends.
+    `LanguageModel.prompt_length` declares where the prompt ends. `spans` says whose the tokens of conversations are
+    (`steersman.lm.chat_spans`), and `history` [B, T] holds all tokens so far; each is None where it is not known.
     """
 
     def __init__(
@@ -56,6 +68,7 @@ class ForwardPass:
         sequence: int,
         run: GenerationRun | None,
         edits: Iterable[Any] = (),
+        spans: Any = None,
     ) -> None:
         self.input_ids = input_ids
         self.batch, self.length = shape
@@ -67,6 +80,8 @@ class ForwardPass:
         self.bos_id = bos_id
         self.sequence = sequence
         self.run = run
+        self.spans = spans
+        self.history = input_ids if run is None or past == 0 else run.history
         self.unfinished: Tensor | None = None  # [B, S] bool: before the end of the row's text, where it can end
         self.reached: dict[Any, bool] = dict.fromkeys(edits, False)  # the edits that apply to it, and which have run
         self.memo: dict[Any, Any] = {}  # what the hooks of this pass compute once and share

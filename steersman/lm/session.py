@@ -72,7 +72,8 @@ class Session:
         self.tokens, self.mask = batch.input_ids, batch.attention_mask
         self.finished = torch.zeros(len(self.tokens), dtype=torch.bool, device=lm.device)
         """[B] bool: rows that were fed an end token."""
-        self.run = GenerationRun(len(self.tokens), self.prompt_columns, self.mask, self.stop_ids, 1)
+        spans = batch.spans or lm.clock.spans()
+        self.run = GenerationRun(len(self.tokens), self.prompt_columns, self.mask, self.stop_ids, 1, spans)
         lm.clock.numbered(self.run)
         self.cache = _new_cache(lm)
         self.logits = self._forward(self.tokens)
@@ -149,7 +150,7 @@ class Session:
         with Unwinding() as stack:
             stack.enter_context(self.context())
             lm.clock.resume(self.run, stack)
-            self.run.seen = width - ids.shape[1]
+            self.run.seen, self.run.history = width - ids.shape[1], self.tokens
             return lm.model(**inputs).logits[:, -1].float()
 
 

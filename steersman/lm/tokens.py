@@ -2,19 +2,25 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
+from steersman.lm.chat_spans import PARTS, ChatPart, ChatRow, ChatSpans
+from steersman.lm.template import ChatTemplate, Conversation, is_conversation, is_message
+from steersman.lm.turns import NO_TURN, Writing
 
 log = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | Conversation
 """One text: a string, its token ids, or a conversation of `{"role": ..., "content": ...}` messages."""
+
+Prompts = str | Conversation | Sequence[Prompt] | Tensor
+"""One text, or several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +31,66 @@ class TokenBatch:
     """[B, S] int64 token ids."""
     attention_mask: Tensor
     """[B, S] int64, 1 for real tokens and 0 for padding."""
+    spans: ChatSpans | None = None
+    """Whose the tokens are, where rows were given as conversations."""
 
     @property
     def lengths(self) -> Tensor:
         """[B] int64: real tokens per row."""
         return self.attention_mask.sum(1)
 
-    def to(self, device: torch.device | str) -> "TokenBatch":
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on `device`."""
-        return TokenBatch(input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
+        return replace(self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
+
+    def rows(self, index: Tensor | Sequence[int]) -> Self:
+        """Some rows, in any order, each as often as it is named; as wide as the batch."""
+        index = torch.as_tensor(index, device=self.input_ids.device)
+        spans = None if self.spans is None else self.spans[index]
+        return replace(self, input_ids=self.input_ids[index], attention_mask=self.attention_mask[index], spans=spans)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatBatch(TokenBatch):
+    """Conversations as token ids, and whose each token is.
+
+    A turn is everything that the template writes for a message, its header and its end included; `content` is the
+    text of the message alone. A system prompt that the template adds by itself is of the system and of no turn.
+    """
+
+    spans: ChatSpans  # pyright: ignore[reportGeneralTypeIssues]
+    """The same, as passes take it."""
+
+    @property
+    def roles(self) -> list[list[str | None]]:
+        """The role of each token, one list of S for each row; None for padding and the BOS."""
+        names = [None, *self.spans.names]
+        role = self._columns(self.spans._tables(self.input_ids.device).role, -1)
+        return [[names[i + 1] for i in row] for row in role.tolist()]
+
+    @property
+    def turns(self) -> Tensor:
+        """[B, S] int64: the number of the message that each token is of, -1 for padding and what is of none."""
+        return self._columns(self.spans._tables(self.input_ids.device).turn, NO_TURN)
+
+    @property
+    def content(self) -> Tensor:
+        """[B, S] bool: tokens of the messages' texts, and not of what the template writes around them."""
+        return self._columns(self.spans._tables(self.input_ids.device).content, False)
+
+    def mask(self, part: str) -> Tensor:
+        """[B, S] bool: the tokens of a part of the conversations, named as in a scope: assistant, user, system,
+        `role:NAME`, thinking, last_user or `turn:N`."""
+        found = ChatPart.parse(part)
+        if found is None:
+            raise SteersmanError(f"{part!r} is no part of a conversation: use {', '.join(PARTS)}, role:NAME or turn:N")
+        return self._columns(self.spans.table(found, self.input_ids.device), False)
+
+    def _columns(self, table: Tensor, fill: int | bool) -> Tensor:
+        """A table by position [B, L] as one by column [B, S], with `fill` at padding."""
+        real = self.attention_mask.bool()
+        at = (self.attention_mask.cumsum(1) - 1).clamp(0, table.shape[1] - 1)
+        return table.gather(1, at).masked_fill(~real, fill)
 
 
 def bos_tokens(input_ids: Tensor, mask: Tensor | None, bos_id: int | None, doc_ids: Tensor | None = None) -> Tensor:
@@ -104,7 +161,12 @@ class TextEncoder:
 
         Raises SteersmanError for what is none of these, and for a conversation where the tokenizer has no template.
         """
-        rows: list[list[int]] = [self._given(i, text) for i, text in enumerate(texts)]
+        return self._read(texts, bos)[0]
+
+    def _read(self, texts: Sequence[Prompt], bos: bool) -> tuple[list[list[int]], list[ChatRow | None]]:
+        """The ids of each text, and whose they are where it is a conversation."""
+        chats = [self._chat(i, text) if is_conversation(text) else None for i, text in enumerate(texts)]
+        rows = [self._given(i, text) if chat is None else chat.ids for i, (text, chat) in enumerate(zip(texts, chats))]
         strings = [i for i, text in enumerate(texts) if isinstance(text, str)]
         if strings:
             # verbose=False: longer than the context is this library's own check, with a message that says what to do
@@ -119,7 +181,7 @@ class TextEncoder:
             start = [self.bos_token_id] if bos and not self.is_encoder and self.bos_token_id is not None else []
             for i, row in zip(strings, read):
                 rows[i] = [*start, *row] if row[:1] != start else list(row)
-        return rows
+        return rows, chats
 
     def _given(self, i: int, text: Any) -> list[int]:
         """The ids that text `i` is, where it is no string."""
@@ -135,11 +197,8 @@ class TextEncoder:
             return []
         if isinstance(text, Tensor) and text.ndim == 1 and not text.is_floating_point():
             text = text.tolist()
-        if isinstance(text, list | tuple) and text:
-            if all(isinstance(entry, int) and not isinstance(entry, bool) for entry in text):
-                return self._checked(i, text)
-            if all(_is_message(entry) for entry in text):
-                return self._chat(i, text)
+        if isinstance(text, list | tuple) and text and all(type(entry) is int for entry in text):
+            return self._checked(i, text)
         got = type(text).__name__ if not isinstance(text, list | tuple) else f"{type(text).__name__} of {len(text)}"
         raise SteersmanError(
             f"text {i} is a {got}: give strings, token ids, or conversations of messages with a role and a content"
@@ -151,22 +210,37 @@ class TextEncoder:
             raise SteersmanError(f"text {i} holds the token id {unknown[0]}: the tokenizer has ids 0 to {n - 1}")
         return [int(token) for token in ids]
 
-    def _chat(self, i: int, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise SteersmanError(
-                f"text {i} is a conversation, and the tokenizer has no chat template: write it out as one string"
-            )
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer can write conversations."""
+        return getattr(self.tokenizer, "chat_template", None) is not None
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The tokenizer's chat template. Raises SteersmanError where it has none."""
+        name = str(getattr(self.tokenizer, "name_or_path", "") or "")
+        return ChatTemplate(self.tokenizer, f"the tokenizer of {name}" if name else "the tokenizer")
+
+    def current_template(self) -> ChatTemplate:
+        """`template`, made anew where another was set on the tokenizer since."""
+        if "template" in self.__dict__ and not self.template.is_current():
+            del self.__dict__["template"]
+        return self.template
+
+    def _chat(self, i: int, messages: Conversation) -> ChatRow:
         try:
-            given = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=messages[-1]["role"] != "assistant",
-                tokenize=True,
-                return_dict=True,
-            )
-        except Exception as error:  # templates are programs of their authors, and refuse in many ways
-            reason = " ".join(str(error).split())[:200]
-            raise SteersmanError(f"text {i}: the chat template refuses the conversation ({reason})") from error
-        return [int(token) for token in given["input_ids"]]
+            template = self.current_template()
+        except SteersmanError as error:
+            raise SteersmanError(f"text {i} is a conversation, and {error}") from error
+        return ChatRow(template, messages, writing_of(messages), f"text {i}: ")
+
+    def chats(self, conversations: Sequence[tuple[Conversation, Writing]]) -> list[ChatRow]:
+        """Conversations with how each is to be written."""
+        template = self.current_template()
+        return [
+            ChatRow(template, messages, writing, f"conversation {i}: ")
+            for i, (messages, writing) in enumerate(conversations)
+        ]
 
     def batch(self, texts: Any, bos: bool, padding_side: str, max_length: int | None) -> TokenBatch:
         """Ids of all texts in one [B, S] batch, padded on `padding_side` and cut to `max_length` tokens."""
@@ -175,11 +249,19 @@ class TextEncoder:
             raise SteersmanError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
         if not texts:
             raise SteersmanError("no texts to encode")
-        rows = [row[:max_length] for row in self.many(texts, bos)]
+        rows, chats = self._read(texts, bos)
         for i, row in enumerate(rows):
             if not row:
                 fix = "the tokenizer has no BOS token" if self.known_bos is None else "no BOS was asked for"
                 raise SteersmanError(f"text {i} of {len(rows)} is empty and {fix} to stand for it")
+        input_ids, mask = self.padded([row[:max_length] for row in rows], padding_side)
+        spans = ChatSpans(chats) if any(chat is not None for chat in chats) else None
+        return TokenBatch(input_ids=input_ids, attention_mask=mask, spans=spans)
+
+    def padded(self, rows: Sequence[Sequence[int]], padding_side: str) -> tuple[Tensor, Tensor]:
+        """Rows of ids as one [B, S], padded on a side, and the mask of what is not padding."""
+        if padding_side not in ("left", "right"):
+            raise SteersmanError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
         width = max(map(len, rows))
         if self.pad_token_id is None and any(len(row) < width for row in rows):
             raise SteersmanError(
@@ -191,11 +273,11 @@ class TextEncoder:
             where = slice(width - len(row), None) if padding_side == "left" else slice(0, len(row))
             input_ids[i, where] = torch.tensor(row)
             mask[i, where] = 1
-        return TokenBatch(input_ids=input_ids, attention_mask=mask)
+        return input_ids, mask
 
     def shown(self, text: Prompt) -> str:
         """A text as a string, whatever it was given as."""
-        return text if isinstance(text, str) else str(self.tokenizer.decode(self._given(0, text)))
+        return text if isinstance(text, str) else str(self.tokenizer.decode(self.ids(text, bos=False)))
 
 
 def as_prompts(texts: Any) -> list[Prompt]:
@@ -211,13 +293,33 @@ def as_prompts(texts: Any) -> list[Prompt]:
     if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
         raise SteersmanError(f"texts must be a string or a list of them, got {type(texts).__name__}")
     texts = list(texts)
-    if texts and (isinstance(texts[0], int) or _is_message(texts[0])):
+    if texts and (isinstance(texts[0], int) or is_message(texts[0])):
         return [texts]
     return texts
 
 
-def _is_message(entry: Any) -> bool:
-    return isinstance(entry, Mapping) and "role" in entry and "content" in entry
+def writing_of(
+    messages: Conversation,
+    *,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> Writing:
+    """How a conversation is written: it ends with the header of the assistant's turn unless its last message is one, or
+    `add_generation_prompt` says otherwise.
+
+    >>> writing_of([{"role": "user", "content": "Hello"}]).add_generation_prompt
+    True
+    """
+    if add_generation_prompt is None:
+        add_generation_prompt = messages[-1]["role"] != "assistant" and not continue_final_message
+    if add_generation_prompt and continue_final_message:
+        raise SteersmanError("continue_final_message goes on with the last message: it has no generation prompt")
+    return Writing(
+        add_generation_prompt=bool(add_generation_prompt),
+        continue_final_message=continue_final_message,
+        settings=dict(settings or {}),
+    )
 
 
 @cache
