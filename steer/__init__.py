@@ -1,5 +1,6 @@
 """Interventions: steer a language model by features of an SAE or by vectors."""
 
+from steersman.steer.analysis.annotations import Annotated, AnnotationTable, annotation_table
 from steersman.steer.analysis.concept_shift import ConceptShift, concept_shift
 from steersman.steer.analysis.layers import LayerDivergence, layer_divergences
 from steersman.steer.analysis.promote import PromoteReport, promote_report
@@ -46,6 +47,21 @@ from steersman.steer.measures import CostMeter, generated_tokens, token_kl, toke
 from steersman.steer.methods import METHODS, ContrastConfig, contrast
 from steersman.steer.scale_search import ScaleSearch, search_scale
 from steersman.steer.scope import Scope
+from steersman.steer.scores import (
+    SCORES,
+    FeatureFlow,
+    FeatureScores,
+    FeatureSet,
+    Score,
+    ScoreConfig,
+    feature_flow,
+    pruned,
+    rewarded_answers,
+    score_features,
+    select,
+    token_change,
+    vocab_projection,
+)
 from steersman.steer.steerer import Steerer, Steering
 from steersman.steer.trace import Trace
 from steersman.steer.vectors.vector import SteeringVector
@@ -54,8 +70,11 @@ from steersman.steer.weights.delta import Reweighted, WeightDelta, head_columns
 __all__ = [
     "METHODS",
     "MODES",
+    "SCORES",
     "UNITS",
     "AffineEdit",
+    "Annotated",
+    "AnnotationTable",
     "AttentionBiasEdit",
     "CalibrateConfig",
     "Calibration",
@@ -73,7 +92,10 @@ __all__ = [
     "EffectsConfig",
     "Estimate",
     "EvaluationConfig",
+    "FeatureFlow",
     "FeatureOutcome",
+    "FeatureScores",
+    "FeatureSet",
     "FunctionEdit",
     "Gate",
     "HeadEdit",
@@ -87,6 +109,8 @@ __all__ = [
     "ScaleSearch",
     "Schedule",
     "Scope",
+    "Score",
+    "ScoreConfig",
     "SteerConfig",
     "Steerer",
     "Steering",
@@ -99,6 +123,7 @@ __all__ = [
     "VectorEdit",
     "Verification",
     "WeightDelta",
+    "annotation_table",
     "blend",
     "bootstrap",
     "calibrate",
@@ -107,6 +132,7 @@ __all__ = [
     "contrast",
     "decompose",
     "evaluate_steering",
+    "feature_flow",
     "fgaa_targets",
     "generated_tokens",
     "head_columns",
@@ -116,13 +142,19 @@ __all__ = [
     "parse_features",
     "plot_decompositions",
     "promote_report",
+    "pruned",
+    "rewarded_answers",
     "ridge_fit",
+    "score_features",
     "search_scale",
+    "select",
     "steer_and_compare",
     "sweep_layers",
+    "token_change",
     "token_kl",
     "token_nll",
     "verify_effect",
+    "vocab_projection",
 ]
 
 # Conveniences of a class whose functions need the class, which declares them.

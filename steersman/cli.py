@@ -63,6 +63,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "eval": Command("steersman.commands.eval:run", "measure an SAE: reconstruction, effect on the model", writes=FILE),
     "features": Command("steersman.commands.features:run", "see what each feature fires on and writes", writes=FILE),
+    "scores": Command("steersman.commands.scores:run", "score features, and select those to steer by", writes=FOLDER),
     "plan": Command("steersman.commands.plan:run", "memory, network and time that a training run needs"),
     "steer": Command("steersman.commands.steer:run", "generate text with features turned up or down", writes=FILE),
     "inspect": Command("steersman.commands.inspect:run", "see what a model, store, run, SAE, vector or map holds"),

@@ -84,3 +84,12 @@ def test_what_the_pages_programs_print(walked: tuple[Path, dict[str, str]]) -> N
     assert "diagonal_lda" in printed["python use_diagonal_lda.py"]
     assert "'nearest': 0.99979, 'omp': 1.0" in printed["python use_nearest.py"]
     assert printed["python use_lab_format.py"].split() == ["topk", "lab", "lab"]
+
+
+def test_the_page_of_feature_scores_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    program = "\n".join(text for language, _, text in blocks("feature_scores.md") if language == "python")
+    (tmp_path / "page.py").write_text(program)
+    printed = run_line("python page.py", tmp_path)
+    assert "correlation (Pearson r with the reward" in printed
+    assert " *" in printed
+    assert "annotation" in printed

@@ -8,7 +8,6 @@ from torch import Tensor
 from steersman import LanguageModel, Steerer
 from steersman.errors import SteersmanError
 from steersman.lm import Generation
-from steersman.lm.session import Session
 from steersman.lm.tokens import ChatBatch
 
 HOOK = "blocks.1.hook_resid_post"
@@ -158,21 +157,6 @@ def test_token_by_token_in_a_users_own_loop(lm: LanguageModel) -> None:
             given = {} if cache is None else {lm.cache_name: cache}
             cache = lm.model(batch.input_ids[:, column : column + 1], use_cache=True, **given)[lm.cache_name]
     assert {p for _, p in context.trace.pairs()} == whole[0]
-
-
-@pytest.mark.parametrize("part", [*PARTS, "thinking", "user+last_prompt+generation"])
-def test_a_session_is_steered_as_generate_is(part: str) -> None:
-    lm = chat_model("qwen3")
-    text = lm.chat(TALKS, max_new_tokens=5, eos_token_id=None, template={"enable_thinking": False})
-    batch = lm.encode_chat(TALKS, padding_side="left", enable_thinking=False)
-    with pushed(lm, part):
-        plain = lm.generate(batch, max_new_tokens=5, eos_token_id=None)
-    sessions = [Session(lm, batch, context=lambda: pushed(lm, part), stop=()), Session(lm, batch, stop=())]
-    for _ in range(5):
-        for session in sessions:  # in turns, one of them unsteered
-            session.feed(session.logits.argmax(-1))
-    assert sessions[0].new_tokens.tolist() == plain.new_tokens.tolist()
-    assert sessions[1].new_tokens.tolist() == text.new_tokens.tolist()
 
 
 def test_a_stream_is_steered_as_the_generation(lm: LanguageModel) -> None:

@@ -98,7 +98,7 @@ def _example(entry: Any, where: str) -> Example:
 def read_examples(path: str | Path) -> Examples:
     """Examples from a JSONL file (see the module). Raises SteersmanError that names the file and the line."""
     sides: dict[str, list[Example]] = {"positive": [], "negative": []}
-    for number, record in _records(Path(path)):
+    for number, record in jsonl_records(Path(path)):
         where = f"{path}: line {number}"
         if {"positive", "negative"} <= set(record):
             prompt = record.get("prompt")
@@ -119,7 +119,8 @@ def read_examples(path: str | Path) -> Examples:
     return Examples(positive=sides["positive"], negative=sides["negative"])
 
 
-def _records(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+def jsonl_records(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line of a JSONL file. Raises SteersmanError that names the file and the line."""
     content = read_bytes(path, limit=_LARGEST_FILE)
     try:
         lines = content.decode("utf-8-sig").split("\n")

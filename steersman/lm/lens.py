@@ -3,7 +3,7 @@
 Shape letters: n directions, D width, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,30 +12,56 @@ from steersman.errors import SteersmanError
 from steersman.lm.final_norm import norm_gain
 from steersman.lm.model import LanguageModel
 
-__all__ = ["logit_lens", "norm_gain"]
+__all__ = ["LensTokens", "lens_tokens", "logit_lens", "norm_gain"]
 
 _BLOCK = 256  # directions whose logits are held at once
 
 
+class LensTokens(NamedTuple):
+    """The tokens that directions raise and lower most, strongest first: each [n, k]."""
+
+    raised: Tensor
+    """Ids of the tokens raised most."""
+    raised_by: Tensor
+    """Their logits, above the mean of all tokens."""
+    lowered: Tensor
+    """Ids of the tokens lowered most."""
+    lowered_by: Tensor
+    """Their logits, below the mean of all tokens."""
+
+
 @torch.no_grad()
-def logit_lens(lm: LanguageModel, directions: Tensor, n_tokens: int = 8) -> list[tuple[list[str], list[str]]]:
+def lens_tokens(lm: LanguageModel, directions: Tensor, n_tokens: int) -> LensTokens:
     """The tokens each of `directions` [n, D] raises and lowers most through the final norm's gain and W_U [D, V].
+
+    What the norm does besides, its scale and its bias, is the same for all tokens or for all directions, and left out.
+    Raises SteersmanError for a model without an output layer.
+    """
+    W_U, norm = lm.unembed()
+    gain, n_tokens = norm_gain(norm).to(W_U.device), min(n_tokens, W_U.shape[1])
+    found = []
+    for block in directions.detach().split(_BLOCK):
+        logits = (block.to(W_U.device).float() * gain) @ W_U.float()
+        logits -= logits.mean(dim=1, keepdim=True)
+        top, bottom = logits.topk(n_tokens, dim=1), (-logits).topk(n_tokens, dim=1)
+        found.append((top.indices, top.values, bottom.indices, -bottom.values))
+    return LensTokens(*(torch.cat(part).cpu() for part in zip(*found)))
+
+
+def logit_lens(lm: LanguageModel, directions: Tensor, n_tokens: int = 8) -> list[tuple[list[str], list[str]]]:
+    """The tokens each of `directions` [n, D] raises and lowers most, as text: see `lens_tokens`.
 
     Two empty lists a direction for models without an output layer.
     """
     try:
-        W_U, norm = lm.unembed()
+        lm.unembed()
     except SteersmanError:  # an encoder without an output layer still has features worth reading
         return [([], []) for _ in directions]
-    gain, n_tokens = norm_gain(norm), min(n_tokens, W_U.shape[1])
-    lens = []
-    for block in directions.detach().split(_BLOCK):
-        logits = (block.to(W_U.device).float() * gain.to(W_U.device)) @ W_U.float()
-        logits -= logits.mean(dim=1, keepdim=True)
-        top = logits.topk(n_tokens, dim=1).indices.tolist()
-        bottom = (-logits).topk(n_tokens, dim=1).indices.tolist()
-        lens += [(_texts(lm.tokenizer, a), _texts(lm.tokenizer, b)) for a, b in zip(top, bottom)]
-    return lens
+    if not len(directions):
+        return []
+    found = lens_tokens(lm, directions, n_tokens)
+    sides = zip(found.raised.tolist(), found.lowered.tolist())
+    return [(_texts(lm.tokenizer, a), _texts(lm.tokenizer, b)) for a, b in sides]
 
 
 def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
