@@ -52,6 +52,7 @@ class _Held:
         self.for_all_threads = False
         self.unedited = False
         self.spans: Any = None
+        self.apart = False  # from the pass in the middle of which it was opened
         self.handle: Any = None
 
     def run(self, h: Tensor) -> Tensor | None:
@@ -78,6 +79,15 @@ class _State(threading.local):
     last: tuple[int, int, int] | None = None  # end column, rows and prompt columns of the pass before
     sequence = 0
     passes = 0
+
+    def set_aside(self, stack: Unwinding) -> None:
+        """Until the stack unwinds, passes made here are no part of the one that is running."""
+        stack.undo(self._resume, self.now, self.runs, self.last, self.sequence)
+        self.now, self.runs, self.last = None, (), None
+
+    def _resume(self, now: ForwardPass, *rest: Any) -> None:
+        self.now = now
+        self.runs, self.last, self.sequence = rest
 
 
 class PassClock:
@@ -128,12 +138,16 @@ class PassClock:
         self, prompt_length: PromptLength | None = None, *, spans: Any = None, unedited: bool = False
     ) -> Opened:
         """Say how many real tokens of each row are its prompt, for passes outside `generate` (None says nothing), whose
-        they are (a `ChatSpans`; False: that nobody says), or that passes are not to be edited."""
+        they are (a `ChatSpans`; False: that nobody says), or that passes are not to be edited. Inside a pass, unedited
+        ones are apart from it and from its run."""
 
         def start(stack: Unwinding) -> None:
+            apart = unedited and self.state.now is not None
+            if apart:
+                self.state.set_aside(stack)
             if prompt_length is not None or spans is not None or unedited:
                 held = _Held(self, declared=prompt_length)
-                held.unedited, held.spans = unedited, spans
+                held.unedited, held.spans, held.apart = unedited, spans, apart
                 stack.undo(_release, held)
                 _HELD.set((*_HELD.get(), held))
 
@@ -290,7 +304,7 @@ class PassClock:
         return max(columns, past + length) if length > 1 else columns
 
     def _declared(self, batch: int, device: torch.device) -> Tensor | None:
-        declared = [held.declared for held in _HELD.get() if held.clock is self and held.declared is not None]
+        declared = [held.declared for held in self._said() if held.declared is not None]
         if not declared:
             return None
         lengths = torch.as_tensor(declared[-1], device=device).long().flatten()
@@ -298,9 +312,15 @@ class PassClock:
             raise SteersmanError(f"prompt_length has {lengths.numel()} entries and the batch has {batch} rows")
         return lengths.expand(batch)
 
+    def _said(self) -> tuple[_Held, ...]:
+        """What was opened here and holds for passes made now: what is said about a pass is not about one in its
+        midst."""
+        held = tuple(one for one in _HELD.get() if one.clock is self)
+        return held[max((i for i, one in enumerate(held) if one.apart), default=0) :]
+
     def spans(self) -> Any:
         """Whose the tokens of passes made here are, as it was declared last; None where nobody says."""
-        found = [held.spans for held in _HELD.get() if held.clock is self and held.spans is not None]
+        found = [held.spans for held in self._said() if held.spans is not None]
         return found[-1] or None if found else None
 
     # Generation
@@ -343,7 +363,9 @@ class PassClock:
             raise SteersmanError("guidance_scale makes passes of a second text between those of the first: not steered")
         stop = stop_ids(setting("eos_token_id"))
         rows, beams = 1 if x is None else x.shape[0], int(setting("num_beams") or 1)
-        return GenerationRun(rows, columns, mask, stop, beams, self.spans())
+        run = GenerationRun(rows, columns, mask, stop, beams, self.spans())
+        run.input_ids = ids if isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] == columns else None
+        return run
 
 
 def _release(held: _Held) -> None:

@@ -522,7 +522,8 @@ class LanguageModel:
         return self._clock.editing(point, apply, for_all_threads)
 
     def unedited(self) -> AbstractContextManager[Any]:
-        """A context in which passes are made without the edits that are open around it, here and in other threads."""
+        """A context in which passes are made without the edits that are open around it, here and in other threads. An
+        edit may open it in the middle of a pass, to make another that the first knows nothing of."""
         return self._clock.declare(None, unedited=True)
 
     def prompt_length(self, lengths: PromptLength) -> AbstractContextManager[Any]:

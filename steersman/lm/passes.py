@@ -39,6 +39,8 @@ class GenerationRun:
         self.passes = 0
         self.seen = 0  # columns that its passes have covered
         self.sequence = 0  # its number among the texts that the clock has seen
+        self.input_ids: Tensor | None = None  # [rows, P]: the prompt, where it was given as tokens
+        self.memo: dict[Any, Any] = {}  # what is found out about the prompt and holds for all of it
 
     def expanded_mask(self, batch: int) -> Tensor:
         """The prompt's mask [B, P], its rows repeated as beams and returned sequences repeat the prompts."""
@@ -85,6 +87,7 @@ class ForwardPass:
         self.unfinished: Tensor | None = None  # [B, S] bool: before the end of the row's text, where it can end
         self.reached: dict[Any, bool] = dict.fromkeys(edits, False)  # the edits that apply to it, and which have run
         self.memo: dict[Any, Any] = {}  # what the hooks of this pass compute once and share
+        self._whole: ForwardPass | None = None
         if run is not None and run.stop_ids and self.phase != "prompt" and self.batch > 1 and input_ids is not None:
             self.unfinished = self._find_unfinished(run, input_ids)
 
@@ -126,11 +129,17 @@ class ForwardPass:
             part = copy.copy(self)
             for name in _PER_TOKEN:
                 part.__dict__.pop(name, None)
+            part._whole = self
             part.past, part.length, part.memo = self.past + self.length - n, n, {}
             part.input_ids = None if self.input_ids is None else self.input_ids[:, -n:]
             part.unfinished = None if self.unfinished is None else self.unfinished[:, -n:]
             self.memo[key] = part
         return self.memo[key]
+
+    @property
+    def whole(self) -> "ForwardPass":
+        """The pass of which this is the `last` part, or this."""
+        return self if self._whole is None else self._whole
 
     @property
     def _follows_prompt(self) -> bool:
