@@ -1,4 +1,4 @@
-"""The five edit modes against their formulas, with rows that differ, in every dtype."""
+"""The edit modes against their formulas, with rows that differ, in every dtype."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def active_features(lm: LanguageModel) -> tuple[int, int]:
     return first, second
 
 
-def formula(mode: str, h: Tensor, j: int, s: float) -> Tensor:
+def formula(mode: str, h: Tensor, j: int, s: float, m: float = 0.0) -> Tensor:
     """STEP BY STEP from the definitions, one feature, h [..., D]."""
     sae = toy_sae()
     d, f = sae.W_dec[j].detach(), sae.encode(h)[..., j, None]
@@ -40,7 +40,11 @@ def formula(mode: str, h: Tensor, j: int, s: float) -> Tensor:
         "add": h + s * d,
         "clamp": h + (s - f) * d,
         "floor": h + (s - f).clamp(min=0) * d,
+        "cap": h - (f - s).clamp(min=0) * d,
         "scale": h + (s - 1) * f * d,
+        "positive_clamp": h + (s - f) * d,
+        "mirror": h + 2 * s * (m - f).clamp(min=0) * d,
+        "set_if_below": torch.where(f < m, h + (s - f) * d, h),
         "project_out": h - s * (h @ d)[..., None] * d / d.norm() ** 2,
     }[mode]
 
@@ -54,6 +58,17 @@ def test_each_mode_is_its_formula(lm: LanguageModel, mode: str, strength: float)
     got = states(lm, Steerer(lm).features(toy_sae(), {j: strength}, mode=mode))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(got[:, 0], h[:, 0])  # the BOS, bit for bit
+
+
+@pytest.mark.parametrize("mode", ["mirror", "set_if_below"])
+def test_modes_with_a_threshold(lm: LanguageModel, mode: str) -> None:
+    h, (j, _) = states(lm), active_features(lm)
+    level = float(toy_sae().encode(h[:, 1:])[..., j].median())
+    got = states(lm, Steerer(lm).features(toy_sae(), {j: 1.5}, mode=mode, threshold=level))
+    torch.testing.assert_close(got[:, 1:], formula(mode, h[:, 1:], j, 1.5, level), rtol=1e-5, atol=1e-5)
+    above = toy_sae().encode(h)[..., j] >= level
+    assert torch.equal(got[above], h[above])
+    assert not torch.equal(got[:, 1:], h[:, 1:])
 
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m != "project_out"])
@@ -158,6 +173,7 @@ def test_units(lm: LanguageModel) -> None:
         ({1: 1.0}, {"units": "furlongs"}, "unknown units 'furlongs'"),
         ({1: 1.0}, {"mode": "boost"}, "unknown mode 'boost'"),
         ({1: 2.0}, {"mode": "scale", "units": "max_act"}, "takes a plain factor"),
+        ({1: 2.0}, {"mode": "floor", "threshold": 1.0}, "'floor' has no threshold"),
         ({1: float("nan")}, {}, "strength of feature 1 must be a number, got nan"),
         ({1: 1.0}, {"gate": float("inf")}, "gate must be finite"),
         ([{1: 1.0}] * 3, {"gate": [1.0, 0.0]}, "rows disagree: features has 3, gate has 2"),

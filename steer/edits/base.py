@@ -205,7 +205,7 @@ def common_rows(**sizes: int) -> int:
     """The number of rows that all parameters share; those of one row serve every row."""
     rows = max(sizes.values())
     if any(n not in (1, rows) for n in sizes.values()):
-        raise SteersmanError("rows disagree: " + ", ".join(f"{k} has {n}" for k, n in sizes.items()))
+        raise SteersmanError("rows disagree: " + ", ".join(f"{k} has {n}" for k, n in sizes.items() if n > 1))
     return rows
 
 
