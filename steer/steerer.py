@@ -18,6 +18,7 @@ from steersman.lm.unwinding import Opened, Unwinding
 from steersman.sae import SAE
 from steersman.steer.edit_report import EditReport, Meter
 from steersman.steer.edits import (
+    DirectionEdit,
     Edit,
     FeatureEdit,
     Features,
@@ -25,10 +26,12 @@ from steersman.steer.edits import (
     HookReader,
     PerRow,
     PositionEdit,
+    Read,
     ScheduleLike,
     VectorEdit,
     gated,
 )
+from steersman.steer.edits.reads import as_read
 from steersman.steer.scope import Scope, ScopeLike
 from steersman.steer.trace import Trace
 from steersman.steer.vectors.directions import VectorInput, directions_of
@@ -204,6 +207,7 @@ class Steerer:
         *,
         mode: str = "add",
         units: str = "raw",
+        threshold: PerRow = 0.0,
         scope: ScopeLike = "all",
         gate: GateLike = 1.0,
         schedule: ScheduleLike | None = None,
@@ -213,18 +217,18 @@ class Steerer:
     ) -> Steering:
         """Edit features by id: `{id: strength}` for all rows, or a list of those with one per row.
 
-        `mode` is one of the five of `steersman.steer.edits.feature`. `units`: `raw` activation units; `max_act`,
-        multiples of the feature's largest activation in training; `norm_frac`, such that strength times |d_j| is this
-        fraction of the median |h|. `scope` as for `Scope.of`; `gate` and `schedule` as for `edit`. `hook` is needed
-        only for an SAE that records none. `measure` also encodes each steered state before and after the edit, for
-        `report()`.
+        `mode` is one of those of `steersman.steer.edits.feature`, `threshold` what two of them compare with. `units`:
+        `raw` activation units; `max_act`, multiples of the feature's largest activation in training; `norm_frac`, such
+        that strength times |d_j| is this fraction of the median |h|. `scope` as for `Scope.of`; `gate` and `schedule`
+        as for `edit`. `hook` is needed only for an SAE that records none. `measure` also encodes each steered state
+        before and after the edit, for `report()`.
 
         Raises SteersmanError for a feature id out of range, a dead feature in `max_act` units, an SAE without the
         statistics its units need, and an SAE of another model, hook point or width.
         """
         sae.check_residual("steering")
         where = check_sae_fits(self.lm, sae, hook)
-        edit = FeatureEdit(sae, features, mode=mode, units=units)
+        edit = FeatureEdit(sae, features, mode=mode, units=units, threshold=threshold)
         where_of = {"scope": scope, "include_bos": include_bos, "measure": measure}
         return self.edit(where, edit, gate=gate, schedule=schedule, **where_of)
 
@@ -233,26 +237,108 @@ class Steerer:
         vector: VectorInput,
         *,
         scale: PerRow = 1.0,
+        mode: str = "add",
         hook: HookName | None = None,
         scope: ScopeLike = "all",
         gate: GateLike = 1.0,
         schedule: ScheduleLike | None = None,
         include_bos: bool = False,
     ) -> Steering:
-        """Add `scale` times a vector: a `SteeringVector` (or a list of them, one per row), a tensor [D] or [B, D] with
-        `hook`, a mapping {hook: tensor}, or an object with `hook_name` and `vector` (and `model_name`).
+        """Add `scale` times a vector, or edit h along it by another rule.
+
+        The vector is a `SteeringVector` (or a list of them, one per row), a tensor [D] or [B, D] with `hook`, a mapping
+        {hook: tensor}, or an object with `hook_name` and `vector` (and `model_name`).
 
         A `SteeringVector` that has one direction per position is added from the front: row p at absolute position p.
         `scale` is a number or [B]: `scale=[0, 2, 4]` on three copies of a prompt is a dose-response curve in one batch.
-        `gate` and `schedule` as for `edit`. Raises SteersmanError for a vector of another model, hook point or width,
-        and for one that is not finite.
+        `mode` "add" adds the vector at the length it has; any other is a rule of `direction`, and `scale` its strength:
+        `mode="project_out"` takes the direction away, `mode="cap", scale=4` keeps h . v / |v| at 4 or below. `gate` and
+        `schedule` as for `edit`. Raises SteersmanError for a vector of another model, hook point or width, and for one
+        that is not finite.
         """
+        if mode != "add":
+            options: dict[str, Any] = {"gate": gate, "schedule": schedule, "scope": scope, "include_bos": include_bos}
+            return self.direction(hook, read=vector, rule=mode, value=scale, **options)
         recorded = isinstance(vector, SteeringVector)
         edits: dict[str, Edit] = {
             name: gated((PositionEdit if recorded and v.ndim == 2 else VectorEdit)(v, scale), gate, schedule)
             for name, v in directions_of(self.lm, vector, hook).items()
         }
         return self._steering(edits, scope, include_bos)
+
+    def direction(
+        self,
+        hook: HookName | Sequence[HookName] | None = None,
+        *,
+        read: Any,
+        write: Any = None,
+        rule: str = "add",
+        value: Any = 1.0,
+        threshold: PerRow | Mapping[HookName, PerRow] = 0.0,
+        keep_norm: Any = False,
+        scope: ScopeLike = "all",
+        gate: GateLike = 1.0,
+        schedule: ScheduleLike | None = None,
+        include_bos: bool = False,
+    ) -> Steering:
+        """Read a number of the state and write along a direction by a rule: see `DirectionEdit` for what each is.
+
+        `read` is a vector (as for `vector`: a `SteeringVector` brings its hook points), (w, b) of a logistic probe, or
+        a `Read`: `Feature(sae, j)`, `Projection.span([v1, v2])`, ... `value`, `threshold` and `write` may be mappings
+        {hook point: what is used there}, as for capping, where the limit is measured layer by layer.
+
+        >>> st.direction(12, read=v, rule="cap", value=3.0)  # doctest: +SKIP
+        >>> st.direction(12, read=(w, b), rule="probe", write=z, value=2.0)  # doctest: +SKIP
+
+        Raises SteersmanError for what was made for another model, hook point or width, and for what a rule cannot use.
+        """
+        reads = self._reads(hook, read)
+        edits: dict[str, Edit] = {
+            name: gated(
+                DirectionEdit(
+                    one,
+                    self._at(write, name, "write"),
+                    rule=rule,
+                    value=self._at(value, name, "value"),
+                    threshold=self._at(threshold, name, "threshold"),
+                    keep_norm=keep_norm,
+                ),
+                gate,
+                schedule,
+            )
+            for name, one in reads.items()
+        }
+        return self._steering(edits, scope, include_bos)
+
+    def _reads(self, hook: HookName | Sequence[HookName] | None, read: Any) -> dict[str, Read]:
+        """Hook point -> what is read there, on the model's device."""
+        if isinstance(read, Read) or (
+            isinstance(read, tuple) and len(read) == 2 and not isinstance(read, SteeringVector)
+        ):
+            known = as_read(read)
+            where = hook if hook is not None else known.origin.hook_name
+            if where == "":
+                raise SteersmanError(f"{known.what} records no hook point: name where it is to be read")
+            return dict.fromkeys(self.lm.resolve_hooks(where), known)
+        if hook is None or isinstance(hook, str | int):
+            placed = directions_of(self.lm, read, hook)
+        else:
+            placed = {self.lm.resolve_hook(name): directions_of(self.lm, read, name) for name in hook}
+            placed = {name: v for name, one in placed.items() for v in one.values()}
+        if isinstance(read, SteeringVector) and read.positions is not None:
+            raise SteersmanError("this vector has a direction for each position: read .mean_over_positions() of it")
+        return {name: as_read(v) for name, v in placed.items()}
+
+    def _at(self, given: Any, hook: str, what: str) -> Any:
+        """What is used at a hook point: of a mapping its entry, of a vector at several hook points its part."""
+        if isinstance(given, SteeringVector):
+            given = given.directions if len(given.directions) > 1 else given.vector
+        if not isinstance(given, Mapping):
+            return given
+        placed = {self.lm.resolve_hook(name): value for name, value in given.items()}
+        if hook not in placed:
+            raise SteersmanError(f"{what} has nothing for {hook}: it has {', '.join(placed)}")
+        return placed[hook]
 
     def measure(
         self,

@@ -5,7 +5,7 @@ Shape letters: n texts or tokens, D width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +13,15 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.hooks import HookName
-from steersman.steer.methods.contrast import contrast
+from steersman.steer.edits.conditions import Condition, Prompt
+from steersman.steer.edits.direction import DirectionEdit
+from steersman.steer.edits.reads import Probe, Projection
 from steersman.steer.methods.examples import Examples, ExamplesLike, as_examples
 from steersman.steer.methods.logistic import fit_logistic
 from steersman.steer.methods.reading import Reader
 from steersman.steer.vectors.vector import SteeringVector
+
+Pool = Literal["mean", "last"]
 
 
 def states_of(
@@ -115,11 +119,20 @@ class FoundCondition:
     vector: SteeringVector
     """The direction that is read, at its hook point."""
     threshold: Threshold
-    """In units of h . v / |v| of the prompt's mean state."""
+    """In units of h . v / |v| of the prompt's mean state (or its last)."""
     heldout_f1: float
     """F1 on the half of the prompts that chose nothing."""
     null_f1: float
-    """The same when the labels are permuted and the same search is made: what chance finds."""
+    """What chance finds: the 95th percentile of the same when the labels are permuted and the same search is made."""
+    layers: dict[str, float]
+    """Hook point -> the best F1 there, on the half that chose."""
+    pool: Pool = "mean"
+    """Which of a prompt's states is read."""
+
+    def gate(self, prompt: Prompt = "later_layers") -> Condition:
+        """The gate of the rows that meet it; `prompt` says what becomes of the prompt: see `Condition`."""
+        read, line = Projection(self.vector), self.threshold
+        return Condition(self.vector.hook_name, read, line.value, above=line.above, pool=self.pool, prompt=prompt)
 
 
 def find_condition(
@@ -128,38 +141,71 @@ def find_condition(
     negative: Sequence[str],
     *,
     hooks: HookName | Sequence[HookName] | None = None,
-    method: str = "diffmean",
-    positions: str = "mean",
+    method: Literal["diffmean", "pca", "probe"] = "diffmean",
+    positions: Pool = "mean",
     batch_size: int = 16,
+    n_null: int = 20,
     seed: int = 0,
 ) -> FoundCondition:
     """The condition of CAST (arXiv 2409.05907): layer, threshold and direction by F1.
 
-    Vectors are made from the even prompts of each side, which also choose; the odd ones report. By default the input of
-    every block is searched. Raises SteersmanError for fewer than four prompts a side.
+    Directions are made from the even prompts of each side, which also choose; the odd ones report. `method` is the
+    difference of the means, CAST's first principal component of the states about the middle of both sides (with the
+    sign of that difference), or the weight of a logistic regression. By default the input of every block is searched.
+    Raises SteersmanError for fewer than four prompts a side.
     """
     if min(len(positive), len(negative)) < 4:
         raise SteersmanError("a condition needs at least 4 prompts of each side: half of them are held out")
+    if positions not in ("mean", "last"):
+        raise SteersmanError(f"a condition reads the mean state of a prompt or its last, not {positions!r}")
     names = lm.resolve_hooks(hooks if hooks is not None else [f"blocks.{i}.hook_resid_pre" for i in range(lm.n_layers)])
+    states = states_of(lm, [*positive, *negative], names, positions=positions, batch_size=batch_size)
+    sides = torch.arange(len(positive) + len(negative)) < len(positive)
+    chooses = torch.cat([torch.arange(len(side)) % 2 == 0 for side in (positive, negative)])
 
-    def search(yes: Sequence[str], no: Sequence[str]) -> FoundCondition:
-        v = contrast(
-            lm, list(yes[0::2]), list(no[0::2]), hook=names, method=method, positions=positions, diagnostics=False,
-            batch_size=batch_size,
-        )  # fmt: skip
-        rho_yes, rho_no = (projections(lm, list(side), v, positions=positions, batch_size=batch_size)
-                           for side in (yes, no))  # fmt: skip
-        lines = {hook: best_threshold(rho_yes[hook][0::2], rho_no[hook][0::2]) for hook in names}
+    def search(labels: Tensor) -> tuple[dict[str, Threshold], str, Tensor, float]:
+        """The best line at each hook point, the best hook point, the direction there, and its F1 on the other half."""
+        lines: dict[str, Threshold] = {}
+        found: dict[str, Tensor] = {}
+        for hook, x in states.items():
+            mine = x[chooses]
+            found[hook] = v = _direction(method, mine[labels[chooses]], mine[~labels[chooses]], hook)
+            rho = mine @ v
+            lines[hook] = best_threshold(rho[labels[chooses]], rho[~labels[chooses]])
         hook = max(names, key=lambda name: lines[name].f1)
-        heldout = f1_score(rho_yes[hook][1::2], rho_no[hook][1::2], lines[hook])
-        return FoundCondition(vector=v.at(hook), threshold=lines[hook], heldout_f1=heldout, null_f1=0.0)
+        rho, other = states[hook][~chooses] @ found[hook], labels[~chooses]
+        return lines, hook, found[hook], f1_score(rho[other], rho[~other], lines[hook])
 
-    found = search(positive, negative)
-    both = [*positive, *negative]
-    order = torch.randperm(len(both), generator=torch.Generator().manual_seed(seed)).tolist()
-    mixed = [both[i] for i in order]
-    null = search(mixed[: len(positive)], mixed[len(positive) :]).heldout_f1
-    return FoundCondition(vector=found.vector, threshold=found.threshold, heldout_f1=found.heldout_f1, null_f1=null)
+    lines, hook, v, heldout = search(sides)
+    generator = torch.Generator().manual_seed(seed)
+    nulls = [search(sides[torch.randperm(len(sides), generator=generator)])[3] for _ in range(max(1, n_null))]
+    about = {"source": "arXiv 2409.05907", "positions": positions}
+    return FoundCondition(
+        vector=SteeringVector.of(v, hook_name=hook, model_name=lm.name, method=method, metadata=about),
+        threshold=lines[hook],
+        heldout_f1=heldout,
+        null_f1=float(torch.tensor(nulls, dtype=torch.float64).quantile(0.95)),
+        layers={name: line.f1 for name, line in lines.items()},
+        pool=positions,
+    )
+
+
+def _direction(method: str, yes: Tensor, no: Tensor, hook: str) -> Tensor:
+    """[D] fp32 of unit length, from states of the two sides [n, D]."""
+    difference = yes.double().mean(0) - no.double().mean(0)
+    if method == "diffmean":
+        v = difference
+    elif method == "pca":
+        centred = torch.cat([yes, no]).double() - (yes.double().mean(0) + no.double().mean(0)) / 2
+        v = torch.linalg.svd(centred, full_matrices=False).Vh[0]
+        v = v * torch.sign(v @ difference)
+    elif method == "probe":
+        v = _probe(yes, no, l2=0.1)[0]
+    else:
+        raise SteersmanError(f"unknown method {method!r} of a condition: use diffmean, pca or probe")
+    if not float(v.norm()) > 0:
+        raise SteersmanError(f"both sides have the same states at {hook}: nothing there can tell them apart")
+    return (v / v.norm()).float()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -170,6 +216,8 @@ class ProbedSides:
     """w / |w|, at its hook point."""
     middle: float
     """m = -b / |w|: where the probe decides, in units of the projection."""
+    steepness: float
+    """|w|: the probe's logit is steepness (projection - middle)."""
     mean: float
     """Mean projection of the positive side."""
     sd: float
@@ -179,6 +227,26 @@ class ProbedSides:
     tokens_below: float | None
     """Share of the positive side's TOKENS that lie below m. The probe is fitted on means of texts, and tokens scatter
     more than their mean: all of those are moved too."""
+    accuracy: float
+    """Share of the texts on their own side of the middle, each by the probe of the half it does not belong to."""
+    null_accuracy: float
+    """The same with the labels permuted."""
+
+    @property
+    def probe(self) -> Probe:
+        """The probe, to read or gate by."""
+        v = self.direction
+        weight, bias = self.steepness * v.vector, -self.steepness * self.middle
+        return Probe(weight, bias, model_name=v.model_name, hook_name=v.hook_name)
+
+    def lifting(self, strength: float = 0.0) -> DirectionEdit:
+        """StTP: what lies below the middle goes to mean + strength sd of the positive side. It jumps at the middle."""
+        target = self.mean + strength * self.sd
+        return DirectionEdit(self.direction, rule="set_if_below", value=target, threshold=self.middle)
+
+    def mirroring(self, strength: float = 1.0) -> DirectionEdit:
+        """StMP: what lies below the middle goes to its other side, `strength` times as far; 1/2 lands on it."""
+        return DirectionEdit(self.direction, rule="mirror", value=strength, threshold=self.middle)
 
 
 def probe_sides(
@@ -190,26 +258,57 @@ def probe_sides(
     positions: str = "mean",
     l2: float = 0.01,
     batch_size: int = 16,
+    seed: int = 0,
 ) -> ProbedSides:
-    """Fit the probe on one state a text (by default their mean; "answer" for the mean over a response's tokens)."""
+    """Fit the probe on one state a text (by default their mean; "answer" for the mean over a response's tokens).
+
+    Features are standardised one by one for the fit, and the probe is folded back to the states as they are. The edits
+    are meant for all positions, the prompt among them: on the response alone they have about half the effect.
+    """
     name = lm.resolve_hook(hook)
     yes, no = (
         states_of(lm, side, [name], positions=positions, batch_size=batch_size)[name] for side in (positive, negative)
     )
-    x, label = torch.cat([yes, no]), torch.cat([torch.ones(len(yes)), torch.zeros(len(no))]).bool()
-    fitted = fit_logistic(lambda: [(x[:, None], label)], l2=l2)
-    w, b = fitted.weight[0], float(fitted.bias[0])
+    w, b = _probe(yes, no, l2)
     length = float(w.norm())
     unit = w / length
     rho, other = yes.double() @ unit, no.double() @ unit
     tokens = states_of(lm, positive, [name], positions="all", batch_size=batch_size)[name].double() @ unit
     middle = -b / length
     about: dict[str, Any] = {"source": "arXiv 2604.08169", "positions": positions, "l2": l2}
+    mixed = torch.cat([yes, no])[torch.randperm(len(yes) + len(no), generator=torch.Generator().manual_seed(seed))]
     return ProbedSides(
         direction=SteeringVector.of(unit.float(), hook_name=name, model_name=lm.name, method="probe", metadata=about),
         middle=middle,
+        steepness=length,
         mean=float(rho.mean()),
         sd=float(rho.std()) if len(rho) > 1 else 0.0,
         negative_mean=float(other.mean()),
         tokens_below=float((tokens < middle).double().mean()),
+        accuracy=_crossed(yes, no, l2),
+        null_accuracy=_crossed(mixed[: len(yes)], mixed[len(yes) :], l2),
     )
+
+
+def _probe(yes: Tensor, no: Tensor, l2: float) -> tuple[Tensor, float]:
+    """w [D] float64 and b of a logistic regression on features standardised one by one, for the states as they are."""
+    x = torch.cat([yes, no]).double()
+    label = torch.arange(len(x)) < len(yes)
+    mean, std = x.mean(0), x.std(0)
+    std = torch.where(std > 0, std, 1.0)
+    z = ((x - mean) / std)[:, None]
+    fitted = fit_logistic(lambda: [(z, label)], l2=l2)
+    w = fitted.weight[0] / std
+    return w, float(fitted.bias[0] - w @ mean)
+
+
+def _crossed(yes: Tensor, no: Tensor, l2: float) -> float:
+    """Share of the states that the probe of the other half puts on their side; nan for too few to halve."""
+    if min(len(yes), len(no)) < 2:
+        return float("nan")
+    hits = 0
+    for half in (0, 1):
+        w, b = _probe(yes[half::2], no[half::2], l2)
+        for side, sign in ((yes, 1), (no, -1)):
+            hits += int((sign * (side[1 - half :: 2].double() @ w + b) > 0).sum())
+    return hits / (len(yes) + len(no))

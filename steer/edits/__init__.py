@@ -13,22 +13,32 @@ from steersman.steer.edits.base import (
     common_rows,
     per_row,
 )
+from steersman.steer.edits.conditions import AnyOf, Condition, TokenGate
+from steersman.steer.edits.direction import DirectionEdit
 from steersman.steer.edits.feature import MODES, UNITS, FeatureEdit, Features, feature_rows
 from steersman.steer.edits.file import EditSet
 from steersman.steer.edits.gates import GATES, Gate, GatedEdit, GateLike, RowGate, Schedule, ScheduleLike, gated
 from steersman.steer.edits.heads import HeadEdit
 from steersman.steer.edits.logits import LogitsEdit
+from steersman.steer.edits.reads import READS, Feature, Linear, Probe, Projection, Read, TanhSimilarity
+from steersman.steer.edits.rules import RULES
 from steersman.steer.edits.vector import PositionEdit, VectorEdit
 
 __all__ = [
     "EDITS",
     "GATES",
     "MODES",
+    "READS",
+    "RULES",
     "UNITS",
     "AffineEdit",
+    "AnyOf",
     "AttentionBiasEdit",
+    "Condition",
+    "DirectionEdit",
     "Edit",
     "EditSet",
+    "Feature",
     "FeatureEdit",
     "Features",
     "FunctionEdit",
@@ -37,14 +47,20 @@ __all__ = [
     "GatedEdit",
     "HeadEdit",
     "HookReader",
+    "Linear",
     "LoReFTEdit",
     "LogitsEdit",
     "PerRow",
     "PositionEdit",
+    "Probe",
+    "Projection",
+    "Read",
     "RowGate",
     "Saved",
     "Schedule",
     "ScheduleLike",
+    "TanhSimilarity",
+    "TokenGate",
     "VectorEdit",
     "blend",
     "common_rows",

@@ -179,8 +179,8 @@ class GatedEdit(Edit):
         value = self.value(h, fwd) if value is None else value
         return towards(h, self.edit.apply(h, fwd, where), value)
 
-    def scaled(self, factor: PerRow) -> "GatedEdit":
-        return GatedEdit(self.edit.scaled(factor), self.gates)
+    def scaled(self, factor: PerRow) -> Self:
+        return type(self)(self.edit.scaled(factor), self.gates)
 
     def check(self, lm: LanguageModel, point: HookPoint) -> None:
         self.edit.check(lm, point)
@@ -188,8 +188,7 @@ class GatedEdit(Edit):
             gate.check(lm, point)
 
     def readers(self, lm: LanguageModel, point: HookPoint) -> Mapping[str, HookReader]:
-        found = [part.readers(lm, point) for part in (self.edit, *self.gates)]
-        return {hook: _each([readers[hook] for readers in found if hook in readers]) for part in found for hook in part}
+        return merged_readers([part.readers(lm, point) for part in (self.edit, *self.gates)])
 
     def reset(self) -> None:
         for part in (self.edit, *self.gates):
@@ -205,12 +204,17 @@ class GatedEdit(Edit):
         return cls(unpacked(saved, "edit", EDITS), gates)
 
 
-def _each(readers: Sequence[HookReader]) -> HookReader:
-    def read(h: Tensor, fwd: ForwardPass) -> None:
-        for reader in readers:
-            reader(h, fwd)
+def merged_readers(found: Sequence[Mapping[str, HookReader]]) -> dict[str, HookReader]:
+    """The readers of several parts: each hook point has one, which shows it to all that look there."""
 
-    return read
+    def each(readers: Sequence[HookReader]) -> HookReader:
+        def read(h: Tensor, fwd: ForwardPass) -> None:
+            for reader in readers:
+                reader(h, fwd)
+
+        return read
+
+    return {hook: each([part[hook] for part in found if hook in part]) for part in found for hook in part}
 
 
 GateLike = PerRow | Gate | Sequence[Gate]
@@ -223,9 +227,9 @@ def gated(edit: Edit, gate: GateLike, schedule: ScheduleLike | None = None) -> E
     if isinstance(gate, Gate):
         gates.append(gate)
     elif isinstance(gate, list | tuple) and gate and all(isinstance(one, Gate) for one in gate):
-        gates += gate
+        gates += [one for one in gate if isinstance(one, Gate)]
     elif not (isinstance(gate, int | float) and gate == 1):
-        edit = edit.scaled(gate)  # pyright: ignore[reportArgumentType]
+        edit = edit.scaled(per_row(gate, "gate", edit.active.device))  # pyright: ignore[reportArgumentType]
     if schedule is not None:
         gates.append(Schedule.of(schedule))
     return (edit.gated(gates) or GatedEdit(edit, gates)) if gates else edit
