@@ -131,9 +131,9 @@ class Condition(_Reading):
     and copies, with the prompt read in one pass or in chunks. Padding has no part in it, nor has the BOS.
 
     CAST as published is `read=TanhSimilarity(c)` at the input of a block (`hook_resid_pre`), pool "mean"; it cannot
-    tell c from -c. Its fixed form reads `Projection(c)` or a probe. The published code makes vectors at a block's output
-    and compares them with its input, decides by the first row of a batch alone, and counts padding in the mean; its
-    comparator "smaller" means that the THRESHOLD is the smaller one.
+    tell c from -c. Its fixed form reads `Projection(c)` or a probe. The published code makes vectors at the output of a
+    block and compares them with its input, decides by the first row of a batch alone, and counts padding in the mean;
+    its comparator "smaller" means that the THRESHOLD is the smaller one.
 
     Args:
         hook: where it reads; None is where `read` was made.
