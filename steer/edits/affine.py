@@ -11,7 +11,7 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, HookPoint, LanguageModel
 from steersman.lm.origin import check_fits
-from steersman.steer.edits.base import Edit, PerRow, blend, per_row
+from steersman.steer.edits.base import Edit, Map, PerRow, Saved, blend, per_row
 
 
 class AffineEdit(Edit):
@@ -112,17 +112,24 @@ class AffineEdit(Edit):
             strength=self.strength * per_row(factor, "factor", self.strength.device),
         )
 
-    def matrix(self) -> Tensor:
-        """A [D, D] of h' = A h + c at strength 1, in float64."""
-        identity = torch.eye(self.width, dtype=torch.float64)
-        if self.write is None:
-            return identity
-        write = self.write.detach().cpu().double()
-        return identity + (write if self.read is None else write @ self.read.detach().cpu().double().T)
+    def saved(self) -> Saved:
+        parts = {"write": self.write, "read": self.read, "mean": self.mean, "shift": self.shift}
+        tensors = {name: part.detach() for name, part in parts.items() if part is not None}
+        return Saved({}, {**tensors, "strength": self.strength})
 
-    def offset(self) -> Tensor:
-        """c [D] of h' = A h + c at strength 1, in float64."""
-        return self.change(torch.zeros(self.width, dtype=torch.float64)).detach()
+    @classmethod
+    def restored(cls, saved: Saved) -> Self:
+        return cls(**saved.tensors)
+
+    def as_map(self, width: int) -> Map | None:
+        if self.rows > 1:
+            return None
+        offset = self.change(torch.zeros(self.width, dtype=torch.float64)).detach()
+        if self.write is None:
+            return Map(None, offset).scaled(float(self.strength))
+        write = self.write.detach().cpu().double()
+        matrix = write if self.read is None else write @ self.read.detach().cpu().double().T
+        return Map(torch.eye(self.width, dtype=torch.float64) + matrix, offset).scaled(float(self.strength))
 
 
 class LoReFTEdit(Edit):
@@ -172,6 +179,17 @@ class LoReFTEdit(Edit):
 
     def check(self, lm: LanguageModel, point: HookPoint) -> None:
         self.affine().check(lm, point)
+
+    def saved(self) -> Saved:
+        tensors = {name: part.detach() for name, part in self.parameters().items()}
+        return Saved({}, {**tensors, "strength": self.strength})
+
+    @classmethod
+    def restored(cls, saved: Saved) -> Self:
+        return cls(**saved.tensors)
+
+    def as_map(self, width: int) -> Map | None:
+        return self.affine().as_map(width)
 
     def scaled(self, factor: PerRow) -> "LoReFTEdit":
         strength = self.strength * per_row(factor, "factor", self.strength.device)

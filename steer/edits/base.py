@@ -37,6 +37,22 @@ EDITS: Registry[type["Edit"]] = Registry("edit")
 """Every edit that files and recipes know, by name."""
 
 
+class Map(NamedTuple):
+    """h' = A h + c, for every state. All float64, on the CPU."""
+
+    matrix: Tensor | None
+    """A [D, D]; None for the identity."""
+    offset: Tensor
+    """c [D]."""
+
+    def scaled(self, factor: float) -> "Map":
+        """h + factor (h' - h)."""
+        if self.matrix is None:
+            return Map(None, factor * self.offset)
+        identity = torch.eye(len(self.matrix), dtype=self.matrix.dtype)
+        return Map(identity + factor * (self.matrix - identity), factor * self.offset)
+
+
 class Edit:
     """Something that turns h into h': the hidden states [B, S, D] at a hook point, or its attention mask [B, H, S, K],
     or the logits [B, S, V]. A subclass needs `apply` alone; its parameters may differ per row. One that says its
@@ -97,6 +113,11 @@ class Edit:
         should multiply; None for h + g (h' - h)."""
         return None
 
+    def as_map(self, width: int) -> Map | None:
+        """What it does to states of a width, where that is one affine map of them all; None where it is not. Asked for
+        by what writes edits into weights."""
+        return None
+
     def expand(self, table: Tensor, fwd: ForwardPass) -> Tensor:
         """A table [R, ...] as [B, ...], or [1, ...] when one row serves all."""
         return expand(table, fwd)
@@ -149,6 +170,10 @@ class ScaledEdit(Edit):
     @classmethod
     def restored(cls, saved: Saved) -> Self:
         return cls(unpacked(saved, "edit", EDITS), saved.tensors["factor"])
+
+    def as_map(self, width: int) -> Map | None:
+        inner = self.edit.as_map(width)
+        return None if inner is None or self.rows > 1 else inner.scaled(float(self.factor))
 
 
 def towards(h: Tensor, new: Tensor, factor: Tensor) -> Tensor:

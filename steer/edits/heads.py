@@ -7,6 +7,7 @@ Shape letters: B rows of the batch, S tokens, H query heads, d width of a head; 
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, HookPoint, LanguageModel
 from steersman.lm.hooks import HookName
-from steersman.steer.edits.base import Edit, PerRow, blend, common_rows, per_row
+from steersman.steer.edits.base import Edit, Map, PerRow, Saved, blend, common_rows, per_row
 
 
 def head_shape(lm: LanguageModel, hook: HookName) -> tuple[int, int]:
@@ -108,6 +109,20 @@ class HeadEdit(Edit):
         if self.vectors.shape[1:] != (H, d):
             got = " x ".join(map(str, self.vectors.shape[1:]))
             raise SteersmanError(f"this edit is of heads {got}, {point.name} of {lm.name} has {H} x {d}")
+
+    def saved(self) -> Saved:
+        return Saved({}, {"vectors": self.vectors.detach(), "keep": self.keep.detach(), "strength": self.strength})
+
+    @classmethod
+    def restored(cls, saved: Saved) -> Self:
+        return cls(**saved.tensors)
+
+    def as_map(self, width: int) -> Map | None:
+        if self.rows > 1:
+            return None
+        keep = self.keep.detach().cpu().double().repeat_interleave(self.vectors.shape[2])
+        matrix = None if bool((keep == 1).all()) else torch.diag(keep)
+        return Map(matrix, self.vectors[0].detach().cpu().double().flatten()).scaled(float(self.strength))
 
     def scaled(self, factor: PerRow) -> "HeadEdit":
         return HeadEdit(self.vectors, self.keep, self.strength * per_row(factor, "factor", self.strength.device))

@@ -11,7 +11,7 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, HookPoint, LanguageModel
 from steersman.lm.origin import check_fits
-from steersman.steer.edits.base import Edit, PerRow, Saved, blend, common_rows, per_row
+from steersman.steer.edits.base import Edit, Map, PerRow, Saved, blend, common_rows, per_row
 
 
 class _Added(Edit):
@@ -72,6 +72,11 @@ class VectorEdit(_Added):
 
     def apply(self, h: Tensor, fwd: ForwardPass, where: Tensor | bool) -> Tensor:
         return blend(h, h + self.delta(fwd, h), where)
+
+    def as_map(self, width: int) -> Map | None:
+        if self.rows > 1:
+            return None
+        return Map(None, (self.factor[:, None] * self.vector.detach()).cpu().double()[0])
 
     def scaled(self, factor: PerRow) -> "VectorEdit":
         return VectorEdit(self.vector, self.factor, factor)
