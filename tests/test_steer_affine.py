@@ -1,15 +1,18 @@
 """Affine edits and how they are made: the closed forms, from Gaussians whose means and covariances are known."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.runtime_contract import check_contract, check_off
 from support.tiny_models import D, with_text
 from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.steer import AffineEdit, LoReFTEdit, Steerer
+from steersman.steer import AffineEdit, EditSet, HeadEdit, LoReFTEdit, Steerer, evaluate_steering, fit_affine, steered
 from steersman.steer.methods.affine import AFFINE_METHODS, AffineConfig, affine_maps
 from steersman.steer.methods.gaussians import erasing_direction, gaussian_transport, power, shrunk
 from steersman.steer.methods.moments import RunningCovariance
@@ -20,6 +23,18 @@ HOOK = "blocks.1.hook_resid_post"
 def covariance(width: int, seed: int) -> Tensor:
     a = torch.randn(width, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return a @ a.T / width + 0.1 * torch.eye(width, dtype=torch.float64)
+
+
+def matrix(edit: AffineEdit) -> Tensor:
+    found = edit.as_map(edit.width)
+    assert found is not None
+    return torch.eye(edit.width, dtype=torch.float64) if found.matrix is None else found.matrix
+
+
+def offset(edit: AffineEdit) -> Tensor:
+    found = edit.as_map(edit.width)
+    assert found is not None
+    return found.offset
 
 
 def vector(width: int, seed: int) -> Tensor:
@@ -57,17 +72,17 @@ def test_transport_carries_one_gaussian_into_the_other() -> None:
     torch.testing.assert_close(a @ source @ a, target, rtol=0, atol=1e-12)
     assert float(torch.linalg.eigvalsh(a)[0]) > 0  # the gradient of a convex function: no other map moves less
     edit = AFFINE_METHODS["mimic"]().fit(known(40, vector(12, 3), source), known(40, vector(12, 4), target), 0.0)
-    torch.testing.assert_close(edit.matrix() @ vector(12, 3) + edit.offset(), vector(12, 4), rtol=0, atol=1e-12)
-    torch.testing.assert_close(edit.matrix() @ source @ edit.matrix().T, target, rtol=0, atol=1e-12)
+    torch.testing.assert_close(matrix(edit) @ vector(12, 3) + offset(edit), vector(12, 4), rtol=0, atol=1e-12)
+    torch.testing.assert_close(matrix(edit) @ source @ matrix(edit).T, target, rtol=0, atol=1e-12)
 
 
 def test_equal_covariances_give_the_difference_of_the_means_and_equal_classes_nothing() -> None:
     spread, a, b = covariance(9, 1), vector(9, 2), vector(9, 3)
     edit = AFFINE_METHODS["mimic"]().fit(known(30, a, spread), known(30, b, spread), 0.0)
-    torch.testing.assert_close(edit.matrix(), torch.eye(9, dtype=torch.float64), rtol=0, atol=1e-11)
+    torch.testing.assert_close(matrix(edit), torch.eye(9, dtype=torch.float64), rtol=0, atol=1e-11)
     shift = AFFINE_METHODS["mean"]().fit(known(30, a, spread), known(30, b, spread), 0.0)
-    torch.testing.assert_close(shift.offset(), b - a)
-    torch.testing.assert_close(edit.offset(), shift.offset(), rtol=0, atol=1e-11)
+    torch.testing.assert_close(offset(shift), b - a)
+    torch.testing.assert_close(offset(edit), offset(shift), rtol=0, atol=1e-11)
     h = torch.randn(2, 3, 9)
     assert AffineEdit.of_matrix(torch.eye(9), a.float(), a.float()).change(h).abs().max() == 0
 
@@ -85,7 +100,7 @@ def test_shrinkage_and_the_samples_it_takes_to_do_without() -> None:
         with pytest.raises(SteersmanError, match="more than 64 samples of each class .* 10 and 10.*shrinkage"):
             method.check(*pair, 0.0)
         method.check(*pair, 0.1)
-        assert float(method.fit(*pair, 0.1).matrix().norm()) < 100
+        assert float(matrix(method.fit(*pair, 0.1)).norm()) < 100
     AFFINE_METHODS["mean"]().check(*pair, 0.0)
     with pytest.raises(SteersmanError, match="no inverse.*shrinkage"):
         gaussian_transport(moments(few).covariance, s)
@@ -112,7 +127,7 @@ def two_classes(n: int, width: int, seed: int = 5) -> tuple[Tensor, Tensor]:
 def probe_accuracy(x: Tensor, z: Tensor) -> float:
     """Of the best linear probe of the squared error, on the states it was fitted to, over always the larger class."""
     inputs = torch.cat([x - x.mean(0), torch.ones(len(x), 1, dtype=x.dtype)], 1)
-    logit = inputs @ torch.linalg.lstsq(inputs, z[:, None] - 0.5).solution[:, 0]
+    logit = inputs @ (torch.linalg.pinv(inputs, rtol=1e-8) @ (z - 0.5))  # what was erased is no input any more
     return float(((logit > 0) == (z > 0.5)).double().mean()) - float(max(z.mean(), 1 - z.mean()))
 
 
@@ -180,7 +195,7 @@ def test_low_rank_and_full_matrices_are_the_same_map() -> None:
     assert (low.rank, full.rank) == (2, 8)
     torch.testing.assert_close(low.change(h), full.change(h), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(low.change(h), torch.einsum("bsd,rd,er->bse", h - mean, v.T, u) + shift)
-    by_matrix = h.double() @ low.matrix().T + low.offset() - h
+    by_matrix = h.double() @ matrix(low).T + offset(low) - h
     torch.testing.assert_close(low.change(h).double(), by_matrix, rtol=1e-4, atol=1e-5)
 
 
@@ -242,3 +257,116 @@ def test_loreft_trains_and_stays_orthonormal(lm: LanguageModel) -> None:
     assert write is not None
     torch.testing.assert_close(write.T @ write, torch.eye(2), rtol=0, atol=1e-5)
     lm.model.zero_grad()
+
+
+TEXTS = [" ".join(f"w{i}" for i in torch.randint(4, 60, (6,), generator=torch.Generator().manual_seed(s)).tolist())
+         for s in range(24)]  # fmt: skip
+SIDES = [[f"{side} {text}" for text in TEXTS] for side in ("w5 w6 w7", "w8 w9 w10")]
+
+
+@pytest.mark.parametrize("method", list(AFFINE_METHODS))
+def test_fitted_on_texts(lm: LanguageModel, method: str, tmp_path: Path) -> None:
+    edits = fit_affine(lm, SIDES[0], SIDES[1], hook=HOOK, method=method, batch_size=7)
+    source, target = (
+        torch.cat([lm.capture(lm.encode([text]).input_ids, hooks=[HOOK])[HOOK][0, 1:] for text in side]).double()
+        for side in SIDES
+    )
+    edit = edits[HOOK]
+    assert isinstance(edit, AffineEdit)
+    by_hand = AFFINE_METHODS[method]().fit(moments(source), moments(target), 0.0)
+    torch.testing.assert_close(edit.change(source), by_hand.change(source), rtol=1e-3, atol=1e-3)
+    moved = source + edit.change(source)
+    aim = target + edit.change(target) if method == "leace" else target
+    torch.testing.assert_close(moved.mean(0), aim.mean(0), rtol=1e-3, atol=1e-3)
+    if method == "mimic":
+        torch.testing.assert_close(torch.cov(moved.T), torch.cov(target.T), rtol=1e-2, atol=1e-2)
+    figures = edits.metadata["diagnostics"][HOOK]
+    assert figures["n_source"] == len(source)
+    assert figures["mean_gap"] < 0.8
+    edits.save(tmp_path / "e.safetensors")
+    again = EditSet.load(tmp_path / "e.safetensors")
+    assert (again.method, again.metadata) == (method, edits.metadata)
+    batch = lm.encode(TEXTS[:3])
+    found = []
+    for one in (edits, again):
+        with steered(one, lm):
+            found.append(lm.logits(batch.input_ids, batch.attention_mask))
+    assert torch.equal(*found)
+    report = evaluate_steering(lm, edits, ["w5 w6", "w7"], scale=(0.0, 1.0), words=("w7",), max_new_tokens=4)
+    assert report.to_text()
+
+
+def test_what_cannot_be_fitted(lm: LanguageModel) -> None:
+    for options, said in (
+        ({"positions": "mean", "method": "mimic"}, "needs more than 16 samples .* 5 and 5"),
+        ({"method": "nearest"}, "unknown affine method 'nearest'"),
+        ({"shrinkage": 2.0}, "between 0 and 1"),
+        ({"positions": "answer"}, "reads the answer"),
+        ({"hook": [HOOK, HOOK]}, "once"),
+        ({"bandwidth": 1}, "bandwidth"),
+    ):  # fmt: skip
+        settings: Any = {"hook": HOOK, **options}
+        with pytest.raises(SteersmanError, match=said):
+            fit_affine(lm, SIDES[0][:5], SIDES[1][:5], **settings)
+    with pytest.raises(SteersmanError, match="no source examples"):
+        fit_affine(lm, [], SIDES[1], hook=HOOK)
+    with pytest.raises(SteersmanError, match="same states there"):
+        fit_affine(lm, SIDES[0], SIDES[0], hook=HOOK, method="mean")
+    wide = fit_affine(lm, SIDES[0][:5], SIDES[1][:5], hook=HOOK, method="mimic", positions="mean", shrinkage=0.5)
+    assert wide[HOOK]
+
+
+def test_only_rows_of_the_source_class_move(lm: LanguageModel) -> None:
+    edits = fit_affine(lm, SIDES[0], SIDES[1], hook=HOOK, method="mean")
+    batch = lm.encode([SIDES[0][0], SIDES[1][0]])
+    clean = lm.logits(batch.input_ids, batch.attention_mask)
+    with Steerer(lm).edit(HOOK, edits[HOOK], gate=[1.0, 0.0]) as steering:
+        found = lm.logits(batch.input_ids, batch.attention_mask)
+    assert torch.equal(found[1], clean[1])
+    assert (found[0] - clean[0]).abs().max() > 1e-2
+    assert steering.trace.rows == [9, 0]
+
+
+def sharp(family: str) -> LanguageModel:
+    """A model sure enough of itself for an edit to change what it writes."""
+    lm = with_text(family)
+    with torch.no_grad():
+        lm.model.lm_head.weight *= 3
+    return lm
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["full", "low", "loreft", "heads"])
+def test_the_runtime_contract(family: str, kind: str) -> None:
+    lm, g = sharp(family), torch.Generator().manual_seed(3)
+    full = torch.eye(D) + 0.5 * torch.randn(D, D, generator=g)
+    low = torch.randn(D, 2, generator=g)
+    made: dict[str, Any] = {
+        "full": AffineEdit.of_matrix(full, torch.randn(D, generator=g), torch.randn(D, generator=g) * 4),
+        "low": AffineEdit(write=low * 3, read=torch.randn(D, 2, generator=g), mean=torch.ones(D), shift=3 * low[:, 0]),
+        "loreft": LoReFTEdit(torch.linalg.qr(low).Q.T, torch.randn(2, D, generator=g), torch.tensor([5.0, -5.0])),
+        "heads": HeadEdit(torch.randn(3, 2, 8, generator=g) * 6, torch.tensor([0.0, 1.0])),
+    }
+    hook = "blocks.1.attn.hook_z" if kind == "heads" else HOOK
+    strengths = torch.tensor([1.0, 0.5, 0.75])
+
+    def opened(rows: Sequence[int], strengths: Tensor = strengths) -> Any:
+        edit = made[kind]
+        if kind == "heads":
+            edit = HeadEdit(edit.vectors[list(rows)], edit.keep)
+        return Steerer(lm).edit(hook, edit.scaled(strengths[list(rows)]), scope="all")
+
+    check_contract(lm, opened)
+    check_off(lm, opened([0, 1, 2], torch.zeros(3)))
+    check_off(lm, Steerer(lm).edit(hook, made[kind], gate=0.0))
+    saved = made[kind].saved()
+    again = type(made[kind]).restored(saved)
+    h = torch.randn(3, 2, D, generator=g)
+    first, second = (one.as_map(D) for one in (made[kind], again))
+    if kind == "heads":
+        assert first is second is None
+        assert torch.equal(again.vectors, made[kind].vectors)
+    else:
+        assert first is not None
+        assert second is not None
+        assert torch.equal(h.double() @ first.matrix.T + first.offset, h.double() @ second.matrix.T + second.offset)

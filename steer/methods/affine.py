@@ -17,17 +17,27 @@ open them with a gate that knows the classes, such as a probe's.
 Shape letters: D width.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from steersman.config import check_types
+import torch
+
+from steersman.config import check_types, merged
 from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
+from steersman.lm.hooks import HookName
 from steersman.registry import Registry
 from steersman.steer.edits.affine import AffineEdit
+from steersman.steer.edits.file import EditSet
 from steersman.steer.methods.base import check_differ
+from steersman.steer.methods.diagnostics import half_of
+from steersman.steer.methods.examples import Examples, ExamplesLike, as_examples
 from steersman.steer.methods.gaussians import erasing_direction, gaussian_transport, shrunk, transport_distance
 from steersman.steer.methods.moments import RunningCovariance
+from steersman.steer.methods.reading import Reader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +152,76 @@ class ShiftedLEACE(LEACE):
         return AffineEdit(write=erased.write, read=erased.read, mean=erased.mean, shift=shift)
 
 
+def fit_affine(
+    lm: LanguageModel,
+    source: ExamplesLike,
+    target: ExamplesLike,
+    *,
+    hook: HookName | Sequence[HookName],
+    config: AffineConfig | None = None,
+    **settings: Any,
+) -> EditSet:
+    """The affine map that turns states of the source class into states of the target class.
+
+    Args:
+        lm: the model, unsteered.
+        source: texts of the class to be moved, or (prompt, answer) pairs.
+        target: texts of the class to be like.
+        hook: hook point, or several for a map at each. (Each map is fitted to unsteered states: of several that are
+            open at once, the later ones see states that the earlier ones have moved.)
+        config: the settings; `**settings` are fields of it, over those of `config`.
+
+    The figures of `affine_maps` are in its metadata, under `diagnostics`. Raises SteersmanError for an unknown method
+    or setting, an empty side, states that are not finite, classes with the same mean (but for `mimic`), and fewer
+    samples than dimensions where an inverse is needed and there is no shrinkage.
+
+    >>> edits = fit_affine(lm, rude, polite, hook=8, method="mimic", shrinkage=0.1)  # doctest: +SKIP
+    >>> with steered(edits, lm): ...  # doctest: +SKIP
+    """
+    config = merged(AffineConfig, config, settings)
+    method = AFFINE_METHODS[config.method]
+    hooks = lm.resolve_hooks(hook)
+    if not hooks or len(set(hooks)) != len(hooks):
+        raise SteersmanError(f"name each hook point once, and at least one; got {hooks}")
+    examples = Examples(positive=as_examples(target, "target"), negative=as_examples(source, "source"))
+    for side, found in (("target", examples.positive), ("source", examples.negative)):
+        if not found:
+            raise SteersmanError(f"there are no {side} examples")
+    if config.positions == "answer":
+        examples.check_answers(method.name)
+    reader = Reader(lm, hooks, positions=config.positions, batch_size=config.batch_size, max_length=config.max_length)
+    moments = {name: tuple((RunningCovariance(), RunningCovariance()) for _ in range(2)) for name in hooks}
+    for batch in reader.samples(examples, "sides"):
+        for name, x in batch.states.items():
+            for half, (from_, to) in enumerate(moments[name]):
+                mine = half_of(batch.unit) == half
+                from_.add(x[mine & ~batch.positive])
+                to.add(x[mine & batch.positive])
+    edits, figures = affine_maps(moments, config)
+    metadata = {
+        "source": method.source,
+        "settings": {k: v for k, v in dataclasses.asdict(config).items() if k != "method"},
+        "n_texts": [len(examples.negative), len(examples.positive)],
+        "diagnostics": figures,
+    }
+    return EditSet(
+        edits={name: _single(edit) for name, edit in edits.items()},
+        model_name=lm.name,
+        method=method.name,
+        metadata=metadata,
+    )
+
+
+def _single(edit: AffineEdit) -> AffineEdit:
+    """In fp32."""
+    write, read, mean, shift = (
+        None if part is None else part.float() for part in (edit.write, edit.read, edit.mean, edit.shift)
+    )
+    return AffineEdit(write=write, read=read, mean=mean, shift=shift)
+
+
 def affine_maps(
-    moments: dict[str, tuple[Moments, Moments]], config: AffineConfig
+    moments: Mapping[str, tuple[Moments, ...]], config: AffineConfig
 ) -> tuple[dict[str, AffineEdit], dict[str, dict[str, float]]]:
     """The map and its figures at each hook point, from the moments of both halves of the texts.
 
@@ -167,7 +245,7 @@ def affine_maps(
     return edits, figures
 
 
-def _heldout(method: AffineMethod, halves: tuple[Moments, Moments], shrinkage: float) -> dict[str, float]:
+def _heldout(method: AffineMethod, halves: tuple[Moments, ...], shrinkage: float) -> dict[str, float]:
     gaps, distances = [], []
     for fitted, other in (halves, halves[::-1]):
         if min(side.n for side in (*fitted, *other)) < 2:
@@ -177,7 +255,10 @@ def _heldout(method: AffineMethod, halves: tuple[Moments, Moments], shrinkage: f
             edit = method.fit(*fitted, shrinkage)
         except SteersmanError:
             return {}
-        (source, target), matrix, offset = other, edit.matrix(), edit.offset()
+        (source, target), found = other, edit.as_map(edit.width)
+        assert found is not None
+        matrix = torch.eye(edit.width, dtype=torch.float64) if found.matrix is None else found.matrix
+        offset = found.offset
         moved = matrix @ source.mean + offset
         aim = matrix @ target.mean + offset if method.moves_both else target.mean
         gaps.append(float((moved - aim).norm() / (source.mean - target.mean).norm()))
