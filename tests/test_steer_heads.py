@@ -1,15 +1,17 @@
 """Edits of single heads, and profiles of heads: what is planted in one head is found there, and nothing elsewhere."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.planted_heads import KV, NO, PLANTED, WIDTH, YES, D, H, planted_heads
+from support.tiny_models import with_text
 from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.steer import HeadEdit, Steerer
+from steersman.steer import EditSet, HeadEdit, Steerer, function_vector, intervene_on_heads, steered
 from steersman.steer.analysis.heads import (
     HeadProfile,
     HeadStates,
@@ -161,3 +163,75 @@ def test_shared_heads_and_order() -> None:
         a.top(5)
     with pytest.raises(SteersmanError, match="no profile"):
         shared_heads([], 2)
+
+
+def test_inference_time_intervention_moves_the_heads_that_hear(tmp_path: Path) -> None:
+    lm = planted_heads()
+    sides = [[f"{words(4)} {side}" for _ in range(24)] for side in (YES, NO)]
+    edits, profile = intervene_on_heads(lm, *sides, k=2, alpha=3.0)
+    assert (edits.scope, edits.method, list(edits)) == ("last_prompt+generation", "iti", [Z])
+    assert [row[:2] for row in edits.metadata["heads"]] == [list(head) for head in profile.top(2)]
+    x, side = HeadStates(lm, *sides).of(1)
+    edit, u = edits[Z], torch.zeros(WIDTH)
+    assert isinstance(edit, HeadEdit)
+    for head in range(H):
+        v = edit.vectors[0, head]
+        if (1, head) not in profile.top(2):
+            assert float(v.abs().max()) == 0
+            continue
+        u = x[side, head].mean(0) - x[~side, head].mean(0)
+        u = u / u.norm()
+        torch.testing.assert_close(v, 3.0 * (x[:, head] @ u).std() * u, rtol=1e-4, atol=1e-5)
+    prompts = [words(5) for _ in range(8)]
+    probability = answer_probability(lm, prompts, [f" {YES}"] * 8)
+    before = probability()
+    with steered(edits, lm, scope=edits.scope) as steering:
+        after = probability()
+    assert (after > before).all()  # what hears also says, here
+    assert steering.trace.rows == [1] * 8  # the last token of each prompt
+    with steered({Z: edit.scaled(-1.0)}, lm, scope=edits.scope):
+        assert (probability() < before).all()
+    edits.save(tmp_path / "iti.safetensors")
+    again = EditSet.load(tmp_path / "iti.safetensors")[Z]
+    assert isinstance(again, HeadEdit)
+    assert torch.equal(again.vectors, edit.vectors)
+    probes, _ = intervene_on_heads(lm, *sides, k=1, direction="probe")
+    found = probes[Z]
+    assert isinstance(found, HeadEdit)
+    assert float(torch.cosine_similarity(found.vectors[0, 2] + found.vectors[0, 3], u, 0)) > 0.5
+    for settings, said in (
+        ({"k": 99}, "between 1 and the 8 heads"),
+        ({"direction": "pca"}, "mean or probe"),
+        ({"k": 0}, "k must be at least 1"),
+        ({"layers": 1}, "layers"),
+    ):
+        with pytest.raises(SteersmanError, match=said):
+            intervene_on_heads(lm, *sides, **settings)
+
+
+def test_a_function_vector_is_what_its_heads_write(lm: LanguageModel) -> None:
+    post = "blocks.1.hook_resid_post"
+    means = mean_heads(lm, SHOWN)
+    v = function_vector(lm, SHOWN, [PLANTED, (0, 1)], hook=post)
+    W = [lm.model.model.layers[i].self_attn.o_proj.weight for i in range(2)]
+    expected = W[1][:, 16:24] @ means[1][2] + W[0][:, 8:16] @ means[0][1]
+    torch.testing.assert_close(v.vector, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(v.vector, function_vector(lm, SHOWN, [PLANTED, (0, 1)], hook=post, means=means).vector)
+    probability = answer_probability(lm, HIDDEN, [f" {YES}"] * len(HIDDEN))
+    before = probability()
+    alone = function_vector(lm, SHOWN, [PLANTED], hook=post)
+    with Steerer(lm).vector(alone, scope="last_prompt"):
+        assert probability().mean() > before.mean() + 0.1
+    # At the last block, adding what the head writes is adding to its output.
+    z = HeadEdit.of(lm, Z, {2: means[1][2]})
+    with Steerer(lm).edit(Z, z, scope="last_prompt"):
+        patched = probability()
+    with Steerer(lm).vector(alone, scope="last_prompt"):
+        torch.testing.assert_close(probability(), patched, rtol=1e-4, atol=1e-5)
+    with pytest.raises(SteersmanError, match="at least one head"):
+        function_vector(lm, SHOWN, [], hook=post)
+    with pytest.raises(SteersmanError, match="residual stream, not at blocks.1.attn.hook_z"):
+        function_vector(lm, SHOWN, [PLANTED], hook=Z)
+    gemma = with_text("gemma2")
+    with pytest.raises(SteersmanError, match="a norm or something else"):
+        function_vector(gemma, ["w5 w6"], [(0, 0)], hook=post)
