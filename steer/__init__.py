@@ -2,6 +2,16 @@
 
 from steersman.steer.analysis.annotations import Annotated, AnnotationTable, annotation_table
 from steersman.steer.analysis.concept_shift import ConceptShift, concept_shift
+from steersman.steer.analysis.heads import (
+    HeadProfile,
+    HeadStates,
+    answer_probability,
+    mean_heads,
+    patch_heads,
+    probe_heads,
+    profile_heads,
+    shared_heads,
+)
 from steersman.steer.analysis.layers import LayerDivergence, layer_divergences
 from steersman.steer.analysis.promote import PromoteReport, promote_report
 from steersman.steer.analysis.sweep import Sweep, SweepConfig, sweep_layers
@@ -55,6 +65,8 @@ from steersman.steer.evaluation import Estimate, EvaluationConfig, SteeringEvalu
 from steersman.steer.feature_values import parse_features
 from steersman.steer.measures import CostMeter, generated_tokens, token_kl, token_nll
 from steersman.steer.methods import METHODS, ContrastConfig, contrast
+from steersman.steer.methods.affine import AFFINE_METHODS, AffineConfig, fit_affine
+from steersman.steer.methods.head_vectors import ITIConfig, function_vector, intervene_on_heads
 from steersman.steer.scale_search import ScaleSearch, search_scale
 from steersman.steer.scope import Scope
 from steersman.steer.scores import (
@@ -75,19 +87,23 @@ from steersman.steer.scores import (
 from steersman.steer.steerer import Steerer, Steering
 from steersman.steer.trace import Trace
 from steersman.steer.vectors.vector import SteeringVector
+from steersman.steer.weights.bake import Baked, ablate, bake
 from steersman.steer.weights.delta import Reweighted, WeightDelta, head_columns
 
 __all__ = [
+    "AFFINE_METHODS",
     "METHODS",
     "MODES",
     "RULES",
     "SCORES",
     "UNITS",
+    "AffineConfig",
     "AffineEdit",
     "Annotated",
     "AnnotationTable",
     "AnyOf",
     "AttentionBiasEdit",
+    "Baked",
     "CalibrateConfig",
     "Calibration",
     "Comparison",
@@ -114,6 +130,9 @@ __all__ = [
     "FunctionEdit",
     "Gate",
     "HeadEdit",
+    "HeadProfile",
+    "HeadStates",
+    "ITIConfig",
     "LayerDivergence",
     "LinearFit",
     "LoReFTEdit",
@@ -143,7 +162,10 @@ __all__ = [
     "VectorEdit",
     "Verification",
     "WeightDelta",
+    "ablate",
     "annotation_table",
+    "answer_probability",
+    "bake",
     "blend",
     "bootstrap",
     "calibrate",
@@ -154,13 +176,20 @@ __all__ = [
     "evaluate_steering",
     "feature_flow",
     "fgaa_targets",
+    "fit_affine",
+    "function_vector",
     "generated_tokens",
     "head_columns",
+    "intervene_on_heads",
     "layer_divergences",
     "load_labels",
+    "mean_heads",
     "measure_retention",
     "parse_features",
+    "patch_heads",
     "plot_decompositions",
+    "probe_heads",
+    "profile_heads",
     "promote_report",
     "pruned",
     "rewarded_answers",
@@ -168,7 +197,9 @@ __all__ = [
     "score_features",
     "search_scale",
     "select",
+    "shared_heads",
     "steer_and_compare",
+    "steered",
     "sweep_layers",
     "token_change",
     "token_kl",

@@ -84,6 +84,7 @@ COMMANDS: dict[str, Command] = {
         writes={"out": "file", "vector": "file"},
     ),
     "vector convert": Command("steersman.commands.vector_convert:run", "between safetensors and GGUF", writes=FILE),
+    "bake": Command("steersman.commands.bake:run", "write an edit into a copy of the model's weights", writes=FOLDER),
     "evaluate": Command("steersman.commands.evaluate:run", "measure a vector against its baselines", writes=FOLDER),
     "effects": Command(
         "steersman.commands.effects:run", "measure what steering vectors do to features", resumes=True, writes=FOLDER

@@ -24,6 +24,7 @@ NEEDS = {
     "vector calibrate": ["--vector", "v", "--model", "m", "--target-kl", "1"],
     "vector sweep": ["--data", "d", "--model", "m"],
     "vector convert": ["--vector", "v"],
+    "bake": ["--model", "m", "--vector", "v"],
     "evaluate": ["--model", "m", "--vector", "v", "--prompts", "p"],
     "effects": ["--model", "m", "--sae", "a", "--text", "t.txt"],
     "target": ["--effects", "e", "--feature", "1"],
