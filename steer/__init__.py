@@ -67,6 +67,8 @@ from steersman.steer.measures import CostMeter, generated_tokens, token_kl, toke
 from steersman.steer.methods import METHODS, ContrastConfig, contrast
 from steersman.steer.methods.affine import AFFINE_METHODS, AffineConfig, fit_affine
 from steersman.steer.methods.head_vectors import ITIConfig, function_vector, intervene_on_heads
+from steersman.steer.presets import PRESETS, Preset, preset
+from steersman.steer.recipe import Recipe
 from steersman.steer.scale_search import ScaleSearch, search_scale
 from steersman.steer.scope import Scope
 from steersman.steer.scores import (
@@ -94,6 +96,7 @@ __all__ = [
     "AFFINE_METHODS",
     "METHODS",
     "MODES",
+    "PRESETS",
     "RULES",
     "SCORES",
     "UNITS",
@@ -137,10 +140,12 @@ __all__ = [
     "LinearFit",
     "LoReFTEdit",
     "LogitsEdit",
+    "Preset",
     "Probe",
     "Projection",
     "PromoteReport",
     "Read",
+    "Recipe",
     "Retention",
     "Reweighted",
     "ScaleSearch",
@@ -188,6 +193,7 @@ __all__ = [
     "parse_features",
     "patch_heads",
     "plot_decompositions",
+    "preset",
     "probe_heads",
     "profile_heads",
     "promote_report",

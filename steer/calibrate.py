@@ -42,8 +42,9 @@ class CalibrateConfig:
     """Rise of the loss on the texts, in nats per token."""
     target_norm: float | None = None
     """|scale v| as a fraction of the median norm of the residual stream."""
-    scope: str = "all"
-    """Tokens to steer: all, prompt, generation, last_prompt, a window such as 2:10, or tokens:15,27."""
+    scope: str | None = None
+    """Tokens to steer: all, prompt, generation, last_prompt, a window such as 2:10, tokens:15,27, or several joined by
+    +; by default all, or those that edits of a file are meant for."""
     batch_size: int = 16
     """Texts per forward pass."""
     max_length: int = 128
@@ -130,7 +131,12 @@ def calibrate(
             tolerance=config.tolerance,
         )
     n_tokens = 0 if budget == "norm" else meter.n_tokens
-    record = {"budget": budget, "scope": config.scope, "n_tokens": n_tokens, **dataclasses.asdict(search)}
+    record = {
+        "budget": budget,
+        "scope": config.scope or getattr(v, "scope", "all"),
+        "n_tokens": n_tokens,
+        **dataclasses.asdict(search),
+    }
     calibration = Calibration(
         vector=scaled(v, search.scale, calibration=record), budget=budget, search=search, n_tokens=n_tokens
     )

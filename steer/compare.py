@@ -24,6 +24,7 @@ from steersman.sae import SAE
 from steersman.steer.edit_report import EditReport
 from steersman.steer.feature_values import parse_features
 from steersman.steer.measures import distinct, generated_tokens, repetition_rate, token_kl, token_nll
+from steersman.steer.recipe import Recipe
 from steersman.steer.steerer import Steerer, Steering
 from steersman.steer.vectors.vector import SteeringVector
 from steersman.visible import visible
@@ -156,10 +157,12 @@ def steer_and_compare(
     sae: SAE | None,
     config: SteerConfig,
     vectors: Sequence[tuple[SteeringVector, float]] = (),
+    recipe: Recipe | None = None,
 ) -> Comparison:
     """Continue the prompts steered (and, with `compare`, unsteered) and measure the difference.
 
-    Steered by the features of `config`, for which an SAE is needed, and by `vectors`, each times its scale, together.
+    Steered by the features of `config`, for which an SAE is needed, by `vectors`, each times its scale, and by the
+    edits of a recipe, in this order, together.
 
     Raises SteersmanError for every mistake that `Steerer.features` and `Steerer.vector` know, and where there is
     nothing to steer by, before anything is generated.
@@ -169,7 +172,7 @@ def steer_and_compare(
         settings |= {"temperature": config.temperature, "top_p": config.top_p, "do_sample": True, "seed": config.seed}
     elif config.temperature < 0 or config.top_p is not None:
         raise SteersmanError("top_p needs a temperature above 0, and a temperature is never negative")
-    steerings = _steerings(lm, sae, config, vectors)
+    steerings = _steerings(lm, sae, config, vectors, recipe)
     prompts = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt or DEFAULT_PROMPTS)
     plain = lm.generate(prompts, **settings) if config.compare else None
     with ExitStack() as stack:
@@ -209,11 +212,15 @@ def steer_and_compare(
 
 
 def _steerings(
-    lm: LanguageModel, sae: SAE | None, config: SteerConfig, vectors: Sequence[tuple[SteeringVector, float]]
+    lm: LanguageModel,
+    sae: SAE | None,
+    config: SteerConfig,
+    vectors: Sequence[tuple[SteeringVector, float]],
+    recipe: Recipe | None,
 ) -> list[Steering]:
     """The contexts to open, that of the features first."""
-    if not config.feature and not vectors:
-        raise SteersmanError("nothing to steer by: give --feature id=strength, or --vector")
+    if not config.feature and not vectors and recipe is None:
+        raise SteersmanError("nothing to steer by: give --feature id=strength, --vector or --recipe")
     where: dict[str, Any] = {"scope": config.scope, "include_bos": config.include_bos}
     opened: list[Steering] = []
     if config.feature:
@@ -221,7 +228,8 @@ def _steerings(
             raise SteersmanError("features are those of an SAE: give --sae, the SAE")
         features, how = parse_features(config.feature), {"mode": config.mode, "units": config.units}
         opened.append(Steerer(lm).features(sae, features, hook=config.hook, measure=True, **how, **where))
-    return opened + [Steerer(lm).vector(vector, scale=scale, **where) for vector, scale in vectors]
+    opened += [Steerer(lm).vector(vector, scale=scale, **where) for vector, scale in vectors]
+    return opened if recipe is None else opened + recipe.apply(lm).steerings
 
 
 def _mean(values: Tensor) -> float | None:

@@ -44,16 +44,20 @@ def as_steerer(st: Steerer | LanguageModel) -> Steerer:
 
 
 def steered(
-    what: Dosed, st: Steerer | LanguageModel, *, scale: PerRow = 1.0, scope: ScopeLike = "all", **options: Any
+    what: Dosed, st: Steerer | LanguageModel, *, scale: PerRow = 1.0, scope: ScopeLike | None = None, **options: Any
 ) -> AbstractContextManager[Any]:
     """The context in which a model is steered by `scale` times `what`; `options` as for `Steerer.vector`.
 
-    A function opens what it will: `scope` and `options` are for vectors and edits.
+    Without a `scope` it is the one that an `EditSet` is meant for, else every token. A function opens what it will:
+    `scope` and `options` are for vectors and edits.
     """
-    if isinstance(what, SteeringVector):
-        return as_steerer(st).vector(what, scale=scale, scope=scope, **options)
+    if isinstance(what, EditSet):
+        scope, options = what.scope if scope is None else scope, {"include_bos": what.include_bos, **options}
     if isinstance(what, Dose):
         return what.opened(as_steerer(st), scale, scope=scope, **options)
+    scope = "all" if scope is None else scope
+    if isinstance(what, SteeringVector):
+        return as_steerer(st).vector(what, scale=scale, scope=scope, **options)
     if isinstance(what, Mapping):
         edits = {hook: edit.scaled(scale) for hook, edit in what.items()}
         if isinstance(what, EditSet):

@@ -103,3 +103,18 @@ def test_no_bos_is_the_models(folder: Path, capsys: pytest.CaptureFixture[str]) 
     lm = LanguageModel.load(MODEL, bos=False)
     found = steer(capsys, *vector, "--no-bos", "--prompt", "One day")
     assert found["pairs"][0]["steered"] == lm.generate("One day", max_new_tokens=5).completions[0]
+
+
+def test_a_recipe_steers_as_its_edits_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "recipe.yaml").write_text(
+        "model: steersman-demo\nedits:\n  - {vector: a.safetensors, scale: 2}\n"
+        "  - {vector: b.safetensors, scope: generation}\n"
+    )
+    found = steer(capsys, "--recipe", str(folder / "recipe.yaml"), "--prompt", "One day")
+    lm, v, w = (LanguageModel.load(MODEL), *(SteeringVector.load(folder / f"{n}.safetensors") for n in "ab"))
+    with Steerer(lm).vector(v, scale=2.0), Steerer(lm).vector(w, scope="generation"):
+        expected = lm.generate(["One day"], max_new_tokens=5).completions
+    assert [pair["steered"] for pair in found["pairs"]] == expected
+    (folder / "wrong.yaml").write_text("edits:\n  - vektor: a.safetensors\n")
+    line = fails(capsys, "steer", "--model", "nowhere", "--recipe", str(folder / "wrong.yaml"))
+    assert "edit 1: unknown key 'vektor'; near it: vector" in line

@@ -16,8 +16,9 @@ class EvaluationConfig:
     scale: tuple[float, ...] = ()
     """Multiples of the vector; without any, 0.5, 1, 2 and 4. 0 (unsteered) is always measured too; negative ones may
     be given."""
-    scope: str = "all"
-    """Tokens to steer: all, prompt, generation, last_prompt, a window such as 2:10, or tokens:15,27."""
+    scope: str | None = None
+    """Tokens to steer: all, prompt, generation, last_prompt, a window such as 2:10, tokens:15,27, or several joined by
+    +; by default all, or those that edits of a file are meant for."""
     samples: int = 1
     """Continuations per prompt and scale."""
     max_new_tokens: int = 32

@@ -146,7 +146,7 @@ def check_request(
     return found
 
 
-def _arm(st: Steerer, what: Dosed, scale: float, scope: str) -> Arm:
+def _arm(st: Steerer, what: Dosed, scale: float, scope: str | None) -> Arm:
     return lambda _rows: steered(what, st, scale=scale, scope=scope)
 
 

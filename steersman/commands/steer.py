@@ -9,7 +9,7 @@ from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.files import write_json
 from steersman.sae import SAE
-from steersman.steer import SteerConfig, SteeringVector, parse_features, steer_and_compare
+from steersman.steer import Recipe, SteerConfig, SteeringVector, parse_features, steer_and_compare
 from steersman.text import read_texts
 
 
@@ -24,6 +24,8 @@ class SteerCommand(SteerConfig, ComputeOptions, PrintOptions):
     """Folder, file or hub id of the SAE, for --feature."""
     vector: tuple[str, ...] = ()
     """Vector file to add, as FILE or FILE=scale; several are added at once, and to what --feature does."""
+    recipe: str | None = None
+    """Recipe file (YAML) of several edits, each with its own scope; opened behind what --feature and --vector do."""
     prompts: str | None = None
     """File of prompts, one per line (or .jsonl with text), beside those of --prompt."""
     layer: int | None = None
@@ -35,16 +37,19 @@ class SteerCommand(SteerConfig, ComputeOptions, PrintOptions):
 @on_kernels
 def run(config: SteerCommand) -> None:
     """`steersman steer`."""
-    if not config.feature and not config.vector:
-        raise SteersmanError("nothing to steer by: give --feature id=strength with --sae, or --vector FILE")
+    if not config.feature and not config.vector and config.recipe is None:
+        raise SteersmanError(
+            "nothing to steer by: give --feature id=strength with --sae, --vector FILE or --recipe FILE"
+        )
     if config.feature and config.sae is None:
         raise SteersmanError("--feature needs --sae: the SAE whose features they are")
     vectors = [_scaled(text) for text in config.vector]
+    recipe = None if config.recipe is None else Recipe.load(config.recipe)
     prompts = () if config.prompts is None else tuple(read_texts(config.prompts))
     hook = hook_point(config.hook, config.layer, config.model, config.revision)
     settings = replace(part_of(SteerConfig, config), prompt=(*config.prompt, *prompts), hook=hook)
     sae = None if config.sae is None or not config.feature else config.load_sae(config.sae)
-    found = steer_and_compare(config.load_model(config.model), sae, settings, vectors)
+    found = steer_and_compare(config.load_model(config.model), sae, settings, vectors, recipe)
     if sae is not None and config.units == "raw" and config.mode in ("add", "clamp", "floor"):
         for line in _in_largest_activations(sae, parse_features(config.feature)):
             config.note(line)

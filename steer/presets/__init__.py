@@ -1,0 +1,9 @@
+"""Published systems as settings of the mechanisms that are here: `preset("cast").build(lm, ...)`.
+
+One file for each family of mechanisms; each preset says its source, what its authors set, what it needs, how surely
+that was checked, and what it does not cover.
+"""
+
+from steersman.steer.presets.base import PRESETS, Need, Preset, preset
+
+__all__ = ["PRESETS", "Need", "Preset", "preset"]
