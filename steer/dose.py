@@ -73,7 +73,7 @@ def scaled(what: D, factor: float, **notes: Any) -> D:
         part = what * factor
         return replace(part, metadata={**what.metadata, **notes})  # pyright: ignore[reportReturnType]
     if isinstance(what, Dose):
-        return what.times(factor, **notes)
+        return what.times(factor, **notes)  # pyright: ignore[reportReturnType]
     if isinstance(what, EditSet):
         about = {**what.metadata, **notes}
         part = what.with_edits({hook: edit.scaled(factor) for hook, edit in what.items()})

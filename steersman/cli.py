@@ -66,6 +66,9 @@ COMMANDS: dict[str, Command] = {
     "scores": Command("steersman.commands.scores:run", "score features, and select those to steer by", writes=FOLDER),
     "plan": Command("steersman.commands.plan:run", "memory, network and time that a training run needs"),
     "steer": Command("steersman.commands.steer:run", "generate text with features turned up or down", writes=FILE),
+    "methods": Command(
+        "steersman.commands.methods:run", "list methods, scores and published systems, with their sources"
+    ),
     "inspect": Command("steersman.commands.inspect:run", "see what a model, store, run, SAE, vector or map holds"),
     "convert": Command(
         "steersman.commands.convert:run", "write an SAE in another library's format", writes={"target": "folder"}

@@ -80,7 +80,7 @@ def test_units_are_the_same_in_the_shell_and_in_python() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "give --feature id=strength with --sae, or --vector FILE"),
+        ([], "give --feature id=strength with --sae, --vector FILE or --recipe FILE"),
         (["--feature", "1"], "--feature needs --sae"),
         (["--vector", "{a}=two"], "'two' is no scale"),
         (["--vector", "{a}=inf"], "finite"),

@@ -4,6 +4,11 @@ One file for each family of mechanisms; each preset says its source, what its au
 that was checked, and what it does not cover.
 """
 
+from steersman.steer.presets import (  # noqa: F401 (a preset is there when its file was read)
+    features,
+    uncovered,
+    weights,
+)
 from steersman.steer.presets.base import PRESETS, Need, Preset, preset
 
 __all__ = ["PRESETS", "Need", "Preset", "preset"]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from steersman.errors import SteersmanError, near_names
 from steersman.lm import LanguageModel
 from steersman.registry import Registry
+from steersman.sae import SAE
 from steersman.steer.edits import Edit, EditSet
 from steersman.steer.methods import read_examples
 from steersman.steer.vectors.vector import SteeringVector
@@ -80,12 +81,17 @@ class Preset:
         if missing:
             told = "; ".join(f"{name}, {self.needs[name].what} ({self.needs[name].how})" for name in missing)
             raise SteersmanError(f"preset {self.name!r} needs {told}")
-        known = list(self.settings())
+        known = self.arguments()
+        kinds = {parameter.kind for parameter in inspect.signature(self.make).parameters.values()}
         for name in given:
-            if name not in known and name not in self.needs:
-                near = near_names(name, [*self.needs, *known], 3)
+            if name not in known and inspect.Parameter.VAR_KEYWORD not in kinds:
+                near = near_names(name, known, 3)
                 raise SteersmanError(f"preset {self.name!r} has no setting {name!r}; near it: {near}")
-        return self.make(lm, **{name: given[name] for name in given if given[name] is not None or name in known})
+        return self.make(lm, **given)
+
+    def arguments(self) -> list[str]:
+        """The arguments of `build`."""
+        return [name for name in inspect.signature(self.make).parameters if name != "lm"]
 
     def settings(self) -> dict[str, Any]:
         """Settings of `build` beside what it needs, with their defaults: the authors' values where those are for any
@@ -158,6 +164,12 @@ def vector_of(given: Any) -> SteeringVector:
     return given if isinstance(given, SteeringVector) else SteeringVector.load(given)
 
 
+def saes_of(given: Any) -> list[SAE]:
+    """One SAE or several, or their folders."""
+    entries = [given] if isinstance(given, SAE | str) else list(given)
+    return [one if isinstance(one, SAE) else SAE.load(one) for one in entries]
+
+
 def sides_of(given: Any) -> tuple[list[Any], list[Any]]:
     """(positive, negative) examples: as they are given, or what a JSONL file holds."""
     if isinstance(given, str):
@@ -174,6 +186,10 @@ VECTOR = Need(
 PAIRS = Need(
     what="(positive, negative) examples", how="two lists of texts or of (prompt, answer), or a JSONL file of pairs"
 )
+
+SAE_NEED = Need(what="an SAE of the model", how="SAE.load(...), or train_sae(store, ...)")
+SAES_NEED = Need(what="SAEs at several hook points", how="a list of SAE.load(...)")
+TEXTS_NEED = Need(what="(positive, negative) texts", how="two lists, or a JSONL file of pairs or of text and label")
 
 
 def _plain(value: Any) -> Any:

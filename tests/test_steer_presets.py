@@ -1,0 +1,109 @@
+"""Presets: every system is listed whole, is built from what it needs, and says in one line what is missing."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import D, toy_sae, with_text
+
+from steersman import LanguageModel, SteersmanError
+from steersman.steer import PRESETS, Preset, preset, steered
+from steersman.steer.presets.base import CODE, NOTES, PAPER, REIMPLEMENTED
+from steersman.steer.scores.reading import labelled_sides
+
+HOOK = "blocks.1.hook_resid_post"
+YES = [f"w{i} w40 w{i + 2}" for i in range(5, 17)]
+NO = [f"w{i} w50 w{i + 2}" for i in range(5, 17)]
+ANSWERS = [(f"w{i} w{i + 1}", " w40") for i in range(5, 13)], [(f"w{i} w{i + 1}", " w50") for i in range(5, 13)]
+
+
+def sae() -> Any:
+    made = toy_sae(HOOK)
+    with torch.no_grad():
+        made.b_enc += 0.5
+    return made
+
+
+def needs(lm: LanguageModel) -> dict[str, dict[str, Any]]:
+    """What each preset is built from here."""
+    batch = lm.encode(YES[:2])
+    states = lm.capture(batch.input_ids, batch.attention_mask, hooks=[HOOK])[HOOK]
+    active = int(sae().encode(states.flatten(0, 1)).mean(0).argmax())
+    return {
+        "lf_steering": {"sae": sae(), "examples": (YES, NO)},
+        "scar": {"sae": sae(), "feature": active},
+        "feature_flow": {
+            "saes": [toy_sae("blocks.0.hook_resid_post"), sae()],
+            "feature": (HOOK, active),
+        },
+        "output_centric": {"sae": sae(), "features": [3, 5]},
+        "personality": {"sae": sae(), "features": [3, 5], "strength": 2.0},
+        "output_score": {"sae": sae(), "candidates": [1, 2, 3], "units": "raw"},
+        "corrsteer": {"saes": sae(), "rewarded": labelled_sides(lm, YES, NO), "scale": 4.0},
+        "safety_arithmetic": {"tuned": _tuned(), "base": with_text("llama")},
+        "soteria": {"tuned": _tuned(), "base": with_text("llama"), "heads": [(1, 0)]},
+    }
+
+
+def _tuned() -> LanguageModel:
+    lm = with_text("llama")
+    with torch.no_grad():
+        for p in lm.model.parameters():
+            p += 0.01 * torch.randn_like(p)
+    return lm
+
+
+def test_every_preset_is_listed_whole() -> None:
+    known = (CODE, NOTES, PAPER, REIMPLEMENTED)
+    for name, one in PRESETS.items():
+        assert isinstance(one, Preset)
+        assert name == one.name
+        assert one.title
+        assert one.mechanism
+        assert one.source
+        assert "arXiv" in one.source or not one.values or name == "best_of_n", name
+        assert any(text in one.certainty for text in known) or name == "best_of_n", name
+        assert one.available or one.not_covered
+        for need in one.needs.values():
+            assert need.what
+            assert need.how
+        json.dumps(one.record(), allow_nan=False)
+        if one.available:
+            assert set(one.needs) <= set(one.arguments()), name
+
+
+def test_presets_are_built_and_steer(lm: LanguageModel) -> None:
+    batch = lm.encode(YES[:2])
+    plain = lm.logits(batch.input_ids, batch.attention_mask)
+    for name, given in needs(lm).items():
+        one = preset(name)
+        with pytest.raises(SteersmanError) as error:
+            one.build(lm)
+        assert str(error.value).startswith(f"preset {name!r} needs {next(iter(one.needs))}, "), name
+        assert all(need.how in str(error.value) for need in one.needs.values())
+        with pytest.raises(SteersmanError, match="has no setting 'skale'"):
+            one.build(lm, **given, skale=1)
+        made = one.build(lm, **given)
+        if one.makes == "edits":
+            with steered(made, lm):
+                changed = lm.logits(batch.input_ids, batch.attention_mask)
+            assert not torch.equal(changed, plain), name
+            with steered(made, lm, scale=0.0):
+                assert torch.equal(lm.logits(batch.input_ids, batch.attention_mask), plain), name
+            assert made.method == name
+            assert made.metadata["source"] == one.source
+        elif hasattr(made, "__enter__"):
+            with made:
+                assert not torch.equal(lm.logits(batch.input_ids, batch.attention_mask), plain), name
+            assert torch.equal(lm.logits(batch.input_ids, batch.attention_mask), plain), name
+
+
+def test_what_is_not_covered_says_so(lm: LanguageModel) -> None:
+    with pytest.raises(SteersmanError, match="cannot be built: it needs an environment with a judge"):
+        preset("dialogue_action_tokens").build(lm)
+    with pytest.raises(SteersmanError, match="unknown preset 'scarr'.*the nearest is 'scar'"):
+        preset("scarr")
+
+
+_ = (ANSWERS, D)
