@@ -5,7 +5,7 @@ the published code it does not repeat, and what it does not cover. It holds no a
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,6 +61,8 @@ class Preset:
     """What of the system is not here."""
     available: ClassVar[bool] = True
     """Whether it can be built at all."""
+    make: Callable[..., Any]
+    """(lm, **given) -> what steers. A preset that can be built defines it."""
 
     def __init_subclass__(cls) -> None:
         if cls.__dict__.get("name"):
@@ -102,10 +104,6 @@ class Preset:
             for name, parameter in parameters.items()
             if parameter.default is not parameter.empty and name != "lm"
         }
-
-    def make(self, lm: LanguageModel, **given: Any) -> Any:
-        """What steers, from checked arguments."""
-        raise NotImplementedError  # each preset that can be built defines it
 
     def record(self) -> dict[str, Any]:
         """All of it as JSON holds it."""
