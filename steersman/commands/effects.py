@@ -19,7 +19,8 @@ from steersman.steer.effects.fit import check_enough
 from steersman.steer.effects.folder import check_folder
 from steersman.steer.effects.map_file import NAME
 from steersman.steer.effects.vectors import n_vectors
-from steersman.text import SUFFIXES, read_texts
+from steersman.text import read_texts
+from steersman.text_sources import SUFFIXES
 
 log = logging.getLogger(__name__)
 

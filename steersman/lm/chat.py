@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from steersman.conversations import Conversation, as_message, is_conversation, is_message, with_system
 from steersman.errors import SteersmanError
 from steersman.lm.chat_spans import ChatSpans
-from steersman.lm.template import Conversation, as_message, is_conversation, is_message
 from steersman.lm.tokens import ChatBatch, TextEncoder, writing_of
 
 
@@ -64,11 +64,7 @@ def as_conversations(given: Any, system: str | None = None) -> list[Conversation
             entry = as_message(entry)
         if not is_conversation(entry):
             raise SteersmanError(f"conversation {i} is no list of messages with a role and a content: {_shown(entry)}")
-        if system is not None:
-            if entry[0]["role"] == "system":
-                raise SteersmanError(f"conversation {i} has a system message of its own: leave out system")
-            entry = [{"role": "system", "content": system}, *entry]
-        found.append(entry)
+        found.append(entry if system is None else with_system(entry, system, f"conversation {i}"))
     return found
 
 

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.conversations import Conversation
 from steersman.doors import whole_number
 from steersman.errors import SteersmanError
 from steersman.lm.passes import ForwardPass
-from steersman.lm.template import ChatTemplate, Conversation, opened
+from steersman.lm.template import ChatTemplate, opened
 from steersman.lm.turns import NO_TURN, Writing, find_turns
 
 PARTS = ("assistant", "user", "system", "thinking", "last_user")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steersman.conversations import Conversation
 from steersman.device import pick_device
 from steersman.doors import whole_number
 from steersman.errors import SteersmanError
@@ -29,7 +30,7 @@ from steersman.lm.positions import context_length, own_offset
 from steersman.lm.probe import module_device
 from steersman.lm.source import check_reads_text, name_in_cache
 from steersman.lm.streaming import Stream, streamed
-from steersman.lm.template import ChatTemplate, Conversation
+from steersman.lm.template import ChatTemplate
 from steersman.lm.tokens import ChatBatch, Prompt, Prompts, TextEncoder, TokenBatch, as_prompts
 from steersman.lm.unwinding import Unwinding
 from steersman.lm.wrappers import eager, innermost, is_compiled

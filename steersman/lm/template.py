@@ -3,16 +3,13 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from steersman.conversations import Conversation
 from steersman.errors import SteersmanError
-
-Message = Mapping[str, Any]
-"""`{"role": ..., "content": ...}`, with whatever else the template reads (`reasoning_content`, `tool_calls`, ...)."""
-Conversation = Sequence[Message]
 
 THINK_MARKERS = (
     ("<think>", "</think>"),
@@ -141,30 +138,6 @@ class ChatTemplate:
 def _contains(ids: Sequence[int], part: Sequence[int]) -> bool:
     n = len(part)
     return any(list(ids[i : i + n]) == list(part) for i in range(len(ids) - n + 1))
-
-
-def is_message(entry: Any) -> TypeGuard[Message]:
-    """Whether `entry` is a message: a mapping with a role, and a content or tool calls."""
-    return isinstance(entry, Mapping) and "role" in entry and ("content" in entry or "tool_calls" in entry)
-
-
-def is_conversation(entry: Any) -> TypeGuard[Conversation]:
-    """Whether `entry` is a list of messages.
-
-    >>> is_conversation([{"role": "user", "content": "Hello"}]), is_conversation("Hello")
-    (True, False)
-    """
-    return isinstance(entry, list | tuple) and len(entry) > 0 and all(map(is_message, entry))
-
-
-def as_message(text: str, system: str | None = None) -> list[dict[str, str]]:
-    """A text as a user's message, after a system message where one is given.
-
-    >>> as_message("Hello", system="Be brief.")[0]["role"]
-    'system'
-    """
-    before = [] if system is None else [{"role": "system", "content": system}]
-    return [*before, {"role": "user", "content": text}]
 
 
 def opened(ids: Tensor, turn_start: Tensor, markers: tuple[Sequence[int], Sequence[int]]) -> Tensor:

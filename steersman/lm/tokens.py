@@ -9,9 +9,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from steersman.conversations import Conversation, is_conversation, is_message
 from steersman.errors import SteersmanError
 from steersman.lm.chat_spans import PARTS, ChatPart, ChatRow, ChatSpans
-from steersman.lm.template import ChatTemplate, Conversation, is_conversation, is_message
+from steersman.lm.template import ChatTemplate
 from steersman.lm.turns import NO_TURN, Writing
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from steersman.conversations import Conversation
 from steersman.errors import SteersmanError
-from steersman.lm.template import THINK_MARKERS, ChatTemplate, Conversation
+from steersman.lm.template import THINK_MARKERS, ChatTemplate
 
 NO_TURN = -1
 """The turn of what belongs to no message: the BOS, and a system prompt that the template adds by itself."""

@@ -10,7 +10,8 @@ from steersman.lm import LanguageModel
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
-    "{{ '<|im_start|> system Be helpful <|im_end|> ' }}{% endif %}{{ '<|im_start|> ' + m.role + ' ' + m.content + ' <|im_end|> ' }}{% endfor %}"
+    "{{ '<|im_start|> system Be helpful <|im_end|> ' }}{% endif %}"
+    "{{ '<|im_start|> ' + m.role + ' ' + m.content + ' <|im_end|> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|> assistant ' }}{% endif %}"
 )
 """Of SmolLM2: the BOS is the turn's token, and a system prompt is added where none is given."""

@@ -141,6 +141,7 @@ def _manifest(capture: Capture, config: CacheConfig) -> Manifest:
     }
     if lm.quantization is not None:
         content["quantization"] = lm.quantization
+    content |= capture.chat
     hooks = {hook: lm.hook_width(hook) for hook in settings.hooks}
     return Manifest(model_name=lm.name, dtype=config.rows_dtype, hooks=hooks, config=content)
 

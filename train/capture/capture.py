@@ -5,19 +5,21 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 
 from steersman.config import check_types
+from steersman.conversations import ChatOptions, Document, is_blank
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.load import Quantization, parse_dtype
-from steersman.lm.tokens import bos_tokens
-from steersman.text import OnBadText, TxtDocuments, open_text
+from steersman.lm.tokens import bos_tokens, writing_of
+from steersman.text import TextSource, open_text
+from steersman.text_sources import MESSAGES, OnBadText, TxtDocuments
 from steersman.threads import usable_cores
 from steersman.train.capture.contexts import ContextBatch, context_batches
 from steersman.train.capture.text_digest import DigestedText
@@ -29,7 +31,7 @@ DEFAULT_CONTEXT = 256
 
 @renamed_fields(model_dtype="dtype")
 @dataclass(frozen=True, kw_only=True)
-class CaptureConfig:
+class CaptureConfig(ChatOptions):
     """Which activations of which model over which text: what caching and streaming share."""
 
     hook: str | tuple[str, ...]
@@ -59,7 +61,8 @@ class CaptureConfig:
     on_nonfinite: Literal["error", "skip"] = "error"
     """What to do about rows with NaN or infinity: stop, or leave them out (a store's manifest counts them)."""
     text_column: str = "text"
-    """Field of .jsonl, .parquet and dataset records that holds the text."""
+    """Field of .jsonl, .parquet and dataset records that holds the text, or a conversation for the model's chat
+    template; `messages` where there is no text."""
     txt_documents: TxtDocuments = "line"
     """What a document is in .txt files: a line, a paragraph or the file."""
     on_bad_text: OnBadText = "error"
@@ -165,6 +168,9 @@ class Capture:
     lm: LanguageModel
     text: DigestedText
     settings: CaptureSettings
+    chat: Mapping[str, str] = field(default_factory=dict)
+    """Where chats are read, under "chat_template" the digest of the template, and under "system" the message before
+    each."""
 
     @classmethod
     def open(
@@ -190,14 +196,18 @@ class Capture:
             )
         if texts is None and config.text is None:
             raise SteersmanError("no text given: pass texts, or set text to a file, folder or dataset id")
+        if config.chat or config.system is not None:
+            _ = lm.chat_template  # there is none: said before anything is read
+        write = _Writer(lm, config)
         text = open_text(
             config.text if texts is None else texts,
             text_column=config.text_column,
             streaming=config.streaming,
             txt_documents=config.txt_documents,
             on_bad_text=config.on_bad_text,
+            write=write,
         )
-        return cls(lm, DigestedText(text), capture_settings(lm, config))
+        return cls(lm, DigestedText(text), capture_settings(lm, config), write.about(text))
 
     def rows(self, cursor: Mapping[str, int] | None = None) -> Generator[CapturedRows]:
         """Run the model over the text from `cursor` on and give the kept rows of each forward batch.
@@ -273,6 +283,36 @@ class Capture:
         return self.lm.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
             "input_ids"
         ]
+
+
+class _Writer:
+    """Writes documents out: conversations, and texts that are to be a user's message, by the chat template."""
+
+    def __init__(self, lm: LanguageModel, config: CaptureConfig) -> None:
+        self._lm, self._config, self._used = lm, config, False
+
+    def __call__(self, document: Document, where: str) -> str:
+        document = document if is_blank(document) else self._config.apply_to(document)
+        if isinstance(document, str):
+            return document
+        self._used = True
+        try:
+            template = self._lm.chat_template
+        except SteersmanError as error:
+            raise SteersmanError(f"{where} is a conversation, and {error}") from error
+        return writing_of(document).render(template, document, f"{where}: ")
+
+    def about(self, text: TextSource) -> dict[str, str]:
+        """The template that chats are written by, if the text is of chats, which its first document tells."""
+        config = self._config
+        if not (config.chat or config.system is not None or config.text_column == MESSAGES):
+            if getattr(text, "remote", False):
+                return {}
+            next(text.documents(), None)
+            if not self._used:
+                return {}
+        found = {"chat_template": self._lm.chat_template.digest}
+        return found if config.system is None else {**found, "system": config.system}
 
 
 class InlineExecutor(Executor):

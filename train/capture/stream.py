@@ -149,7 +149,7 @@ class ActivationStream:
             name: value for name, value in asdict(capture.settings).items() if name != "bos_id" or not config.bos
         }
         content = [self.model_name, capture.text.identity(), settings, config.rows_dtype, config.tokens]
-        content += [config.buffer_rows, self._heldout_rows, self._skip_bad]
+        content += [config.buffer_rows, self._heldout_rows, self._skip_bad, *sorted(capture.chat.items())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def contents(self) -> dict[str, str]:
@@ -161,7 +161,7 @@ class ActivationStream:
     def _contents(self) -> dict[str, str]:
         config, capture = self.config, self._capture
         settings = [asdict(capture.settings), config.rows_dtype, config.tokens, config.buffer_rows]
-        settings += [self._heldout_rows, self._skip_bad]
+        settings += [self._heldout_rows, self._skip_bad, *sorted(capture.chat.items())]
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         return {"model": capture.lm.digest(), "text": self._text_digest(), "settings": digest}
 
