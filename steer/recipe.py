@@ -43,6 +43,7 @@ from steersman.sae import SAE
 from steersman.steer.calibrate import calibrate, refuse_unmet
 from steersman.steer.dose import Dose, as_steerer
 from steersman.steer.edits import Edit, EditSet, gated
+from steersman.steer.edits.reads import Feature
 from steersman.steer.presets.base import PRESETS, preset
 from steersman.steer.scope import Scope
 from steersman.steer.steerer import Steerer, Steering
@@ -441,6 +442,44 @@ class FileEntry(Entry):
         found = EditSet.load(self.settings.file)
         found.check_fits(lm)
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Direction:
+    read: str | None = None
+    write: str | None = None
+    sae: str | None = None
+    feature: int | None = None
+    hook: str | None = None
+    rule: str = "add"
+    value: Any = 1.0
+    threshold: Any = 0.0
+    keep_norm: Any = False
+
+
+class DirectionEntry(Entry):
+    """`direction: {read: FILE, rule: cap, value: 3.0}`: read along a vector (or `sae` and `feature`), write by a rule.
+
+    `value` and `threshold` are a number, or {hook point: number}; `write` is the file of another vector.
+    """
+
+    name = "direction"
+    Settings = _Direction
+    paths = ("read", "write", "sae")
+
+    def edits(self, lm: LanguageModel) -> Mapping[str, Edit]:
+        s = self.settings
+        if (s.read is None) == (s.sae is None) or (s.sae is None) != (s.feature is None):
+            raise SteersmanError("direction needs read, the file of a vector, or sae and feature")
+        read: Any = SteeringVector.load(s.read) if s.read else Feature(SAE.load(s.sae, lm.device), s.feature)
+        write = SteeringVector.load(s.write) if s.write else None
+        return (
+            Steerer(lm)
+            .direction(
+                s.hook, read=read, write=write, rule=s.rule, value=s.value, threshold=s.threshold, keep_norm=s.keep_norm
+            )
+            .edits
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

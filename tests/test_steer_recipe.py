@@ -121,6 +121,33 @@ def test_budgets_of_a_recipe_are_met_before_it_opens(lm: LanguageModel, folder: 
         assert torch.equal(logits(lm), first)
 
 
+def test_a_direction_and_a_preset_are_entries(lm: LanguageModel, folder: Path) -> None:
+    (folder / "d.yaml").write_text(
+        "edits:\n  - direction: {read: v.safetensors, rule: cap, value: {1: 0.5}}\n"
+        "  - direction: {sae: sae, feature: 3, rule: floor, value: 2}\n"
+        "  - preset: {name: personality, sae: sae, features: {3: 1.5}}\n"
+    )
+    recipe = Recipe.load(folder / "d.yaml")
+    st, sae = Steerer(lm), toy_sae()
+    with (
+        st.direction(read=V, rule="cap", value=0.5),
+        st.features(sae, {3: 2.0}, mode="floor"),
+        st.features(sae, {3: 1.5}),
+    ):
+        expected = logits(lm)
+    with recipe.apply(lm):
+        assert torch.equal(logits(lm), expected)
+    recipe.save(folder / "e.yaml")
+    with Recipe.load(folder / "e.yaml").apply(lm):
+        assert torch.equal(logits(lm), expected)
+    (folder / "d.yaml").write_text("edits:\n  - direction: {rule: cap}\n")
+    with pytest.raises(SteersmanError, match="direction needs read"):
+        Recipe.load(folder / "d.yaml").apply(lm)
+    (folder / "d.yaml").write_text("edits:\n  - preset: {name: safety_arithmetic, base: x}\n")
+    with pytest.raises(SteersmanError, match="preset 'safety_arithmetic' needs tuned"):
+        Recipe.load(folder / "d.yaml").apply(lm)
+
+
 WRONG = [
     ("edits: []", "holds no edit"),
     ("- a", "must hold a mapping"),

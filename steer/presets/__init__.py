@@ -5,7 +5,9 @@ that was checked, and what it does not cover.
 """
 
 from steersman.steer.presets import (  # noqa: F401 (a preset is there when its file was read)
+    attention,
     features,
+    operators,
     uncovered,
     weights,
 )
