@@ -15,6 +15,7 @@ from steersman.steer.analysis.heads import (
 from steersman.steer.analysis.layers import LayerDivergence, layer_divergences
 from steersman.steer.analysis.promote import PromoteReport, promote_report
 from steersman.steer.analysis.sweep import Sweep, SweepConfig, sweep_layers
+from steersman.steer.analysis.thresholds import find_condition, percentile_limits, probe_sides
 from steersman.steer.calibrate import CalibrateConfig, Calibration, calibrate, calibrated
 from steersman.steer.compare import Comparison, SteerConfig, TextPair, steer_and_compare
 from steersman.steer.decompose import (
@@ -181,6 +182,7 @@ __all__ = [
     "evaluate_steering",
     "feature_flow",
     "fgaa_targets",
+    "find_condition",
     "fit_affine",
     "function_vector",
     "generated_tokens",
@@ -192,9 +194,11 @@ __all__ = [
     "measure_retention",
     "parse_features",
     "patch_heads",
+    "percentile_limits",
     "plot_decompositions",
     "preset",
     "probe_heads",
+    "probe_sides",
     "profile_heads",
     "promote_report",
     "pruned",

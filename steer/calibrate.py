@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 START_NORM, LOW_NORM, HIGH_NORM = 0.5, 1e-3, 8.0
 """|scale v| to start from, and the least and greatest tried, as fractions of the median norm of the residual stream."""
+HIGH_SCALE = 256.0
+"""The greatest scale tried of what is no vector, whose size is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,7 @@ def calibrate(
         config: the settings; `**settings` are fields of it, over those of `config`.
 
     A budget that cannot be met is no error here: see `converged` and `reason` of the search. What is no vector has no
-    norm: its scales are tried from 1, down to 1/500 and up to 16. Raises SteersmanError for none or several budgets, a
+    norm: its scales are tried from 1, down to 1/500 and up to 256. Raises SteersmanError for none or several budgets, a
     zero vector, a norm budget for anything else, and what `Steerer.vector` refuses.
     """
     steerer = as_steerer(st)
@@ -126,7 +128,7 @@ def calibrate(
             target,
             start=START_NORM / norm,
             low=LOW_NORM / norm,
-            high=HIGH_NORM / norm,
+            high=HIGH_SCALE if vector is None else HIGH_NORM / norm,
             max_evaluations=config.max_evaluations,
             tolerance=config.tolerance,
         )
