@@ -2,6 +2,7 @@
 
 from steersman.steer.analysis.annotations import Annotated, AnnotationTable, annotation_table
 from steersman.steer.analysis.concept_shift import ConceptShift, concept_shift
+from steersman.steer.analysis.head_search import HeadSearch, coarse_to_fine
 from steersman.steer.analysis.heads import (
     HeadProfile,
     HeadStates,
@@ -14,6 +15,15 @@ from steersman.steer.analysis.heads import (
 )
 from steersman.steer.analysis.layers import LayerDivergence, layer_divergences
 from steersman.steer.analysis.promote import PromoteReport, promote_report
+from steersman.steer.analysis.spans import (
+    HeavyTokens,
+    KeySentence,
+    heavy_columns,
+    heavy_edits,
+    heavy_tokens,
+    key_sentences,
+    match_sentence,
+)
 from steersman.steer.analysis.sweep import Sweep, SweepConfig, sweep_layers
 from steersman.steer.analysis.thresholds import find_condition, percentile_limits, probe_sides
 from steersman.steer.calibrate import CalibrateConfig, Calibration, calibrate, calibrated
@@ -135,8 +145,11 @@ __all__ = [
     "Gate",
     "HeadEdit",
     "HeadProfile",
+    "HeadSearch",
     "HeadStates",
+    "HeavyTokens",
     "ITIConfig",
+    "KeySentence",
     "LayerDivergence",
     "LinearFit",
     "LoReFTEdit",
@@ -175,6 +188,7 @@ __all__ = [
     "blend",
     "bootstrap",
     "calibrate",
+    "coarse_to_fine",
     "collect_effects",
     "concept_shift",
     "contrast",
@@ -187,9 +201,16 @@ __all__ = [
     "function_vector",
     "generated_tokens",
     "head_columns",
+    "heavy_columns",
+    "heavy_edits",
+    "heavy_tokens",
     "intervene_on_heads",
+    "key_sentences",
+    "layer_divergences",
     "layer_divergences",
     "load_labels",
+    "load_labels",
+    "match_sentence",
     "mean_heads",
     "measure_retention",
     "parse_features",

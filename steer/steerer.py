@@ -14,6 +14,7 @@ from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, LanguageModel
 from steersman.lm.hooks import HookName
 from steersman.lm.origin import check_sae_fits
+from steersman.lm.tokens import Prompt
 from steersman.lm.unwinding import Opened, Unwinding
 from steersman.sae import SAE
 from steersman.steer.edit_report import EditReport, Meter
@@ -32,6 +33,7 @@ from steersman.steer.edits import (
     gated,
 )
 from steersman.steer.edits.reads import as_read
+from steersman.steer.edits.highlight import Heads, Spans, highlight_edits
 from steersman.steer.scope import Scope, ScopeLike
 from steersman.steer.trace import Trace
 from steersman.steer.vectors.directions import VectorInput, directions_of
@@ -339,6 +341,35 @@ class Steerer:
         if hook not in placed:
             raise SteersmanError(f"{what} has nothing for {hook}: it has {', '.join(placed)}")
         return placed[hook]
+
+    def highlight(
+        self,
+        prompts: str | Sequence[Prompt],
+        spans: Spans,
+        *,
+        heads: Heads = None,
+        alpha: float = 0.01,
+        include: bool = False,
+        spare_bos: bool = False,
+        scope: ScopeLike = "all",
+        gate: GateLike = 1.0,
+        schedule: ScheduleLike | None = None,
+    ) -> Steering:
+        """Make chosen heads look at parts of the prompts: they give every other token of the prompt `alpha` times the
+        attention, normalised again (PASTA, arXiv 2311.02262).
+
+        `spans` of a prompt are a substring (wherever it occurs), a pair (start, stop) of characters, or a list of
+        those; with a list of prompts, one entry for each, of which an empty list highlights nothing. `prompts` are then
+        given to `lm.generate` in the same order. `heads`: {layer: [query head, ...]}, (layer, head) pairs as a
+        `HeadProfile` has them, or None for all. `include` gives the parts 1 / alpha times the attention instead;
+        `spare_bos` leaves the BOS as it is, where many heads rest their attention. Tokens that are generated keep
+        theirs. `scope` (the queries), `gate` and `schedule` are as for `edit`.
+
+        Raises SteersmanError for a span that is not in its prompt, prompts given as token ids, heads that the model
+        does not have, and an attention implementation that takes no bias.
+        """
+        edits = highlight_edits(self.lm, prompts, spans, heads=heads, alpha=alpha, include=include, spare_bos=spare_bos)
+        return self._steering({hook: gated(edit, gate, schedule) for hook, edit in edits.items()}, scope, True)
 
     def measure(
         self,

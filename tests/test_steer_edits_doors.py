@@ -293,7 +293,7 @@ def test_where_an_edit_makes_no_sense_says_so_before_anything_runs() -> None:
         (lambda: AttentionBiasEdit(1.0, keys=(2, 2)), "window 2:2 is empty"),
         (lambda: AttentionBiasEdit(1.0, keys=[]), "at least one window"),
         (lambda: AttentionBiasEdit(1.0, keys=cast("Any", "2:4")), "keys must be windows"),
-        (lambda: AttentionBiasEdit(1.0, keys=torch.ones(1, 2, 3)), r"must be \[P\] or \[R, P\]"),
+        (lambda: AttentionBiasEdit(1.0, keys=torch.ones(1, 1, 2, 3)), r"must be \[P\], \[R, P\] or"),
         (lambda: AttentionBiasEdit(1.0, keys=(0, 2), heads=[]), "at least one head"),
         (lambda: AttentionBiasEdit([1.0, 2.0], keys=torch.ones(3, 4)), "rows disagree"),
         (lambda: LogitsEdit({}), "tokens must be"),

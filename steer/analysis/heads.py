@@ -131,6 +131,37 @@ def profile_heads(
     """
     rows = _layers(lm, layers)
     H = head_shape(lm, z_hook(rows[0]))[0]
+    return _profile(lm, make_edit, score, rows, H, scope, include_bos, shuffles, seed, measure)
+
+
+def profile_layers(
+    lm: LanguageModel,
+    make_edit: Callable[[int], Mapping[str, Edit] | AbstractContextManager[Any]],
+    score: Callable[[], Tensor],
+    *,
+    scope: ScopeLike = "all",
+    include_bos: bool = False,
+    shuffles: int = 1000,
+    seed: int = 0,
+    measure: str = "rise of the score with a layer's heads",
+) -> HeadProfile:
+    """As `profile_heads`, with one figure for each layer (as its head 0): what `make_edit(layer)` does to the score."""
+    rows = list(range(lm.n_layers))
+    return _profile(lm, lambda layer, _: make_edit(layer), score, rows, 1, scope, include_bos, shuffles, seed, measure)
+
+
+def _profile(
+    lm: LanguageModel,
+    make_edit: MakeEdit,
+    score: Callable[[], Tensor],
+    rows: list[int],
+    H: int,
+    scope: ScopeLike,
+    include_bos: bool,
+    shuffles: int,
+    seed: int,
+    measure: str,
+) -> HeadProfile:
     base = _scores(score)
     changes = torch.zeros(len(rows), H, len(base), dtype=torch.float64)
     with progress(desc="heads", total=len(rows) * H, leave=False) as bar:

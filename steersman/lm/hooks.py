@@ -279,6 +279,8 @@ def _logits_hook(fn: Reader) -> Callable[..., Any]:
 
 def _mask_hook(fn: Reader, n_heads: int, past: Callable[[], int]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if probe.running():
+            return None
         if "attention_mask" not in kwargs:
             raise SteersmanError(f"{type(module).__name__} is given no attention_mask by name: it cannot be edited")
         x = args[0] if args else kwargs["hidden_states"]
@@ -302,9 +304,11 @@ def additive_mask(given: Tensor | None, x: Tensor, n_heads: int, *, past: int = 
             [ True,  True,  True]])
     """
     B, S = x.shape[:2]
-    if given is None:
+    if given is None and (S == 1 or not causal):
+        given = torch.zeros(1, 1, S, past + S, dtype=x.dtype, device=x.device)
+    elif given is None:
         given = torch.ones(S, past + S, dtype=torch.bool, device=x.device)
-        given = (given.tril(past) if causal else given)[None, None]
+        given = given.tril(past)[None, None]
     if given.dtype == torch.bool:
         mask = torch.zeros(given.shape, dtype=x.dtype, device=given.device)
         given = mask.masked_fill_(~given, torch.finfo(x.dtype).min)
