@@ -28,6 +28,8 @@ from steersman.steer.analysis.sweep import Sweep, SweepConfig, sweep_layers
 from steersman.steer.analysis.thresholds import find_condition, percentile_limits, probe_sides
 from steersman.steer.calibrate import CalibrateConfig, Calibration, calibrate, calibrated
 from steersman.steer.compare import Comparison, SteerConfig, TextPair, steer_and_compare
+from steersman.steer.decoding.dynamic import Controlled, KLControl, nucleus_kl
+from steersman.steer.decoding.mix import Mix, MixSource
 from steersman.steer.decompose import (
     DecomposeConfig,
     Decomposition,
@@ -124,6 +126,7 @@ __all__ = [
     "ConceptShift",
     "Condition",
     "ContrastConfig",
+    "Controlled",
     "CostMeter",
     "DecomposeConfig",
     "Decomposition",
@@ -149,11 +152,14 @@ __all__ = [
     "HeadStates",
     "HeavyTokens",
     "ITIConfig",
+    "KLControl",
     "KeySentence",
     "LayerDivergence",
     "LinearFit",
     "LoReFTEdit",
     "LogitsEdit",
+    "Mix",
+    "MixSource",
     "Preset",
     "Probe",
     "Projection",
@@ -207,12 +213,11 @@ __all__ = [
     "intervene_on_heads",
     "key_sentences",
     "layer_divergences",
-    "layer_divergences",
-    "load_labels",
     "load_labels",
     "match_sentence",
     "mean_heads",
     "measure_retention",
+    "nucleus_kl",
     "parse_features",
     "patch_heads",
     "percentile_limits",

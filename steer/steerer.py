@@ -32,8 +32,8 @@ from steersman.steer.edits import (
     VectorEdit,
     gated,
 )
-from steersman.steer.edits.reads import as_read
 from steersman.steer.edits.highlight import Heads, Spans, highlight_edits
+from steersman.steer.edits.reads import as_read
 from steersman.steer.scope import Scope, ScopeLike
 from steersman.steer.trace import Trace
 from steersman.steer.vectors.directions import VectorInput, directions_of

@@ -360,7 +360,10 @@ class PassClock:
             return next((getattr(c, name) for c in configs if getattr(c, name, None) is not None), None)
 
         if setting("guidance_scale") not in (None, 1):
-            raise SteersmanError("guidance_scale makes passes of a second text between those of the first: not steered")
+            raise SteersmanError(
+                "guidance_scale makes passes of a second text between those of the first, which cannot be told apart: "
+                "decode with steersman.steer.Mix.guidance(negative_prompt, g=guidance_scale), which steers either"
+            )
         stop = stop_ids(setting("eos_token_id"))
         rows, beams = 1 if x is None else x.shape[0], int(setting("num_beams") or 1)
         run = GenerationRun(rows, columns, mask, stop, beams, self.spans())

@@ -158,12 +158,7 @@ def run_generation(
     check_options(options, len(batch.input_ids))
     if bool((batch.attention_mask == 0).any()):
         lm.check_left_padding()
-    width = batch.input_ids.shape[1]
-    if lm.context_length is not None and width + max_new_tokens > lm.context_length:
-        raise SteersmanError(
-            f"a prompt of {width} tokens and {max_new_tokens} new ones exceed the context of {lm.name}, "
-            f"{lm.context_length} tokens: shorten the prompt or lower max_new_tokens"
-        )
+    lm.check_room(batch.input_ids.shape[1], max_new_tokens)
     defaults: dict[str, Any] = {"pad_token_id": lm.pad_token_id, "disable_compile": True}
     if options.get("stop_strings"):
         defaults["tokenizer"] = lm.tokenizer

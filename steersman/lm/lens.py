@@ -10,9 +10,10 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm.final_norm import norm_gain
+from steersman.lm.hooks import LOGITS
 from steersman.lm.model import LanguageModel
 
-__all__ = ["LensTokens", "lens_tokens", "logit_lens", "norm_gain"]
+__all__ = ["LensTokens", "check_lens", "lens_logits", "lens_tokens", "logit_lens", "norm_gain"]
 
 _BLOCK = 256  # directions whose logits are held at once
 
@@ -62,6 +63,32 @@ def logit_lens(lm: LanguageModel, directions: Tensor, n_tokens: int = 8) -> list
     found = lens_tokens(lm, directions, n_tokens)
     sides = zip(found.raised.tolist(), found.lowered.tolist())
     return [(_texts(lm.tokenizer, a), _texts(lm.tokenizer, b)) for a, b in sides]
+
+
+def lens_logits(lm: LanguageModel, h: Tensor) -> Tensor:
+    """The logits [..., V] fp32 that the model would give if states h [..., D] were those of its last block: the output
+    layer of the final norm, and what the family does to its logits (a factor, a soft cap)."""
+    head, norm, config = lm.model.get_output_embeddings(), lm.final_norm(), lm.config
+    if head is None:
+        raise SteersmanError(f"{lm.name} has no output layer over its vocabulary: it has no logit lens")
+    logits = head(h if norm is None else norm(h)).float()
+    logits = logits * float(getattr(config, "logit_scale", None) or 1.0)
+    logits = logits / float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+@torch.no_grad()
+def check_lens(lm: LanguageModel) -> None:
+    """Raise a SteersmanError unless the logit lens of the last block gives the model's logits on a few tokens."""
+    last = f"blocks.{lm.n_layers - 1}.hook_resid_post"
+    ids = torch.arange(1, 5, device=lm.device)[None] % int(lm.config.vocab_size)
+    with lm.unedited():
+        states = lm.capture(ids, hooks=[last, LOGITS])
+    if not torch.allclose(lens_logits(lm, states[last]), states[LOGITS].float(), rtol=1e-2, atol=1e-2):
+        raise SteersmanError(
+            f"the output of {lm.name} is not its output layer on the final norm of its last block: it has no logit lens"
+        )
 
 
 def _texts(tokenizer: Any, ids: list[int]) -> list[str]:

@@ -300,6 +300,10 @@ class LanguageModel:
         """The ids of one text, without special tokens unless `bos`."""
         return self._texts().ids(text, bos)
 
+    def shown(self, text: Prompt) -> str:
+        """A prompt as a string, whatever it was given as."""
+        return self._texts().shown(text)
+
     @property
     def chat_template(self) -> ChatTemplate:
         """The tokenizer's chat template. Raises SteersmanError where there is none."""
@@ -355,6 +359,14 @@ class LanguageModel:
         """
         asked = chats.Asked(system, add_generation_prompt, continue_final_message, template or {})
         return self.generate(chats.encode(self._texts(), conversations, asked, "left", None, to_reply=True), **options)
+
+    def check_room(self, width: int, new_tokens: int) -> None:
+        """Raise a SteersmanError unless a prompt of `width` tokens and so many new ones fit the model's context."""
+        if self.context_length is not None and width + new_tokens > self.context_length:
+            raise SteersmanError(
+                f"a prompt of {width} tokens and {new_tokens} new ones exceed the context of {self.name}, "
+                f"{self.context_length} tokens: shorten the prompt or lower max_new_tokens"
+            )
 
     # Passes
 
@@ -651,7 +663,7 @@ class LanguageModel:
             return prompts.to(self.device), [str(self.tokenizer.decode(row)) for row in rows]
         prompts = as_prompts(prompts)
         batch = self.encode(prompts, bos=bos, padding_side="left")
-        return batch, [self._texts().shown(prompt) for prompt in prompts]
+        return batch, [self.shown(prompt) for prompt in prompts]
 
 
 def _spans_of(given: object) -> ChatSpans | None:

@@ -1,6 +1,6 @@
 """Where pieces of a text are among its tokens: characters to absolute positions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +59,12 @@ def text_offsets(lm: LanguageModel, prompt: Prompt) -> Offsets:
     conversation's template writes tokens that its text alone would not give.
     """
     tokenizer: Any = lm.tokenizer
-    ids = lm.token_ids(prompt, bos=True)  # also refuses what is no prompt
+    batch = lm.encode([prompt])  # also refuses what is no prompt
+    ids = batch.input_ids[0].tolist()
     if isinstance(prompt, str):
         text = prompt
-    elif isinstance(prompt[0], Mapping):
-        messages: list[Any] = list(prompt)
-        asks = messages[-1]["role"] != "assistant"
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+    elif batch.spans is not None and True:
+        text = row.text
     else:
         raise SteersmanError("spans are found in text: give prompts as strings or conversations, not as token ids")
     if not getattr(tokenizer, "is_fast", False):
