@@ -63,8 +63,8 @@ def text_offsets(lm: LanguageModel, prompt: Prompt) -> Offsets:
     ids = batch.input_ids[0].tolist()
     if isinstance(prompt, str):
         text = prompt
-    elif batch.spans is not None and True:
-        text = row.text
+    elif batch.spans is not None:
+        text = batch.spans.conversations[0].text
     else:
         raise SteersmanError("spans are found in text: give prompts as strings or conversations, not as token ids")
     if not getattr(tokenizer, "is_fast", False):
