@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import D, build, word_tokenizer
+from support.tiny_models import D, build, toy_sae, word_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -15,8 +15,10 @@ from steersman import SteeringVector
 from steersman.cli import main
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.steer import AffineEdit, Edit, FunctionEdit, HeadEdit, Steerer, VectorEdit, ablate, bake
+from steersman.steer import AffineEdit, DirectionEdit, Edit, FunctionEdit, HeadEdit, Steerer, VectorEdit, ablate, bake
+from steersman.steer.edits import FeatureEdit
 from steersman.steer.edits.file import EditSet
+from steersman.steer.edits.rules import RULES
 
 IDS = torch.tensor([[0, 5, 6, 7, 8, 9, 10], [0, 11, 12, 13, 14, 15, 16]])
 G = torch.Generator().manual_seed(0)
@@ -112,7 +114,7 @@ def test_a_direction_is_gone_from_the_stream(family: str, tmp_path: Path) -> Non
     bake(lm, ablate(lm, v), tmp_path / "writes", include_bos=True)
     u = v / v.norm()
     everywhere = [h for h in lm.hook_names() if "hook_resid" in h]
-    projection = AffineEdit(write=-u[:, None], read=u[:, None])
+    projection = DirectionEdit(v, rule="scale", value=0.0)
     bake(lm, dict.fromkeys(everywhere, projection), tmp_path / "points", include_bos=True)
     baked, other = (LanguageModel.load(tmp_path / name) for name in ("writes", "points"))
     torch.testing.assert_close(baked.logits(IDS), other.logits(IDS), rtol=1e-4, atol=1e-3)
@@ -124,6 +126,47 @@ def test_a_direction_is_gone_from_the_stream(family: str, tmp_path: Path) -> Non
         bake(lm, dict.fromkeys(everywhere[:-1], projection), tmp_path / "part", include_bos=True)
     assert not (tmp_path / "part").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_edits_along_directions_say_whether_they_are_affine(rule: str) -> None:
+    v, w = random(D), random(D)
+    read: Any = v if rule == "rotate" else (w, 0.7)
+    edit = DirectionEdit(read, v + w, rule=rule, value=1.5)
+    found = edit.as_map(D)
+    if rule not in ("add", "set", "scale", "project_out"):
+        assert found is None
+        return
+    lm, point = with_text("llama"), "blocks.1.hook_resid_post"
+    before = lm.capture(IDS, hooks=[point])[point]
+    with Steerer(lm).edit(point, edit, include_bos=True):
+        after = lm.capture(IDS, hooks=[point])[point]
+    assert found is not None
+    by_map = (before.double() if found.matrix is None else before.double() @ found.matrix.T) + found.offset
+    torch.testing.assert_close(after.double(), by_map, rtol=1e-4, atol=1e-4)
+    assert (after - before).abs().max() > 0.1
+    assert DirectionEdit(read, v + w, rule=rule, value=[1.0, 2.0]).as_map(D) is None
+    if rule == "add":
+        assert DirectionEdit(v, value=0.1, keep_norm=True).as_map(D) is None
+
+
+@pytest.mark.parametrize(("mode", "k"), [("add", 8), ("project_out", 8), ("clamp", 8)])
+def test_edits_of_features_too(mode: str, k: int) -> None:
+    edit = FeatureEdit(toy_sae(k=k), {3: 2.0, 5: 0.5}, mode=mode)
+    found, h = edit.as_map(D), random(4, D)
+    if mode == "clamp":
+        assert found is None
+        return
+    assert found is not None
+    d = edit.sae.W_dec[[3, 5]].detach()
+    if mode == "add":
+        assert found.matrix is None
+        torch.testing.assert_close(found.offset.float(), 2 * d[0] + 0.5 * d[1])
+        return
+    assert found.matrix is not None
+    both = torch.linalg.lstsq(d.T, h.T).solution
+    expected = h - (torch.tensor([[2.0], [0.5]]) * both).T @ d
+    torch.testing.assert_close((h.double() @ found.matrix.T).float(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_vectors_and_several_edits_at_once(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, HookPoint, LanguageModel
 from steersman.lm.origin import check_fits
-from steersman.steer.edits.base import Edit, PerRow, Saved, blend, common_rows, packed, per_row, unpacked
+from steersman.steer.edits.base import Edit, Map, PerRow, Saved, blend, common_rows, packed, per_row, unpacked
 from steersman.steer.edits.gates import Gate, GatedEdit
 from steersman.steer.edits.reads import READS, Linear, Projection, Read, ReadLike, as_read
 from steersman.steer.edits.rules import Rule, rotated, rule_named
@@ -134,6 +134,20 @@ class DirectionEdit(Edit):
         common_rows(gate=len(self.gate), factor=len(factors))
         edit._open_gate(self.gate * factors)
         return edit
+
+    def as_map(self, width: int) -> Map | None:
+        linear = self.read if isinstance(self.read, Linear) else None
+        varies = self.rows > 1 or self.keep_norm or self.read.scales or self.value.shape[1] > 1
+        if varies or not self._rule.affine or (self._rule.reads and linear is None):
+            return None
+        s, m, one = self.value[:, 0], self.threshold, torch.ones(1, self.read.size, device=self.write.device)
+        at_0, at_1 = (self._rule.coefficient(rho, s, m) * self.weight for rho in (0 * one, one))
+        write, base, slope = (part[0].detach().cpu().double() for part in (self.write, at_0, at_1 - at_0))
+        if linear is None or not self._rule.reads:
+            return Map(None, base @ write)
+        bias = torch.zeros(()) if linear.bias is None else linear.bias[0].cpu()
+        matrix = torch.eye(width, dtype=torch.float64) + write.T @ (slope[:, None] * linear.weight[0].cpu().double())
+        return Map(matrix, (base + slope * bias) @ write)
 
     def gated(self, gates: Sequence[Gate]) -> "Edit | None":
         return _GatedStrength(self, gates) if self.keeps_norm else None

@@ -43,6 +43,8 @@ class Rule:
     """Where s and m are such that nothing is ever changed."""
     reads: bool = True
     """Whether k depends on rho."""
+    affine: bool = False
+    """Whether k is an affine function of rho."""
     plain: bool = False
     """Whether s is a factor, and no value that rho might have."""
     limit: float = math.nan
@@ -68,12 +70,12 @@ def _rotate(rho: Tensor, s: Tensor, m: Tensor) -> Tensor:
 
 
 RULES: dict[str, Rule] = {
-    "add": Rule(coefficient=lambda rho, s, m: s, idle=lambda s, m: s == 0, reads=False),
-    "set": Rule(coefficient=lambda rho, s, m: s - rho),
+    "add": Rule(coefficient=lambda rho, s, m: s, idle=lambda s, m: s == 0, reads=False, affine=True),
+    "set": Rule(coefficient=lambda rho, s, m: s - rho, affine=True),
     "floor": Rule(coefficient=lambda rho, s, m: (s - rho).relu(), idle=lambda s, m: s == -torch.inf, limit=-math.inf),
     "cap": Rule(coefficient=lambda rho, s, m: -(rho - s).relu(), idle=lambda s, m: s == torch.inf, limit=math.inf),
-    "scale": Rule(coefficient=lambda rho, s, m: (s - 1) * rho, idle=lambda s, m: s == 1, plain=True),
-    "project_out": Rule(coefficient=lambda rho, s, m: -s * rho, idle=lambda s, m: s == 0, plain=True),
+    "scale": Rule(coefficient=lambda rho, s, m: (s - 1) * rho, idle=lambda s, m: s == 1, affine=True, plain=True),
+    "project_out": Rule(coefficient=lambda rho, s, m: -s * rho, idle=lambda s, m: s == 0, affine=True, plain=True),
     "positive_clamp": Rule(coefficient=lambda rho, s, m: s - rho.relu()),
     "mirror": Rule(
         coefficient=lambda rho, s, m: torch.where(rho < m, 2 * s * (m - rho), 0.0),
