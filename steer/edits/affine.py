@@ -3,7 +3,7 @@
 Shape letters: B rows of the batch, S tokens, D width, r rank; R rows of strengths.
 """
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -156,6 +156,7 @@ class LoReFTEdit(Edit):
         self.strength = per_row(strength, "strength", rotation.device)
         self.rows = len(self.strength)
         self.active = self.strength != 0
+        self._ready: tuple[Any, AffineEdit] | None = None
 
     @classmethod
     def start(cls, width: int, rank: int, seed: int = 0) -> "LoReFTEdit":
@@ -170,6 +171,11 @@ class LoReFTEdit(Edit):
 
     def affine(self) -> AffineEdit:
         """The same map as U (V^T h) + c, with U = R^T, V = (W - R)^T and c = R^T b."""
+        parts = self.parameters().values()
+        trains = any(part.requires_grad for part in parts)
+        version = [part._version for part in parts]
+        if self._ready is not None and not trains and self._ready[0] == version:
+            return self._ready[1]
         rotation = _orthonormal(self.rotation.float())
         weight, bias = self.weight.float(), self.bias.float()
         return AffineEdit(write=rotation.T, read=(weight - rotation).T, shift=rotation.T @ bias, strength=self.strength)
