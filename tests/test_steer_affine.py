@@ -12,7 +12,18 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.steer import AffineEdit, EditSet, HeadEdit, LoReFTEdit, Steerer, evaluate_steering, fit_affine, steered
+from steersman.steer import (
+    AffineEdit,
+    EditSet,
+    HeadEdit,
+    LoReFTEdit,
+    Steerer,
+    TokenGate,
+    evaluate_steering,
+    fit_affine,
+    steered,
+)
+from steersman.steer.analysis.thresholds import probe_sides
 from steersman.steer.methods.affine import AFFINE_METHODS, AffineConfig, affine_maps
 from steersman.steer.methods.gaussians import erasing_direction, gaussian_transport, power, shrunk
 from steersman.steer.methods.moments import RunningCovariance
@@ -325,6 +336,20 @@ def test_only_rows_of_the_source_class_move(lm: LanguageModel) -> None:
     assert torch.equal(found[1], clean[1])
     assert (found[0] - clean[0]).abs().max() > 1e-2
     assert steering.trace.rows == [9, 0]
+
+
+def test_only_what_a_probe_says_is_of_the_source_moves(lm: LanguageModel) -> None:
+    edits = fit_affine(lm, SIDES[0], SIDES[1], hook=HOOK, method="mimic")
+    probe = probe_sides(lm, SIDES[0], SIDES[1], hook=HOOK).probe
+    batch = lm.encode([SIDES[0][3], SIDES[1][3]])
+    before = lm.capture(batch.input_ids, hooks=[HOOK])[HOOK]
+    source = probe.values(before.flatten(0, 1))[:, 0].view(2, -1) > 0
+    source[:, 0] = False  # the BOS
+    with Steerer(lm).edit(HOOK, edits[HOOK], gate=TokenGate(probe, 0.0)) as steering:
+        after = lm.capture(batch.input_ids, hooks=[HOOK])[HOOK]
+    assert torch.equal((after != before).any(-1), source)
+    assert steering.trace.rows == source.sum(1).tolist()
+    assert source.any(1).all()
 
 
 def sharp(family: str) -> LanguageModel:

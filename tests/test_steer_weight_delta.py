@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.steer import Reweighted, WeightDelta, head_columns
+from steersman.steer import Reweighted, WeightDelta, calibrate, head_columns
 from steersman.steer.weights.delta import _kth
 
 IDS = torch.arange(4, 12)[None]
@@ -134,6 +134,16 @@ def test_several_at_once_and_nested_and_undone_by_an_exception(lm: LanguageModel
         outer.close()
     assert not same(state(lm), before)
     inside.close()
+    assert same(state(lm), before)
+
+
+def test_a_weight_is_a_strength_that_a_budget_finds(lm: LanguageModel, other: LanguageModel) -> None:
+    delta = WeightDelta.between(other, lm).top(0.1)
+    before = state(lm)
+    texts = ["w5 w6 w7 w8 w9", "w10 w11 w12 w13", "w14 w15 w16 w17 w18"]
+    found = calibrate(lambda weight: delta.applied(lm, weight), lm, texts=texts, target_kl=0.05)
+    assert found.search.converged
+    assert found.search.value == pytest.approx(0.05, rel=0.06)
     assert same(state(lm), before)
 
 
