@@ -25,7 +25,13 @@ from steersman.steer.analysis.spans import (
     match_sentence,
 )
 from steersman.steer.analysis.sweep import Sweep, SweepConfig, sweep_layers
-from steersman.steer.analysis.thresholds import find_condition, percentile_limits, probe_sides
+from steersman.steer.analysis.thresholds import (
+    FoundCondition,
+    ProbedSides,
+    find_condition,
+    percentile_limits,
+    probe_sides,
+)
 from steersman.steer.calibrate import CalibrateConfig, Calibration, calibrate, calibrated
 from steersman.steer.compare import Comparison, SteerConfig, TextPair, steer_and_compare
 from steersman.steer.decoding.dynamic import Controlled, KLControl, nucleus_kl
@@ -144,6 +150,7 @@ __all__ = [
     "FeatureOutcome",
     "FeatureScores",
     "FeatureSet",
+    "FoundCondition",
     "FunctionEdit",
     "Gate",
     "HeadEdit",
@@ -162,6 +169,7 @@ __all__ = [
     "MixSource",
     "Preset",
     "Probe",
+    "ProbedSides",
     "Projection",
     "PromoteReport",
     "Read",

@@ -50,6 +50,14 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
     return folder, printed
 
 
+def test_the_page_on_operators_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    program = "\n".join(text for language, _, text in blocks("operators.md") if language == "python")
+    (tmp_path / "page.py").write_text(program)
+    printed = run_line("python page.py", tmp_path)
+    assert "F1 1.00" in printed
+    assert "\n[7, 0]\n" in printed, "the condition steers the row that meets it and no other"
+
+
 def test_the_page_of_public_names_is_what_the_script_prints(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "scripts" / "dev" / "api_page.py"))["main"]()
     assert capsys.readouterr().out == (ROOT / "docs" / "api.md").read_text(), (

@@ -1,5 +1,6 @@
 """Gates that look at the model: per token, and per row, decided while the prompt is read (CAST)."""
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from support.runtime_contract import PROMPTS, check_contract, check_off, rows_of
 from support.tiny_models import D, toy_sae, with_text
 from torch import Tensor
 
+from steersman.demo import CONCEPTS, MODEL_PATH, concept_labels, stories
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, LanguageModel
 from steersman.lm.session import Session
@@ -29,6 +31,7 @@ from steersman.steer import (
     steered,
 )
 from steersman.steer.edits import FeatureEdit, Linear, gated
+from steersman.steer.methods.logistic import fit_logistic
 
 EARLY, HOOK, LATE = (f"blocks.{i}.hook_resid_post" for i in range(3))
 G = torch.Generator().manual_seed(1)
@@ -260,6 +263,30 @@ def test_gates_multiply_the_strength_where_the_norm_is_kept(lm: LanguageModel, k
     check_contract(
         lm, lambda rows: st.direction(HOOK, read=C, gate=TokenGate(C, hook=EARLY), schedule=[1, 0.5], **keep)
     )
+
+
+def test_a_gate_touches_the_tokens_of_a_concept_and_no_others() -> None:
+    """On the bundled model every token is labelled: precision and recall of what a probe's gate lets an edit change."""
+    lm, column = LanguageModel.load(str(MODEL_PATH)), list(CONCEPTS).index("snow")
+    drawn = [s for s in islice(stories(8), 900) if any(concept == "snow" for *_, concept in s.spans)][:48]
+    assert len(drawn) == 48
+    hook, changed, states, labels = "blocks.2.hook_resid_post", [], [], []
+    for story in drawn:
+        encoded = lm.tokenizer(story.text, add_special_tokens=False, return_offsets_mapping=True)
+        labels.append(torch.from_numpy(concept_labels(story.spans, encoded["offset_mapping"]))[:, column])
+        ids = lm.encode([story.text]).input_ids
+        states.append(lm.capture(ids, hooks=[hook])[hook][0, -len(labels[-1]) :])
+    x, y = torch.cat(states[:24]), torch.cat(labels[:24])
+    fitted = fit_logistic(lambda: [(x[:, None], y)], l2=1e-3)
+    gate = TokenGate((fitted.weight[0].float(), float(fitted.bias[0])))
+    with Steerer(lm).vector(torch.ones(lm.d_model), hook=hook, gate=gate):
+        for story, before in zip(drawn[24:], states[24:]):
+            after = lm.capture(lm.encode([story.text]).input_ids, hooks=[hook])[hook][0, -len(before) :]
+            changed.append((after != before).any(-1))
+    moved, wanted = torch.cat(changed), torch.cat(labels[24:])
+    hits = int((moved & wanted).sum())
+    assert hits > 0.95 * int(moved.sum())
+    assert hits > 0.95 * int(wanted.sum()) > 30
 
 
 def edits() -> dict[str, Any]:

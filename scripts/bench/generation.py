@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import tyro
 
 from steersman import SAE, LanguageModel, SAEConfig, Steerer
 from steersman.demo import MODEL_PATH
+from steersman.steer import Condition, Feature, TokenGate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class Config:
     """Timed rounds, after one that is not."""
     scope: str = "all"
     """Where the edits apply."""
+    only: str = ""
+    """Variants to run beside the unsteered one: those whose name holds this; all if not given."""
     device: str = "auto"
     """Where to run."""
     threads: int | None = None
@@ -53,6 +57,24 @@ def variants(lm: LanguageModel, sae: SAE, hook: str, batch: int, scope: str) -> 
     for mode in ("add", "clamp", "floor", "scale", "project_out"):
         # 0.5 is no mode's neutral strength: every edit does its work
         found[mode] = lambda mode=mode: st.features(sae, {3: 0.5, 11: 0.5}, mode=mode, scope=scope)
+    u = torch.randn(lm.d_model, device=lm.device)
+    early = f"blocks.{max(0, lm.hook_layer(hook) - 1)}.hook_resid_post"
+    directions: dict[str, dict[str, Any]] = {
+        "set": {"rule": "set", "value": 1.0},
+        "cap": {"rule": "cap", "value": 0.5},
+        "mirror": {"rule": "mirror", "value": 1.0, "threshold": 0.5},
+        "keep_norm": {"value": 0.05, "keep_norm": True},
+        "opposed": {"value": 0.05, "keep_norm": "opposed"},
+        "rotate": {"rule": "rotate", "write": u, "value": 30.0},
+        "per row": {"rule": "set", "value": [0.5] * batch},
+        "token gate": {"rule": "set", "gate": TokenGate(u)},
+        "feature gate": {"gate": TokenGate(Feature(sae, 3))},
+        "condition": {"rule": "set", "gate": Condition(early, u, -1e6)},
+        "second pass": {"rule": "set", "gate": Condition(early, u, -1e6, prompt="second_pass")},
+        "schedule": {"schedule": "diminishing:50"},
+    }
+    for name, given in directions.items():
+        found[f"direction: {name}"] = lambda given=given: st.direction(hook, read=v, scope=scope, **given)
     found["add per row"] = lambda: st.features(sae, rows, scope=scope)
     found["clamp per row"] = lambda: st.features(sae, rows, mode="clamp", scope=scope)
     return found
@@ -73,6 +95,7 @@ def main(args: Config) -> None:
         sae = sae.to(lm.device)
     prompts = ["Once upon a time"] * args.batch
     contexts = variants(lm, sae, hook, args.batch, args.scope)
+    contexts = {name: open_ for name, open_ in contexts.items() if name == "unsteered" or args.only in name}
 
     def run(context: AbstractContextManager[object]) -> float:
         with context:
@@ -92,11 +115,11 @@ def main(args: Config) -> None:
         f"{args.new_tokens} new tokens, scope {args.scope}, {args.rounds} rounds, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}"
     )
-    print(f"{'variant':<16} {'tokens/s':>10} {'ratio':>7} {'lowest':>7} {'highest':>8}")
+    print(f"{'variant':<24} {'tokens/s':>10} {'ratio':>7} {'lowest':>7} {'highest':>8}")
     for name, found in rates.items():
         ratios = [a / b for a, b in zip(found, rates["unsteered"])]
         print(
-            f"{name:<16} {statistics.median(found):>10.0f} {statistics.median(ratios):>7.3f} "
+            f"{name:<24} {statistics.median(found):>10.0f} {statistics.median(ratios):>7.3f} "
             f"{min(ratios):>7.3f} {max(ratios):>8.3f}"
         )
 
