@@ -101,3 +101,22 @@ def test_the_page_of_feature_scores_runs_from_top_to_bottom(tmp_path: Path) -> N
     assert "correlation (Pearson r with the reward" in printed
     assert " *" in printed
     assert "annotation" in printed
+
+
+def test_the_page_of_methods_is_what_the_script_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "scripts" / "dev" / "methods_page.py"))["main"]()
+    assert capsys.readouterr().out == (ROOT / "docs" / "methods.md").read_text(), (
+        "python scripts/dev/methods_page.py > docs/methods.md"
+    )
+
+
+def test_the_page_of_recipes_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    for language, name, text in re.findall(r"^```(\w+) title=\"([\w.]+)\"\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        assert language in ("python", "yaml")
+        (tmp_path / name).write_text(text)
+    program = "\n".join(text for language, _, text in blocks("recipes.md") if language == "python")
+    (tmp_path / "page.py").write_text(program)
+    printed = run_line("python page.py", tmp_path)
+    assert "tokens steered at most" in printed
+    assert "chance" in printed

@@ -64,13 +64,13 @@ class Config:
     """Where vectors are read and added, as a fraction of the depth; the SAE's own layer for features."""
     budget: float = 0.2
     """KL in nats per token."""
-    examples: int = 32
+    examples: int = 24
     """Examples of each side to build from."""
     items: int = 24
     """Held-out items."""
-    texts: int = 6
+    texts: int = 5
     """Texts to measure the KL on."""
-    words: int = 24
+    words: int = 20
     """AxBench texts are cut to this many words."""
     summary: Path | None = None
     """Also write means, intervals and costs here, without the single items."""
@@ -91,6 +91,9 @@ class Task:
     """Prompts of another kind, for conditions."""
     instruction: str
     hook: str
+    group: int = 1
+    """Neighbouring items whose mean is one unit of the interval: a statement to agree with and one to reject, so that
+    a push towards " Yes" is no effect."""
     config: Config = field(repr=False)
 
     @property
@@ -114,7 +117,7 @@ def persona(args: Config, hook: str, other: list[str]) -> Task:
         positive=[(p, a) for p, a, _ in made], negative=[(p, b) for p, _, b in made],
         items=[Continuations(prompt=p, positive=a, negative=b) for p, a, b in rest[: args.items]],
         texts=[p for p, _, _ in rest[args.items : args.items + args.texts]], other=other,
-        instruction=f"Answer as somebody who is very high in {args.trait}. ", hook=hook, config=args,
+        instruction=f"Answer as somebody who is very high in {args.trait}. ", hook=hook, group=2, config=args,
     )  # fmt: skip
 
 
@@ -279,7 +282,7 @@ def main(args: Config) -> None:
     second = axbench(args, hook)
     tasks = [persona(args, hook, [prompt for prompt, _ in second.negative]), second]
     for task in tasks:
-        mine = known.setdefault(task.name, {"rows": {}})
+        mine = known.setdefault(task.name, {"rows": {}, "group": task.group})
 
         def save() -> None:
             args.out.write_text(json.dumps(known, indent=1) + "\n")
@@ -313,14 +316,19 @@ def main(args: Config) -> None:
                     continue
             mine["rows"][name] = row
             save()
-            print(f"{task.name} / {name}: {told(row)} ({time.monotonic() - start:.0f} s)", flush=True)
+            print(f"{task.name} / {name}: {told(row, task.group)} ({time.monotonic() - start:.0f} s)", flush=True)
     if args.summary is not None:
         args.summary.write_text(json.dumps(summary(known, args, lm.name), indent=1) + "\n")
     print(table(summary(known, args, lm.name)))
 
 
-def told(row: dict[str, Any]) -> str:
-    return row.get("error") or f"effect {bootstrap(row['effects'])}, KL {row['kl']:.3g}"
+def told(row: dict[str, Any], group: int) -> str:
+    return row.get("error") or f"effect {bootstrap(units(row, group))}, KL {row['kl']:.3g}"
+
+
+def units(row: dict[str, Any], group: int) -> np.ndarray:
+    """The effects, the mean of each group of neighbours."""
+    return np.array(row["effects"]).reshape(-1, group).mean(1)
 
 
 def summary(known: dict[str, Any], args: Config, model: str) -> dict[str, Any]:
@@ -332,14 +340,14 @@ def summary(known: dict[str, Any], args: Config, model: str) -> dict[str, Any]:
         for row in dict.fromkeys(order):
             if "effects" not in (found := task["rows"].get(row, {})):
                 continue
-            effect = bootstrap(found["effects"])
+            effect = bootstrap(units(found, task["group"]))
             assert effect is not None
             mine[row] = {"effect": round(effect.mean, 4), "low": round(effect.low, 4), "high": round(effect.high, 4)}
             mine[row] |= {"kl": round(found["kl"], 4), "n": effect.n, "reason": found.get("reason", "as it is")}
             if "loss" in found:
                 mine[row]["loss"] = round(found["loss"], 4)
         tasks[name] = mine
-    return {"model": model, "budget": args.budget, "examples": args.examples, "tasks": tasks}
+    return {"model": model, "budget": args.budget, "examples": args.examples, "items": args.items, "tasks": tasks}
 
 
 def table(found: dict[str, Any]) -> str:
