@@ -38,6 +38,8 @@ class Trace:
             if self._grid is None or sequence != self._sequence:
                 self._finished += 0 if self._grid is None else int(self._grid.sum())
                 self._grid, self._sequence = torch.zeros(batch, 0, dtype=torch.bool), sequence
+            elif batch != len(self._grid):  # the prompts were read once, and their rows copied since
+                self._grid = self._grid.repeat_interleave(batch // len(self._grid), dim=0)
             end = past + length
             if self._grid.shape[1] < end:
                 new = torch.zeros(batch, end - self._grid.shape[1], dtype=torch.bool)
