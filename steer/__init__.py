@@ -36,6 +36,9 @@ from steersman.steer.calibrate import CalibrateConfig, Calibration, calibrate, c
 from steersman.steer.compare import Comparison, SteerConfig, TextPair, steer_and_compare
 from steersman.steer.decoding.dynamic import Controlled, KLControl, nucleus_kl
 from steersman.steer.decoding.mix import Mix, MixSource
+from steersman.steer.decoding.particles import ParticleConfig, best_of_n, particles
+from steersman.steer.decoding.population import ParticleSet
+from steersman.steer.decoding.potentials import Reward
 from steersman.steer.decompose import (
     DecomposeConfig,
     Decomposition,
@@ -167,6 +170,8 @@ __all__ = [
     "LogitsEdit",
     "Mix",
     "MixSource",
+    "ParticleConfig",
+    "ParticleSet",
     "Preset",
     "Probe",
     "ProbedSides",
@@ -175,6 +180,7 @@ __all__ = [
     "Read",
     "Recipe",
     "Retention",
+    "Reward",
     "Reweighted",
     "ScaleSearch",
     "Schedule",
@@ -199,6 +205,7 @@ __all__ = [
     "annotation_table",
     "answer_probability",
     "bake",
+    "best_of_n",
     "blend",
     "bootstrap",
     "calibrate",
@@ -227,6 +234,7 @@ __all__ = [
     "measure_retention",
     "nucleus_kl",
     "parse_features",
+    "particles",
     "patch_heads",
     "percentile_limits",
     "plot_decompositions",
