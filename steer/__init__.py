@@ -34,6 +34,8 @@ from steersman.steer.analysis.thresholds import (
 )
 from steersman.steer.calibrate import CalibrateConfig, Calibration, calibrate, calibrated
 from steersman.steer.compare import Comparison, SteerConfig, TextPair, steer_and_compare
+from steersman.steer.decoding.critic import train_critic
+from steersman.steer.decoding.darwin import darwin
 from steersman.steer.decoding.dynamic import Controlled, KLControl, nucleus_kl
 from steersman.steer.decoding.mix import Mix, MixSource
 from steersman.steer.decoding.particles import ParticleConfig, best_of_n, particles
@@ -213,6 +215,7 @@ __all__ = [
     "collect_effects",
     "concept_shift",
     "contrast",
+    "darwin",
     "decompose",
     "evaluate_steering",
     "feature_flow",
@@ -256,6 +259,7 @@ __all__ = [
     "token_change",
     "token_kl",
     "token_nll",
+    "train_critic",
     "verify_effect",
     "vocab_projection",
 ]

@@ -1,5 +1,7 @@
 """Decoding by more than one stream: mixtures of next-token distributions, strength by need, and particles."""
 
+from steersman.steer.decoding.critic import CriticConfig, TrainedCritic, train_critic
+from steersman.steer.decoding.darwin import DarwinConfig, Evolved, darwin
 from steersman.steer.decoding.decoder import decode
 from steersman.steer.decoding.dynamic import Controlled, KLControl, nucleus_kl
 from steersman.steer.decoding.masks import FunctionMask, Mask, NoRepeat, RegexMask
@@ -36,6 +38,9 @@ __all__ = [
     "Controlled",
     "Cost",
     "Critic",
+    "CriticConfig",
+    "DarwinConfig",
+    "Evolved",
     "FeaturePotential",
     "FunctionCritic",
     "FunctionMask",
@@ -57,12 +62,15 @@ __all__ = [
     "Source",
     "StatePotential",
     "Systematic",
+    "TrainedCritic",
     "Truncation",
     "Twist",
     "WithoutReplacement",
     "Writer",
     "best_of_n",
+    "darwin",
     "decode",
     "nucleus_kl",
     "particles",
+    "train_critic",
 ]
