@@ -19,6 +19,7 @@ from steersman.lm.unwinding import Opened, Unwinding
 from steersman.sae import SAE
 from steersman.steer.edit_report import EditReport, Meter
 from steersman.steer.edits import (
+    TABLES,
     DirectionEdit,
     Edit,
     FeatureEdit,
@@ -26,7 +27,6 @@ from steersman.steer.edits import (
     GateLike,
     HookReader,
     PerRow,
-    PositionEdit,
     Read,
     ScheduleLike,
     VectorEdit,
@@ -251,7 +251,8 @@ class Steerer:
         The vector is a `SteeringVector` (or a list of them, one per row), a tensor [D] or [B, D] with `hook`, a mapping
         {hook: tensor}, or an object with `hook_name` and `vector` (and `model_name`).
 
-        A `SteeringVector` that has one direction per position is added from the front: row p at absolute position p.
+        A `SteeringVector` that has one direction per position is added from the front: row p at absolute position p; of
+        one that has a direction per step row p is added at generated step p.
         `scale` is a number or [B]: `scale=[0, 2, 4]` on three copies of a prompt is a dose-response curve in one batch.
         `mode` "add" adds the vector at the length it has; any other is a rule of `direction`, and `scale` its strength:
         `mode="project_out"` takes the direction away, `mode="cap", scale=4` keeps h . v / |v| at 4 or below. `gate` and
@@ -261,9 +262,9 @@ class Steerer:
         if mode != "add":
             options: dict[str, Any] = {"gate": gate, "schedule": schedule, "scope": scope, "include_bos": include_bos}
             return self.direction(hook, read=vector, rule=mode, value=scale, **options)
-        recorded = isinstance(vector, SteeringVector)
+        table = TABLES[vector.per] if isinstance(vector, SteeringVector) else VectorEdit
         edits: dict[str, Edit] = {
-            name: gated((PositionEdit if recorded and v.ndim == 2 else VectorEdit)(v, scale), gate, schedule)
+            name: gated((table if v.ndim == 2 else VectorEdit)(v, scale), gate, schedule)
             for name, v in directions_of(self.lm, vector, hook).items()
         }
         return self._steering(edits, scope, include_bos)

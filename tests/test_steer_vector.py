@@ -198,7 +198,7 @@ GOOD = {"format": "steersman.vector", "version": "1", "provenance": json.dumps(V
     [
         ({HOOK: A}, None, "no steering vector"),
         ({HOOK: A}, {**GOOD, "format": "other"}, "names 'other'"),
-        ({HOOK: A}, {**GOOD, "version": "2"}, "version '2'; this program reads up to 1"),
+        ({HOOK: A}, {**GOOD, "version": "3"}, "version '3'; this program reads up to 2"),
         ({HOOK: A}, {**GOOD, "provenance": "{"}, "provenance in its header: not readable as JSON"),
         ({HOOK: A}, {**GOOD, "provenance": "{}"}, "provenance in its header cannot be read"),
         ({HOOK: A}, {**GOOD, "provenance": '{"model_name": 1, "method": "", "metadata": {}}'}, "wrong type"),

@@ -22,7 +22,7 @@ from steersman.steer.edits.heads import HeadEdit
 from steersman.steer.edits.logits import LogitsEdit
 from steersman.steer.edits.reads import READS, Feature, Linear, Probe, Projection, Read, TanhSimilarity
 from steersman.steer.edits.rules import RULES
-from steersman.steer.edits.vector import PositionEdit, VectorEdit
+from steersman.steer.edits.vector import TABLES, PositionEdit, StepEdit, VectorEdit
 
 __all__ = [
     "EDITS",
@@ -30,6 +30,7 @@ __all__ = [
     "MODES",
     "READS",
     "RULES",
+    "TABLES",
     "UNITS",
     "AffineEdit",
     "AnyOf",
@@ -59,6 +60,7 @@ __all__ = [
     "Saved",
     "Schedule",
     "ScheduleLike",
+    "StepEdit",
     "TanhSimilarity",
     "TokenGate",
     "VectorEdit",

@@ -1,9 +1,9 @@
-"""Adding a vector: the same at every token, or one for each position from the front.
+"""Adding a vector: the same at every token, one for each position from the front, or one for each generated step.
 
-Shape letters: B rows of the batch, D width; R rows of parameters (1 for all, or one per prompt), P positions.
+Shape letters: B rows of the batch, D width; R rows of parameters (1 for all, or one per prompt), P positions or steps.
 """
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -82,31 +82,63 @@ class VectorEdit(_Added):
         return VectorEdit(self.vector, self.factor, factor)
 
 
-class PositionEdit(_Added):
-    """h_p + scale gate v_p at absolute position p < P, nothing after: `vector` [P, D], `scale` and `gate` a number or
-    [B]."""
-
-    name = "positions"
+class _TableEdit(_Added):
+    """h + scale gate v_p where row p of the table `vector` [P, D] belongs to the token, h elsewhere; `scale` and `gate`
+    a number or [B]."""
 
     def __init__(self, vector: Tensor, scale: PerRow = 1.0, gate: PerRow = 1.0) -> None:
         if vector.ndim != 2 or vector.numel() == 0:
-            raise SteersmanError(f"a vector added position by position must be [P, D], got {tuple(vector.shape)}")
+            raise SteersmanError(f"a vector added {self.each} by {self.each} must be [P, D], got {tuple(vector.shape)}")
         super().__init__(vector.float(), scale, gate)
-        self.used = vector.abs().sum(1) > 0  # [P]: a position whose row is zero is not steered
+        self.used = vector.abs().sum(1) > 0  # [P]: where a row is zero nothing is steered
+
+    each: ClassVar[str]
+    """What the rows are for."""
+
+    def place(self, fwd: ForwardPass) -> Tensor:
+        """[B, S] int64: the row of the table that each token has, outside 0..P-1 where none."""
+        raise NotImplementedError
 
     def narrow(self, where: Tensor | bool, fwd: ForwardPass, h: Tensor) -> Tensor | bool:
         if isinstance(where, bool) and not where:
             return False
-        position = fwd.positions.to(self.used.device)
-        inside = (position >= 0) & (position < len(self.used))
-        inside &= self.used[position.clamp(0, len(self.used) - 1)]
+        place = self.place(fwd).to(self.used.device)
+        inside = (place >= 0) & (place < len(self.used))
+        inside &= self.used[place.clamp(0, len(self.used) - 1)]
         return inside.to(fwd.device) & fwd.real if isinstance(where, bool) else inside.to(where.device) & where
 
     def apply(self, h: Tensor, fwd: ForwardPass, where: Tensor | bool) -> Tensor:
-        position = fwd.positions.clamp(0, len(self.vector) - 1).to(self.vector.device)
+        place = self.place(fwd).clamp(0, len(self.vector) - 1).to(self.vector.device)
         factor = self.expand(self.factor, fwd)[:, None, None]
-        delta = (factor * self.vector[position]).to(h.dtype).to(h.device)
+        delta = (factor * self.vector[place]).to(h.dtype).to(h.device)
         return blend(h, h + delta, where)
 
-    def scaled(self, factor: PerRow) -> "PositionEdit":
-        return PositionEdit(self.vector, self.factor, factor)
+    def scaled(self, factor: PerRow) -> Self:
+        return type(self)(self.vector, self.factor, factor)
+
+
+class PositionEdit(_TableEdit):
+    """h_p + scale gate v_p at absolute position p < P, nothing after: `vector` [P, D], `scale` and `gate` a number or
+    [B]."""
+
+    name = "positions"
+    each = "position"
+
+    def place(self, fwd: ForwardPass) -> Tensor:
+        return fwd.positions
+
+
+class StepEdit(_TableEdit):
+    """h + scale gate v_i at generated step i < P: step 0 is the last token of the prompt, whose output chooses the
+    first generated token, step i the i-th generated token; nothing before and nothing after. `vector` [P, D], `scale`
+    and `gate` a number or [B]. Outside `generate` the prompt's end must be declared (`lm.prompt_length`)."""
+
+    name = "steps"
+    each = "step"
+
+    def place(self, fwd: ForwardPass) -> Tensor:
+        return fwd.steps
+
+
+TABLES: dict[str, type[_TableEdit]] = {"position": PositionEdit, "step": StepEdit}
+"""The edit of a vector with a row for each of these: see `SteeringVector.per`."""

@@ -7,6 +7,7 @@ the prompts (the even ones) choose an arm's scale, the other half report what it
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -169,7 +170,7 @@ def _as_long_as(v: SteeringVector, model: SteeringVector) -> SteeringVector:
     parts = {
         hook: d * (model.directions[hook].norm(dim=-1).max() / d.norm(dim=-1).max()) for hook, d in v.directions.items()
     }
-    return SteeringVector(directions=parts, model_name=v.model_name, method=v.method, metadata=v.metadata)
+    return replace(v, directions=parts)
 
 
 def _objective(targets: Targets, items: bool) -> str:

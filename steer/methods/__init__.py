@@ -5,16 +5,22 @@ from steersman.steer.methods import (  # noqa: F401 (a method is there when its 
     actadd,
     caa,
     diffmean,
+    east,
+    icv,
     lat,
     mean_centred,
     optimised,
     pca,
     probe,
+    style,
 )
 from steersman.steer.methods.base import METHODS, ContrastConfig, Estimator, Method, StreamedMethod
 from steersman.steer.methods.contrast import contrast
+from steersman.steer.methods.east import action_entropy
 from steersman.steer.methods.examples import Example, Examples, as_examples, read_examples
+from steersman.steer.methods.groups import capped, check_apart, split_groups
 from steersman.steer.methods.moments import RunningMean
+from steersman.steer.methods.style import style_vectors
 
 __all__ = [
     "METHODS",
@@ -25,9 +31,14 @@ __all__ = [
     "Method",
     "RunningMean",
     "StreamedMethod",
+    "action_entropy",
     "as_examples",
+    "capped",
+    "check_apart",
     "contrast",
     "read_examples",
+    "split_groups",
+    "style_vectors",
 ]
 
 __getattr__ = moved(__name__, {"read_texts": "steersman.text:read_texts"})

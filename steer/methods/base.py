@@ -11,6 +11,7 @@ is then as far as the two sides of the examples lie apart along v, whatever the 
 Shape letters: N samples, D width.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,9 @@ from steersman.registry import Registry
 from steersman.steer.methods.diagnostics import Agreement, Projections, half_of
 from steersman.steer.methods.examples import Examples
 from steersman.steer.methods.moments import RunningMean
-from steersman.steer.methods.reading import Order, Reader, check_positions
+from steersman.steer.methods.reading import Order, Part, Reader, check_positions
+
+log = logging.getLogger(__name__)
 
 ROUNDING = 1e-5
 """Fraction of the states' length up to which a difference of states is rounding."""
@@ -39,7 +42,8 @@ class ContrastConfig:
     """How a vector is made from examples."""
 
     method: str = "diffmean"
-    """actadd, caa, diffmean, mean_centred, pca, lat, probe or optimised."""
+    """actadd, caa, diffmean, mean_centred, style, pca, lat, icv, east or probe; trained: optimised, ssv, reft_r1, bipo,
+    latent."""
     positions: str | None = None
     """Which tokens are read: all, mean, last, answer or index:N; by default what the method's paper reads."""
     batch_size: int = 16
@@ -49,11 +53,27 @@ class ContrastConfig:
     diagnostics: bool = True
     """Read the examples a second time and report how well the vector separates them."""
     seed: int = 0
-    """Seed of what is random: the pairs of `lat`."""
+    """Seed of what is random: the pairs of `lat`, the order in which a trained vector meets its examples."""
+    table: int | None = None
+    """caa, diffmean, mean_centred, style: one vector for each of this many generated steps, read from the answers; step
+    0 is the last token of the prompt."""
+    centre: str | None = None
+    """What a state is compared with. pca: pair (the other one of its pair) or corpus (the mean of all); east: episode
+    (the mean of its group), corpus or none. By default the first."""
     l2: float = 0.01
     """probe: weight of |w|^2 / 2 beside the mean log-loss, for states scaled to unit variance per dimension."""
     steps: int = 60
-    """optimised: gradient steps."""
+    """optimised, latent: gradient steps."""
+    lr: float | None = None
+    """bipo, latent, loreft, psr, reft_r1, ssv: learning rate, by default their source's."""
+    epochs: int | None = None
+    """bipo, loreft, psr, reft_r1, ssv: passes over the examples, by default their source's."""
+    train_batch: int | None = None
+    """bipo, loreft, psr, reft_r1, ssv: examples per step, by default their source's."""
+    rank: int = 4
+    """loreft: dimensions of the subspace."""
+    instruction: str = ""
+    """psr: what stands before the prompts of the model to be imitated."""
     max_norm_frac: float = 0.5
     """optimised: bound of the vector's norm, as a fraction of the median norm of the residual stream."""
     suppress: float = 1.0
@@ -69,6 +89,8 @@ class Made:
 
     directions: dict[str, Tensor]
     """Hook point -> [D], or [P, D]."""
+    per: str = "position"
+    """What the rows of [P, D] are for: position or step."""
     diagnostics: dict[str, Any] = field(default_factory=dict)
     """Hook point -> figures that predict whether steering will work."""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -92,6 +114,10 @@ class Method(ABC):
     """Whether it can do nothing without negative examples."""
     takes_means: ClassVar[bool] = False
     """Whether the states' means may stand in for negative examples."""
+    takes_weights: ClassVar[bool] = False
+    """Whether examples may count with weights of their own."""
+    centres: ClassVar[tuple[str, ...]] = ()
+    """What `centre` may be, its default first; nothing where the method has no choice."""
 
     def __init_subclass__(cls) -> None:
         METHODS.register(cls, cls)
@@ -105,6 +131,12 @@ class Method(ABC):
             raise SteersmanError("there are no positive examples")
         if not examples.negative and not has_means and self.needs_negative:
             raise SteersmanError(f"there are no negative examples, and method {self.name!r} needs some")
+        if examples.weighted and not self.takes_weights:
+            able = ", ".join(other.name for other in METHODS.values() if other.takes_weights)
+            raise SteersmanError(f"method {self.name!r} counts every example once; {able} take weights")
+        if config.centre is not None and config.centre not in self.centres:
+            choices = " or ".join(self.centres) if self.centres else "leave centre out"
+            raise SteersmanError(f"method {self.name!r} takes no centre {config.centre!r}: {choices}")
         for name in ("batch_size", "max_length"):
             value = getattr(config, name)
             if value is not None and value < 1:
@@ -128,6 +160,10 @@ class Estimator(ABC):
     def __init__(self, config: ContrastConfig) -> None:
         self.config = config
         self.positive, self.negative = RunningMean(), RunningMean()
+
+    def observe(self, part: Part) -> None:
+        """Take in samples with all that is known of them; the weights are 1 unless the method takes others."""
+        self.update(part.x, part.positive)
 
     def update(self, x: Tensor, positive: Tensor) -> None:
         """Take in samples x [n, D] with their sides [n] bool, in the method's order."""
@@ -156,16 +192,26 @@ class Estimator(ABC):
     def direction(self) -> Tensor:
         """The vector [D] float64."""
 
+    def check(self, method: str, hook: str) -> None:
+        """Raise SteersmanError where the examples hold nothing that a direction could come from."""
+        size = max(float(side.mean.norm()) for side in (self.positive, self.negative))
+        check_differ(self.difference(), size, method, hook)
+
     def notes(self) -> dict[str, Any]:
         """What else the estimator can say of its direction."""
         return {}
 
 
 class StreamedMethod(Method):
-    """A method whose vector comes from sums over the samples."""
+    """A method whose vector comes from sums over the samples: at each hook point, or (`joint`) over the states of all
+    of them side by side. With `table` in the settings there are sums for every generated step."""
 
     order: ClassVar[Order]
     estimator: ClassVar[type[Estimator]]
+    joint: ClassVar[bool] = False
+    """Whether the states at all hook points are one sample, their direction cut into parts in the end."""
+    per_step: ClassVar[bool] = False
+    """Whether it can make a table of generated steps: the mean of what is there at each of them."""
 
     def check(self, examples: Examples, config: ContrastConfig, *, has_means: bool = False) -> None:
         super().check(examples, config, has_means=has_means)
@@ -177,8 +223,20 @@ class StreamedMethod(Method):
                 raise SteersmanError(
                     f"method {self.name!r} compares pairs and needs one state per text: not positions='all'"
                 )
-        if positions == "answer":
+        if config.table is not None:
+            self._check_table(examples, config, has_means)
+        elif positions == "answer":
             examples.check_answers(self.name)
+
+    def _check_table(self, examples: Examples, config: ContrastConfig, has_means: bool) -> None:
+        if not self.per_step:
+            able = ", ".join(m.name for m in METHODS.values() if getattr(m, "per_step", False))
+            raise SteersmanError(f"method {self.name!r} makes no table of steps; {able} do")
+        if config.table is not None and config.table < 1:
+            raise SteersmanError(f"table must be at least 1 step, got {config.table}")
+        if config.positions is not None or has_means:
+            raise SteersmanError("a table of steps reads every step of the answers: leave out positions and means")
+        examples.check_answers(self.name)
 
     def make(
         self,
@@ -190,41 +248,139 @@ class StreamedMethod(Method):
     ) -> Made:
         positions = config.positions or self.positions
         reader = Reader(
-            lm, hooks, positions=positions, batch_size=config.batch_size, max_length=config.max_length, seed=config.seed
+            lm,
+            hooks,
+            positions=positions,
+            steps=config.table,
+            batch_size=config.batch_size,
+            max_length=config.max_length,
+            seed=config.seed,
         )
-        halves = {hook: (self.estimator(config), self.estimator(config)) for hook in hooks}
-        agreement = {hook: Agreement() for hook in hooks}
+        whole_stream = tuple(hooks)
+        places = [whole_stream] if self.joint else list(hooks)
+        tables = {place: _Table(self, config, examples) for place in places}
         for batch in reader.samples(examples, self.order):
-            for hook, x in batch.states.items():
-                for half, estimator in enumerate(halves[hook]):
-                    mine = half_of(batch.unit) == half
-                    estimator.update(x[mine], batch.positive[mine])
-                if self.order == "pairs":
-                    agreement[hook].add(x[0::2] - x[1::2])
+            for place, table in tables.items():
+                table.add(batch.at(place))
         if means is not None:
-            for hook, (even, odd) in halves.items():
-                even.negative.add(means[hook][None])
-                odd.negative.add(means[hook][None])
-        whole = {hook: even.merged(odd) for hook, (even, odd) in halves.items()}
-        for hook, estimator in whole.items():
-            size = max(float(side.mean.norm()) for side in (estimator.positive, estimator.negative))
-            check_differ(estimator.difference(), size, self.name, hook)
-        directions = {hook: _checked(estimator.direction(), self.name, hook) for hook, estimator in whole.items()}
-        notes: dict[str, Any] = {"tokens": positions}
-        for hook, estimator in whole.items():
-            if estimator.notes():
-                notes.setdefault("found", {})[hook] = estimator.notes()
-        figures = {}
-        if config.diagnostics:
-            projections = {
-                hook: Projections(directions[hook], _half_directions(halves[hook], examples)) for hook in hooks
-            }
-            for batch in reader.samples(examples, self.order):
-                for hook, x in batch.states.items():
-                    projections[hook].add(x, batch.positive, batch.unit)
             for hook in hooks:
-                figures[hook] = projections[hook].figures(paired=self.order == "pairs") | agreement[hook].figures()
-        return Made(directions=directions, diagnostics=figures, notes=notes)
+                tables[hook].add_mean(means[hook])
+        for place, table in tables.items():
+            table.finish(_shown(place))
+        figures: dict[str, Any] = {}
+        if config.diagnostics:
+            for batch in reader.samples(examples, self.order):
+                for place, table in tables.items():
+                    table.project(batch.at(place))
+            figures = {hook: table.figures() for place, table in tables.items() for hook in _hooks(place)}
+        directions: dict[str, Tensor] = {}
+        for place, table in tables.items():
+            widths = [lm.hook_width(hook) for hook in _hooks(place)]
+            directions |= dict(zip(_hooks(place), table.direction.split(widths, dim=-1)))
+        notes: dict[str, Any] = {"tokens": positions if config.table is None else "steps"}
+        for place, table in tables.items():
+            if found := table.notes():
+                notes.setdefault("found", {})[_shown(place)] = found
+        return Made(
+            directions=directions, diagnostics=figures, notes=notes, per="position" if config.table is None else "step"
+        )
+
+
+def _hooks(place: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (place,) if isinstance(place, str) else place
+
+
+def _shown(place: str | tuple[str, ...]) -> str:
+    return ", ".join(_hooks(place))
+
+
+class _Table:
+    """What one hook point (or all of them together) gives: the sums of both halves at every step, then the vector and
+    its figures. Without a table of steps everything is at step 0."""
+
+    def __init__(self, method: StreamedMethod, config: ContrastConfig, examples: Examples) -> None:
+        self.method, self.config, self.examples = method, config, examples
+        self.tabled = config.table is not None
+        self.halves: list[tuple[Estimator, Estimator]] = []
+        self.agreement = Agreement()
+        self.paired = method.order == "pairs" and not self.tabled
+        self._projections: list[Projections | None] = []
+
+    def add(self, part: Part) -> None:
+        """Take in the samples of a batch."""
+        for step in range(int(part.step.max()) + 1):
+            if step == len(self.halves):
+                self.halves.append((self.method.estimator(self.config), self.method.estimator(self.config)))
+            at = part.of(part.step == step) if self.tabled else part
+            for half, estimator in enumerate(self.halves[step]):
+                estimator.observe(at.of(half_of(at.unit) == half))
+        if self.paired:
+            self.agreement.add(part.x[0::2] - part.x[1::2])
+
+    def add_mean(self, mean: Tensor) -> None:
+        """Take in a corpus' mean [D] in place of negative examples."""
+        for estimator in self.halves[0]:
+            estimator.negative.add(mean[None])
+
+    def finish(self, where: str) -> None:
+        """Make the vector, or the table up to the last step that both sides reach."""
+        self.whole = [even.merged(odd) for even, odd in self.halves]
+        if self.tabled:
+            both = next((i for i, e in enumerate(self.whole) if not (e.positive.n and e.negative.n)), len(self.whole))
+            if both < (self.config.table or 0):
+                log.warning("%s: only %d steps have examples of both sides: the table ends there", where, both)
+            self.whole, self.halves = self.whole[:both], self.halves[:both]
+        rows, refused = [], None
+        for estimator in self.whole:
+            try:
+                estimator.check(self.method.name, where)
+                rows.append(_checked(estimator.direction(), self.method.name, where))
+            except SteersmanError as error:  # a step at which the sides are alike, as behind one prompt, is not steered
+                refused = error
+                rows.append(None)
+        made = next((row for row in rows if row is not None), None)
+        if refused is not None and (made is None or not self.tabled):
+            raise refused
+        if made is None:
+            raise SteersmanError(f"{where}: no step of a table has examples of both sides")
+        filled = [torch.zeros_like(made) if row is None else row for row in rows]
+        self.direction = torch.stack(filled) if self.tabled else filled[0]
+        self._of_halves = [_half_directions(pair, self.examples) for pair in self.halves]
+        if self.config.diagnostics:
+            self._projections = [
+                None if row is None else Projections(row, halves) for row, halves in zip(rows, self._of_halves)
+            ]
+
+    def project(self, part: Part) -> None:
+        """Take in the samples once more, for the figures."""
+        for step, projections in enumerate(self._projections):
+            at = part.of(part.step == step) if self.tabled else part
+            if projections is not None and len(at.x):
+                projections.add(at.x, at.positive, at.unit)
+
+    def figures(self) -> dict[str, Any]:
+        """What predicts whether steering works; of a table the mean over its steps, `split_half` of it as a whole."""
+        found = [
+            projections.figures(paired=self.paired) for projections in self._projections if projections is not None
+        ]
+        if not self.tabled:
+            return found[0] | self.agreement.figures()
+        joined: dict[str, Any] = {"steps": len(self._projections), "heldout": all(each["heldout"] for each in found)}
+        for name in ("auroc", "d_prime"):
+            known = [each[name] for each in found if isinstance(each.get(name), float)]
+            if known:
+                joined[name] = sum(known) / len(known)
+        halves = [pair for pair in self._of_halves if pair is not None]
+        if halves:
+            a, b = (torch.cat([pair[i] for pair in halves]) for i in (0, 1))
+            joined["split_half"] = float(a @ b / (a.norm() * b.norm()))
+        return joined
+
+    def notes(self) -> dict[str, Any]:
+        """What the estimators say, and how many samples each step of a table had."""
+        if self.tabled:
+            return {"samples_per_step": [[e.positive.n, e.negative.n] for e in self.whole]}
+        return self.whole[0].notes()
 
 
 def _half_directions(halves: tuple[Estimator, Estimator], examples: Examples) -> tuple[Tensor, Tensor] | None:

@@ -16,3 +16,5 @@ class CAA(StreamedMethod):
     positions = "answer"
     order = "pairs"
     estimator = MeanDifference  # the mean of the differences is the difference of the means
+    takes_weights = True
+    per_step = True

@@ -71,7 +71,9 @@ def contrast(
         for name, figures in made.diagnostics.items():
             for text in warnings(figures):
                 log.warning("%s at %s: %s", method.name, name, text)
-    return SteeringVector(directions=made.directions, model_name=lm.name, method=method.name, metadata=metadata)
+    return SteeringVector(
+        directions=made.directions, model_name=lm.name, method=method.name, metadata=metadata, per=made.per
+    )
 
 
 def check_contrast(examples: Examples, config: ContrastConfig, *, has_means: bool = False) -> None:

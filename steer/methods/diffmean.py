@@ -6,10 +6,15 @@ Source: arXiv 2501.17148 (AxBench), section 3.2; there unit-normalised, here at 
 from torch import Tensor
 
 from steersman.steer.methods.base import Estimator, StreamedMethod
+from steersman.steer.methods.reading import Part
 
 
 class MeanDifference(Estimator):
-    """The difference of the means and nothing else."""
+    """The difference of the means and nothing else; of examples with weights, of the weighted means."""
+
+    def observe(self, part: Part) -> None:
+        for side, chosen in ((self.positive, part.positive), (self.negative, ~part.positive)):
+            side.add(part.x[chosen], part.weight[chosen])
 
     def direction(self) -> Tensor:
         return self.difference()
@@ -24,3 +29,5 @@ class DiffMean(StreamedMethod):
     order = "sides"
     estimator = MeanDifference
     takes_means = True
+    takes_weights = True
+    per_step = True

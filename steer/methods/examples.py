@@ -5,13 +5,17 @@ An example is a text, or a prompt and an answer. In a JSONL file each line is on
     {"positive": "I love it", "negative": "I hate it"}                     a pair of texts
     {"prompt": "Is it good?", "positive": " Yes", "negative": " No"}       a pair of answers to one prompt
     {"text": "I love it", "label": "positive"}                             a text by itself (or true / false)
+
+and may say `weight`, a number that its samples count with, and `group`, what it shares with other lines: the episode of
+an agent, the program or the paragraph that it was made from.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from steersman.doors import number as as_number
 from steersman.errors import SteersmanError
 from steersman.reading import parse_json, read_bytes, shown
 
@@ -26,10 +30,15 @@ class Example:
     """The whole text, the answer included."""
     prompt: str = ""
     """The beginning of the text before its answer; empty where the text has no answer."""
+    weight: float = 1.0
+    """What its samples count with, for the methods that weigh: a number of either sign."""
+    group: str = ""
+    """What it shares with other examples, such as an episode or a program; empty when nothing is known."""
 
 
-ExampleLike = str | Example | Sequence[str] | Mapping[str, str]
-"""A text, a (prompt, answer) pair, or a mapping with `text`, or with `prompt` and `answer`."""
+ExampleLike = str | Example | Sequence[str] | Mapping[str, Any]
+"""A text, a (prompt, answer) pair, or a mapping with `text`, or with `prompt` and `answer`, and with `weight` and
+`group` where they matter."""
 ExamplesLike = ExampleLike | Iterable[ExampleLike]
 
 
@@ -41,6 +50,11 @@ class Examples:
     """What the vector points to."""
     negative: list[Example]
     """What it points away from; may be empty for the methods that need none."""
+
+    @property
+    def weighted(self) -> bool:
+        """Whether any example counts with another weight than 1."""
+        return any(example.weight != 1 for example in (*self.positive, *self.negative))
 
     def check_pairs(self, method: str) -> None:
         """Raise SteersmanError unless there is a negative for every positive."""
@@ -78,6 +92,23 @@ def as_examples(given: ExamplesLike, side: str) -> list[Example]:
 
 
 def _example(entry: Any, where: str) -> Example:
+    if isinstance(entry, Mapping):
+        example = _example_text({k: v for k, v in entry.items() if k not in ("weight", "group")}, where)
+        return replace(example, **_marks(entry, where))
+    return _example_text(entry, where)
+
+
+def _marks(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Weight and group of an example, as far as a record has them."""
+    marks: dict[str, Any] = {}
+    if "weight" in record:
+        marks["weight"] = as_number(record["weight"], f"the weight of {where.rstrip(':')}")
+    if "group" in record:
+        marks["group"] = str(record["group"])
+    return marks
+
+
+def _example_text(entry: Any, where: str) -> Example:
     if isinstance(entry, Mapping) and "text" in entry:
         entry = entry["text"]
     elif isinstance(entry, Mapping) and {"prompt", "answer"} <= set(entry):
@@ -104,17 +135,17 @@ def read_examples(path: str | Path) -> Examples:
             prompt = record.get("prompt")
             for side, found in sides.items():
                 value = record[side] if prompt is None else (prompt, record[side])
-                found.append(_example(value, f"{where}, {side}:"))
-        elif {"text", "label"} <= set(record):
-            label = record["label"]
+                found.append(replace(_example(value, f"{where}, {side}:"), **_marks(record, where)))
+        elif {"text", "label"} <= set(record) or {"text", "weight"} <= set(record):
+            label = record.get("label", "positive")  # weights say it by their sign and size
             side = ("positive" if label else "negative") if isinstance(label, bool) else label
             if not isinstance(side, str) or side not in sides:
                 raise SteersmanError(f"{where}: the label must be positive or negative, got {shown(label)}")
-            sides[side].append(_example(record["text"], f"{where}:"))
+            sides[side].append(replace(_example(record["text"], f"{where}:"), **_marks(record, where)))
         else:
             raise SteersmanError(
                 f"{where} has {shown(sorted(record))}; it needs positive and negative (with or without prompt), or "
-                "text and label"
+                "text and label (or weight)"
             )
     return Examples(positive=sides["positive"], negative=sides["negative"])
 

@@ -18,3 +18,5 @@ class MeanCentred(StreamedMethod):
     order = "sides"
     estimator = MeanDifference
     takes_means = True
+    takes_weights = True
+    per_step = True

@@ -11,30 +11,33 @@ from steersman.errors import SteersmanError
 
 
 class RunningMean:
-    """Mean of samples [N, D], summed in float64."""
+    """Mean of samples [N, D], summed in float64; each counts once, or with a weight."""
 
-    def __init__(self, n: int = 0, total: Tensor | None = None) -> None:
-        self.n, self.total = n, total
+    def __init__(self, n: int = 0, total: Tensor | None = None, mass: float = 0.0) -> None:
+        self.n, self.total, self.mass = n, total, mass
 
-    def add(self, x: Tensor) -> None:
-        """Take in samples [n, D]; none is fine."""
+    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Take in samples [n, D] with weights [n]; none is fine."""
         if len(x):
-            part = x.double().sum(0)
+            part = x.double().sum(0) if weight is None else weight.double() @ x.double()
             self.n, self.total = self.n + len(x), part if self.total is None else self.total + part
+            self.mass += len(x) if weight is None else float(weight.sum())
 
     def merged(self, other: "RunningMean") -> "RunningMean":
         """The mean over both sets of samples."""
         if self.total is None or other.total is None:
             known = self if other.total is None else other
-            return RunningMean(known.n, known.total)
-        return RunningMean(self.n + other.n, self.total + other.total)
+            return RunningMean(known.n, known.total, known.mass)
+        return RunningMean(self.n + other.n, self.total + other.total, self.mass + other.mass)
 
     @property
     def mean(self) -> Tensor:
         """[D] float64. Raises SteersmanError when there was no sample."""
         if self.total is None:
             raise SteersmanError("there are no examples on one side to take a mean of")
-        return self.total / self.n
+        if not self.mass:
+            raise SteersmanError("the weights of one side add up to 0: no mean can be taken with them")
+        return self.total / self.mass
 
 
 class SecondMoment:

@@ -8,13 +8,16 @@
 | `answer` | one: the mean over the tokens of the answer |
 | `index:N` | one: the token at absolute position N (the BOS is at 0; negative N count from the end) |
 
+For a table per generated step (`steps=T`) every text gives one sample a step: step 0 is the last token of its prompt,
+whose output chooses the first token of the answer, step i the i-th token of the answer.
+
 Shape letters: N samples, B texts of a batch, S tokens, D width.
 """
 
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Literal
 
@@ -34,15 +37,50 @@ in one random order, two neighbours making a pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """Samples at one hook point, in the order that was asked for."""
+
+    x: Tensor
+    """[N, D] fp32 on the CPU."""
+    positive: Tensor
+    """[N] bool: from a positive example."""
+    unit: Tensor
+    """[N] int64: number of the pair (`pairs`, `shuffled`) or of the example on its side (`sides`)."""
+    weight: Tensor
+    """[N] fp64: the weight of its example."""
+    group: Tensor
+    """[N] int64: which group its example belongs to, numbered as they come."""
+    step: Tensor
+    """[N] int64: the generated step; 0 where no table is read."""
+
+    def of(self, chosen: Tensor) -> "Part":
+        """The samples in `chosen` [N] bool."""
+        return Part(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Samples:
     """Samples of one batch, in the order that was asked for."""
 
     states: dict[str, Tensor]
     """Hook point -> [N, D] fp32 on the CPU."""
-    positive: Tensor
-    """[N] bool: from a positive example."""
-    unit: Tensor
-    """[N] int64: number of the pair (`pairs`, `shuffled`) or of the example on its side (`sides`)."""
+    marks: dict[str, Tensor]
+    """What a `Part` says of every sample beside its state."""
+
+    @property
+    def positive(self) -> Tensor:
+        """[N] bool, as a `Part` has it."""
+        return self.marks["positive"]
+
+    @property
+    def unit(self) -> Tensor:
+        """[N] int64, as a `Part` has it."""
+        return self.marks["unit"]
+
+    def at(self, hook: str | Sequence[str]) -> Part:
+        """The samples at a hook point; of several, their states side by side."""
+        states = self.states[hook] if isinstance(hook, str) else torch.cat([self.states[h] for h in hook], dim=1)
+        return Part(x=states, **self.marks)
 
 
 @dataclass(frozen=True)
@@ -71,6 +109,8 @@ class Reader:
         hooks: Sequence[str],
         *,
         positions: str,
+        steps: int | None = None,
+        every_token: bool = False,
         batch_size: int = 16,
         max_length: int | None = None,
         seed: int = 0,
@@ -79,7 +119,10 @@ class Reader:
             raise SteersmanError(f"batch_size must be at least 1, got {batch_size}")
         self.lm, self.hooks, self.positions = lm, list(hooks), positions
         self.index = check_positions(positions)
+        self.steps = steps
+        self.each = every_token or steps is not None or positions == "all"  # samples of their own, rather than one mean
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
+        self._groups: dict[str, int] = {}
 
     def samples(self, examples: Examples, order: Order) -> Iterator[Samples]:
         """The samples of both sides, batch by batch. Raises SteersmanError where a state is not finite."""
@@ -124,16 +167,23 @@ class Reader:
                 row = int(sample[bad]) // batch.input_ids.shape[1]
                 raise SteersmanError(f"{lm.name} gives NaN or infinite states at {hook} on {items[row].where}")
             flat = flat.cpu()
-            if self.positions != "all":
+            if not self.each:
                 rows = torch.repeat_interleave(torch.arange(len(items)), counts)
                 flat = torch.zeros(len(items), flat.shape[1]).index_add_(0, rows, flat * weights[:, None])
             found[hook] = flat
-        each = counts if self.positions == "all" else torch.ones_like(counts)
-        return Samples(
-            states=found,
-            positive=torch.tensor([item.positive for item in items]).repeat_interleave(each),
-            unit=torch.tensor([item.unit for item in items]).repeat_interleave(each),
-        )
+        times = counts if self.each else torch.ones_like(counts)
+        groups = [self._groups.setdefault(item.example.group, len(self._groups)) for item in items]
+        marks = {
+            "positive": torch.tensor([item.positive for item in items]),
+            "unit": torch.tensor([item.unit for item in items]),
+            "weight": torch.tensor([item.example.weight for item in items], dtype=torch.float64),
+            "group": torch.tensor(groups),
+        }
+        marks = {name: mark.repeat_interleave(times) for name, mark in marks.items()}
+        step = torch.zeros_like(marks["unit"])
+        if self.steps is not None:
+            step = torch.cat([torch.arange(n) for n in counts.tolist()])
+        return Samples(states=found, marks={**marks, "step": step})
 
     def _weights(self, items: Sequence[_Item], lengths: list[int], width: int) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens to read: weight in their text's sample [n], place in the flattened batch [n], how many per text
@@ -149,6 +199,9 @@ class Reader:
     def _span(self, item: _Item, length: int) -> tuple[int, int]:
         """Half-open range of the absolute positions that count in a text of `length` tokens."""
         bos = 0 if self.lm.bos_token_id is None else 1
+        if self.steps is not None:
+            first = min(prompt_tokens(self.lm, item.example, item.where), length) - 1
+            return max(first, 0), min(max(first, 0) + self.steps, length)
         if self.index is not None:
             at = self.index if self.index >= 0 else length + self.index
             if not 0 <= at < length:

@@ -2,8 +2,10 @@
 
 The rules: every tensor is a direction in fp32, [D] or [P, D], under the name of its hook point. The header's metadata
 holds `format` = `steersman.vector`, `version` = `1` and `provenance`, a JSON object with `model_name`, `method`
-and `metadata`. A file with another format or a later version is refused; so are numbers that are not finite, and
-content that does not have the checksum it was written with.
+and `metadata`. Where the rows of [P, D] are generated steps and not positions, the version is `2` and the provenance
+has `per` = `step`: a program that knows positions only does not take them for those. A file with another format or a
+later version is refused; so are numbers that are not finite, and content that does not have the checksum it was written
+with.
 """
 
 import json
@@ -17,7 +19,7 @@ from steersman.errors import SteersmanError
 from steersman.reading import parse_json, shown
 from steersman.tensor_files import load_tensors, save_tensors
 
-FORMAT, VERSION = "steersman.vector", 1
+FORMAT, VERSION = "steersman.vector", 2
 
 
 class Parts(NamedTuple):
@@ -26,12 +28,13 @@ class Parts(NamedTuple):
     directions: dict[str, Tensor]
     """Hook point -> [D] or [P, D]."""
     provenance: Mapping[str, Any]
-    """`model_name`, `method` and `metadata`."""
+    """`model_name`, `method` and `metadata`, and `per` of a table of steps."""
 
 
 def write(parts: Parts, path: Path) -> None:
     """Write the vector to `path`, whole or not at all."""
-    header = {"format": FORMAT, "version": str(VERSION), "provenance": json.dumps(parts.provenance)}
+    version = 1 if parts.provenance.get("per", "position") == "position" else VERSION
+    header = {"format": FORMAT, "version": str(version), "provenance": json.dumps(parts.provenance)}
     save_tensors(path, parts.directions, header)
 
 
@@ -58,8 +61,9 @@ def _provenance(path: Path, header: dict[str, str]) -> dict[str, Any]:
     try:
         known = parse_json(header["provenance"], f"{path}: the provenance in its header")
         model_name, method, metadata = known["model_name"], known["method"], known["metadata"]
+        per = known.get("per", "position")
     except (KeyError, TypeError) as error:
         raise SteersmanError(f"{path}: the provenance in its header cannot be read ({error!r})") from error
-    if not (isinstance(model_name, str) and isinstance(method, str) and isinstance(metadata, dict)):
+    if not (all(isinstance(text, str) for text in (model_name, method, per)) and isinstance(metadata, dict)):
         raise SteersmanError(f"{path}: the provenance in its header has values of the wrong type")
-    return {"model_name": model_name, "method": method, "metadata": metadata}
+    return {"model_name": model_name, "method": method, "metadata": metadata, "per": per}

@@ -1,10 +1,11 @@
 """`SteeringVector`: a direction in the residual stream, at one hook point or several, and where it came from.
 
 A vector at several hook points is one element of the direct sum of their residual streams: it is added, scaled and
-compared as a whole, and its norm is that of all parts together. A part is [D], the same at every token, or [P, D]: row
-p is added at absolute position p only (position 0 is the beginning-of-sequence token, where there is one).
+compared as a whole, and its norm is that of all parts together. A part is [D], the same at every token, or a table
+[P, D]: row p is added at absolute position p only (position 0 is the beginning-of-sequence token, where there is one)
+or, where the vector says `per="step"`, at generated step p only (step 0 is the last token of the prompt).
 
-Shape letters: D width, P positions.
+Shape letters: D width, P positions or steps.
 """
 
 import json
@@ -12,7 +13,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -68,15 +69,20 @@ class SteeringVector:
     """
 
     directions: dict[str, Tensor]
-    """Hook point -> direction, fp32 on the CPU: [D], or [P, D] for one that is added position by position."""
+    """Hook point -> direction, fp32 on the CPU: [D], or [P, D] for one that is added position by position, or step by
+    step (`per`)."""
     model_name: str = ""
     """The model it belongs to; empty when unknown."""
     method: str = ""
     """How it was made, such as `diffmean`; empty when unknown."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Provenance: whatever JSON can hold."""
+    per: str = "position"
+    """What row p of a part [P, D] is for: the absolute `position` p, or the generated `step` p."""
 
     def __post_init__(self) -> None:
+        if self.per not in ("position", "step"):
+            raise SteersmanError(f"the rows of a vector are per position or per step, got {self.per!r}")
         if not self.directions:
             raise SteersmanError("a steering vector needs at least one hook point")
         parts = {str(hook): _direction(hook, direction) for hook, direction in self.directions.items()}
@@ -95,14 +101,16 @@ class SteeringVector:
         model_name: str = "",
         method: str = "",
         metadata: Mapping[str, Any] | None = None,
+        per: str = "position",
     ) -> "SteeringVector":
-        """A vector at one hook point from a tensor (or list) [D], or [P, D] for one added position by position."""
+        """A vector at one hook point from a tensor (or list) [D], or [P, D] for one added position by position, or step
+        by step (`per="step"`)."""
         if not hook_name:
             raise SteersmanError(
                 "name the hook point of the vector with hook_name=, such as 'blocks.2.hook_resid_post'"
             )
         parts = {hook_name: torch.as_tensor(direction)}
-        return cls(directions=parts, model_name=model_name, method=method, metadata=dict(metadata or {}))
+        return cls(directions=parts, model_name=model_name, method=method, metadata=dict(metadata or {}), per=per)
 
     @classmethod
     def of_feature(cls, sae: SAE, feature: int, *, hook_name: str = "") -> "SteeringVector":
@@ -127,7 +135,7 @@ class SteeringVector:
             noise = torch.randn(direction.shape, generator=generator)
             parts[hook] = noise * (direction.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
         metadata = {"seed": seed, "norm_of": self.method}
-        return SteeringVector(directions=parts, model_name=self.model_name, method="random", metadata=metadata)
+        return replace(self, directions=parts, method="random", metadata=metadata)
 
     # What it is
 
@@ -152,14 +160,14 @@ class SteeringVector:
         direction = self.directions[self.hook_name]
         if direction.ndim != 1:
             raise SteersmanError(
-                f"this vector has one direction for each of {len(direction)} positions: use .directions, "
+                f"this vector has one direction for each of {len(direction)} {self.per}s: use .directions, "
                 "or .mean_over_positions()"
             )
         return direction
 
     @property
     def positions(self) -> int | None:
-        """P when it is added position by position (the largest of its hook points), None otherwise."""
+        """P when it is added position by position or step by step (the largest of its hook points), None otherwise."""
         lengths = [len(d) for d in self.directions.values() if d.ndim == 2]
         return max(lengths) if lengths else None
 
@@ -189,7 +197,7 @@ class SteeringVector:
         return self._with(kept, layers=[start, stop])
 
     def mean_over_positions(self) -> "SteeringVector":
-        """The mean over positions where it is added position by position, without those that are all zero."""
+        """The mean over positions (or steps) where it has one direction for each, without those that are all zero."""
 
         def mean(direction: Tensor) -> Tensor:
             return direction[direction.abs().sum(1) > 0].mean(0) if direction.ndim == 2 else direction
@@ -218,7 +226,7 @@ class SteeringVector:
 
     def _with(self, parts: dict[str, Tensor], **notes: Any) -> "SteeringVector":
         metadata = {**self.metadata, **notes}
-        return SteeringVector(directions=parts, model_name=self.model_name, method=self.method, metadata=metadata)
+        return replace(self, directions=parts, metadata=metadata)
 
     def _combine(self, other: "SteeringVector", sign: float) -> "SteeringVector":
         if not isinstance(other, SteeringVector):
@@ -233,6 +241,7 @@ class SteeringVector:
             model_name=self.model_name or other.model_name,
             method=f"{self.method or '?'} {word} {other.method or '?'}",
             metadata={"operation": word, "of": [self.provenance(), other.provenance()]},
+            per=self._common_per(other),
         )
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
@@ -266,6 +275,7 @@ class SteeringVector:
     def dot(self, other: "SteeringVector") -> float:
         """The inner product, over the hook points of both; what one of them lacks counts as 0."""
         self._check_same_model(other)
+        self._common_per(other)
         total = 0.0
         for hook in self.directions.keys() & other.directions.keys():
             a, b = _aligned(hook, self.directions[hook], other.directions[hook])
@@ -287,9 +297,16 @@ class SteeringVector:
         onto.check_not_zero("a projection onto it")
         part = onto * (self.dot(onto) / onto.dot(onto))
         notes = {"operation": "project", "of": [self.provenance(), onto.provenance()]}
-        return SteeringVector(
-            directions=part.directions, model_name=part.model_name, method=self.method, metadata=notes
-        )
+        return replace(part, method=self.method, metadata=notes)
+
+    def _common_per(self, other: "SteeringVector") -> str:
+        """What the rows of both are for. Raises SteersmanError where one is per position and the other per step."""
+        if self.positions is not None and other.positions is not None and self.per != other.per:
+            raise SteersmanError(
+                "one of these vectors has a direction per position and the other per generated step: use "
+                ".mean_over_positions() first"
+            )
+        return self.per if other.positions is None else other.per
 
     def _check_same_model(self, other: "SteeringVector") -> None:
         if not same_model(self.model_name, other.model_name):
@@ -329,7 +346,8 @@ class SteeringVector:
 
     def provenance(self) -> dict[str, Any]:
         """What is known about it besides its numbers, as JSON can hold it."""
-        return {"model_name": self.model_name, "method": self.method, "metadata": self.metadata}
+        known = {"model_name": self.model_name, "method": self.method, "metadata": self.metadata}
+        return known if self.per == "position" else {**known, "per": self.per}
 
     def save(self, path: str | Path) -> None:
         """Write it to a file, whole or not at all: safetensors with its provenance, or a GGUF control vector for
