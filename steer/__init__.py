@@ -50,7 +50,7 @@ from steersman.steer.decompose import (
     measure_retention,
     plot_decompositions,
 )
-from steersman.steer.dose import steered
+from steersman.steer.dose import load_steering, steered
 from steersman.steer.edit_report import EditReport, FeatureOutcome
 from steersman.steer.edits import (
     MODES,
@@ -85,10 +85,18 @@ from steersman.steer.effects.fit import LinearFit, ridge_fit
 from steersman.steer.effects.folder import Effects
 from steersman.steer.effects.map import EffectMap
 from steersman.steer.effects.verify import Verification, verify_effect
-from steersman.steer.evaluation import Estimate, EvaluationConfig, SteeringEvaluation, bootstrap, evaluate_steering
+from steersman.steer.evaluation import (
+    Detection,
+    Estimate,
+    EvaluationConfig,
+    SteeringEvaluation,
+    bootstrap,
+    detect_concept,
+    evaluate_steering,
+)
 from steersman.steer.feature_values import parse_features
 from steersman.steer.measures import CostMeter, generated_tokens, token_kl, token_nll
-from steersman.steer.methods import METHODS, ContrastConfig, contrast
+from steersman.steer.methods import METHODS, ContrastConfig, action_entropy, contrast, style_vectors
 from steersman.steer.methods.affine import AFFINE_METHODS, AffineConfig, fit_affine
 from steersman.steer.methods.head_vectors import ITIConfig, function_vector, intervene_on_heads
 from steersman.steer.presets import PRESETS, Preset, preset
@@ -112,12 +120,29 @@ from steersman.steer.scores import (
 )
 from steersman.steer.steerer import Steerer, Steering
 from steersman.steer.trace import Trace
+from steersman.steer.training import (
+    EDIT_METHODS,
+    Imitated,
+    Imitation,
+    Likelihood,
+    Preference,
+    ProbeLoss,
+    Separation,
+    TrainedEdit,
+    TrainEditConfig,
+    edit_from_examples,
+    loreft,
+    memorise,
+    sae_ssv,
+    train_edit,
+)
 from steersman.steer.vectors.vector import SteeringVector
 from steersman.steer.weights.bake import Baked, ablate, bake
 from steersman.steer.weights.delta import Reweighted, WeightDelta, head_columns
 
 __all__ = [
     "AFFINE_METHODS",
+    "EDIT_METHODS",
     "METHODS",
     "MODES",
     "PRESETS",
@@ -141,6 +166,7 @@ __all__ = [
     "CostMeter",
     "DecomposeConfig",
     "Decomposition",
+    "Detection",
     "DirectionEdit",
     "Edit",
     "EditReport",
@@ -164,9 +190,12 @@ __all__ = [
     "HeadStates",
     "HeavyTokens",
     "ITIConfig",
+    "Imitated",
+    "Imitation",
     "KLControl",
     "KeySentence",
     "LayerDivergence",
+    "Likelihood",
     "LinearFit",
     "LoReFTEdit",
     "LogitsEdit",
@@ -174,8 +203,10 @@ __all__ = [
     "MixSource",
     "ParticleConfig",
     "ParticleSet",
+    "Preference",
     "Preset",
     "Probe",
+    "ProbeLoss",
     "ProbedSides",
     "Projection",
     "PromoteReport",
@@ -189,6 +220,7 @@ __all__ = [
     "Scope",
     "Score",
     "ScoreConfig",
+    "Separation",
     "SteerConfig",
     "Steerer",
     "Steering",
@@ -200,10 +232,13 @@ __all__ = [
     "TextPair",
     "TokenGate",
     "Trace",
+    "TrainEditConfig",
+    "TrainedEdit",
     "VectorEdit",
     "Verification",
     "WeightDelta",
     "ablate",
+    "action_entropy",
     "annotation_table",
     "answer_probability",
     "bake",
@@ -217,6 +252,8 @@ __all__ = [
     "contrast",
     "darwin",
     "decompose",
+    "detect_concept",
+    "edit_from_examples",
     "evaluate_steering",
     "feature_flow",
     "fgaa_targets",
@@ -232,9 +269,12 @@ __all__ = [
     "key_sentences",
     "layer_divergences",
     "load_labels",
+    "load_steering",
+    "loreft",
     "match_sentence",
     "mean_heads",
     "measure_retention",
+    "memorise",
     "nucleus_kl",
     "parse_features",
     "particles",
@@ -249,17 +289,20 @@ __all__ = [
     "pruned",
     "rewarded_answers",
     "ridge_fit",
+    "sae_ssv",
     "score_features",
     "search_scale",
     "select",
     "shared_heads",
     "steer_and_compare",
     "steered",
+    "style_vectors",
     "sweep_layers",
     "token_change",
     "token_kl",
     "token_nll",
     "train_critic",
+    "train_edit",
     "verify_effect",
     "vocab_projection",
 ]

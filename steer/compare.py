@@ -21,11 +21,13 @@ from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import Generation, LanguageModel
 from steersman.sae import SAE
+from steersman.steer.dose import steered
 from steersman.steer.edit_report import EditReport
+from steersman.steer.edits import EditSet
 from steersman.steer.feature_values import parse_features
 from steersman.steer.measures import distinct, generated_tokens, repetition_rate, token_kl, token_nll
 from steersman.steer.recipe import Recipe
-from steersman.steer.steerer import Steerer, Steering
+from steersman.steer.steerer import Steerer
 from steersman.steer.vectors.vector import SteeringVector
 from steersman.visible import visible
 
@@ -156,13 +158,13 @@ def steer_and_compare(
     lm: LanguageModel,
     sae: SAE | None,
     config: SteerConfig,
-    vectors: Sequence[tuple[SteeringVector, float]] = (),
+    vectors: Sequence[tuple[SteeringVector | EditSet, float]] = (),
     recipe: Recipe | None = None,
 ) -> Comparison:
     """Continue the prompts steered (and, with `compare`, unsteered) and measure the difference.
 
     Steered by the features of `config`, for which an SAE is needed, by `vectors`, each times its scale, and by the
-    edits of a recipe, in this order, together.
+    edits of a recipe, in this order, together. An `EditSet` stands for a vector.
 
     Raises SteersmanError for every mistake that `Steerer.features` and `Steerer.vector` know, and where there is
     nothing to steer by, before anything is generated.
@@ -215,20 +217,20 @@ def _steerings(
     lm: LanguageModel,
     sae: SAE | None,
     config: SteerConfig,
-    vectors: Sequence[tuple[SteeringVector, float]],
+    vectors: Sequence[tuple[SteeringVector | EditSet, float]],
     recipe: Recipe | None,
-) -> list[Steering]:
+) -> list[Any]:
     """The contexts to open, that of the features first."""
     if not config.feature and not vectors and recipe is None:
         raise SteersmanError("nothing to steer by: give --feature id=strength, --vector or --recipe")
     where: dict[str, Any] = {"scope": config.scope, "include_bos": config.include_bos}
-    opened: list[Steering] = []
+    opened: list[Any] = []
     if config.feature:
         if sae is None:
             raise SteersmanError("features are those of an SAE: give --sae, the SAE")
         features, how = parse_features(config.feature), {"mode": config.mode, "units": config.units}
         opened.append(Steerer(lm).features(sae, features, hook=config.hook, measure=True, **how, **where))
-    opened += [Steerer(lm).vector(vector, scale=scale, **where) for vector, scale in vectors]
+    opened += [steered(vector, lm, scale=scale, **where) for vector, scale in vectors]
     return opened if recipe is None else opened + recipe.apply(lm).steerings
 
 

@@ -7,13 +7,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from os import PathLike
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from steersman.lm import LanguageModel
 from steersman.steer.edits import Edit, EditSet, PerRow
+from steersman.steer.edits.file import FORMAT as EDITS_FORMAT
 from steersman.steer.scope import Scope, ScopeLike
 from steersman.steer.steerer import Steerer, Steering
 from steersman.steer.vectors.vector import SteeringVector
+from steersman.tensor_files import load_tensors
 
 
 class Dose(ABC):
@@ -41,6 +45,14 @@ D = TypeVar("D", bound=Dosed)
 def as_steerer(st: Steerer | LanguageModel) -> Steerer:
     """A steerer for what may be a model."""
     return st if isinstance(st, Steerer) else Steerer(st)
+
+
+def load_steering(path: str | PathLike[str]) -> SteeringVector | EditSet:
+    """The vector (safetensors or GGUF) or the edits in a file. Raises SteersmanError that names it."""
+    path = Path(path)
+    if path.suffix.lower() != ".gguf" and path.is_file() and load_tensors(path)[1].get("format") == EDITS_FORMAT:
+        return EditSet.load(path)
+    return SteeringVector.load(path)
 
 
 def steered(

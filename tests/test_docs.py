@@ -129,3 +129,11 @@ def test_the_page_of_particles_runs_from_top_to_bottom(tmp_path: Path) -> None:
     assert re.search(r"^ there was a [a-z]+ girl named .* (wolf|bear|horse)", printed)
     few, plain = map(float, re.findall(r"mean reward: particles ([\d.]+), the model ([\d.]+)", printed)[0])
     assert few > plain + 0.3
+
+
+def test_the_page_of_trained_edits_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    program = "\n".join(text for language, _, text in blocks("trained_edits.md") if language == "python")
+    (tmp_path / "page.py").write_text(program)
+    printed = run_line("python page.py", tmp_path)
+    assert "AUROC" in printed
+    assert "converged" in printed

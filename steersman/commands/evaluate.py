@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from steersman.commands.options import ComputeOptions, PrintOptions, examples_of, on_kernels
 from steersman.config import part_of
-from steersman.steer import EvaluationConfig, SteeringVector, evaluate_steering
+from steersman.steer import EvaluationConfig, evaluate_steering, load_steering
 from steersman.steer.evaluation.evaluate import check_request
 from steersman.steer.feature_values import feature_ids
 from steersman.steer.methods import Examples
@@ -18,7 +18,7 @@ class EvaluateCommand(EvaluationConfig, ComputeOptions, PrintOptions):
     model: str
     """Folder or hub id of the model."""
     vector: str
-    """Vector file."""
+    """File of a vector, or of edits."""
     prompts: str
     """File of prompts, one per line (or .jsonl with text)."""
     out: str
@@ -45,7 +45,7 @@ class EvaluateCommand(EvaluationConfig, ComputeOptions, PrintOptions):
 def run(config: EvaluateCommand) -> None:
     """`steersman evaluate`."""
     features = feature_ids(config.feature)
-    v = SteeringVector.load(config.vector)
+    v = load_steering(config.vector)
     prompts = read_texts(config.prompts)
     texts = [] if config.text is None else read_texts(config.text)
     examples = examples_of(config.data, config.positive, config.negative) or Examples(positive=[], negative=[])

@@ -16,11 +16,11 @@ from steersman.visible import visible
 @dataclass(frozen=True, kw_only=True)
 class InspectCommand(PrintOptions):
     """See what something holds: a model, a store of activations, a run, an SAE of any format, a steering vector (also
-    GGUF), measured effects or an effect map."""
+    GGUF), edits, measured effects or an effect map."""
 
     path: Positional[str]
     """Folder or file; of an SAE also repo-id[/subfolder][@revision] on the hub, of a model its hub id."""
-    kind: Literal["model", "store", "run", "SAE", "vector", "effects", "effect map"] | None = None
+    kind: Literal["model", "store", "run", "SAE", "vector", "edits", "effects", "effect map"] | None = None
     """What it is; found by its files if not given."""
     format: str | None = None
     """Read an SAE as this format, whatever the files look like."""

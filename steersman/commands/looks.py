@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from steersman.commands.options import model_config
+from steersman.commands.vector_show import edits_record
 from steersman.commands.vector_show import record as vector_record
 from steersman.errors import SteersmanError
 from steersman.files import format_bytes
@@ -22,7 +23,7 @@ from steersman.lm.tokens import TextEncoder
 from steersman.reading import read_json_object
 from steersman.sae import SAE
 from steersman.sae.formats.inspection import inspect
-from steersman.steer import EffectMap, Effects, SteeringVector
+from steersman.steer import EditSet, EffectMap, Effects, SteeringVector
 from steersman.steer.effects.folder import finished_shards
 from steersman.steer.effects.map import WEAK
 from steersman.steer.effects.map_file import NAME as MAP_NAME
@@ -38,7 +39,7 @@ Record = dict[str, Any]
 
 
 def kind_of(path: str) -> str:
-    """What is named: model, store, run, vector, effects, effect map or SAE, which hub ids are taken for."""
+    """What is named: model, store, run, vector, edits, effects, effect map or SAE, which hub ids are taken for."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         if (folder / MANIFEST).is_file():
@@ -53,7 +54,8 @@ def kind_of(path: str) -> str:
     if folder.suffix == ".gguf":
         return "vector"
     if folder.suffix == ".safetensors" and folder.is_file():
-        return {"steersman.vector": "vector", "steersman.effect_map": "effect map"}.get(_format(folder), "SAE")
+        kinds = {"steersman.vector": "vector", "steersman.edits": "edits", "steersman.effect_map": "effect map"}
+        return kinds.get(_format(folder), "SAE")
     return "SAE"
 
 
@@ -76,6 +78,7 @@ def look(path: str, kind: str, *, format: str | None = None, verify: bool = Fals
         "store": lambda: look_at_store(path, verify=verify),
         "run": lambda: look_at_run(path),
         "vector": lambda: look_at_vector(path),
+        "edits": lambda: edits_record(EditSet.load(path)),
         "effects": lambda: look_at_effects(path),
         "effect map": lambda: look_at_map(path),
         "SAE": lambda: look_at_sae(path, format),

@@ -9,7 +9,15 @@ from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.files import write_json
 from steersman.sae import SAE
-from steersman.steer import Recipe, SteerConfig, SteeringVector, parse_features, steer_and_compare
+from steersman.steer import (
+    EditSet,
+    Recipe,
+    SteerConfig,
+    SteeringVector,
+    load_steering,
+    parse_features,
+    steer_and_compare,
+)
 from steersman.text import read_texts
 
 
@@ -23,7 +31,7 @@ class SteerCommand(SteerConfig, ComputeOptions, PrintOptions):
     sae: str | None = None
     """Folder, file or hub id of the SAE, for --feature."""
     vector: tuple[str, ...] = ()
-    """Vector file to add, as FILE or FILE=scale; several are added at once, and to what --feature does."""
+    """Vector file to add, or file of edits, as FILE or FILE=scale; several at once, and with what --feature does."""
     recipe: str | None = None
     """Recipe file (YAML) of several edits, each with its own scope; opened behind what --feature and --vector do."""
     prompts: str | None = None
@@ -71,15 +79,15 @@ def _in_largest_activations(sae: SAE, features: dict[int, float]) -> list[str]:
     ]
 
 
-def _scaled(text: str) -> tuple[SteeringVector, float]:
-    """The vector and the scale of `FILE` or `FILE=scale`."""
+def _scaled(text: str) -> tuple[SteeringVector | EditSet, float]:
+    """The vector or edits, and the scale of `FILE` or `FILE=scale`."""
     path, equals, scale = text.rpartition("=")
     if not equals or Path(text).exists():
-        return SteeringVector.load(text), 1.0
+        return load_steering(text), 1.0
     try:
         number = float(scale)
     except ValueError:
         raise SteersmanError(f"--vector {text}: {scale!r} is no scale; write FILE or FILE=scale") from None
     if not math.isfinite(number):
         raise SteersmanError(f"--vector {text}: the scale must be a finite number")
-    return SteeringVector.load(path), number
+    return load_steering(path), number

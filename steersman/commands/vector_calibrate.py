@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from steersman.commands.options import ComputeOptions, PrintOptions, on_kernels
 from steersman.config import part_of
 from steersman.deprecation import renamed_fields
-from steersman.steer import CalibrateConfig, SteeringVector
+from steersman.steer import CalibrateConfig, load_steering
 from steersman.steer.calibrate import calibrate, check_budget, refuse_unmet
 from steersman.text import read_texts
 
@@ -16,7 +16,7 @@ class VectorCalibrateCommand(CalibrateConfig, ComputeOptions, PrintOptions):
     """Scale a vector so that steering with it costs a budget: --target-kl, --target-loss or --target-norm."""
 
     vector: str
-    """Vector file."""
+    """File of a vector, or of edits."""
     model: str
     """Folder or hub id of the model."""
     out: str
@@ -30,7 +30,7 @@ class VectorCalibrateCommand(CalibrateConfig, ComputeOptions, PrintOptions):
 @on_kernels
 def run(config: VectorCalibrateCommand) -> None:
     """`steersman vector calibrate`."""
-    v = SteeringVector.load(config.vector)
+    v = load_steering(config.vector)
     settings = part_of(CalibrateConfig, config)
     check_budget(settings, v)
     texts = None if config.text is None else read_texts(config.text, config.documents)

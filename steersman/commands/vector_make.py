@@ -3,20 +3,25 @@
 from dataclasses import dataclass
 
 from steersman.commands.options import ComputeOptions, PrintOptions, examples_of, hook_points, on_kernels
-from steersman.commands.vector_show import describe, record
+from steersman.commands.vector_show import describe, edits_record, record
 from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.steer import ContrastConfig, SteeringVector, contrast, parse_features
+from steersman.steer.methods import Examples
 from steersman.steer.methods.contrast import check_contrast
+from steersman.steer.training.edit_method import EDIT_METHODS, edit_from_examples
+from steersman.steer.training.sae_ssv import CONFIG as SAE_SSV
+from steersman.steer.training.sae_ssv import sae_ssv
+from steersman.steer.training.settings import loop_settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class VectorMakeCommand(ContrastConfig, ComputeOptions, PrintOptions):
     """Make a steering vector: from examples (--data, or --positive and --negative), or a feature's direction (--sae,
-    --feature)."""
+    --feature). The methods loreft and psr make an edit in its place, and sae_ssv needs --sae beside the examples."""
 
     out: str
-    """File to write: .safetensors, or .gguf for a control vector."""
+    """File to write: .safetensors, or .gguf for a control vector; an edit is .safetensors."""
     model: str | None = None
     """Folder or hub id of the model; needed for examples."""
     hook: tuple[str, ...] = ()
@@ -39,6 +44,9 @@ class VectorMakeCommand(ContrastConfig, ComputeOptions, PrintOptions):
 def run(config: VectorMakeCommand) -> None:
     """`steersman vector make`."""
     examples = examples_of(config.data, config.positive, config.negative)
+    if config.method == "sae_ssv" or config.method in EDIT_METHODS:
+        _trained(config, examples)
+        return
     if (examples is None) == (config.sae is None):
         raise SteersmanError("make it from examples (--data, or --positive and --negative) or from --sae and --feature")
     hooks = hook_points(config.hook, config.layer, config.model, config.revision)
@@ -59,4 +67,34 @@ def run(config: VectorMakeCommand) -> None:
         v = contrast(lm, examples.positive, examples.negative, hook=hooks, config=part_of(ContrastConfig, config))
     v.save(config.out)
     config.show(lambda: describe(v), record(v))
+    config.note(f"written to {config.out}")
+
+
+def _trained(config: VectorMakeCommand, examples: Examples | None) -> None:
+    """What is trained from examples and is no method of `contrast`."""
+    hooks = hook_points(config.hook, config.layer, config.model, config.revision)
+    needed = "--sae" if config.method == "sae_ssv" else "--hook or --layer"
+    if examples is None or config.model is None or not (config.sae if config.method == "sae_ssv" else hooks):
+        raise SteersmanError(f"method {config.method!r} needs examples (--data), --model and {needed}")
+    settings = part_of(ContrastConfig, config)
+    if config.method == "sae_ssv":
+        sae, lm = config.load_sae(config.sae or ""), config.load_model(config.model)
+        v = sae_ssv(
+            lm,
+            sae,
+            examples.positive,
+            examples.negative,
+            hook=hooks[0] if hooks else None,
+            config=loop_settings(SAE_SSV, settings),
+        )
+        v.save(config.out)
+        config.show(lambda: describe(v), record(v))
+    else:
+        EDIT_METHODS[config.method]().check(examples, settings)
+        if not config.out.lower().endswith(".safetensors"):
+            raise SteersmanError(f"{config.out}: method {config.method!r} makes an edit, whose file is .safetensors")
+        lm = config.load_model(config.model)
+        made = edit_from_examples(lm, examples.positive, examples.negative, hook=hooks, config=settings)
+        made.save(config.out)
+        config.show(lambda: repr(made), edits_record(made))
     config.note(f"written to {config.out}")

@@ -11,7 +11,7 @@ from steersman.commands.options import ComputeOptions, PrintOptions, as_json, on
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.lens import logit_lens
-from steersman.steer import Steerer, SteeringVector
+from steersman.steer import EditSet, Steerer, SteeringVector
 from steersman.steer.methods.diagnostics import warnings
 from steersman.visible import visible
 
@@ -47,6 +47,13 @@ def record(v: SteeringVector) -> dict[str, Any]:
         for hook, direction in v.directions.items()
     }
     return {"model": v.model_name, "method": v.method, "directions": directions, "metadata": dict(v.metadata)}
+
+
+def edits_record(edits: EditSet) -> dict[str, Any]:
+    """What is known of the edits in a file, for a program."""
+    kinds = {hook: edit.name for hook, edit in edits.items()}
+    about = {"scope": edits.scope, "include_bos": edits.include_bos, "metadata": dict(edits.metadata)}
+    return {"model": edits.model_name, "method": edits.method, "edits": kinds, **about}
 
 
 @dataclass(frozen=True, kw_only=True)
