@@ -104,6 +104,15 @@ def test_patching_finds_the_head_that_copies(lm: LanguageModel) -> None:
     assert PLANTED in profile.significant()
     effect, heldout = profile.of(PLANTED)
     assert heldout > 0.5 * effect
+    hook, patched = z_hook(PLANTED[0]), {PLANTED[1]: means[PLANTED[0]][PLANTED[1]]}
+    probability = answer_probability(lm, HIDDEN, [f" {YES}"] * len(HIDDEN))
+    rise = -probability()
+    with Steerer(lm).edit(hook, HeadEdit.of(lm, hook, patched, keep=0.0), scope="last_prompt") as steering:
+        rise = rise + probability()
+    assert steering.trace.count == len(HIDDEN)
+    assert float(rise.mean()) == pytest.approx((effect + heldout) / 2, rel=1e-3)  # both halves, in a whole pass each
+    with pytest.raises(SteersmanError, match="at least two tokens"):
+        patch_heads(lm, means, [lm.tokenizer.bos_token] * 4, [YES] * 4)
     assert f"layer {PLANTED[0]:>3} head {PLANTED[1]:>3}" in profile.to_text(1)
     assert profile.n == len(HIDDEN)
 

@@ -15,14 +15,15 @@ Shape letters: N examples, L layers, H query heads, d width of a head.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.lm import LanguageModel
+from steersman.lm import LanguageModel, TokenBatch
+from steersman.lm.session import Session
 from steersman.progress import progress
 from steersman.steer.dose import steered
 from steersman.steer.edits import Edit
@@ -315,21 +316,28 @@ def mean_heads(
 def answer_probability(
     lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str], *, batch_size: int = 16
 ) -> Callable[[], Tensor]:
-    """A score: the probability [N] of each answer's first token behind its prompt."""
-    if len(prompts) != len(answers):
-        raise SteersmanError(f"there are {len(prompts)} prompts and {len(answers)} answers: one for each is needed")
-    first = torch.tensor([lm.token_ids(answer)[0] for answer in answers])
-    batches = [lm.encode(list(prompts[i : i + batch_size])) for i in range(0, len(prompts), batch_size)]
+    """A score: the probability [N] of each answer's first token behind its prompt. The model must be a decoder."""
+    batches, first = _asked(lm, prompts, answers, batch_size)
 
     def score() -> Tensor:
-        found = []
-        for batch in batches:
-            logits = lm.logits(batch.input_ids, batch.attention_mask)
-            last = batch.lengths.to(logits.device) - 1
-            found.append(logits[torch.arange(len(last)), last].float().softmax(-1).cpu())
-        return torch.cat(found).gather(1, first[:, None])[:, 0]
+        return _of_first([Session(lm, batch).logits for batch in batches], first)
 
     return score
+
+
+def _asked(
+    lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str], batch_size: int
+) -> tuple[list[TokenBatch], Tensor]:
+    """The prompts in batches, and the first token [N] of each answer."""
+    if len(prompts) != len(answers):
+        raise SteersmanError(f"there are {len(prompts)} prompts and {len(answers)} answers: one for each is needed")
+    starts = range(0, len(prompts), batch_size)
+    batches = [lm.encode(list(prompts[i : i + batch_size]), padding_side="left") for i in starts]
+    return batches, torch.tensor([lm.token_ids(answer)[0] for answer in answers])
+
+
+def _of_first(logits: list[Tensor], first: Tensor) -> Tensor:
+    return torch.cat([part.softmax(-1).cpu() for part in logits]).gather(1, first[:, None])[:, 0]
 
 
 def patch_heads(
@@ -349,15 +357,23 @@ def patch_heads(
     each in the source). Source: arXiv 2310.15213 (function vectors), equation 5; Soteria (2502.11244) profiles heads
     per language in this way.
     """
+    batches, first = _asked(lm, prompts, answers, batch_size)
+    if any(int(batch.lengths.min()) < 2 for batch in batches):
+        raise SteersmanError("a prompt to patch heads into needs at least two tokens")
+    # What stands before the last token is never patched: it is read once, and each head costs one token a prompt.
+    before = [
+        Session(lm, replace(batch, input_ids=batch.input_ids[:, :-1], attention_mask=batch.attention_mask[:, :-1]))
+        for batch in batches
+    ]
+    last = [batch.input_ids[:, -1] for batch in batches]
     return profile_heads(
         lm,
         lambda layer, head: {
             z_hook(layer): HeadEdit.of(lm, z_hook(layer), {head: means[layer][head].to(lm.device)}, keep=0.0)
         },
-        answer_probability(lm, prompts, answers, batch_size=batch_size),
+        lambda: _of_first([stream.fork().feed(token) for stream, token in zip(before, last)], first),
         layers=sorted(means),
-        scope="last_prompt",
-        include_bos=True,
+        scope="generation",
         shuffles=shuffles,
         seed=seed,
         measure="rise of p(answer) with the head's output patched in",
