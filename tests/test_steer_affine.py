@@ -10,6 +10,7 @@ from support.runtime_contract import check_contract, check_off
 from support.tiny_models import D, with_text
 from torch import Tensor
 
+from steersman.cli import main
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.steer import (
@@ -395,3 +396,34 @@ def test_the_runtime_contract(family: str, kind: str) -> None:
         assert first is not None
         assert second is not None
         assert torch.equal(h.double() @ first.matrix.T + first.offset, h.double() @ second.matrix.T + second.offset)
+
+
+def test_made_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lm = with_text("llama")
+    lm.model.save_pretrained(tmp_path / "llama")
+    lm.tokenizer.save_pretrained(tmp_path / "llama")
+    for name, side in zip(("from", "to"), SIDES):
+        (tmp_path / f"{name}.txt").write_text("\n".join(side) + "\n")
+    out = tmp_path / "e.safetensors"
+    command = ["vector", "make", "--model", str(tmp_path / "llama"), "--layer", "1", "--method", "mimic"]
+    texts = ["--negative", str(tmp_path / "from.txt"), "--positive", str(tmp_path / "to.txt")]
+    main([*command, *texts, "--out", str(out)])
+    assert "mimic" in capsys.readouterr().out
+    made, by_hand = EditSet.load(out)[HOOK], fit_affine(LanguageModel.load(tmp_path / "llama"), *SIDES, hook=1)[HOOK]
+    assert isinstance(made, AffineEdit)
+    assert isinstance(by_hand, AffineEdit)
+    h = torch.randn(3, D)
+    torch.testing.assert_close(made.change(h), by_hand.change(h))
+    for arguments, said in (
+        (["--out", str(out)], "needs examples"),
+        ([*texts, "--out", str(tmp_path / "e.gguf")], "whose file is .safetensors"),
+        ([*texts, "--out", str(out), "--shrinkage", "2"], "between 0 and 1"),
+        ([*texts, "--out", str(out), "--positions", "mean", "--shrinkage", "0.2"], ""),
+    ):
+        if said:
+            with pytest.raises(SystemExit):
+                main([*command, *arguments])
+            assert said in capsys.readouterr().err
+        else:
+            main([*command, *arguments])
+    assert EditSet.load(out).metadata["settings"]["shrinkage"] == 0.2

@@ -6,7 +6,15 @@ from steersman.commands.options import ComputeOptions, PrintOptions, examples_of
 from steersman.commands.vector_show import describe, edits_record, record
 from steersman.config import part_of
 from steersman.errors import SteersmanError
-from steersman.steer import ContrastConfig, SteeringVector, contrast, parse_features
+from steersman.steer import (
+    AFFINE_METHODS,
+    AffineConfig,
+    ContrastConfig,
+    SteeringVector,
+    contrast,
+    fit_affine,
+    parse_features,
+)
 from steersman.steer.methods import Examples
 from steersman.steer.methods.contrast import check_contrast
 from steersman.steer.training.edit_method import EDIT_METHODS, edit_from_examples
@@ -18,7 +26,8 @@ from steersman.steer.training.settings import loop_settings
 @dataclass(frozen=True, kw_only=True)
 class VectorMakeCommand(ContrastConfig, ComputeOptions, PrintOptions):
     """Make a steering vector: from examples (--data, or --positive and --negative), or a feature's direction (--sae,
-    --feature). The methods loreft and psr make an edit in its place, and sae_ssv needs --sae beside the examples."""
+    --feature). The methods loreft and psr make an edit in its place, and sae_ssv needs --sae beside the examples; mean,
+    mimic, leace and leace_shift make the affine map from the negative to the positive examples."""
 
     out: str
     """File to write: .safetensors, or .gguf for a control vector; an edit is .safetensors."""
@@ -38,6 +47,9 @@ class VectorMakeCommand(ContrastConfig, ComputeOptions, PrintOptions):
     """SAE folder, for the direction of --feature."""
     feature: tuple[str, ...] = ()
     """Feature whose decoder direction is the vector, as id or id=weight; of several the weighted sum."""
+    shrinkage: float = 0.0
+    """mimic, leace, leace_shift: a of (1 - a) S + a tr(S)/D I; needed where there are no more samples than
+    dimensions."""
 
 
 @on_kernels
@@ -46,6 +58,9 @@ def run(config: VectorMakeCommand) -> None:
     examples = examples_of(config.data, config.positive, config.negative)
     if config.method == "sae_ssv" or config.method in EDIT_METHODS:
         _trained(config, examples)
+        return
+    if config.method in AFFINE_METHODS:
+        _affine(config, examples)
         return
     if (examples is None) == (config.sae is None):
         raise SteersmanError("make it from examples (--data, or --positive and --negative) or from --sae and --feature")
@@ -70,6 +85,32 @@ def run(config: VectorMakeCommand) -> None:
     config.note(f"written to {config.out}")
 
 
+def _affine(config: VectorMakeCommand, examples: Examples | None) -> None:
+    """The affine map from the negative to the positive side."""
+    hooks = hook_points(config.hook, config.layer, config.model, config.revision)
+    if examples is None or config.model is None or not hooks:
+        raise SteersmanError(f"method {config.method!r} needs examples (--data), --model and --hook or --layer")
+    settings = AffineConfig(
+        method=config.method,
+        shrinkage=config.shrinkage,
+        positions=config.positions or AffineConfig.positions,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        diagnostics=config.diagnostics,
+    )
+    _check_edit_file(config)
+    lm = config.load_model(config.model)
+    made = fit_affine(lm, examples.negative, examples.positive, hook=hooks, config=settings)
+    made.save(config.out)
+    config.show(lambda: repr(made), edits_record(made))
+    config.note(f"written to {config.out}")
+
+
+def _check_edit_file(config: VectorMakeCommand) -> None:
+    if not config.out.lower().endswith(".safetensors"):
+        raise SteersmanError(f"{config.out}: method {config.method!r} makes an edit, whose file is .safetensors")
+
+
 def _trained(config: VectorMakeCommand, examples: Examples | None) -> None:
     """What is trained from examples and is no method of `contrast`."""
     hooks = hook_points(config.hook, config.layer, config.model, config.revision)
@@ -91,8 +132,7 @@ def _trained(config: VectorMakeCommand, examples: Examples | None) -> None:
         config.show(lambda: describe(v), record(v))
     else:
         EDIT_METHODS[config.method]().check(examples, settings)
-        if not config.out.lower().endswith(".safetensors"):
-            raise SteersmanError(f"{config.out}: method {config.method!r} makes an edit, whose file is .safetensors")
+        _check_edit_file(config)
         lm = config.load_model(config.model)
         made = edit_from_examples(lm, examples.positive, examples.negative, hook=hooks, config=settings)
         made.save(config.out)
