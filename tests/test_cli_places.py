@@ -25,6 +25,7 @@ NEEDS = {
     "vector sweep": ["--data", "d", "--model", "m"],
     "vector convert": ["--vector", "v"],
     "bake": ["--model", "m", "--vector", "v"],
+    "scores": ["--model", "m", "--sae", "a", "--score", "contrast"],
     "evaluate": ["--model", "m", "--vector", "v", "--prompts", "p"],
     "effects": ["--model", "m", "--sae", "a", "--text", "t.txt"],
     "target": ["--effects", "e", "--feature", "1"],
@@ -72,7 +73,7 @@ def test_odd_places_are_one_line_before_anything_is_loaded(
 
 def test_every_command_that_writes_is_tried() -> None:
     named = {name for name, command in COMMANDS.items() if not command.writes}
-    assert named == {"plan", "inspect", "vector show"}
+    assert named == {"plan", "inspect", "vector show", "methods"}
 
 
 def test_a_place_that_can_be_written_to_is_left_as_it_was(tmp_path: Path) -> None:
