@@ -7,10 +7,11 @@ that was checked, and what it does not cover.
 from steersman.steer.presets import (  # noqa: F401 (a preset is there when its file was read)
     attention,
     features,
+    mixtures,
     operators,
     uncovered,
     weights,
 )
-from steersman.steer.presets.base import PRESETS, Need, Preset, preset
+from steersman.steer.presets.base import PRESETS, Decoder, Need, Preset, preset
 
-__all__ = ["PRESETS", "Need", "Preset", "preset"]
+__all__ = ["PRESETS", "Decoder", "Need", "Preset", "preset"]

@@ -5,7 +5,7 @@ the published code it does not repeat, and what it does not cover. It holds no a
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,6 +34,19 @@ class Need:
     """What it is."""
     how: str
     """How to make it."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A way to decode: `decoder(prompts, max_new_tokens=...)`."""
+
+    name: str
+    """Of the preset."""
+    run: Callable[..., Any]
+    """(prompts, **settings) -> what the decoder returns."""
+
+    def __call__(self, prompts: str | Sequence[str], **settings: Any) -> Any:
+        return self.run(prompts, **settings)
 
 
 class Preset:
