@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal
 
 from steersman.config import check_types, merged
+from steersman.conversations import Document
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.steer.dose import D, Dosed, as_steerer, scaled, steered
@@ -92,7 +93,7 @@ def calibrate(
     v: D,
     st: Steerer | LanguageModel,
     *,
-    texts: Sequence[str] | CostMeter | None = None,
+    texts: Sequence[Document] | CostMeter | None = None,
     config: CalibrateConfig | None = None,
     **settings: Any,
 ) -> Calibration[D]:
@@ -101,8 +102,8 @@ def calibrate(
     Args:
         v: a vector, {hook point: edit}, a recipe, or a function from a scale to a context manager; its sign is kept.
         st: the steerer (or the model) it is for.
-        texts: held-out texts to measure on. Without them the model writes its own, seeded, unsteered: 16 of 48 tokens.
-            Many calibrations on the same texts share a `CostMeter` of them.
+        texts: held-out texts or conversations to measure on. Without them the model writes its own, seeded, unsteered:
+            16 of 48 tokens. Many calibrations on the same texts share a `CostMeter` of them.
         config: the settings; `**settings` are fields of it, over those of `config`.
 
     A budget that cannot be met is no error here: see `converged` and `reason` of the search. What is no vector has no
@@ -139,6 +140,8 @@ def calibrate(
         "n_tokens": n_tokens,
         **dataclasses.asdict(search),
     }
+    if meter.has_chats:
+        record["chat_template"] = steerer.lm.template_digest
     calibration = Calibration(
         vector=scaled(v, search.scale, calibration=record), budget=budget, search=search, n_tokens=n_tokens
     )
@@ -147,7 +150,7 @@ def calibrate(
     return calibration
 
 
-def calibrated(v: D, st: Steerer | LanguageModel, *, texts: Sequence[str] | None = None, **settings: Any) -> D:
+def calibrated(v: D, st: Steerer | LanguageModel, *, texts: Sequence[Document] | None = None, **settings: Any) -> D:
     """`v` times the scale at which steering costs a budget, such as `target_kl=0.5` (nats per token).
 
     Budgets and settings as for `calibrate`, whose record is in a resulting vector's metadata. Raises SteersmanError

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from steersman.config import check_types
+from steersman.conversations import ChatOptions, Document
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.lm import Generation, LanguageModel
@@ -36,7 +37,7 @@ DEFAULT_PROMPTS = ("Once upon a time",)  # not the field's default: a flag that 
 
 @renamed_fields(model="", sae="", device="", kernels="", dtype="")
 @dataclass(frozen=True, kw_only=True)
-class SteerConfig:
+class SteerConfig(ChatOptions):
     """How to steer, and on which prompts to look at it."""
 
     feature: tuple[str, ...] = ()
@@ -49,7 +50,8 @@ class SteerConfig:
     """Unit of the features' strengths: raw activations, max_act (multiples of the largest activation in training) or
     norm_frac (of the median norm). The modes scale and project_out take a plain factor and need raw."""
     scope: str = "all"
-    """Tokens to steer: all, prompt, generation, last_prompt, a window such as 2:10, or tokens:15,27."""
+    """Tokens to steer: all, prompt, generation, last_prompt, a window such as 2:10, tokens:15,27, of a chat assistant,
+    user, system, thinking, last_user, turn:N or role:NAME, or several joined by +."""
     include_bos: bool = False
     """Steer the beginning-of-sequence token too where it falls into the scope."""
     hook: str | None = None
@@ -64,9 +66,13 @@ class SteerConfig:
     """Seed of the sampling, the same for both texts."""
     compare: bool = True
     """Also generate without steering."""
+    batch_size: int = 16
+    """Prompts that are continued together where many are written to a file of lines."""
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.batch_size < 1:
+            raise SteersmanError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +80,7 @@ class TextPair:
     """One prompt continued with and without steering."""
 
     prompt: str
-    """The prompt."""
+    """The prompt; a conversation as the model read it."""
     steered: str
     """The steered continuation."""
     unsteered: str | None
@@ -160,11 +166,13 @@ def steer_and_compare(
     config: SteerConfig,
     vectors: Sequence[tuple[SteeringVector | EditSet, float]] = (),
     recipe: Recipe | None = None,
+    prompts: Sequence[Document] | None = None,
 ) -> Comparison:
-    """Continue the prompts steered (and, with `compare`, unsteered) and measure the difference.
+    """Continue prompts steered (and, with `compare`, unsteered) and measure the difference.
 
-    Steered by the features of `config`, for which an SAE is needed, by `vectors`, each times its scale, and by the
-    edits of a recipe, in this order, together. An `EditSet` stands for a vector.
+    The prompts are those of `config`, unless given, and are continued in one batch. Steered by the features of
+    `config`, for which an SAE is needed, by `vectors`, each times its scale, and by the edits of a recipe, in this
+    order, together. An `EditSet` stands for a vector.
 
     Raises SteersmanError for every mistake that `Steerer.features` and `Steerer.vector` know, and where there is
     nothing to steer by, before anything is generated.
@@ -175,7 +183,8 @@ def steer_and_compare(
     elif config.temperature < 0 or config.top_p is not None:
         raise SteersmanError("top_p needs a temperature above 0, and a temperature is never negative")
     steerings = _steerings(lm, sae, config, vectors, recipe)
-    prompts = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt or DEFAULT_PROMPTS)
+    given = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt or DEFAULT_PROMPTS)
+    prompts = config.apply(given) if prompts is None else list(prompts)
     plain = lm.generate(prompts, **settings) if config.compare else None
     with ExitStack() as stack:
         for steering in steerings:
@@ -184,7 +193,7 @@ def steer_and_compare(
     with ExitStack() as stack:  # entered anew: the report is over each token of the finished texts once
         for steering in steerings:
             stack.enter_context(steering)
-        forced = lm.logits(text.tokens, text.attention_mask, prompt_length=text.prompt_length)
+        forced = lm.logits(text.batch, prompt_length=text.prompt_length)
     n_steered = max(steering.trace.count for steering in steerings)
     edit = steerings[0].report() if config.feature and steerings[0].trace.count else None
     base = lm.logits(text.tokens, text.attention_mask)
@@ -194,7 +203,7 @@ def steer_and_compare(
     if plain is not None:
         plain_nll = token_nll(lm.logits(plain.tokens, plain.attention_mask), plain.tokens)
     pairs = []
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(text.prompts):
         tokens = text.new_tokens[i][text.new_mask[i].bool()].tolist()
         pairs.append(
             TextPair(

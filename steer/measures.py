@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from steersman.conversations import Document, is_blank, is_conversation
 from steersman.errors import SteersmanError
 from steersman.lm import Generation, LanguageModel, TokenBatch
 from steersman.lm.tokens import bos_tokens
@@ -81,7 +82,7 @@ class CostMeter:
     def __init__(
         self,
         lm: LanguageModel,
-        texts: Sequence[str] | None,
+        texts: Sequence[Document] | None,
         *,
         batch_size: int = 16,
         max_length: int = 128,
@@ -91,8 +92,8 @@ class CostMeter:
         if texts is None:
             self.batches = _batches_of_tokens(own_texts(lm, seed), batch_size)
         else:
-            texts = [texts] if isinstance(texts, str) else list(texts)
-            empty = next((i for i, text in enumerate(texts) if not text.strip()), None)
+            texts = [texts] if isinstance(texts, str) or is_conversation(texts) else list(texts)
+            empty = next((i for i, text in enumerate(texts) if is_blank(text)), None)
             if not texts or empty is not None:
                 raise SteersmanError("there are no texts to measure on" if not texts else f"text {empty} is empty")
             self.batches = _encoded(lm, texts, batch_size, max_length)
@@ -101,6 +102,11 @@ class CostMeter:
             raise SteersmanError("the texts hold no token to predict: they must be longer than one token")
         self._base: list[Tensor] | None = None
         self._norms: dict[str, float] = {}
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether any of the texts is a conversation."""
+        return any(batch.spans is not None for batch in self.batches)
 
     def norms(self, hooks: Sequence[str]) -> dict[str, float]:
         """Median norm of the residual stream at each hook point, without padding and BOS."""
@@ -113,11 +119,11 @@ class CostMeter:
         """KL or rise of the loss, in nats per predicted token, of what `steering()` opens."""
         if self._base is None:
             # Kept in the model's own dtype: one [B, S, V] per batch of texts.
-            self._base = [self.lm.logits(b.input_ids, b.attention_mask) for b in self.batches]
+            self._base = [self.lm.logits(b) for b in self.batches]
         total = 0.0
         for batch, base in zip(self.batches, self._base):
             with steering():
-                steered = self.lm.logits(batch.input_ids, batch.attention_mask)
+                steered = self.lm.logits(batch)
             chosen = batch.attention_mask[:, 1:].bool()
             if budget == "kl":
                 each = token_kl(steered[:, :-1], base[:, :-1])
@@ -144,13 +150,13 @@ def _batches_of_tokens(whole: TokenBatch, size: int) -> list[TokenBatch]:
 
 
 def median_norms(
-    lm: LanguageModel, texts: Sequence[str], hooks: Sequence[str], *, batch_size: int = 16, max_length: int = 128
+    lm: LanguageModel, texts: Sequence[Document], hooks: Sequence[str], *, batch_size: int = 16, max_length: int = 128
 ) -> dict[str, float]:
     """Median |h| at each hook point over the tokens of `texts`, padding and BOS left out."""
     return _median_norms(lm, _encoded(lm, texts, batch_size, max_length), hooks)
 
 
-def _encoded(lm: LanguageModel, texts: Sequence[str], batch_size: int, max_length: int) -> list[TokenBatch]:
+def _encoded(lm: LanguageModel, texts: Sequence[Document], batch_size: int, max_length: int) -> list[TokenBatch]:
     length = min(max_length, lm.context_length or max_length)
     return [lm.encode(texts[i : i + batch_size], max_length=length) for i in range(0, len(texts), batch_size)]
 

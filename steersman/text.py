@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import filterfalse, islice
 from pathlib import Path
 from typing import Any, Protocol, cast, get_args, runtime_checkable
 
@@ -119,6 +119,15 @@ def read_documents(
     [[{'role': 'user', 'content': 'Hello'}]]
     """
 
+    return _read(open_text(source, write=_keeping(chat), **options), limit)
+
+
+def iter_documents(source: Any, chat: ChatOptions | None = None, **options: Any) -> Iterator[Document]:
+    """`read_documents` one by one, from a source of any length."""
+    return filterfalse(is_blank, open_text(source, write=_keeping(chat), **options).documents())
+
+
+def _keeping(chat: ChatOptions | None) -> Write:
     def keep(document: Document, where: str) -> Any:
         if is_blank(document) or chat is None:
             return document
@@ -127,12 +136,11 @@ def read_documents(
         except SteersmanError as error:
             raise SteersmanError(f"{where}: {error}") from error
 
-    return _read(open_text(source, write=keep, **options), limit)
+    return keep
 
 
 def _read(text: TextSource, limit: int | None) -> list[Document]:
-    documents = (document for document in text.documents() if not is_blank(document))
-    found: list[Document] = list(islice(documents, limit))
+    found: list[Document] = list(islice(filterfalse(is_blank, text.documents()), limit))
     if not found:
         raise SteersmanError(f"{text.name} holds no text; give one with at least one document that is not blank")
     return found

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from steersman.config import check_types, differences, merged
+from steersman.conversations import Document
 from steersman.errors import SteersmanError
 from steersman.files import write_json
 from steersman.lm import LanguageModel
@@ -203,7 +204,7 @@ def sweep_layers(
     *,
     items: Sequence[ContinuationLike] = (),
     hooks: HookName | Sequence[HookName] | None = None,
-    texts: Sequence[str] | None = None,
+    texts: Sequence[Document] | None = None,
     out: str | PathLike[str] | None = None,
     config: SweepConfig | None = None,
     **settings: Any,
@@ -330,8 +331,7 @@ def held_out(examples: Examples) -> tuple[Examples, list[Continuations]]:
     for p, n in zip(examples.positive[1::2], examples.negative[1::2]):
         if p.prompt != n.prompt:
             raise SteersmanError("without items, the two sides of a pair must share their prompt: give items=")
-        cut = len(p.prompt)
-        items.append(Continuations(prompt=p.prompt, positive=p.text[cut:], negative=n.text[cut:]))
+        items.append(Continuations(prompt=p.prompt, positive=p.answer, negative=n.answer))
     return Examples(positive=examples.positive[0::2], negative=examples.negative[0::2]), items
 
 

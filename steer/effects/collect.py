@@ -108,7 +108,12 @@ def collect_effects(
         n_vectors=len(directions),
         vectors_hash=tensor_hash(*sources),
         texts_hash=hashlib.sha256("\0".join(heldout).encode()).hexdigest()[:16] if heldout else "",
-        settings={**config.identity(), "hook": hook, "vectors": config.vectors if _made(vectors) else "given"},
+        settings={
+            **config.identity(),
+            **({"chat_template": lm.chat_template.digest} if config.chat or config.system is not None else {}),
+            "hook": hook,
+            "vectors": config.vectors if _made(vectors) else "given",
+        },
         model_digest=lm.digest(),
     )
     with Ranks(Mesh(data=world_size, rank=rank), config.timeout_seconds) as ranks, ExitStack() as held:

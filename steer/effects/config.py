@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from steersman.config import check_types, identity, setting, typed
+from steersman.conversations import ChatOptions
 from steersman.errors import SteersmanError
 from steersman.lm.sampling import Sampling
 
@@ -17,7 +18,7 @@ DEFAULT_TARGETS = {"loss": 0.5, "kl": 0.5, "norm": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
-class EffectsConfig:
+class EffectsConfig(ChatOptions):
     """How the effects of steering vectors on an SAE's features are measured."""
 
     out: str | None = setting(None, identity=False)
@@ -115,9 +116,13 @@ class EffectsConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that decide the numbers, defaults resolved, as JSON can hold them."""
         resolved = {"scale_target": self.target, "base_rollouts": self.n_base, "prompts": list(self.openings)}
-        return identity(self) | resolved
+        found = identity(self) | resolved
+        if not self.chat and self.system is None:
+            del found["chat"], found["system"]  # as in the settings of earlier versions
+        return found
 
     @classmethod
     def from_identity(cls, identity: dict[str, Any], **changes: Any) -> "EffectsConfig":
         """The configuration that `identity` describes, with `changes`. Raises SteersmanError for one that cannot be."""
+        identity = {name: value for name, value in identity.items() if name != "chat_template"}
         return cls(**{**typed(identity, cls, "the settings that these effects were measured with"), **changes})

@@ -107,13 +107,13 @@ class RolloutMeter:
         self.read_again = lm.hook_point(hook) < lm.hook_point(self.read_at)
         self.steerer = Steerer(lm)
         self.most_rows = max(1, min(config.batch_rows, _CODES // sae.cfg.d_sae))
-        lengths = lm.encode(list(config.openings)).lengths.tolist()
+        lengths = lm.encode(config.apply(config.openings)).lengths.tolist()
         self.buffers = RowBuffers(max(lengths) + config.new_tokens)
         self.groups = [self._group(length, lengths) for length in sorted(set(lengths))]
 
     def _group(self, length: int, lengths: list[int]) -> "PromptGroup":
         members = [p for p, found in enumerate(lengths) if found == length]
-        prompts = self.lm.encode([self.config.openings[p] for p in members])
+        prompts = self.lm.encode(self.config.apply([self.config.openings[p] for p in members]))
         sampler = Sampler(self.lm, prompts, self.config.sampling, self.config.new_tokens, self.buffers)
         return PromptGroup(torch.tensor(members), prompts, sampler, *self._read_prompts(prompts))
 

@@ -47,7 +47,7 @@ class HeldOut:
             raise SteersmanError(
                 f"scale_rule {config.scale_rule!r} measures on held-out text: give texts, or use 'norm' or 'fixed'"
             )
-        batch = lm.encode(kept, max_length=config.heldout_tokens)
+        batch = lm.encode(config.apply(kept), max_length=config.heldout_tokens)
         real = batch.attention_mask.bool()
         chosen = real[:, 1:].clone()
         if not config.include_bos:

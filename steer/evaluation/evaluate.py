@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from steersman.config import merged
+from steersman.conversations import Document, is_blank, is_conversation, with_prefix
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.progress import progress
@@ -31,11 +32,11 @@ from steersman.steer.vectors.vector import SteeringVector
 def evaluate_steering(
     lm: LanguageModel,
     vector: Dosed,
-    prompts: Sequence[str],
+    prompts: Sequence[Document],
     config: EvaluationConfig | None = None,
     *,
     words: Sequence[str] = (),
-    texts: Sequence[str] = (),
+    texts: Sequence[Document] = (),
     continuations: Sequence[ContinuationLike] = (),
     positive: ExamplesLike = (),
     negative: ExamplesLike = (),
@@ -52,13 +53,14 @@ def evaluate_steering(
         lm: the model, unsteered.
         vector: a vector, {hook point: edit}, a recipe, or a function from a scale to a context manager; scales
             multiply it.
-        prompts: what is continued; at least two, better twenty.
+        prompts: what is continued, texts or conversations; at least two, better twenty.
         config: scales, sampling and the rest; `**settings` are fields of it, over those of `config`.
         words: words that should become more frequent.
         texts: held-out texts for the loss while steering.
         continuations: (prompt, positive, negative) for the log-likelihood of whole continuations.
         positive, negative: examples for the `diffmean` baseline.
-        prompt_prefix: what the prompting baseline puts before each prompt; by default the first positive example.
+        prompt_prefix: what the prompting baseline puts before each prompt (in a conversation as its system message);
+            by default the first positive example.
         sae, features: an SAE and the features that should rise, for target rise, side effects and specificity.
         judge, criterion: marks completions from 0 to 1.
 
@@ -88,7 +90,8 @@ def evaluate_steering(
     elif is_vector:
         missing["diffmean"] = "no positive and negative examples were given"
     if prompt_prefix is None and positive:
-        prompt_prefix = as_examples(positive, "positive")[0].text.strip() + " "
+        example = as_examples(positive, "positive")[0]
+        prompt_prefix = (example.text if isinstance(example.text, str) else example.answer).strip() + " "
     if not prompt_prefix:
         missing["prompt"] = "no prompt prefix and no positive examples were given"
 
@@ -124,7 +127,7 @@ def evaluate_steering(
     return SteeringEvaluation(
         model_name=lm.name,
         vector=_about(vector),
-        prompts=prompts,
+        prompts=[prompt if isinstance(prompt, str) else lm.written(prompt) for prompt in prompts],
         arms=reports,
         chosen=chosen,
         missing=missing,
@@ -135,8 +138,8 @@ def evaluate_steering(
 
 
 def check_request(
-    vector: Dosed, prompts: Sequence[str], texts: Sequence[str], *, has_sae: bool, features: Sequence[int]
-) -> tuple[list[str], list[str]]:
+    vector: Dosed, prompts: Sequence[Document], texts: Sequence[Document], *, has_sae: bool, features: Sequence[int]
+) -> tuple[list[Document], list[Document]]:
     """The prompts and texts as lists. Raises SteersmanError for what cannot be evaluated, as far as this can be known
     before a model is loaded."""
     found = _checked_texts(prompts, "prompt", least=2), _checked_texts(texts, "text") if texts else []
@@ -162,7 +165,7 @@ def _about(what: Dosed) -> dict[str, Any]:
 
 
 def _after(prefix: str, item: Any) -> Any:
-    return type(item)(prompt=prefix + item.prompt, positive=item.positive, negative=item.negative)
+    return type(item)(prompt=with_prefix(prefix, item.prompt), positive=item.positive, negative=item.negative)
 
 
 def _as_long_as(v: SteeringVector, model: SteeringVector) -> SteeringVector:
@@ -183,10 +186,10 @@ def _objective(targets: Targets, items: bool) -> str:
     return "target_rise" if targets.features else "scale"
 
 
-def _checked_texts(given: Sequence[str], what: str, least: int = 1) -> list[str]:
-    found = [given] if isinstance(given, str) else list(given)
+def _checked_texts(given: Sequence[Document] | str, what: str, least: int = 1) -> list[Document]:
+    found: list[Document] = [given] if isinstance(given, str) or is_conversation(given) else list(given)
     for i, text in enumerate(found):
-        if not isinstance(text, str) or not text.strip():
+        if not is_conversation(text) and (not isinstance(text, str) or is_blank(text)):
             raise SteersmanError(f"{what} {i} is empty")
     if len(found) < least:
         raise SteersmanError(f"at least {least} {what}s are needed, got {len(found)}: half of them choose the scale")

@@ -7,12 +7,14 @@ steerable the item is, and the fraction of items with a negative slope how many 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from steersman.conversations import Document, answered
 from steersman.errors import SteersmanError
-from steersman.lm import LanguageModel
+from steersman.lm import LanguageModel, TokenBatch
 from steersman.steer.evaluation.rollouts import Arm
 from steersman.steer.measures import common_prefix, token_nll
 
@@ -21,15 +23,15 @@ from steersman.steer.measures import common_prefix, token_nll
 class Continuations:
     """One prompt and two ways to continue."""
 
-    prompt: str
-    """What comes before."""
+    prompt: Document
+    """What comes before: a text, or a conversation that the assistant answers."""
     positive: str
     """The continuation that steering should make likelier."""
     negative: str
     """The one it should make less likely."""
 
 
-ContinuationLike = Continuations | Mapping[str, str] | Sequence[str]
+ContinuationLike = Continuations | Mapping[str, Any] | Sequence[Any]
 """`Continuations`, a mapping with its fields, or (prompt, positive, negative)."""
 
 
@@ -50,14 +52,14 @@ def as_continuations(given: Sequence[ContinuationLike]) -> list[Continuations]:
 
 
 @torch.no_grad()
-def heldout_loss(lm: LanguageModel, texts: Sequence[str], arm: Arm, batch_size: int) -> np.ndarray:
+def heldout_loss(lm: LanguageModel, texts: Sequence[Document], arm: Arm, batch_size: int) -> np.ndarray:
     """Mean negative log-likelihood per token of each text while steering, in nats; NaN for a text of one token."""
     losses = []
     length = lm.context_length
     for start in range(0, len(texts), batch_size):
         batch = lm.encode(texts[start : start + batch_size], max_length=length)
         with arm(len(batch.input_ids)):
-            logits = lm.logits(batch.input_ids, batch.attention_mask)
+            logits = lm.logits(batch)
         real = batch.attention_mask[:, 1:].bool()
         nll = token_nll(logits, batch.input_ids).masked_fill(~real, 0.0)
         n = real.sum(1)
@@ -75,20 +77,22 @@ def likelihoods(
     lm: LanguageModel, items: Sequence[Continuations], arm: Arm, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """log p(continuation | prompt) in nats while steering, and the number of its tokens: [items, 2] each, the positive
-    continuation first. A token that holds the end of the prompt counts as the continuation's."""
-    rows: list[tuple[str, list[int], int | None]] = []  # text, its prompt's tokens, another last token to look at
+    continuation first. A token that holds the end of the prompt counts as the continuation's. A reply in a conversation
+    is taken without what the template writes after it."""
+    rows: list[tuple[Document, list[int], int | None]] = []  # text, its prompt's tokens, another last token to look at
     for item in items:
         prompt = lm.token_ids(item.prompt, bos=True) if item.prompt else []
-        positive, negative = (lm.token_ids(item.prompt + side, bos=True) for side in (item.positive, item.negative))
+        sides = [answered(item.prompt, side) for side in (item.positive, item.negative)]
+        positive, negative = (_open(lm, [side]).input_ids[0].tolist() for side in sides)
         if positive[:-1] == negative[:-1] and len(positive) - 1 >= max(1, len(prompt)):
-            rows.append((item.prompt + item.positive, prompt, negative[-1]))  # one pass tells both last tokens
+            rows.append((sides[0], prompt, negative[-1]))  # one pass tells both last tokens
         else:
-            rows += [(item.prompt + item.positive, prompt, None), (item.prompt + item.negative, prompt, None)]
+            rows += [(side, prompt, None) for side in sides]
     logp: list[float] = []
     counts: list[int] = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        batch = lm.encode([text for text, _, _ in part])
+        batch = _open(lm, [text for text, _, _ in part])
         lengths = batch.lengths.tolist()
         starts = [
             max(1, min(common_prefix(batch.input_ids[row].tolist(), prompt), lengths[row] - 1))
@@ -96,7 +100,7 @@ def likelihoods(
         ]
         first = torch.tensor(starts, device=batch.input_ids.device)
         with arm(len(part)):
-            logits = lm.logits(batch.input_ids, batch.attention_mask, prompt_length=first)
+            logits = lm.logits(batch, prompt_length=first)
         each = -token_nll(logits, batch.input_ids)
         for row, (_, _, other) in enumerate(part):
             own = each[row, starts[row] - 1 : lengths[row] - 1]
@@ -118,3 +122,11 @@ def slopes(scales: Sequence[float], values: np.ndarray) -> np.ndarray:
     s = np.asarray(scales, dtype=np.float64)
     s = s - s.mean()
     return s @ (values - values.mean(0)) / (s @ s)
+
+
+def _open(lm: LanguageModel, texts: Sequence[Document]) -> TokenBatch:
+    """Texts, or conversations that end with the last letter of their last message."""
+    chats = [text for text in texts if not isinstance(text, str)]
+    if chats and len(chats) < len(texts):
+        raise SteersmanError("continuations are all of texts or all of conversations")
+    return lm.encode_chat(chats, continue_final_message=True) if chats else lm.encode(texts)

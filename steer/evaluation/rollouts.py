@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.conversations import Document, with_prefix
 from steersman.lm import Generation, LanguageModel
 from steersman.sae import SAE
 from steersman.steer.evaluation.config import EvaluationConfig
@@ -68,7 +69,7 @@ def unsteered(_rows: int) -> AbstractContextManager[Any]:
 @torch.no_grad()
 def roll_out(
     lm: LanguageModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Document],
     arm: Arm,
     targets: Targets,
     config: EvaluationConfig,
@@ -90,8 +91,8 @@ def roll_out(
         if config.temperature > 0:
             settings["seed"] = config.seed + start
         with arm(len(part)):
-            made = lm.generate([prefix + prompts[i] for i in part], **settings)
-            forced = lm.logits(made.tokens, made.attention_mask, prompt_length=made.prompt_length)
+            made = lm.generate([with_prefix(prefix, prompts[i]) if prefix else prompts[i] for i in part], **settings)
+            forced = lm.logits(made.batch, prompt_length=made.prompt_length)
         plain = _without_prefix(lm, made, [prompts[i] for i in part]) if prefix else made
         base = lm.logits(plain.tokens, plain.attention_mask)
         new = made.new_tokens.shape[1]
@@ -116,7 +117,7 @@ def roll_out(
             if targets.words:
                 measured |= {"word_rate": 100 * hits / max(1, len(words)), "has_word": float(hits > 0)}
             if targets.judge is not None:
-                measured["judge"] = float(targets.judge(prompts[part[row]] + text, targets.criterion))
+                measured["judge"] = float(targets.judge(plain.prompts[row] + text, targets.criterion))
             for name, value in measured.items():
                 found.setdefault(name, []).append(value)
         texts += made.completions
@@ -148,17 +149,19 @@ def _per_prompt(column: np.ndarray, n_prompts: int) -> np.ndarray:
     return column.reshape(n_prompts, -1).mean(1)
 
 
-def _without_prefix(lm: LanguageModel, made: Generation, prompts: Sequence[str]) -> Generation:
+def _without_prefix(lm: LanguageModel, made: Generation, prompts: Sequence[Document]) -> Generation:
     """What was generated, after the prompts alone."""
     batch = lm.encode(prompts, padding_side="left")
+    shown = [prompt if isinstance(prompt, str) else lm.written(prompt) for prompt in prompts]
     return Generation(
-        prompts=list(prompts),
+        prompts=shown,
         completions=made.completions,
-        texts=[p + c for p, c in zip(prompts, made.completions)],
+        texts=[p + c for p, c in zip(shown, made.completions)],
         tokens=torch.cat([batch.input_ids, made.new_tokens], 1),
         attention_mask=torch.cat([batch.attention_mask, made.new_mask], 1),
         prompt_length=batch.lengths,
         prompt_columns=batch.input_ids.shape[1],
+        spans=batch.spans,
     )
 
 

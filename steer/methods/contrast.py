@@ -33,7 +33,8 @@ def contrast(
 
     Args:
         lm: the model, unsteered.
-        positive: texts, (prompt, answer) pairs, or mappings with those (see `steersman.steer.methods.examples`).
+        positive: texts, conversations, (prompt, answer) pairs, or mappings with those (see
+            `steersman.steer.methods.examples`).
         negative: the same; {hook point: mean state [D]} for `mean_centred`; may be left out for `optimised`.
         hook: hook point, or several for one vector at all of them.
         config: the settings; `**settings` are fields of it, over those of `config`.
@@ -66,6 +67,8 @@ def contrast(
         },
         **made.notes,
     }
+    if any(not isinstance(example.text, str) for example in (*examples.positive, *examples.negative)):
+        metadata["chat_template"] = lm.template_digest
     if made.diagnostics:
         metadata["diagnostics"] = made.diagnostics
         for name, figures in made.diagnostics.items():
@@ -83,7 +86,7 @@ def check_contrast(examples: Examples, config: ContrastConfig, *, has_means: boo
 
 
 def _is_means(negative: object) -> TypeGuard[Mapping[str, Tensor]]:
-    return isinstance(negative, Mapping) and not {"text", "prompt"} & set(negative)
+    return isinstance(negative, Mapping) and not {"text", "prompt", "messages"} & set(negative)
 
 
 def _means(lm: LanguageModel, given: Mapping[str, Tensor], hooks: Sequence[str], method: Method) -> dict[str, Tensor]:

@@ -1,13 +1,16 @@
 """What a vector is made from: positive and negative examples, from lists or JSONL, paired or not.
 
-An example is a text, or a prompt and an answer. In a JSONL file each line is one of
+An example is a text, or a prompt and an answer, or a conversation whose last message, if it is the assistant's, is the
+answer. In a JSONL file each line is one of
 
     {"positive": "I love it", "negative": "I hate it"}                     a pair of texts
     {"prompt": "Is it good?", "positive": " Yes", "negative": " No"}       a pair of answers to one prompt
     {"text": "I love it", "label": "positive"}                             a text by itself (or true / false)
+    {"messages": [{"role": "user", ...}, ...], "label": "positive"}        a conversation by itself
 
-and may say `weight`, a number that its samples count with, and `group`, what it shares with other lines: the episode of
-an agent, the program or the paragraph that it was made from.
+a list of messages may stand in the place of each text and of each prompt. A line may say `weight`, a number that its
+samples count with, and `group`, what it shares with other lines: the episode of an agent, the program or the paragraph
+that it was made from.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from steersman.conversations import ChatOptions, Conversation, Document, answered, is_blank, is_conversation
 from steersman.doors import number as as_number
 from steersman.errors import SteersmanError
 from steersman.reading import parse_json, read_bytes, shown
@@ -26,19 +30,26 @@ _LARGEST_FILE = 1 << 28
 class Example:
     """One text to read the model on."""
 
-    text: str
-    """The whole text, the answer included."""
-    prompt: str = ""
-    """The beginning of the text before its answer; empty where the text has no answer."""
+    text: Document
+    """The whole text or conversation, the answer included."""
+    prompt: Document = ""
+    """What comes before the answer; empty where there is none."""
     weight: float = 1.0
     """What its samples count with, for the methods that weigh: a number of either sign."""
     group: str = ""
     """What it shares with other examples, such as an episode or a program; empty when nothing is known."""
 
+    @property
+    def answer(self) -> str:
+        """The answer; of a text without a prompt all of it."""
+        if isinstance(self.text, str):
+            return self.text[len(self.prompt) :]
+        return str(self.text[-1]["content"])
 
-ExampleLike = str | Example | Sequence[str] | Mapping[str, Any]
-"""A text, a (prompt, answer) pair, or a mapping with `text`, or with `prompt` and `answer`, and with `weight` and
-`group` where they matter."""
+
+ExampleLike = str | Example | Conversation | Sequence[Any] | Mapping[str, Any]
+"""A text, a conversation, a (prompt, answer) pair, or a mapping with `text` or `messages`, or with `prompt` and
+`answer`, and with `weight` and `group` where they matter."""
 ExamplesLike = ExampleLike | Iterable[ExampleLike]
 
 
@@ -84,7 +95,7 @@ def as_examples(given: ExamplesLike, side: str) -> list[Example]:
     >>> as_examples(["I love it", ("Is it good?", " Yes")], "positive")[1].text
     'Is it good? Yes'
     """
-    if isinstance(given, str | Example | Mapping):
+    if isinstance(given, str | Example | Mapping) or is_conversation(given):
         return [_example(given, f"{side} example 0")]
     if not isinstance(given, Iterable):
         raise SteersmanError(f"the {side} examples must be a list of texts, got {type(given).__name__}")
@@ -109,21 +120,52 @@ def _marks(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _example_text(entry: Any, where: str) -> Example:
-    if isinstance(entry, Mapping) and "text" in entry:
-        entry = entry["text"]
+    if isinstance(entry, Mapping) and {"text", "messages"} & set(entry):
+        entry = entry["text"] if "text" in entry else entry["messages"]
     elif isinstance(entry, Mapping) and {"prompt", "answer"} <= set(entry):
         entry = (entry["prompt"], entry["answer"])
     if isinstance(entry, str):
         entry = Example(text=entry)
-    elif isinstance(entry, Sequence) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
-        if not entry[1].strip():
+    elif is_conversation(entry):
+        entry = Example(text=entry, prompt=entry[:-1] if entry[-1]["role"] == "assistant" and len(entry) > 1 else "")
+    elif isinstance(entry, Sequence) and len(entry) == 2 and isinstance(entry[1], str) and _is_document(entry[0]):
+        prompt, answer = entry
+        if not answer.strip():
             raise SteersmanError(f"{where} has an empty answer")
-        entry = Example(text=entry[0] + entry[1], prompt=entry[0])
+        if is_conversation(prompt) and prompt[-1]["role"] == "assistant":
+            raise SteersmanError(f"{where}: its prompt ends with the assistant's message: nothing to answer")
+        entry = Example(text=answered(prompt, answer), prompt=prompt)
     if not isinstance(entry, Example):
-        raise SteersmanError(f"{where} is neither a text nor a (prompt, answer) pair: {shown(entry)}")
-    if not entry.text.strip():
+        raise SteersmanError(
+            f"{where} is neither a text nor a conversation nor a (prompt, answer) pair: {shown(entry)}"
+        )
+    if is_blank(entry.text):
         raise SteersmanError(f"{where} is empty")
     return entry
+
+
+def _is_document(value: Any) -> bool:
+    return isinstance(value, str) or is_conversation(value)
+
+
+def as_chats(examples: Examples, chat: ChatOptions) -> Examples:
+    """The examples with texts as user's messages and answers as the assistant's, as `chat` asks.
+
+    >>> given = Examples(positive=as_examples([("Is it good?", "Yes")], "positive"), negative=[])
+    >>> [message["role"] for message in as_chats(given, ChatOptions(chat=True)).positive[0].text]
+    ['user', 'assistant']
+    """
+
+    def one(example: Example) -> Example:
+        if not example.prompt:
+            return replace(example, text=chat.apply_to(example.text))
+        prompt = chat.apply_to(example.prompt)
+        answer = example.answer if isinstance(prompt, str) else example.answer.strip()
+        return replace(example, text=answered(prompt, answer), prompt=prompt)
+
+    if not (chat.chat or chat.system is not None):
+        return examples
+    return Examples(positive=list(map(one, examples.positive)), negative=list(map(one, examples.negative)))
 
 
 def read_examples(path: str | Path) -> Examples:
@@ -136,16 +178,16 @@ def read_examples(path: str | Path) -> Examples:
             for side, found in sides.items():
                 value = record[side] if prompt is None else (prompt, record[side])
                 found.append(replace(_example(value, f"{where}, {side}:"), **_marks(record, where)))
-        elif {"text", "label"} <= set(record) or {"text", "weight"} <= set(record):
+        elif {"text", "messages"} & set(record) and {"label", "weight"} & set(record):
             label = record.get("label", "positive")  # weights say it by their sign and size
             side = ("positive" if label else "negative") if isinstance(label, bool) else label
             if not isinstance(side, str) or side not in sides:
                 raise SteersmanError(f"{where}: the label must be positive or negative, got {shown(label)}")
-            sides[side].append(replace(_example(record["text"], f"{where}:"), **_marks(record, where)))
+            sides[side].append(replace(_example(record, f"{where}:"), **_marks(record, where)))
         else:
             raise SteersmanError(
                 f"{where} has {shown(sorted(record))}; it needs positive and negative (with or without prompt), or "
-                "text and label (or weight)"
+                "text (or messages) and label (or weight)"
             )
     return Examples(positive=sides["positive"], negative=sides["negative"])
 

@@ -10,6 +10,9 @@
 
 For a table per generated step (`steps=T`) every text gives one sample a step: step 0 is the last token of its prompt,
 whose output chooses the first token of the answer, step i the i-th token of the answer.
+In a conversation the chat template's tokens count in `all` and `mean`. Its answer is the text of the assistant's last
+message, thinking left out; `last` is the answer's last token, or, where the assistant is yet to answer, the last token
+of its header, from which the answer follows.
 
 Shape letters: N samples, B texts of a batch, S tokens, D width.
 """
@@ -25,7 +28,8 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.lm import LanguageModel
+from steersman.lm import LanguageModel, TokenBatch
+from steersman.lm.chat_spans import ChatRow
 from steersman.steer.measures import common_prefix
 from steersman.steer.methods.examples import Example, Examples
 
@@ -157,8 +161,8 @@ class Reader:
                 f"{items[longest].where} has {int(batch.lengths[longest])} tokens and the context of {lm.name} is "
                 f"{lm.context_length}: shorten it or set max_length"
             )
-        weights, sample, counts = self._weights(items, batch.lengths.tolist(), batch.input_ids.shape[1])
-        states = lm.capture(batch.input_ids, batch.attention_mask, hooks=self.hooks)
+        weights, sample, counts = self._weights(items, batch)
+        states = lm.capture(batch, hooks=self.hooks)
         found = {}
         for hook, h in states.items():
             flat = h.flatten(0, 1)[sample.to(h.device)].float()  # [chosen tokens, D]
@@ -185,23 +189,27 @@ class Reader:
             step = torch.cat([torch.arange(n) for n in counts.tolist()])
         return Samples(states=found, marks={**marks, "step": step})
 
-    def _weights(self, items: Sequence[_Item], lengths: list[int], width: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _weights(self, items: Sequence[_Item], batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens to read: weight in their text's sample [n], place in the flattened batch [n], how many per text
         [B]."""
         places, weights, counts = [], [], []
-        for row, (item, length) in enumerate(zip(items, lengths)):
-            first, last = self._span(item, length)
+        width = batch.input_ids.shape[1]
+        chats = [None] * len(items) if batch.spans is None else batch.spans.rows
+        for row, (item, length, chat) in enumerate(zip(items, batch.lengths.tolist(), chats)):
+            first, last = self._span(item, length, chat)
             places += [row * width + p for p in range(first, last)]
             weights += [1.0 / (last - first)] * (last - first)
             counts.append(last - first)
         return torch.tensor(weights), torch.tensor(places), torch.tensor(counts)
 
-    def _span(self, item: _Item, length: int) -> tuple[int, int]:
-        """Half-open range of the absolute positions that count in a text of `length` tokens."""
-        bos = 0 if self.lm.bos_token_id is None else 1
+    def _span(self, item: _Item, length: int, chat: ChatRow | None) -> tuple[int, int]:
+        """Half-open range of the absolute positions that count in a text of `length` tokens, or a conversation."""
+        begins = self.lm.bos_token_id is not None and (chat is None or chat.ids[:1] == [self.lm.bos_token_id])
+        bos = int(begins)
         if self.steps is not None:
-            first = min(prompt_tokens(self.lm, item.example, item.where), length) - 1
-            return max(first, 0), min(max(first, 0) + self.steps, length)
+            first, last = _answer(chat, item.where) if chat is not None and item.example.prompt else (None, length)
+            first = min(prompt_tokens(self.lm, item.example, item.where) if first is None else first, length) - 1
+            return max(first, 0), min(max(first, 0) + self.steps, last)
         if self.index is not None:
             at = self.index if self.index >= 0 else length + self.index
             if not 0 <= at < length:
@@ -209,6 +217,11 @@ class Reader:
             return at, at + 1
         if length <= bos:
             raise SteersmanError(f"{item.where} has no token besides the BOS")
+        if chat is not None and item.example.prompt and self.positions in ("last", "answer"):
+            first, last = _answer(chat, item.where)
+            if last > length:
+                raise SteersmanError(f"{item.where}: its answer goes on beyond max_length, {length} tokens")
+            return (last - 1, last) if self.positions == "last" else (first, last)
         if self.positions == "last":
             return length - 1, length
         if self.positions == "answer":
@@ -225,4 +238,13 @@ def prompt_tokens(lm: LanguageModel, example: Example, where: str) -> int:
         raise SteersmanError(
             f"{where} has no answer to read: give (prompt, answer) examples, or choose positions='last' or 'mean'"
         )
+    if not isinstance(example.text, str) and (spans := lm.encode([example.text]).spans) is not None:
+        return _answer(spans.conversations[0], where)[0]
     return common_prefix(lm.token_ids(example.text, bos=True), lm.token_ids(example.prompt, bos=True))
+
+
+def _answer(chat: ChatRow, where: str) -> tuple[int, int]:
+    try:
+        return chat.answer()
+    except SteersmanError as error:
+        raise SteersmanError(f"{where}: {error}") from error

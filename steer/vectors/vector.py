@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from steersman.conversations import Document
 from steersman.errors import SteersmanError, near_names
 from steersman.files import make_folder
 from steersman.lm import LanguageModel
@@ -337,7 +338,7 @@ class SteeringVector:
             ...
 
         def calibrate(
-            self, st: Steers | LanguageModel, *, texts: Sequence[str] | None = None, **settings: Any
+            self, st: Steers | LanguageModel, *, texts: Sequence[Document] | None = None, **settings: Any
         ) -> "SteeringVector":
             """See `steersman.steer.calibrate.calibrated`."""
             ...

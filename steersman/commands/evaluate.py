@@ -4,15 +4,16 @@ from dataclasses import dataclass
 
 from steersman.commands.options import ComputeOptions, PrintOptions, examples_of, on_kernels
 from steersman.config import part_of
+from steersman.conversations import ChatOptions
 from steersman.steer import EvaluationConfig, evaluate_steering, load_steering
 from steersman.steer.evaluation.evaluate import check_request
 from steersman.steer.feature_values import feature_ids
 from steersman.steer.methods import Examples
-from steersman.text import read_texts
+from steersman.text import read_documents
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand(EvaluationConfig, ComputeOptions, PrintOptions):
+class EvaluateCommand(EvaluationConfig, ChatOptions, ComputeOptions, PrintOptions):
     """Measure what a vector does to text, over scales, against a random direction, diffmean, prompting and nothing."""
 
     model: str
@@ -20,7 +21,7 @@ class EvaluateCommand(EvaluationConfig, ComputeOptions, PrintOptions):
     vector: str
     """File of a vector, or of edits."""
     prompts: str
-    """File of prompts, one per line (or .jsonl with text)."""
+    """File of prompts, one per line (or .jsonl with text or messages)."""
     out: str
     """Folder for evaluation.json, evaluation.txt and curves.png."""
     word: tuple[str, ...] = ()
@@ -46,9 +47,9 @@ def run(config: EvaluateCommand) -> None:
     """`steersman evaluate`."""
     features = feature_ids(config.feature)
     v = load_steering(config.vector)
-    prompts = read_texts(config.prompts)
-    texts = [] if config.text is None else read_texts(config.text)
-    examples = examples_of(config.data, config.positive, config.negative) or Examples(positive=[], negative=[])
+    prompts = read_documents(config.prompts, chat=config)
+    texts = [] if config.text is None else read_documents(config.text, chat=config)
+    examples = examples_of(config.data, config.positive, config.negative, config) or Examples(positive=[], negative=[])
     check_request(v, prompts, texts, has_sae=config.sae is not None, features=features)
     sae = None if config.sae is None else config.load_sae(config.sae)
     pairs = zip(examples.positive, examples.negative)
@@ -58,9 +59,7 @@ def run(config: EvaluateCommand) -> None:
         prompts,
         words=config.word,
         texts=texts,
-        continuations=[
-            (p.prompt, p.text[len(p.prompt) :], n.text[len(n.prompt) :]) for p, n in pairs if p.prompt == n.prompt != ""
-        ],
+        continuations=[(p.prompt, p.answer, n.answer) for p, n in pairs if p.prompt == n.prompt != ""],
         positive=examples.positive,
         negative=examples.negative,
         prompt_prefix=config.prompt_prefix,

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from steersman.config import setting
+from steersman.conversations import ChatOptions
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.kernels import Implementation, using
@@ -17,7 +18,8 @@ from steersman.lm import LanguageModel
 from steersman.lm.load import local_folder
 from steersman.sae import SAE
 from steersman.steer.methods import Examples, as_examples, read_examples
-from steersman.text import read_texts
+from steersman.steer.methods.examples import as_chats
+from steersman.text import read_documents
 from steersman.visible import visible
 
 
@@ -134,7 +136,15 @@ def on_kernels(run: Callable[[Any], None]) -> Callable[[Any], None]:
     return run_with
 
 
-def examples_of(data: str | None, positive: str | None, negative: str | None) -> Examples | None:
+def examples_of(
+    data: str | None, positive: str | None, negative: str | None, chat: ChatOptions | None = None
+) -> Examples | None:
+    """The examples that these flags name, as `chat` makes them; None where none is named."""
+    examples = _examples(data, positive, negative)
+    return examples if examples is None or chat is None else as_chats(examples, chat)
+
+
+def _examples(data: str | None, positive: str | None, negative: str | None) -> Examples | None:
     if data is not None:
         if positive or negative:
             raise SteersmanError("give either --data, or --positive and --negative, not both")
@@ -143,7 +153,7 @@ def examples_of(data: str | None, positive: str | None, negative: str | None) ->
         return None
     if positive is None:
         raise SteersmanError("--negative needs --positive")
-    sides = [as_examples(read_texts(path), side) if path else [] for path, side in
+    sides = [as_examples(read_documents(path), side) if path else [] for path, side in
              ((positive, "positive"), (negative, "negative"))]  # fmt: skip
     return Examples(positive=sides[0], negative=sides[1])
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from steersman.commands.options import ComputeOptions, PrintOptions, examples_of, hook_points, on_kernels
 from steersman.commands.vector_show import describe, edits_record, record
 from steersman.config import part_of
+from steersman.conversations import ChatOptions
 from steersman.errors import SteersmanError
 from steersman.steer import (
     AFFINE_METHODS,
@@ -24,7 +25,7 @@ from steersman.steer.training.settings import loop_settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorMakeCommand(ContrastConfig, ComputeOptions, PrintOptions):
+class VectorMakeCommand(ContrastConfig, ChatOptions, ComputeOptions, PrintOptions):
     """Make a steering vector: from examples (--data, or --positive and --negative), or a feature's direction (--sae,
     --feature). The methods loreft and psr make an edit in its place, and sae_ssv needs --sae beside the examples; mean,
     mimic, leace and leace_shift make the affine map from the negative to the positive examples."""
@@ -38,7 +39,7 @@ class VectorMakeCommand(ContrastConfig, ComputeOptions, PrintOptions):
     layer: tuple[int, ...] = ()
     """Layer in place of a hook point: the state after it, counted from 0; -1 is the last."""
     data: str | None = None
-    """JSONL file of examples: positive and negative (with or without prompt), or text and label."""
+    """JSONL file of examples: positive and negative (with or without prompt), or text (or messages) and label."""
     positive: str | None = None
     """File of positive texts, one per line (or .jsonl with text)."""
     negative: str | None = None
@@ -55,7 +56,7 @@ class VectorMakeCommand(ContrastConfig, ComputeOptions, PrintOptions):
 @on_kernels
 def run(config: VectorMakeCommand) -> None:
     """`steersman vector make`."""
-    examples = examples_of(config.data, config.positive, config.negative)
+    examples = examples_of(config.data, config.positive, config.negative, config)
     if config.method == "sae_ssv" or config.method in EDIT_METHODS:
         _trained(config, examples)
         return

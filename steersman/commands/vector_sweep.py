@@ -4,14 +4,16 @@ from dataclasses import asdict, dataclass
 
 from steersman.commands.options import ComputeOptions, PrintOptions, examples_of, hook_points, on_kernels
 from steersman.config import part_of
+from steersman.conversations import ChatOptions
 from steersman.errors import SteersmanError
 from steersman.steer import SweepConfig, sweep_layers
 from steersman.steer.methods import read_examples
-from steersman.text import read_texts
+from steersman.steer.methods.examples import as_chats
+from steersman.text import read_documents
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorSweepCommand(SweepConfig, ComputeOptions, PrintOptions):
+class VectorSweepCommand(SweepConfig, ChatOptions, ComputeOptions, PrintOptions):
     """Find the layer at which a vector method steers best: every layer at equal KL, on held-out items, beside random
     vectors and permuted labels. One half of the items chooses, the other reports."""
 
@@ -43,16 +45,15 @@ class VectorSweepCommand(SweepConfig, ComputeOptions, PrintOptions):
 @on_kernels
 def run(config: VectorSweepCommand) -> None:
     """`steersman vector sweep`."""
-    examples = examples_of(config.data, config.positive, config.negative)
+    examples = examples_of(config.data, config.positive, config.negative, config)
     if examples is None:
         raise SteersmanError("a sweep needs examples: give --data, or --positive and --negative")
     items = []
     if config.items is not None:
-        pairs = read_examples(config.items)
+        pairs = as_chats(read_examples(config.items), config)
         pairs.check_pairs("--items")
-        items = [(p.prompt, p.text[len(p.prompt) :], n.text[len(n.prompt) :]) for p, n in
-                 zip(pairs.positive, pairs.negative)]  # fmt: skip
-    texts = None if config.text is None else read_texts(config.text, config.documents)
+        items = [(p.prompt, p.answer, n.answer) for p, n in zip(pairs.positive, pairs.negative)]
+    texts = None if config.text is None else read_documents(config.text, config.documents, config)
     hooks = hook_points(config.hook, config.layer, config.model, config.revision)
     found = sweep_layers(
         config.load_model(config.model), examples.positive, examples.negative, items=items, hooks=hooks or None,

@@ -80,6 +80,23 @@ class ChatRow:
         """Messages, and one more where the text ends with the header of a turn to come."""
         return len(self.messages) + self.writing.add_generation_prompt
 
+    def answer(self) -> tuple[int, int]:
+        """From which to which token (half-open) the text of the assistant's last message goes, thinking left out.
+
+        Raises SteersmanError where the last message is another's, and where it has no token of its own.
+        """
+        if self.messages[-1]["role"] != "assistant":
+            raise SteersmanError(f"the last message is not the assistant's but the {self.messages[-1]['role']}'s")
+        _, turns, content = self.tokens
+        mine = turns == len(self.messages) - 1
+        if self.template.thinks:
+            start = torch.full((1, len(self.ids)), int(mine.argmax()))
+            mine &= ~opened(torch.tensor([self.ids]), start, self.template.think_markers)[0].numpy()
+        at = np.flatnonzero(mine & content)
+        if not len(at):
+            raise SteersmanError("the assistant's last message has no token of its own")
+        return int(at[0]), int(at[-1]) + 1
+
     def with_reply(self, text: str) -> list[dict[str, Any]]:
         """The messages and a reply that was generated, which goes on with the last where it was to be continued."""
         if not self.writing.continue_final_message:

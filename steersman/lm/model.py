@@ -31,7 +31,7 @@ from steersman.lm.probe import module_device
 from steersman.lm.source import check_reads_text, name_in_cache
 from steersman.lm.streaming import Stream, streamed
 from steersman.lm.template import ChatTemplate
-from steersman.lm.tokens import ChatBatch, Prompt, Prompts, TextEncoder, TokenBatch, as_prompts
+from steersman.lm.tokens import ChatBatch, Prompt, Prompts, TextEncoder, TokenBatch, as_prompts, writing_of
 from steersman.lm.unwinding import Unwinding
 from steersman.lm.wrappers import eager, innermost, is_compiled
 
@@ -313,6 +313,11 @@ class LanguageModel:
     def template_digest(self) -> str | None:
         """Sixteen hexadecimal digits of the chat template, which whatever is made from chats records; None without."""
         return None if self._text is None or not self._text.has_template else self.chat_template.digest
+
+    def written(self, messages: Conversation) -> str:
+        """A conversation as the text that the chat template makes of it, with the header of the reply unless its last
+        message is the assistant's."""
+        return writing_of(messages).render(self.chat_template, messages)
 
     def encode_chat(
         self,

@@ -105,6 +105,14 @@ class ChatTemplate:
             raise SteersmanError(f"the chat template of {self.name} has no role {role!r}: no token belongs to it")
 
     @cached_property
+    def thinks(self) -> bool:
+        """Whether it has markers of thinking that can be followed."""
+        try:
+            return bool(self.think_markers)
+        except SteersmanError:
+            return False
+
+    @cached_property
     def think_markers(self) -> tuple[list[int], list[int]]:
         """Token ids of the markers that open and close thinking.
 
