@@ -55,6 +55,7 @@ def open_text(
     txt_documents: TxtDocuments = "line",
     on_bad_text: OnBadText = "error",
     write: Write | None = None,
+    label_column: str | None = None,
 ) -> TextSource:
     """Text from any of these, as a `TextSource`:
 
@@ -69,6 +70,9 @@ def open_text(
     - a `TextSource`, returned as it is.
 
     A conversation is what `write` makes of it, which is given all documents; without it one is no document.
+
+    With a `label_column`, documents are `LabelledText`s where their record has that column: lines of .jsonl, rows of
+    .parquet and of datasets, and in a list mappings with the text and the label.
 
     A document that is none (a line that is not JSON or not UTF-8, a number in place of text, half of a surrogate pair)
     is an error that names its place, or with `on_bad_text` "skip" an empty document.
@@ -85,7 +89,7 @@ def open_text(
         raise SteersmanError(f"on_bad_text {on_bad_text!r} is none of {', '.join(get_args(OnBadText))}")
     if isinstance(source, TextSource):
         return source
-    how = How(on_bad_text, write or only_text)
+    how = How(on_bad_text, write or only_text, text_column, label_column)
     if isinstance(source, str | os.PathLike):
         return _open_named(str(source), text_column, streaming, txt_documents, how)
     if callable(source):
@@ -162,6 +166,10 @@ def _open_named(source: str, text_column: str, streaming: bool, txt_documents: T
             raise SteersmanError(f"{path}: text is read from {', '.join(SUFFIXES)} files, not {path.suffix or 'this'}")
         if not sum(map(check_regular, files)):
             raise SteersmanError(f"{path}: empty; give a file with text in it")
+        if how.label_column is not None and (plain := [file for file in files if file.suffix == ".txt"]):
+            raise SteersmanError(
+                f"{plain[0]}: a .txt file has no labels; give .jsonl or .parquet with {how.label_column!r}"
+            )
         return FileText(path, tuple(files), text_column, txt_documents, how)
     if path.suffix in SUFFIXES or source.startswith(("/", "./", "../", "~")):
         near = near_names(path.name, [p.name for p in path.parent.glob("*")][:1000], 3) if path.parent.is_dir() else ""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from steersman.conversations import Conversation, Document, is_conversation
 from steersman.errors import SteersmanError
+from steersman.labels import Label, LabelledText, parse_label
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +36,27 @@ def only_text(document: Document, where: str) -> str:
 
 
 class How(NamedTuple):
-    """What becomes of documents that are none, and of all others."""
+    """What becomes of documents that are none, and of all others, and where their labels are."""
 
     on_bad_text: OnBadText
     write: Write
+    text_column: str = "text"
+    """Of records in memory."""
+    label_column: str | None = None
 
 
-def _checked(text: Any, where: str) -> tuple[Document, str]:
-    """`text` and where it is, if it is a conversation or text that can be encoded; SteersmanError otherwise."""
+class _Found(NamedTuple):
+    """A document, where it is, and its label where it has one."""
+
+    document: Document
+    where: str
+    label: Label | None = None
+
+
+def _checked(text: Any, where: str) -> _Found:
+    """`text`, if it is a conversation or text that can be encoded; SteersmanError saying `where` it is otherwise."""
     if is_conversation(text):
-        return _without_blanks(text), where
+        return _Found(_without_blanks(text), where)
     if not isinstance(text, str):
         raise SteersmanError(f"{where} is {type(text).__name__}, not text")
     if not text.isascii():
@@ -59,7 +71,7 @@ def _checked(text: Any, where: str) -> tuple[Document, str]:
             raise SteersmanError(
                 f"{where} holds half of a surrogate pair (\\u{code:04x}, character {error.start}), which is no text"
             ) from None
-    return text, where
+    return _Found(text, where)
 
 
 def _without_blanks(messages: Conversation) -> Conversation:
@@ -85,11 +97,12 @@ class _Guard:
         self._name, self._skip, self._n = name, how.on_bad_text == "skip", 0
         self._write = how.write
 
-    def __call__(self, make: Callable[..., tuple[Document, str]], *args: Any) -> str:
-        """The document and its place of `make(*args)` as text, or nothing where that is an error and such documents
-        are passed over."""
+    def __call__(self, make: Callable[..., _Found], *args: Any) -> str:
+        """What `make(*args)` found as text, or nothing where that is an error and such documents are passed over."""
         try:
-            return self._write(*make(*args))
+            found = make(*args)
+            text = self._write(found.document, found.where)
+            return text if found.label is None else LabelledText(text, found.label)
         except SteersmanError as error:
             if not self._skip:
                 raise SteersmanError(f"{error} (on_bad_text='skip' passes such documents over)") from error
@@ -103,7 +116,7 @@ class _Guard:
 
 @dataclass(frozen=True)
 class ListedText:
-    """Strings in memory, or any sequence of them."""
+    """Strings in memory, or any sequence of them; with labels, mappings of text and label may be among them."""
 
     texts: Sequence[Any]
     how: How
@@ -122,10 +135,17 @@ class ListedText:
     def documents(self, start: int = 0) -> Iterator[str]:
         guard = _Guard(self.name, self.how)
         for number in range(start, len(self.texts)):
-            yield guard(_checked, self.texts[number], f"{self.name}: document {number}")
+            yield guard(self._document, self.texts[number], f"{self.name}: document {number}")
+
+    def _document(self, given: Any, where: str) -> _Found:
+        if self.how.label_column is None or not isinstance(given, Mapping):
+            return _checked(given, where)
+        return _column_text(given, self.how.text_column, where, self.how.label_column)
 
     def n_characters(self) -> int | None:
-        return sum(map(_length, self.texts))
+        return sum(
+            _length(text.get(self.how.text_column) if isinstance(text, Mapping) else text) for text in self.texts
+        )
 
 
 @dataclass(frozen=True)
@@ -172,7 +192,8 @@ class FileText:
         digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
         how = {self.txt_documents for file in self.files if file.suffix == ".txt"}
         how |= {self.text_column for file in self.files if file.suffix != ".txt"}
-        return f"{self.path.name}, names and sizes sha256 {digest}, by {' and '.join(sorted(how))}"
+        labels = "" if self.how.label_column is None else f", labels {self.how.label_column}"
+        return f"{self.path.name}, names and sizes sha256 {digest}, by {' and '.join(sorted(how))}{labels}"
 
     def documents(self, start: int = 0) -> Iterator[str]:
         units = chain.from_iterable(map(self._units, self.files))
@@ -180,17 +201,18 @@ class FileText:
         for file, number, raw in islice(units, start, None):
             yield guard(self._document, file, number, raw)
 
-    def _document(self, file: Path, number: int, raw: Any) -> tuple[Document, str]:
+    def _document(self, file: Path, number: int, raw: Any) -> _Found:
         if file.suffix == ".parquet":
-            return _column_text({self.text_column: raw}, self.text_column, f"{file}: row {number}")
+            return _column_text(raw, self.text_column, f"{file}: row {number}", self.how.label_column)
         if file.suffix == ".jsonl":
-            return _json_text(file, number, raw, self.text_column)
+            return _json_text(file, number, raw, self.text_column, self.how.label_column)
         return _checked(raw, str(file) if self.txt_documents == "file" else f"{file}: {self.txt_documents} {number}")
 
     def _units(self, file: Path) -> Iterator[tuple[Path, int, Any]]:
         """(file, number of the line or row from 1, raw content): JSON is parsed only for documents that are read."""
+        values: Iterator[Any]
         if file.suffix == ".parquet":
-            values = _parquet_texts(file, self.text_column)
+            values = _parquet_records(file, self.text_column, self.how.label_column)
         elif file.suffix == ".txt" and self.txt_documents == "file":
             values = iter([_decoded(file.read_bytes())])
         elif file.suffix == ".txt" and self.txt_documents == "paragraph":
@@ -231,7 +253,7 @@ def _paragraphs(file: Path) -> Iterator[str]:
     yield "\n".join(lines)
 
 
-def _json_text(file: Path, number: int, line: str, column: str) -> tuple[Document, str]:
+def _json_text(file: Path, number: int, line: str, column: str, label_column: str | None) -> _Found:
     where = f"{file}: line {number}"
     try:
         record = json.loads(line)
@@ -239,23 +261,24 @@ def _json_text(file: Path, number: int, line: str, column: str) -> tuple[Documen
         raise SteersmanError(f"{where} is nested too deeply") from None
     except ValueError as error:
         raise SteersmanError(f"{where} is not JSON ({error})") from error
-    return _column_text(record, column, where)
+    return _column_text(record, column, where, label_column)
 
 
-def _column_text(record: Any, column: str, where: str) -> tuple[Document, str]:
-    column = _column_of(record, column) if isinstance(record, dict) else column
-    if not isinstance(record, dict) or column not in record:
-        known = sorted(record) if isinstance(record, dict) else type(record).__name__
+def _column_text(record: Any, column: str, where: str, label_column: str | None) -> _Found:
+    column = _column_of(record, column) if isinstance(record, Mapping) else column
+    if not isinstance(record, Mapping) or column not in record:
+        known = sorted(record) if isinstance(record, Mapping) else type(record).__name__
         raise SteersmanError(f"{where} has no {column!r}; it has {known}: choose one with text_column")
     text = record[column]
     if text is None:
-        return "", where
+        return _Found("", where)
     if not isinstance(text, str) and not is_conversation(text):
         raise SteersmanError(f"{where}: {column!r} is {type(text).__name__}, not text; choose another text_column")
-    return _checked(text, f"{where}: {column!r}")
+    label = parse_label(record[label_column], where) if label_column in record and label_column is not None else None
+    return _checked(text, f"{where}: {column!r}")._replace(label=label)
 
 
-def _parquet_texts(file: Path, column: str) -> Iterator[Any]:
+def _parquet_records(file: Path, column: str, label_column: str | None) -> Iterator[dict[str, Any]]:
     from pyarrow import ArrowException, parquet
 
     try:
@@ -265,8 +288,9 @@ def _parquet_texts(file: Path, column: str) -> Iterator[Any]:
             raise SteersmanError(
                 f"{file}: has no column {column!r}; it has {table.schema_arrow.names}: choose one with text_column"
             )
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            yield from batch.column(0).to_pylist()
+        columns = [name for name in (column, label_column) if name in table.schema_arrow.names]
+        for batch in table.iter_batches(batch_size=1024, columns=columns):
+            yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
         raise SteersmanError(f"{file}: not a readable parquet file ({error})") from error
 
@@ -287,7 +311,8 @@ class HubText:
         return f"dataset {self.source}"
 
     def identity(self) -> str:
-        return f"dataset {self.source}, by {self.text_column}"
+        labels = "" if self.how.label_column is None else f", labels {self.how.label_column}"
+        return f"dataset {self.source}, by {self.text_column}{labels}"
 
     def documents(self, start: int = 0) -> Iterator[str]:
         import datasets
@@ -308,8 +333,9 @@ class HubText:
                 if (
                     isinstance(record, dict) and _column_of(record, self.text_column) not in record
                 ):  # of no use in any row
-                    _column_text(record, self.text_column, f"{self.name}: row {number}")
-                yield guard(_column_text, record, self.text_column, f"{self.name}: row {number}")
+                    _column_text(record, self.text_column, f"{self.name}: row {number}", None)
+                place = f"{self.name}: row {number}"
+                yield guard(_column_text, record, self.text_column, place, self.how.label_column)
 
     def n_characters(self) -> int | None:
         return None

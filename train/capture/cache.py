@@ -26,7 +26,7 @@ from steersman.train.capture.parallel_cache import cache_on_ranks
 from steersman.train.capture.shared_store import SharedStore, has_parts
 from steersman.train.store.folder import CheckText
 from steersman.train.store.growth import reopen
-from steersman.train.store.manifest import MANIFEST, Manifest
+from steersman.train.store.manifest import LABELS, MANIFEST, Manifest
 from steersman.train.store.shards import DTYPES
 from steersman.train.store.statistics import SKIP_NEEDS_ONE_PROCESS
 from steersman.train.store.store import ActivationStore
@@ -44,6 +44,9 @@ class CacheConfig(CaptureConfig):
     """Folder for the store. An unfinished store is resumed, a finished one returned; the configuration must match."""
     tokens: int | None = 1_000_000
     """Rows to cache, counted after tokens are left out; None for the whole text."""
+    label_column: str | None = None
+    """Field of .jsonl, .parquet and dataset records that holds a label: 1, 0, or -1 where it is not known, of the text
+    or (a list) of each of its tokens. It is stored beside every row, for a supervised latent."""
     shard_rows: int = 131_072
     """Rows of a shard. An interruption loses the unfinished shard."""
     extend: bool = False
@@ -89,7 +92,9 @@ def cache_activations(
         rank, n_ranks = rank_and_world_size()
         if n_ranks > 1:
             use_local_accelerator()
-        capture = Capture.open(lm, texts, config, tensor_parallel=config.tensor_parallel)
+        capture = Capture.open(
+            lm, texts, config, tensor_parallel=config.tensor_parallel, label_column=config.label_column
+        )
         out, manifest = Path(config.out), _manifest(capture, config)
         shared = n_ranks > 1 or has_parts(out)
         if shared and config.on_nonfinite == "skip":
@@ -139,6 +144,8 @@ def _manifest(capture: Capture, config: CacheConfig) -> Manifest:
         "bos_token": settings.bos_id,
         "shard_rows": config.shard_rows,
     }
+    if config.label_column is not None:
+        content[LABELS] = config.label_column
     if lm.quantization is not None:
         content["quantization"] = lm.quantization
     content |= capture.chat

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -15,6 +16,7 @@ from steersman.config import check_types
 from steersman.conversations import ChatOptions, Document, is_blank
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
+from steersman.labels import LabelledText
 from steersman.lm import LanguageModel
 from steersman.lm.load import Quantization, parse_dtype
 from steersman.lm.tokens import bos_tokens, writing_of
@@ -24,6 +26,9 @@ from steersman.threads import usable_cores
 from steersman.train.capture.contexts import ContextBatch, context_batches
 from steersman.train.capture.text_digest import DigestedText
 from steersman.train.store.shards import DTYPES, check_choices
+
+_LABELS_LOOKED_FOR = 100
+"""Documents of which one must have a label, where labels are asked for."""
 
 DEFAULT_CONTEXT = 256
 """Tokens of a context unless asked otherwise, or the model's limit if that is smaller."""
@@ -109,6 +114,8 @@ class CapturedRows:
     """Where in the text the batch starts."""
     marks: Mapping[int, str]
     """The text's digest after each document of the batch, where it is known."""
+    labels: np.ndarray | None = None
+    """[n] int8, where labels are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +136,11 @@ class CaptureSettings:
     """What every document and context begins with."""
     left_out_first: int | None = None
     """That of `excluded` whose rows are left out only where it begins a context or a document: the BOS."""
+    labelled: bool = False
+    """Whether the text has labels."""
 
 
-def capture_settings(lm: LanguageModel, config: CaptureConfig) -> CaptureSettings:
+def capture_settings(lm: LanguageModel, config: CaptureConfig, *, labelled: bool = False) -> CaptureSettings:
     """Check what a user asked for against the model. Raises `SteersmanError` naming the value and its limit."""
     if lm.tokenizer is None:
         raise SteersmanError(f"{lm.name} was wrapped without a tokenizer, so it cannot read text; give it one")
@@ -158,6 +167,7 @@ def capture_settings(lm: LanguageModel, config: CaptureConfig) -> CaptureSetting
         excluded=excluded,
         bos_id=bos_id,
         left_out_first=first,
+        labelled=labelled,
     )
 
 
@@ -174,9 +184,16 @@ class Capture:
 
     @classmethod
     def open(
-        cls, lm: LanguageModel | None, texts: Any, config: CaptureConfig, *, tensor_parallel: bool = False
+        cls,
+        lm: LanguageModel | None,
+        texts: Any,
+        config: CaptureConfig,
+        *,
+        tensor_parallel: bool = False,
+        label_column: str | None = None,
     ) -> Self:
-        """What `config` describes, with a model that is loaded and texts that are open in place of those it names.
+        """What `config` describes, with a model that is loaded and texts that are open in place of those it names;
+        `label_column` is the field of the text's labels, which come beside the rows then.
 
         Raises a SteersmanError when there is no model, no text, or `capture_settings` refuses what was asked for.
         """
@@ -206,8 +223,12 @@ class Capture:
             txt_documents=config.txt_documents,
             on_bad_text=config.on_bad_text,
             write=write,
+            label_column=label_column,
         )
-        return cls(lm, DigestedText(text), capture_settings(lm, config), write.about(text))
+        if label_column is not None:
+            _check_labels(text, label_column)
+        settings = capture_settings(lm, config, labelled=label_column is not None)
+        return cls(lm, DigestedText(text), settings, write.about(text))
 
     def rows(self, cursor: Mapping[str, int] | None = None) -> Generator[CapturedRows]:
         """Run the model over the text from `cursor` on and give the kept rows of each forward batch.
@@ -229,6 +250,7 @@ class Capture:
             bos_id=self.settings.bos_id,
             pad_id=self.lm.pad_token_id or 0,
             cursor=cursor,
+            labelled=self.settings.labelled,
         )
         return in_background(batches, side_executor(self.lm, "steersman-text"), ahead=4)
 
@@ -260,6 +282,7 @@ class Capture:
             positions=positions[kept],
             cursor=batch.cursor,
             marks=batch.marks,
+            labels=None if batch.labels is None else batch.labels[kept],
         )
 
     def expected_rows(self) -> int | None:
@@ -313,6 +336,15 @@ class _Writer:
                 return {}
         found = {"chat_template": self._lm.chat_template.digest}
         return found if config.system is None else {**found, "system": config.system}
+
+
+def _check_labels(text: TextSource, label_column: str) -> None:
+    """Raise SteersmanError where the first documents have no label, as under a misspelt name none has."""
+    if not any(isinstance(document, LabelledText) for document in islice(text.documents(), _LABELS_LOOKED_FOR)):
+        raise SteersmanError(
+            f"{text.name}: none of the first {_LABELS_LOOKED_FOR} documents has a {label_column!r}: name the field of "
+            "the labels, with -1 where a label is not known"
+        )
 
 
 class InlineExecutor(Executor):

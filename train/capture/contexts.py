@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from steersman.errors import SteersmanError
+from steersman.labels import UNLABELLED, LabelledText
 from steersman.text import TextSource
 from steersman.train.capture.text_digest import DigestedText
 
@@ -45,6 +46,8 @@ class ContextBatch:
     """Where in the text the batch starts: document number and token in it. `context_batches` can start there again."""
     marks: Mapping[int, str] = field(default_factory=dict)
     """The text's digest after each document of the batch, where `DigestedText` knows it."""
+    labels: np.ndarray | None = None
+    """Label of each token [B, S] int8, -1 where there is none, as at BOS and padding; None unless labels are read."""
 
     @property
     def full(self) -> bool:
@@ -66,6 +69,7 @@ def context_batches(
     bos_id: int | None,
     pad_id: int,
     cursor: Mapping[str, int] | None = None,
+    labelled: bool = False,
 ) -> Iterator[ContextBatch]:
     """The contexts of `text` in batches of `batch_size`, from `cursor` (a batch's own) or the first document on.
 
@@ -75,7 +79,7 @@ def context_batches(
     place = {"document": 0, "token": 0} if cursor is None else cursor
     needed = None if packing else context_length
     documents = _tokenized(text, tokenize, place["document"], bos_id, needed)
-    builder = _Builder(context_length, batch_size, bos_id, pad_id, place)
+    builder = _Builder(context_length, batch_size, bos_id, pad_id, place, labelled=labelled)
     batches = builder.packed(documents) if packing else builder.one_a_row(documents)
     first = next(batches, None)
     if first is None:
@@ -118,6 +122,8 @@ class Tokens(NamedTuple):
     """Token ids [n] int64."""
     last: bool
     """Whether the document ends with them."""
+    labels: np.ndarray
+    """Their labels [n] int8, -1 where there is none."""
 
 
 def _tokenized(
@@ -128,8 +134,8 @@ def _tokenized(
     empty = 0
     for group in _groups(text, start):
         if len(group) > 1 or len(group[0][1]) <= PIECE_CHARACTERS:
-            parts = zip(group, tokenize([document for _, document in group]))
-            found = (Tokens(number, 0, _ids(ids, bos_id), True) for (number, _), ids in parts)
+            parts = zip(group, tokenize([str(document) for _, document in group]))
+            found = (_whole(number, document, ids, bos_id) for (number, document), ids in parts)
         else:
             found = _long_document(*group[0], tokenize, bos_id, needed)
         for tokens in found:
@@ -161,16 +167,37 @@ def _groups(text: TextSource, start: int) -> Iterator[list[tuple[int, str]]]:
 def _long_document(
     number: int, document: str, tokenize: Tokenize, bos_id: int | None, needed: int | None
 ) -> Iterator[Tokens]:
-    first, parts = 0, pieces(document)
+    first, parts = 0, pieces(str(document))
     piece = next(parts)
     while True:
         following = next(parts, None)
         ids = _ids(tokenize([piece])[0], None if first else bos_id)
         last = following is None or (needed is not None and first + len(ids) >= needed)
-        yield Tokens(number, first, ids, last)
+        whole = last and following is None
+        yield Tokens(number, first, ids, last, _labels(number, document, first, len(ids), ended=whole))
         if last or following is None:
             return
         first, piece = first + len(ids), following
+
+
+def _whole(number: int, document: str, ids: Sequence[int], bos_id: int | None) -> Tokens:
+    """A document that was tokenized in one piece."""
+    found = _ids(ids, bos_id)
+    return Tokens(number, 0, found, True, _labels(number, document, 0, len(found), ended=True))
+
+
+def _labels(number: int, document: str, first: int, n: int, *, ended: bool) -> np.ndarray:
+    """The labels of n tokens of a document from token `first` on. Raises SteersmanError where the document has labels
+    for another number of tokens; `ended` says that these are its last ones."""
+    label = document.label if isinstance(document, LabelledText) else UNLABELLED
+    if isinstance(label, int):
+        return np.full(n, label, dtype=np.int8)
+    if len(label) < first + n or (ended and len(label) != first + n):
+        raise SteersmanError(
+            f"document {number} has {len(label)} labels and {first + n}{'' if ended else ' or more'} tokens (without "
+            "BOS): give one label for each token of this model's tokenizer, or one for the document"
+        )
+    return np.asarray(label[first : first + n], dtype=np.int8)
 
 
 def _ids(ids: Sequence[int], bos_id: int | None) -> np.ndarray:
@@ -181,8 +208,16 @@ class _Builder:
     """Fills rows of token ids and hands out a batch when all of them are full."""
 
     def __init__(
-        self, context_length: int, batch_size: int, bos_id: int | None, pad_id: int, cursor: Mapping[str, int]
+        self,
+        context_length: int,
+        batch_size: int,
+        bos_id: int | None,
+        pad_id: int,
+        cursor: Mapping[str, int],
+        *,
+        labelled: bool = False,
     ) -> None:
+        self._labelled = labelled
         self._shape = (batch_size, context_length)
         self._prefix = [] if bos_id is None else [bos_id]
         self._pad_id = pad_id
@@ -191,16 +226,19 @@ class _Builder:
     def _clear(self, cursor: Mapping[str, int]) -> None:
         self._ids = np.full(self._shape, self._pad_id, dtype=np.int64)
         self._docs = np.full(self._shape, -1, dtype=np.int64)
+        self._labels = np.full(self._shape if self._labelled else (0, 0), UNLABELLED, dtype=np.int8)
         self._lengths = np.zeros(self._shape[0], dtype=np.int64)
         self._row = 0
         self._cursor = dict(cursor)
 
-    def _put(self, document: int, ids: Sequence[int] | np.ndarray) -> int:
-        """Write as many of `ids` as fit in the present row; returns how many."""
+    def _put(self, document: int, ids: Sequence[int] | np.ndarray, labels: np.ndarray | None = None) -> int:
+        """Write as many of `ids` as fit in the present row, with their labels; returns how many."""
         column = int(self._lengths[self._row])
         n = min(len(ids), self._shape[1] - column)
         self._ids[self._row, column : column + n] = ids[:n]
         self._docs[self._row, column : column + n] = document
+        if self._labelled and labels is not None:
+            self._labels[self._row, column : column + n] = labels[:n]
         self._lengths[self._row] += n
         return n
 
@@ -212,6 +250,7 @@ class _Builder:
             lengths=lengths,
             doc_ids=self._docs[:n_rows, :longest],
             cursor=self._cursor,
+            labels=self._labels[:n_rows, :longest] if self._labelled else None,
         )
         self._clear(cursor)
         return batch
@@ -219,7 +258,7 @@ class _Builder:
     def packed(self, documents: Iterator[Tokens]) -> Iterator[ContextBatch]:
         at, at_start = self._cursor["token"], self._cursor["token"] == 0
         resumed = self._cursor["document"]
-        for number, first, tokens, last in documents:
+        for number, first, tokens, last, labels in documents:
             if not first:  # a document begins; the first one where the cursor says
                 at = at if number == resumed else 0
                 at_start, resumed = at == 0, -1
@@ -227,7 +266,7 @@ class _Builder:
                 if at_start or not self._lengths[self._row]:
                     self._put(number, self._prefix)
                     at_start = False
-                n = self._put(number, tokens[at - first :])
+                n = self._put(number, tokens[at - first :], labels[at - first :])
                 at_start = n == 0 and at == 0  # BOS took the row's last place: the document starts in the next row
                 at += n
                 if self._lengths[self._row] == self._shape[1]:
@@ -240,10 +279,10 @@ class _Builder:
             yield self._batch(rows, self._cursor)
 
     def one_a_row(self, documents: Iterator[Tokens]) -> Iterator[ContextBatch]:
-        for number, first, tokens, last in documents:
+        for number, first, tokens, last, labels in documents:
             if not first:
                 self._put(number, self._prefix)
-            self._put(number, tokens)
+            self._put(number, tokens, labels)
             self._row += last
             if self._row == self._shape[0]:
                 yield self._batch(self._row, {"document": number + 1, "token": 0})

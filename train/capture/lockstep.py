@@ -111,6 +111,7 @@ def _run(
                         rows.positions,
                         cursor=rows.cursor,
                         marks=rows.marks,
+                        labels=rows.labels,
                         show_token=capture.show_token,
                     )
                     pending.append(pool.submit(append))

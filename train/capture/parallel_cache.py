@@ -194,6 +194,7 @@ class _RankPart:
             rows.positions,
             cursor=rows.cursor,
             marks=rows.marks,
+            labels=rows.labels,
             show_token=self.capture.show_token,
         )
         if whole and writer.n_rows != self.store.room(number):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 
 from steersman.errors import SteersmanError
+from steersman.labels import LabelledText
 from steersman.text import TextSource
 from steersman.train.store.manifest import Manifest
 
@@ -18,6 +19,8 @@ _START = "0" * 16
 
 def _after(digest: str, document: str) -> str:
     content = document.encode("utf-8", "surrogatepass")
+    if isinstance(document, LabelledText):
+        content += f"\0label {document.label}".encode()
     return hashlib.sha256(digest.encode() + content).hexdigest()[:16]
 
 

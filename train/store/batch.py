@@ -21,6 +21,8 @@ class RowInfo(NamedTuple):
     positions: torch.Tensor
     """Place of the token in its context, 0 for the first (BOS, where there is one), [n] int32. Rows are stored in the
     order of the text, so a context starts where the position does not rise."""
+    labels: torch.Tensor | None = None
+    """1, 0, or -1 where it is not known, [n] int8; None where the source has no labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,11 @@ class ActivationBatch:
     def positions(self) -> torch.Tensor:
         """Places in the context, [N] int32."""
         return self._info.positions
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """Labels, [N] int8: 1, 0, or -1 where it is not known; None where the source has none."""
+        return self._info.labels
 
     def __len__(self) -> int:
         return len(self.x)

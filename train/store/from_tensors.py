@@ -14,14 +14,14 @@ from steersman.errors import SteersmanError
 from steersman.files import fsync_folder
 from steersman.folders import FolderLock, remove_folder
 from steersman.train.store.folder import only_begun, remove_store
-from steersman.train.store.manifest import MANIFEST, Manifest
+from steersman.train.store.manifest import LABELS, MANIFEST, Manifest
 from steersman.train.store.shards import check_choices, disk_errors
 from steersman.train.store.store import ActivationStore
 from steersman.train.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
 
-_ROW_KEYS = ("token_ids", "doc_ids", "positions")
+_ROW_KEYS = ("token_ids", "doc_ids", "positions", "labels")
 
 
 def write_tensors(
@@ -40,7 +40,8 @@ def write_tensors(
         batches: [n, d_in] tensors or numpy arrays of floating-point numbers, of any n and one d_in; or mappings with
             such an array under "x" and, where known, integer arrays [n] under "token_ids", "doc_ids" and "positions".
             Without them a row's token id and position are 0 and its document id is its own row number, so that rows
-            are held out one by one.
+            are held out one by one. "labels" [n] (1, 0, or -1 where it is not known) come with all batches or with
+            none.
         out: folder for the store; must not exist, or be empty.
         hook_name: what to call the place that the activations are from.
         model_name: what to call the model that they are from.
@@ -64,10 +65,10 @@ def write_tensors(
     try:
         for number, item in enumerate(batches):
             x, rows = _check_item(item, number, n_read)
+            *rows, labels = rows
             if writer is None:
-                manifest = Manifest(
-                    model_name=model_name, dtype=dtype, hooks={hook_name: x.shape[1]}, config={"source": "tensors"}
-                )
+                content = {"source": "tensors"} if labels is None else {"source": "tensors", LABELS: True}
+                manifest = Manifest(model_name=model_name, dtype=dtype, hooks={hook_name: x.shape[1]}, config=content)
                 writer = StoreWriter.begin(
                     temporary, manifest, shard_rows=shard_rows, on_nonfinite=on_nonfinite, lock=lock
                 )
@@ -77,9 +78,12 @@ def write_tensors(
                     f"batch {number} of the tensors has width {x.shape[1]}, earlier ones {width}; "
                     "all rows of a store have one width"
                 )
+            if (labels is not None) != writer.manifest.has_labels:
+                raise SteersmanError(f"batch {number} of the tensors: labels come with all batches or with none")
             for low in range(0, len(x), shard_rows):
                 part = slice(low, low + shard_rows)
-                writer.append({hook_name: x[part]}, *(column[part] for column in rows))
+                given = None if labels is None else labels[part]
+                writer.append({hook_name: x[part]}, *(column[part] for column in rows), labels=given)
             n_read += len(x)
         if writer is None:
             raise SteersmanError("no tensors to store: the iterable is empty")
@@ -126,7 +130,8 @@ def _remove(temporary: Path, manifest: Manifest) -> None:
     remove_store(temporary, manifest, range(len(manifest.shards) + 2), itself=False)
 
 
-def _check_item(item: Any, number: int, first_row: int) -> tuple[torch.Tensor, tuple[np.ndarray, ...]]:
+def _check_item(item: Any, number: int, first_row: int) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """The activations of a batch, and its row arrays in the order of `_ROW_KEYS`; None for labels that it lacks."""
     parts: Mapping[str, Any] = item if isinstance(item, Mapping) else {"x": item}
     if unknown := sorted({*parts} - {"x", *_ROW_KEYS}):
         raise SteersmanError(f"batch {number} of the tensors has unknown keys {unknown}; known are x, {_ROW_KEYS}")
@@ -139,14 +144,19 @@ def _check_item(item: Any, number: int, first_row: int) -> tuple[torch.Tensor, t
             f"batch {number} of the tensors is {found}; a batch is a floating-point tensor or array [n, d_in]"
         )
     n = len(x)
-    defaults = (np.zeros(n, np.int32), np.arange(first_row, first_row + n), np.zeros(n, np.int32))
+    defaults = (np.zeros(n, np.int32), np.arange(first_row, first_row + n), np.zeros(n, np.int32), None)
     rows = []
     for key, default in zip(_ROW_KEYS, defaults):
         given = parts.get(key)
         column = default if given is None else np.asarray(given)
+        if column is None:
+            rows.append(None)
+            continue
         if column.shape != (n,) or column.dtype.kind not in "iu":
             raise SteersmanError(
                 f"batch {number} of the tensors: {key} is {column.dtype} {column.shape}, must be integers ({n},)"
             )
         rows.append(column)
+    if rows[-1] is not None and not np.isin(rows[-1], (-1, 0, 1)).all():
+        raise SteersmanError(f"batch {number} of the tensors: labels must be 1, 0, or -1 where they are not known")
     return x.detach(), tuple(rows)

@@ -5,7 +5,8 @@ A store is a folder with
 - `manifest.json`, replaced atomically after each finished shard; it carries a checksum of itself and of every file;
 - one folder per hook point with `00000.safetensors`, ...: the activations [n, D] of the shard's rows;
 - `rows/00000.safetensors`, ...: `token_ids` [n] int32, `doc_ids` [n] int64 and `positions` [n] int32 of the same rows,
-  and the sums for the statistics of each hook point over the shard;
+  where the configuration says `labels` also `labels` [n] int8 (1, 0, or -1 where it is not known), and the sums for the
+  statistics of each hook point over the shard;
 - `statistics.safetensors`, written when the store is complete: those sums over all shards.
 
 Nothing in the files depends on when or in how many attempts they were written.
@@ -29,6 +30,8 @@ FORMAT, VERSION = "steersman-activations", 1
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.safetensors"
 ROWS = "rows"
+LABELS = "labels"
+"""The entry of `config` by which a store has labels: the text's column of them, or true. Others have no such entry."""
 
 _MANIFEST_BYTES = 1 << 30
 """Largest manifest that is read: of about three million shards."""
@@ -96,6 +99,11 @@ class Manifest:
     the median, their number and share of the squared norm, n_large and large_share; once the store is complete."""
     statistics_file: FileRecord | None = None
     """Record of `statistics.safetensors`; None in stores of earlier versions."""
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there is a label beside every row."""
+        return bool(self.config.get(LABELS))
 
     @property
     def n_rows(self) -> int:

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +15,21 @@ from steersman.train.store.shards import FileRecord, check_content, check_size, 
 _OPEN_SHARDS = 64
 """Row files kept mapped at once: 16 bytes a row of each, so a few hundred megabytes at most."""
 
-_COLUMNS = {"token_ids": ("I32", np.int32), "doc_ids": ("I64", np.int64), "positions": ("I32", np.int32)}
+_KINDS = {np.int32: "I32", np.int64: "I64", np.int8: "I8"}
+
+
+def row_columns(labels: bool) -> dict[str, type[np.signedinteger[Any]]]:
+    """What a row file holds of every row, by name, in the order of `RowInfo`: `labels` where the store has them."""
+    columns = {"token_ids": np.int32, "doc_ids": np.int64, "positions": np.int32}
+    return {**columns, "labels": np.int8} if labels else columns
 
 
 class RowTable:
     """Reads the row files of a store, memory-mapped, a bounded number at a time."""
 
-    def __init__(self, files: Sequence[tuple[Path, int, FileRecord]]) -> None:
-        """`files` are (path, number of rows, record) of the shards in order."""
-        self._files = list(files)
+    def __init__(self, files: Sequence[tuple[Path, int, FileRecord]], *, labels: bool = False) -> None:
+        """`files` are (path, number of rows, record) of the shards in order; `labels` says whether they hold those."""
+        self._files, self._columns = list(files), row_columns(labels)
         self.ends = np.cumsum([0, *(rows for _, rows, _ in files)])
         self.verified: set[int] = set()
         """Files that were compared with their checksums, each of them when it is first read."""
@@ -41,9 +48,9 @@ class RowTable:
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
         columns = {}
-        for name, (kind, dtype) in _COLUMNS.items():
+        for name, dtype in self._columns.items():
             entry = header.get(name, {})
-            if entry.get("dtype") != kind or entry.get("shape") != [n_rows]:
+            if entry.get("dtype") != _KINDS[dtype] or entry.get("shape") != [n_rows]:
                 raise SteersmanError(f"{path}: holds no {name} of {n_rows} rows; restore it, or write the store again")
             offset = start + entry["data_offsets"][0]
             columns[name] = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(n_rows,))
@@ -61,12 +68,12 @@ class RowTable:
             if low >= stop:
                 break
             parts.append(self._shard(index)[name][max(start - low, 0) : min(stop, high) - low])
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=_COLUMNS[name][1])
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=self._columns[name])
 
     def take(self, rows: np.ndarray) -> RowInfo:
         """The row data of any rows, in the order given."""
         shards = np.searchsorted(self.ends, rows, side="right") - 1
-        columns = {name: np.empty(len(rows), dtype=dtype) for name, (_, dtype) in _COLUMNS.items()}
+        columns = {name: np.empty(len(rows), dtype=dtype) for name, dtype in self._columns.items()}
         for index in np.unique(shards):
             here = np.flatnonzero(shards == index)
             local = rows[here] - self.ends[index]
@@ -76,7 +83,7 @@ class RowTable:
 
     def range(self, start: int, stop: int) -> RowInfo:
         """The row data of rows start..stop."""
-        return RowInfo(**{name: torch.from_numpy(self.column(name, start, stop)) for name in _COLUMNS})
+        return RowInfo(**{name: torch.from_numpy(self.column(name, start, stop)) for name in self._columns})
 
     def document_start(self, row: int) -> int:
         """The first row of the stretch of rows around `row` that belong to its document."""

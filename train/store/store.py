@@ -49,6 +49,8 @@ _VERIFIED_BEHIND = 4 * 1024**3
 """The first shuffled batch touches nearly all shards. Of stores above this many bytes they are therefore compared in
 the background while batches are given out, and damage ends the reading when it is found."""
 
+_LABELS_AT_ONCE = 1 << 24
+
 _READ_BYTES = 4 * 1024 * 1024
 """A background read covers whole batches of at least about this size, so that handing it over costs nothing."""
 
@@ -79,7 +81,8 @@ class ActivationStore:
         self.path, self.manifest = path, manifest
         self._folders = manifest.folders()
         shards = enumerate(manifest.shards)
-        self._rows = RowTable([(self._file(ROWS, i), shard.rows, shard.files[ROWS]) for i, shard in shards])
+        files = [(self._file(ROWS, i), shard.rows, shard.files[ROWS]) for i, shard in shards]
+        self._rows = RowTable(files, labels=manifest.has_labels)
         self._maps: dict[str, MappedShards | ReadShards] = {}
         self._lock = threading.Lock()
         self._checks = {hook: ShardChecks(self._activation_files(hook)) for hook in manifest.hooks}
@@ -144,6 +147,19 @@ class ActivationStore:
     def n_rows(self) -> int:
         """Number of rows (tokens)."""
         return self.manifest.n_rows
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there is a label beside every row: of a store cached with a `label_column`."""
+        return self.manifest.has_labels
+
+    def n_labelled(self, split: Split = "train", heldout_fraction: float = 0.05) -> int:
+        """Rows of a split whose label is known; 0 for a store without labels."""
+        start, stop = self.split_rows(split, heldout_fraction)
+        if not self.has_labels:
+            return 0
+        parts = ((low, min(low + _LABELS_AT_ONCE, stop)) for low in range(start, stop, _LABELS_AT_ONCE))
+        return sum(int((self._rows.column("labels", *part) >= 0).sum()) for part in parts)
 
     @property
     def dtype(self) -> torch.dtype:

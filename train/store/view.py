@@ -53,6 +53,15 @@ class HookView:
             large_share=0.0,
         )
 
+    @property
+    def has_labels(self) -> bool:
+        """See `ActivationStore`."""
+        return self.store.has_labels
+
+    def n_labelled(self, **options: Any) -> int:
+        """See `ActivationStore.n_labelled`."""
+        return self.store.n_labelled(**options)
+
     def n_batches(self, batch_size: int, **options: Any) -> int:
         """See `ActivationStore.n_batches`."""
         return self.store.n_batches(batch_size, **options)

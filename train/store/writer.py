@@ -23,6 +23,7 @@ from steersman.train.store.folder import (
     shard_name,
 )
 from steersman.train.store.manifest import MANIFEST, ROWS, STATISTICS, Manifest, ShardRecord
+from steersman.train.store.rows import row_columns
 from steersman.train.store.shards import (
     DATA_OFFSET,
     DTYPES,
@@ -72,7 +73,7 @@ class StoreWriter:
         self._folders = manifest.folders()
         self._open: dict[str, ShardWriter] = {}
         self._sums: dict[str, StatsSums] = {}
-        self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._rows: list[tuple[np.ndarray, ...]] = []
         self._skipped = 0
         self._cursor: Mapping[str, int] | None = None
         last = manifest.shards[-1].cursor if manifest.shards else None
@@ -189,9 +190,11 @@ class StoreWriter:
         *,
         cursor: Mapping[str, int] | None = None,
         marks: Mapping[int, str] | None = None,
+        labels: np.ndarray | None = None,
         show_token: Callable[[int], str] = str,
     ) -> None:
-        """Add rows: an [n, width] tensor for each hook point, on any device, and the three row arrays [n].
+        """Add rows: an [n, width] tensor for each hook point, on any device, the three row arrays [n], and the labels
+        [n] where the store has them.
 
         `cursor` says where in the text this batch starts, and `marks` has the text's digest after each of its
         documents. Rows beyond the store's size are dropped, and so are those of the first batch that an earlier run
@@ -202,6 +205,9 @@ class StoreWriter:
             raise SteersmanError(f"{self.folder}: an earlier write failed; begin again to resume")
         if self.full:
             return
+        if (labels is not None) != self.manifest.has_labels:
+            raise SteersmanError(f"{self.folder}: rows come {'with' if labels is not None else 'without'} labels here")
+        columns = (token_ids, doc_ids, positions) if labels is None else (token_ids, doc_ids, positions, labels)
         self._failed = True  # until all of it is written: half a batch must never become part of a shard
         dtype = DTYPES[self.manifest.dtype][0]
         stored = {hook: activations[hook].to(dtype) for hook in self.manifest.hooks}
@@ -237,7 +243,7 @@ class StoreWriter:
                     index = part if isinstance(part, slice) else torch.from_numpy(part).to(x.device)
                     self._sums[hook].add(x[index], norms[hook][index])
                     self._open[hook].append(x[index].cpu())
-                self._rows.append((token_ids[part], doc_ids[part], positions[part]))
+                self._rows.append(tuple(column[part] for column in columns))
                 self._open_rows += len(kept)
                 self._skipped += high - low - len(kept)
                 first, low = first + len(kept), high
@@ -285,24 +291,21 @@ class StoreWriter:
             for hook, sums in self._sums.items():
                 prefix = f"{hook}/"
                 sums.add_arrays({n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)})
-            self._rows = [(arrays["token_ids"], arrays["doc_ids"], arrays["positions"])]
+            self._rows = [tuple(arrays[name] for name in row_columns(self.manifest.has_labels))]
             self._finished_rows, self._open_rows = self._finished_rows - short.rows, short.rows
             self._skipped, self._cursor, self._text = short.skipped, short.cursor, short.text
 
     def _end_shard(self, short: int | None = None) -> None:
         """Write the open shard's files and the manifest that names them. `short` is of `shard_name`."""
-        token_ids, doc_ids, positions = (np.concatenate(part) for part in zip(*self._rows))
+        columns = [np.concatenate(part) for part in zip(*self._rows)]
         name = shard_name(self._number, short)
         for writer in self._open.values():
             writer.path = writer.path.with_name(f"{name}.safetensors")
         files = {self._folders[hook]: writer.close() for hook, writer in self._open.items()}
         for folder in self._folders.values():
             fsync_folder(self.folder / folder)
-        arrays = {
-            "token_ids": token_ids.astype(np.int32),
-            "doc_ids": doc_ids.astype(np.int64),
-            "positions": positions.astype(np.int32),
-        }
+        kinds = row_columns(self.manifest.has_labels)
+        arrays = {name: column.astype(kind) for (name, kind), column in zip(kinds.items(), columns)}
         for hook, sums in self._sums.items():
             arrays |= {f"{hook}/{key}": array for key, array in sums.arrays().items()}
         files[ROWS] = write_arrays(self.folder / ROWS / f"{name}.safetensors", arrays)
