@@ -8,6 +8,7 @@ from steersman.sae.architectures.groupmax import GroupMaxSAE
 from steersman.sae.architectures.jumprelu import JumpReLUSAE
 from steersman.sae.architectures.matryoshka import MatryoshkaSAE
 from steersman.sae.architectures.relu import ReLUSAE
+from steersman.sae.architectures.supervised_topk import SupervisedTopKSAE
 from steersman.sae.architectures.topk import TopKSAE
 from steersman.sae.base import SAE, FeatureStats, SparseCode
 from steersman.sae.config import SAEConfig
@@ -36,6 +37,7 @@ __all__ = [
     "SAEConfig",
     "SparseCode",
     "Step",
+    "SupervisedTopKSAE",
     "TopKSAE",
     "TrainingCode",
     "TrainingState",

@@ -106,6 +106,9 @@ class SAE(nn.Module):
     """Whether its loss is the squared error with AuxK and nothing else, as the fused update computes it."""
     signed: ClassVar[bool] = False
     """Whether activations may be negative."""
+    supervised: ClassVar[str] = ""
+    """Of an architecture that trains on labels of the rows, which its `TrainingState` then has: what it is where no
+    row has a label."""
     host_free: ClassVar[bool] = True
     """Whether a training step never waits for the device, so that a CUDA graph may hold it."""
     latent_dims: ClassVar[Mapping[str, int | None]] = {

@@ -59,6 +59,8 @@ class TrainingState:
     """The AuxK loss of this step, if dead latents take part."""
     config: Any = None
     """The run's `TrainConfig`."""
+    labels: Tensor | None = None
+    """[N]: 1, 0, or -1 where it is not known; None but for an architecture with a supervised latent."""
 
     @property
     def progress(self) -> float:

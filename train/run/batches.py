@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steersman.errors import SteersmanError
 from steersman.parallel import Ranks
+from steersman.sae import SAE
 from steersman.train.run.recipe import Recipe, TrainConfig
-from steersman.train.store.batch import ActivationSource
+from steersman.train.store.batch import ActivationBatch, ActivationSource
 
 
 def split_options(config: TrainConfig) -> dict[str, Any]:
@@ -19,7 +21,8 @@ def split_options(config: TrainConfig) -> dict[str, Any]:
 def training_batches(
     source: ActivationSource, config: TrainConfig, recipe: Recipe, ranks: Ranks, step: int, device: torch.device
 ) -> Generator[Tensor]:
-    """The rows of this rank's replica in steps `step`, `step + 1`, ..., [N / replicas, D].
+    """The rows of this rank's replica in steps `step`, `step + 1`, ..., [N / replicas, D]; of an architecture that
+    trains on labels [N, D + 1], the label last.
 
     In a job of several ranks, each reads a part of them, and while one batch is trained on, the ranks of the replica
     exchange the next.
@@ -38,8 +41,16 @@ def training_batches(
 def _epochs(source: ActivationSource, config: TrainConfig, recipe: Recipe, step: int, **part: Any) -> Iterator[Tensor]:
     an_epoch = source.n_batches(recipe.batch_size, split="train", heldout_fraction=config.heldout_fraction)
     epoch, start = divmod(step, an_epoch) if an_epoch else (0, step)
+    labelled = bool(SAE.architectures[config.architecture].supervised)
     while True:
         options = {"split": "train", "epoch": epoch, "start": start, **split_options(config), **part}
         for batch in source.batches(recipe.batch_size, **options):
-            yield batch.x
+            yield with_labels(batch) if labelled else batch.x
         epoch, start = epoch + 1, 0
+
+
+def with_labels(batch: ActivationBatch) -> Tensor:
+    """The rows of a batch with their labels as a last column, which every type of activation holds exactly."""
+    if batch.labels is None:
+        raise SteersmanError("a source without labels cannot be trained on with them")
+    return torch.cat([batch.x, batch.labels.to(batch.x)[:, None]], dim=1)

@@ -56,7 +56,7 @@ class Run:
 
         Raises a SteersmanError for too few rows, kernels that the device lacks, or a folder that holds another run.
         """
-        config = as_recorded(config, record_in(out))
+        config = _with_what_is_labelled(as_recorded(config, record_in(out)), source, ranks)
         self.config, self.ranks, self.device = config, ranks or Ranks(Mesh()), pick_device(config.device)
         hook = source.hook_name
         self.source = source if config.hook_out is None else _with_target(source, config.hook_out)
@@ -111,7 +111,8 @@ class Run:
     def reading(self) -> tuple[object, ...]:
         """Runs with the same reading take the same batches, and their steps on the same kernels and ranks."""
         config, mesh = self.config, self.ranks.mesh
-        rows = self.source.hook_name, self.recipe.batch_size, config.seed, config.heldout_fraction
+        labelled = bool(SAE.architectures[config.architecture].supervised)
+        rows = self.source.hook_name, self.recipe.batch_size, config.seed, config.heldout_fraction, labelled
         return *rows, config.kernels, self.device, mesh
 
     @contextmanager
@@ -241,6 +242,26 @@ class Run:
     def load(self) -> SAE:
         """The trained SAE: on the device, or on the CPU of ranks that are not rank 0."""
         return SAE.load(self.folder.path, self.device if self.ranks.is_rank_zero else "cpu")
+
+
+def _with_what_is_labelled(config: TrainConfig, source: ActivationSource, ranks: Ranks | None) -> TrainConfig:
+    """The settings of a run whose architecture trains on labels: those of the plain architecture where the store has
+    labels and none that is known. Raises a SteersmanError for a source without labels, and for several processes."""
+    plain = SAE.architectures[config.architecture].supervised
+    if not plain:
+        return config
+    if not isinstance(source, ActivationStore | HookView) or not source.has_labels:
+        what = source if isinstance(source, ActivationStore | HookView) else "a stream of activations"
+        raise SteersmanError(
+            f"architecture {config.architecture!r} trains on labels, and {what} has none: cache labelled text with "
+            "label_column"
+        )
+    if ranks is not None and ranks.mesh.world_size > 1:
+        raise SteersmanError(f"architecture {config.architecture!r} trains in one process: its latent 0 is on one rank")
+    if source.n_labelled(heldout_fraction=config.heldout_fraction):
+        return config
+    log.warning("none of the rows to train on has a label: this trains a plain %s SAE", plain)
+    return replace(config, architecture=plain, options={})
 
 
 def _with_target(source: ActivationSource, hook_out: str) -> HookView:

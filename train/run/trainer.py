@@ -11,6 +11,7 @@ Shape letters: N tokens of a batch, L latents of this rank, D width.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +60,10 @@ class Trainer:
         """First and end latent that this rank moves."""
         self.device = pick_device(config.device)
         read = [stats] if target_stats is None or not cfg.transcoder else [stats, target_stats]
-        self.large_rows = LargeRows(_limits(read, config.max_norm_ratio), self.ranks.data, self.device)
+        self.labelled = bool(SAE.architectures[cfg.architecture].supervised)
+        """Whether rows come with their label as a last column."""
+        limits = _limits(read, config.max_norm_ratio) + ([(1, math.inf)] if self.labelled else [])
+        self.large_rows = LargeRows(limits, self.ranks.data, self.device)
         target_stats = target_stats or stats
         self.scale, self.scale_out = _unit_variance(stats), _unit_variance(target_stats)
         self.sae = new_sae(cfg, config.seed, self.ranks).to(self.device)
@@ -93,6 +97,10 @@ class Trainer:
 
     # The step
 
+    def without_labels(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rows of a batch, and their labels [N] where it has those as its last column."""
+        return (rows[:, :-1], rows[:, -1]) if self.labelled else (rows, None)
+
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What of rows [N, D] is input and what is target: of an SAE both are all of it, of a transcoder its two hook
         points. The one place that knows it."""
@@ -112,7 +120,8 @@ class Trainer:
         With the encoder the transpose of an overcomplete decoder, the K features together overshoot; least squares
         gives the one factor that helps most, and saves the first tenth of a short run.
         """
-        sae, (x, target) = self.sae, self.scaled(self.large_rows.replaced(rows.to(self.device)))
+        rows, _ = self.without_labels(self.large_rows.replaced(rows.to(self.device)))
+        sae, (x, target) = self.sae, self.scaled(rows)
         centred = target - sae.b_dec
         rebuilt = sae.decode_training(sae.encode_training(x)) - sae.b_dec
         products = torch.stack([(centred * rebuilt).sum(), rebuilt.square().sum()])
@@ -140,14 +149,18 @@ class Trainer:
         """What the device does in a step, in `grad_accumulation` parts."""
         sae, config = self.sae, self.config
         scale = self.scale if self.updater.scales else 1.0
+        rows, labels = self.without_labels(rows.to(self.device, non_blocking=True))
         x, target = self.split(rows.to(self.device, non_blocking=True)) if self.updater.scales else self.scaled(rows)
         fired = torch.zeros(sae.cfg.d_sae, device=self.device)
         aux = self.dead_latents.aux_term()
         state = TrainingState(step=self.n_steps_done, n_steps=self.recipe.n_steps, aux=aux, config=config)
         # Targets have unit variance per dimension, so the loss a number estimates FVU, whatever the batch holds.
         n_values = target.numel() * self.ranks.mesh.data
-        for part in zip(x.chunk(config.grad_accumulation), target.chunk(config.grad_accumulation)):
-            step = self.updater.backward(*part, n_values, state, scale)
+        n_parts = config.grad_accumulation
+        of_parts = [None] * n_parts if labels is None else labels.chunk(n_parts)
+        for x_part, target_part, of_part in zip(x.chunk(n_parts), target.chunk(n_parts), of_parts):
+            state = state if of_part is None else replace(state, labels=of_part)
+            step = self.updater.backward(x_part, target_part, n_values, state, scale)
             self._add(step)
             n_active = self.sums[_ACTIVE : _ACTIVE + 1]
             ops.mark_active(step.code.values, step.code.order.indices, fired, n_active)
