@@ -72,6 +72,8 @@ class Config:
     """Texts to measure the KL on."""
     words: int = 20
     """AxBench texts are cut to this many words."""
+    evaluations: int = 7
+    """Scales to try for each row."""
     summary: Path | None = None
     """Also write means, intervals and costs here, without the single items."""
     seed: int = 0
@@ -224,27 +226,27 @@ def rows() -> dict[str, Build]:
         "random vector": lambda lm, task, sae: constant(lm, task).random_like(task.config.seed),
         "cast": cast,
         "capping": capping,
-        "swfc": at("swfc", positions="answer"),
+        "icv": of("icv"),
         "sttp": at("sttp", positions="answer"),
         "stmp": at("stmp", positions="answer"),
-        "mean_matching": at("mean_matching", positions="answer"),
         "mimic": at("mimic", positions="answer"),
         "leace": at("leace", positions="answer"),
         "iti": of("iti"),
-        "icv": of("icv"),
+        "lf_steering": features("lf_steering"),
+        "corrsteer": with_sae(corrsteer),
+        "output_score": with_sae(output_score),
+        "sae_ssv": features("sae_ssv"),
+        "reft_r1": at("reft_r1"),
+        "ssv": at("ssv"),
+        "psr": psr,
+        "personality": with_sae(personality),
+        "style_vectors": style,
         "vti_text": of("vti_text"),
         "safety_vector": unsafe,
-        "style_vectors": style,
-        "lf_steering": features("lf_steering"),
-        "personality": with_sae(personality),
-        "output_score": with_sae(output_score),
-        "corrsteer": with_sae(corrsteer),
-        "ssv": at("ssv"),
-        "reft_r1": at("reft_r1"),
+        "mean_matching": at("mean_matching", positions="answer"),
+        "swfc": at("swfc", positions="answer"),
         "bipo": at("bipo", epochs=5),
         "latent_steering": at("latent_steering", steps=30),
-        "psr": psr,
-        "sae_ssv": features("sae_ssv"),
     }
 
 
@@ -281,39 +283,44 @@ def main(args: Config) -> None:
     hook = f"blocks.{round(args.layer * (lm.n_layers - 1))}.hook_resid_post"
     second = axbench(args, hook)
     tasks = [persona(args, hook, [prompt for prompt, _ in second.negative]), second]
+    meters: dict[str, CostMeter] = {}
+
+    def save() -> None:
+        args.out.write_text(json.dumps(known, indent=1) + "\n")
+
     for task in tasks:
         mine = known.setdefault(task.name, {"rows": {}, "group": task.group})
-
-        def save() -> None:
-            args.out.write_text(json.dumps(known, indent=1) + "\n")
-
         if "base" not in mine:
             mine["base"] = margins(lm, task.items, None).tolist()
-        base = np.array(mine["base"])
-        meter: CostMeter | None = None
         if "prompt" not in mine["rows"]:
             shown = prompted(lm, task)
-            mine["rows"]["prompt"] = {"effects": (np.array(shown["margins"]) - base).tolist(), "kl": shown["kl"]}
+            effects = np.array(shown["margins"]) - np.array(mine["base"])
+            mine["rows"]["prompt"] = {"effects": effects.tolist(), "kl": shown["kl"]}
             save()
-        for name, build in rows().items():
+    for name, build in rows().items():
+        for task in tasks:
+            mine = known[task.name]
             if name in mine["rows"] or (args.only and name not in args.only):
                 continue
             start = time.monotonic()
             try:
-                meter = meter or CostMeter(lm, task.texts, max_length=64)
                 made = build(lm, task, sae)
                 made = dict(made) if isinstance(made, EditSet) else made
-                search = calibrate(made, lm, texts=meter, target_kl=args.budget, tolerance=0.1)
+                if task.name not in meters:
+                    meters[task.name] = CostMeter(lm, task.texts, max_length=64)
+                meter = meters[task.name]
+                found = calibrate(
+                    made, lm, texts=meter, target_kl=args.budget, tolerance=0.12, max_evaluations=args.evaluations
+                )
+                effects = margins(lm, task.items, found.vector) - np.array(mine["base"])
                 row: dict[str, Any] = {
-                    "effects": (margins(lm, task.items, search.vector) - base).tolist(),
-                    "kl": search.search.value, "scale": search.search.scale, "reason": search.search.reason,
-                    "loss": meter.cost("loss", lambda what=search.vector: steered(what, lm)),
+                    "effects": effects.tolist(), "kl": found.search.value, "scale": found.search.scale,
+                    "reason": found.search.reason,
+                    "loss": meter.cost("loss", lambda what=found.vector: steered(what, lm)),
                     "seconds": time.monotonic() - start,
                 }  # fmt: skip
             except SteersmanError as error:
                 row = {"error": str(error)}
-                if "unknown preset" in row["error"]:
-                    continue
             mine["rows"][name] = row
             save()
             print(f"{task.name} / {name}: {told(row, task.group)} ({time.monotonic() - start:.0f} s)", flush=True)

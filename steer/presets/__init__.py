@@ -9,7 +9,9 @@ from steersman.steer.presets import (  # noqa: F401 (a preset is there when its 
     features,
     mixtures,
     operators,
+    trained,
     uncovered,
+    vectors,
     weights,
 )
 from steersman.steer.presets.base import PRESETS, Decoder, Need, Preset, preset
