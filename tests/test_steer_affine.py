@@ -25,7 +25,7 @@ from steersman.steer import (
     steered,
 )
 from steersman.steer.analysis.thresholds import probe_sides
-from steersman.steer.methods.affine import AFFINE_METHODS, AffineConfig, affine_maps
+from steersman.steer.methods.affine import AFFINE_METHODS, AffineConfig, AffineMethod, affine_maps
 from steersman.steer.methods.gaussians import erasing_direction, gaussian_transport, power, shrunk
 from steersman.steer.methods.moments import RunningCovariance
 
@@ -306,6 +306,38 @@ def test_fitted_on_texts(lm: LanguageModel, method: str, tmp_path: Path) -> None
     assert torch.equal(*found)
     report = evaluate_steering(lm, edits, ["w5 w6", "w7"], scale=(0.0, 1.0), words=("w7",), max_new_tokens=4)
     assert report.to_text()
+
+
+def test_behind_the_last_norm_where_the_source_acts(lm: LanguageModel) -> None:
+    """The state that the output layer reads: there, the logits follow from the map in closed form."""
+    edits = fit_affine(lm, *SIDES, hook="model.norm", method="mimic")
+    (edit,) = edits.values()
+    assert isinstance(edit, AffineEdit)
+    batch = lm.encode(TEXTS[:2])
+    h = lm.capture(batch.input_ids, hooks=["model.norm"])["model.norm"]
+    with steered(edits, lm, include_bos=True):
+        found = lm.logits(batch.input_ids)
+    torch.testing.assert_close(found, lm.model.lm_head(h + edit.change(h)), rtol=1e-4, atol=1e-3)
+
+
+def test_a_method_of_ones_own(lm: LanguageModel) -> None:
+    class Middle(AffineMethod):
+        """Half of the way."""
+
+        name = "middle"
+        source = "a test"
+        inverts = False
+
+        def fit(self, source: RunningCovariance, target: RunningCovariance, shrinkage: float) -> AffineEdit:
+            return AffineEdit(shift=(target.mean - source.mean) / 2)
+
+    try:
+        half, whole = (fit_affine(lm, *SIDES, hook=HOOK, method=name)[HOOK] for name in ("middle", "mean"))
+        assert isinstance(half, AffineEdit)
+        assert isinstance(whole, AffineEdit)
+        torch.testing.assert_close(2 * half.change(torch.zeros(D)), whole.change(torch.zeros(D)))
+    finally:
+        del AFFINE_METHODS._parts[Middle.name]
 
 
 def test_what_cannot_be_fitted(lm: LanguageModel) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.planted_heads import WIDTH, H, planted_heads
+from support.runtime_contract import check_contract, check_off
 from support.tiny_models import build, with_text
 from torch import Tensor
 
@@ -145,6 +146,12 @@ def test_a_weight_is_a_strength_that_a_budget_finds(lm: LanguageModel, other: La
     assert found.search.converged
     assert found.search.value == pytest.approx(0.05, rel=0.06)
     assert same(state(lm), before)
+
+
+def test_the_runtime_contract(lm: LanguageModel, other: LanguageModel) -> None:
+    delta = WeightDelta.between(other, lm)
+    check_contract(lm, lambda _: delta.applied(lm, 2.0))
+    check_off(lm, delta.applied(lm, 0.0))
 
 
 def test_another_thread_is_refused(lm: LanguageModel, other: LanguageModel) -> None:

@@ -6,8 +6,8 @@
 2. `bake`: how far the logits of the folder are from those of the steered model, for a vector and for a direction
    taken out.
 3. Tokens per second of greedy generation, as a share of plain generation: affine maps of full rank and of rank 8, an
-   edit of heads, a baked model. Ways are timed in turn and the best of each is kept, so that other work on the machine
-   weighs on all alike.
+   edit of heads, a baked model. Ways are timed in turn and the best of each is kept; on the CPU it is the processor's
+   time that counts, so that other work on the machine weighs little.
 
     python scripts/bench/heads.py --model HuggingFaceTB/SmolLM2-135M-Instruct --work bench-heads
 """
@@ -143,14 +143,14 @@ def speed(lm: LanguageModel, config: Config) -> dict[str, float]:
         "heads": (lm, lambda: st.edit(z, HeadEdit(torch.ones(H, lm.hook_width(z) // H) / D))),
         "baked vector": (opened, nullcontext),
     }
-    best = dict.fromkeys(ways, 0.0)
+    best, clock = dict.fromkeys(ways, 0.0), time.process_time if lm.device.type == "cpu" else time.perf_counter
     for turn in range(config.repeats + 1):
         for name, (model, context) in ways.items():
             with context():
-                since = time.perf_counter()
+                since = clock()
                 model.generate("Once upon a time", max_new_tokens=config.tokens, min_new_tokens=config.tokens)
             if turn:  # the first turn warms up
-                best[name] = max(best[name], config.tokens / (time.perf_counter() - since))
+                best[name] = max(best[name], config.tokens / (clock() - since))
     for name, rate in best.items():
         print(f"{name}: {rate:.1f} tokens/s, {rate / best['plain']:.3f} of plain", flush=True)
     return {name: rate / best["plain"] for name, rate in best.items()}
