@@ -39,7 +39,8 @@ class Scope:
     kind: str
     """One of all, prompt, generation, last_prompt, window, tokens, mask, chat, union."""
     window: tuple[int, int | None] | None = None
-    """Half-open interval of absolute positions, counted over real tokens with the BOS at 0; None as its end is open."""
+    """Half-open interval of absolute positions, counted over real tokens with the BOS at 0; None as its end is open.
+    An end below 0 counts back from the end of the prompt: (0, -1) is the prompt without its last token."""
     token_ids: frozenset[int] = frozenset()
     """The token ids to steer, for kind `tokens`."""
     mask: Tensor | None = None
@@ -53,10 +54,11 @@ class Scope:
 
     @classmethod
     def between(cls, start: int, stop: int | None, *, include_bos: bool = False) -> "Scope":
-        """Absolute positions from `start` up to but not including `stop`; None means to the end."""
+        """Absolute positions from `start` up to but not including `stop`; None means to the end, and a `stop` below 0
+        counts back from the end of the prompt."""
         start = whole_number(start, "the start of a window")
         stop = None if stop is None else whole_number(stop, "the end of a window")
-        if start < 0 or (stop is not None and stop <= start):
+        if start < 0 or (stop is not None and 0 <= stop <= start):
             raise SteersmanError(f"window {start}:{stop} is empty: positions are counted from 0, start before stop")
         return cls(kind="window", window=(start, stop), include_bos=include_bos)
 
@@ -189,7 +191,9 @@ class Scope:
         assert self.window is not None
         start, stop = self.window
         inside = fwd.real & (fwd.positions >= start)
-        return inside if stop is None else inside & (fwd.positions < stop)
+        if stop is None:
+            return inside
+        return inside & (fwd.positions < (stop if stop >= 0 else fwd.prompt_length[:, None] + stop))
 
     def _columns(self, fwd: ForwardPass) -> Tensor | bool:
         assert self.mask is not None

@@ -83,6 +83,8 @@ def test_plain_passes_and_teacher_forcing(lm: LanguageModel, side: str) -> None:
     assert found("generation", prompt_length=[3, 1]) == [(0, 3), (0, 4), (1, 1)]
     assert found("last_prompt", prompt_length=[3, 2]) == [(0, 2), (1, 1)]
     assert found("1:3") == [(0, 1), (0, 2), (1, 1)]
+    assert found("0:-1") == [(0, 1), (0, 2), (0, 3)]
+    assert found("0:-1", prompt_length=[3, 2]) == [(0, 1)]
 
 
 @pytest.mark.parametrize(

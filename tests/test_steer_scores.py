@@ -372,6 +372,43 @@ def test_pruning_keeps_what_helps_on_validation() -> None:
         pruned(chosen, lambda _: 1.0)
 
 
+def test_a_window_that_ends_before_the_prompts_end_steers_nothing_else(lm: LanguageModel, sae: SAE) -> None:
+    """The tokens that a hook which passes over passes of one token reaches under a cache (arXiv
+    2410.10863). A random direction of equal length stands beside the feature."""
+    chosen, st = FeatureSet(strengths={HOOK: {1: 200.0}}), Steerer(lm)
+    prompts = ["w5 w6 w7 w8", "w9 w10"]
+    texts = []
+    for cache in (True, False):
+        with chosen.steer(st, sae, scope="0:-1") as steering:
+            texts.append(lm.generate(prompts, max_new_tokens=4, use_cache=cache).tokens)
+        if cache:
+            assert sorted(steering.trace.pairs()) == [(0, 1), (0, 2), (0, 3), (1, 1)]
+    assert torch.equal(*texts)
+    random = torch.randn(D, generator=torch.Generator().manual_seed(0))
+    ids = lm.encode(prompts[0]).input_ids
+    h = lm.capture(ids, hooks=[HOOK])[HOOK]
+    moved = []
+    for direction in (sae.W_dec[1].detach(), random / random.norm()):
+        with st.vector(direction, scale=200.0, hook=HOOK, scope="0:-1"):
+            moved.append((lm.capture(ids, hooks=[HOOK])[HOOK] - h).norm(dim=-1))
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-4, atol=1e-3)
+    assert (moved[0][0] > 1).tolist() == [False, True, True, True, False]
+
+
+def test_a_set_takes_gates_and_schedules_and_the_tokens_that_choose_the_answer(lm: LanguageModel, sae: SAE) -> None:
+    chosen, st = FeatureSet(strengths={HOOK: {1: 4.0}}), Steerer(lm)
+    with chosen.steer(st, sae, scope="last_prompt+generation") as steering:
+        lm.generate("w5 w6 w7", max_new_tokens=3)
+    assert sorted(steering.trace.pairs())[0] == (0, 3)
+    ids = lm.encode("w5 w6 w7").input_ids
+    with chosen.steer(st, sae, gate=0.0):
+        off = lm.logits(ids)
+    with chosen.steer(st, sae, schedule=[0.0, 0.0]):
+        scheduled = lm.logits(ids)
+    assert torch.equal(off, lm.logits(ids))
+    assert torch.equal(scheduled, off)
+
+
 def test_a_set_steers_at_all_its_hook_points_in_one_context(lm: LanguageModel, sae: SAE) -> None:
     later = SAE(
         SAEConfig(d_in=D, d_sae=6, architecture="relu", hook_name="blocks.1.hook_resid_post"),

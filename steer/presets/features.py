@@ -124,7 +124,7 @@ class Personality(Preset):
     needs = {"sae": SAE_NEED, "features": Need(what="feature ids", how="found by their labels")}
     traps = (
         "their hook returns early for passes of one token, so with a cache neither the prompt's last token nor any "
-        "generated one is steered: here all tokens are",
+        "generated one is steered: here all tokens are, and scope '0:-1' is theirs",
         "200 is in raw units: use units='max_act' to compare features",
         "compare with a random feature at equal norm",
     )

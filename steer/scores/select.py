@@ -3,12 +3,11 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from steersman.doors import number
 from steersman.errors import SteersmanError
 from steersman.sae import SAE
-from steersman.steer.edits import FeatureEdit
+from steersman.steer.edits import FeatureEdit, GateLike, ScheduleLike, gated
 from steersman.steer.effects.measured import sae_identity
 from steersman.steer.scope import Scope, ScopeLike
 from steersman.steer.scores.table import FeatureScores, Scored, only
@@ -78,7 +77,7 @@ class FeatureSet(Mapping[str, dict[int, float]]):
             replace(self, strengths={hook: {j: s}}) for hook, entry in self.strengths.items() for j, s in entry.items()
         ]
 
-    def edits(self, saes: SAE | Sequence[SAE], *, gate: Any = 1.0) -> dict[str, FeatureEdit]:
+    def edits(self, saes: SAE | Sequence[SAE]) -> dict[str, FeatureEdit]:
         """{hook point: edit}, which `calibrate`, `evaluate_steering` and files of edits take as well.
 
         `saes` are those of the hook points, in any order; others are passed over. Raises SteersmanError for a hook
@@ -94,13 +93,24 @@ class FeatureSet(Mapping[str, dict[int, float]]):
             sae = given[hook]
             if hook in self.saes and sae_identity(sae)["hash"] != self.saes[hook]:
                 raise SteersmanError(f"the features at {hook} were chosen for another SAE than the one given")
-            edits[hook] = FeatureEdit(sae, entry, mode=self.mode, units=self.units, gate=gate)
+            edits[hook] = FeatureEdit(sae, entry, mode=self.mode, units=self.units)
         return edits
 
-    def steer(self, st: Steerer, saes: SAE | Sequence[SAE], *, scope: ScopeLike = "all", gate: Any = 1.0) -> Steering:
-        """One context that steers by all of them, at all hook points. `scope` as for `Steerer.features`; a trained
-        answer-level choice (CorrSteer's) acts at the last token of each step: `last_prompt+generation`."""
-        return Steering(st.lm, self.edits(saes, gate=gate), Scope.of(scope), for_all_threads=st.for_all_threads)
+    def steer(
+        self,
+        st: Steerer,
+        saes: SAE | Sequence[SAE],
+        *,
+        scope: ScopeLike = "all",
+        gate: GateLike = 1.0,
+        schedule: ScheduleLike | None = None,
+        include_bos: bool = False,
+    ) -> Steering:
+        """One context that steers by all of them, at all hook points. `scope`, `gate` and `schedule` as for
+        `Steerer.features`; features chosen by their answers act at the tokens whose outputs choose the answer,
+        `last_prompt+generation` (CorrSteer's)."""
+        edits = {hook: gated(edit, gate, schedule) for hook, edit in self.edits(saes).items()}
+        return Steering(st.lm, edits, Scope.of(scope, include_bos=include_bos), for_all_threads=st.for_all_threads)
 
 
 def select(
