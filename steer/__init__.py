@@ -133,6 +133,8 @@ from steersman.steer.training import (
     edit_from_examples,
     loreft,
     memorise,
+    prompted_answers,
+    psr,
     sae_ssv,
     train_edit,
 )
@@ -286,7 +288,9 @@ __all__ = [
     "probe_sides",
     "profile_heads",
     "promote_report",
+    "prompted_answers",
     "pruned",
+    "psr",
     "rewarded_answers",
     "ridge_fit",
     "sae_ssv",

@@ -75,15 +75,16 @@ def test_it_goes_through_everything_that_edits_do(planted: Planted, lowrank: Edi
     check_off(planted.lm, steered(again, planted.lm, scale=0.0))
 
 
-@pytest.mark.parametrize("method", ["loreft"])
+@pytest.mark.parametrize("method", ["loreft", "psr"])
 def test_from_examples_by_name(planted: Planted, method: str) -> None:
     positive, negative = planted.pairs(6)
     options: dict[str, Any] = {"hook": LAST, "method": method, "lr": 0.05, "epochs": 2, "train_batch": 3, "rank": 2}
+    options |= {"instruction": "w30 w31 w32 "} if method == "psr" else {}
     made = edit_from_examples(planted.lm, positive, negative, **options)
     assert (made.method, list(made)) == (method, [LAST])
     assert made.metadata["loss"] < made.metadata["loss_unsteered"]
     assert EDIT_METHODS[method].source.startswith("arXiv")
-    with pytest.raises(SteersmanError, match="unknown method 'caa'; have loreft"):
+    with pytest.raises(SteersmanError, match="unknown method 'caa'; have loreft, psr"):
         edit_from_examples(planted.lm, positive, hook=LAST, method="caa")
     with pytest.raises(SteersmanError, match="reads the completions: leave out positions and table"):
         edit_from_examples(planted.lm, positive, hook=LAST, method=method, positions="last")

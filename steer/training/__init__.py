@@ -6,6 +6,7 @@ from steersman.steer.training.latent import memorise
 from steersman.steer.training.loop import TrainedEdit, TrainEditConfig, train_edit
 from steersman.steer.training.loreft import loreft
 from steersman.steer.training.losses import Imitated, Imitation, Likelihood, Loss, Preference, ProbeLoss, Separation
+from steersman.steer.training.psr import prompted_answers, psr
 from steersman.steer.training.sae_ssv import sae_ssv
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "edit_from_examples",
     "loreft",
     "memorise",
+    "prompted_answers",
+    "psr",
     "sae_ssv",
     "train_edit",
 ]
