@@ -79,7 +79,7 @@ def test_it_goes_through_everything_that_edits_do(planted: Planted, lowrank: Edi
 def test_from_examples_by_name(planted: Planted, method: str) -> None:
     positive, negative = planted.pairs(6)
     options: dict[str, Any] = {"hook": LAST, "method": method, "lr": 0.05, "epochs": 2, "train_batch": 3, "rank": 2}
-    options |= {"instruction": "w30 w31 w32 "} if method == "psr" else {}
+    options |= {"instruction": "w30 w31 w32 ", "lr": 0.002} if method == "psr" else {}
     made = edit_from_examples(planted.lm, positive, negative, **options)
     assert (made.method, list(made)) == (method, [LAST])
     assert made.metadata["loss"] < made.metadata["loss_unsteered"]
