@@ -11,6 +11,7 @@ from support.tiny_models import D, toy_sae, with_text
 from steersman import LanguageModel, SteersmanError
 from steersman.steer import PRESETS, Preset, contrast, preset, steered
 from steersman.steer.analysis.thresholds import find_condition, percentile_limits
+from steersman.steer.decoding import FunctionCritic
 from steersman.steer.presets import Decoder
 from steersman.steer.presets.base import CODE, NOTES, PAPER, REIMPLEMENTED
 from steersman.steer.scores.reading import labelled_sides
@@ -75,6 +76,11 @@ def needs(lm: LanguageModel) -> dict[str, dict[str, Any]]:
         "latent_steering": {"examples": (YES[:2], NO[:2]), "steps": 2},
         "style_vectors_trained": {"examples": (YES[:2], NO[:2]), "steps": 2},
         "sae_ssv": {"sae": sae(), "examples": (YES, NO)},
+        "smc": {"mask": r"( w[0-9]+)*", "n": 2},
+        "fk": {"reward": lambda texts: [float("w40" in t) for t in texts], "n": 2, "every": 1},
+        "critic_control": {"critic": FunctionCritic(lambda prefixes: [1.0] * len(prefixes))},
+        "darwin": {"reward": lambda texts: [float(len(t)) for t in texts], "mutate": lambda i, n, seed: [i] * n},
+        "best_of_n": {"reward": lambda texts: [float("w40" in t) for t in texts], "n": 2},
         "lf_steering": {"sae": sae(), "examples": (YES, NO)},
         "scar": {"sae": sae(), "feature": active},
         "feature_flow": {
@@ -139,9 +145,12 @@ def test_presets_are_built_and_steer(lm: LanguageModel) -> None:
             assert made.method in (name, one.name, getattr(one, "method", name)) or name == "iti", name
             assert re.search(r"[0-9.]{9,}", made.metadata["source"])[0] in one.source, name  # pyright: ignore
         elif isinstance(made, Decoder):
+            if name == "darwin":
+                assert made("w5 w6", max_new_tokens=2, iterations=1, variants=1, beams=2).best
+                continue
             shown = made(YES[:1], max_new_tokens=3)
-            texts = getattr(shown, "generation", shown).texts
-            assert texts[0].startswith(YES[0]), name
+            found = shown[0] if isinstance(shown, list) else getattr(shown, "generation", shown)
+            assert found.texts[0].startswith(YES[0]), name
         elif hasattr(made, "__enter__"):
             with made:
                 assert not torch.equal(lm.logits(batch.input_ids, batch.attention_mask), plain), name

@@ -6,6 +6,7 @@ that was checked, and what it does not cover.
 
 from steersman.steer.presets import (  # noqa: F401 (a preset is there when its file was read)
     attention,
+    decoding,
     features,
     mixtures,
     operators,
