@@ -174,6 +174,8 @@ def test_a_unit_parameter_stays_one(lm: LanguageModel) -> None:
     found = train_edit(lm, {"v": 5 * start}, one, Likelihood(POSITIVE), unit=["v"], epochs=3, lr=0.05, clip=1.0)
     assert float(found.parameters["v"].norm()) == pytest.approx(1, abs=1e-6)
     assert float(torch.cosine_similarity(found.parameters["v"], start, dim=0)) < 0.999
+    again = train_edit(lm, {"v": 10 * start}, one, Likelihood(POSITIVE), unit=["v"], epochs=3, lr=0.05, clip=1.0)
+    torch.testing.assert_close(again.parameters["v"], found.parameters["v"], rtol=1e-4, atol=1e-5)
     with pytest.raises(SteersmanError, match="is zero and should have norm 1"):
         train_edit(lm, {"v": torch.zeros(D)}, one, Likelihood(POSITIVE), unit=["v"])
 

@@ -123,5 +123,5 @@ def test_wrong_input(lm: LanguageModel) -> None:
         psr(lm, ITEMS, hook=HOOK, loss="mse")  # pyright: ignore[reportArgumentType]
     with pytest.raises(SteersmanError, match="no answers to imitate"):
         psr(lm, [], hook=HOOK)
-    with pytest.raises(SteersmanError, match="prompts that are texts"):
+    with pytest.raises(SteersmanError, match="prompts that are texts or conversations, not token ids"):
         psr(lm, [Imitated(prompt=[0, 5], teacher=[0, 6, 5], answer=" w7")], hook=HOOK, loss="likelihood")

@@ -238,9 +238,16 @@ def prompt_tokens(lm: LanguageModel, example: Example, where: str) -> int:
         raise SteersmanError(
             f"{where} has no answer to read: give (prompt, answer) examples, or choose positions='last' or 'mean'"
         )
-    if not isinstance(example.text, str) and (spans := lm.encode([example.text]).spans) is not None:
-        return _answer(spans.conversations[0], where)[0]
+    if not isinstance(example.text, str):
+        return answer_span(lm, example, where)[0]
     return common_prefix(lm.token_ids(example.text, bos=True), lm.token_ids(example.prompt, bos=True))
+
+
+def answer_span(lm: LanguageModel, example: Example, where: str) -> tuple[int, int]:
+    """Half-open range of the tokens of a conversation's answer. Raises SteersmanError where it has none."""
+    spans = lm.encode([example.text]).spans
+    assert spans is not None  # as of every conversation
+    return _answer(spans.conversations[0], where)
 
 
 def _answer(chat: ChatRow, where: str) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from steersman.conversations import Document, answered, is_conversation, with_prefix
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.hooks import HookName
@@ -47,7 +48,7 @@ def psr(
     """Train the gated vector on answers of the prompted model, at one hook point (S-PSR) or several (A-PSR).
 
     `compare` names the hook points of the imitation, by default the last state of every block from the first edited one
-    on; `teaching` opens what the teacher is steered by besides. The likelihood needs prompts that are texts. The notes
+    on; `teaching` opens what the teacher is steered by besides. The likelihood takes no prompts of token ids. The notes
     hold the losses, unsteered and trained. Raises SteersmanError for an unknown loss and items that it cannot use.
     """
     hooks = lm.resolve_hooks(hook)
@@ -56,9 +57,9 @@ def psr(
         points = list(compare) or [f"blocks.{i}.hook_resid_post" for i in range(first, lm.n_layers)]
         target: Loss = Imitation(items, points, teaching=teaching)
     elif loss == "likelihood":
-        if not all(isinstance(item.prompt, str) for item in items):
-            raise SteersmanError("loss='likelihood' needs prompts that are texts")
-        target = Likelihood([Example(text=item.prompt + item.answer, prompt=item.prompt) for item in items])
+        if not all(isinstance(item.prompt, str) or is_conversation(item.prompt) for item in items):
+            raise SteersmanError("loss='likelihood' needs prompts that are texts or conversations, not token ids")
+        target = Likelihood([Example(text=answered(i.prompt, i.answer), prompt=i.prompt) for i in items])
     else:
         raise SteersmanError(f"unknown loss {loss!r}: use imitation or likelihood")
     parameters: dict[str, Tensor] = {}
@@ -75,14 +76,14 @@ def psr(
 
 
 def prompted_answers(
-    lm: LanguageModel, prompts: Sequence[str], instruction: str, *, batch_size: int = 16, **options: Any
+    lm: LanguageModel, prompts: Sequence[Document], instruction: str, *, batch_size: int = 16, **options: Any
 ) -> list[Imitated]:
-    """What the model answers to `instruction` before each prompt, as items to train on. `options` as for
-    `LanguageModel.generate`; an answer that comes out empty is left out."""
+    """What the model answers to `instruction` before each prompt, or as the system message of a conversation: items to
+    train on. `options` as for `LanguageModel.generate`; an answer that comes out empty is left out."""
     items: list[Imitated] = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
-        taught = [instruction + prompt for prompt in part]
+        taught = [with_prefix(instruction, prompt) for prompt in part]
         made = lm.generate(taught, **options)
         items += [
             Imitated(prompt=prompt, teacher=teacher, answer=answer)
@@ -109,7 +110,7 @@ class PSR(EditMethod):
 
     def train(self, lm: LanguageModel, examples: Examples, hooks: list[str], config: ContrastConfig) -> EditSet:
         items = [
-            Imitated(prompt=e.prompt, teacher=config.instruction + e.prompt, answer=e.text[len(e.prompt) :])
+            Imitated(prompt=e.prompt, teacher=with_prefix(config.instruction, e.prompt), answer=e.answer)
             for e in examples.positive
         ]
         return psr(lm, items, hook=hooks, config=self.settings(config))

@@ -14,7 +14,7 @@ from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.steer.measures import common_prefix
 from steersman.steer.methods.examples import Example
-from steersman.steer.methods.reading import prompt_tokens
+from steersman.steer.methods.reading import answer_span, prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,12 @@ class Target:
 
 
 def completion(lm: LanguageModel, example: Example, where: str) -> Target:
-    """An example as a target: its answer counts, or the whole text where it has no prompt."""
+    """An example as a target: its answer counts, or the whole text where it has no prompt. Of a conversation the
+    assistant's last message counts with the token that ends it, and nothing stands behind that."""
     ids = lm.token_ids(example.text, bos=True)
+    if example.prompt and not isinstance(example.text, str):
+        start, end = answer_span(lm, example, where)
+        return _checked(lm, Target(ids[: end + 1], start), where)
     start = min(max(prompt_tokens(lm, example, where), 1), len(ids) - 1) if example.prompt else 1
     return _checked(lm, Target(ids, start), where)
 
