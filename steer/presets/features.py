@@ -48,7 +48,7 @@ class SCAR(Preset):
     needs = {
         "sae": Need(
             what="an SAE with a supervised latent",
-            how="train_sae on a store with a label column; see `supervised` in docs/methods.md",
+            how="train_sae(..., architecture='supervised_topk') on a store cached with label_column",
         )
     }
     traps = (
