@@ -1,7 +1,7 @@
 """Gates on the bundled model, whose every token is labelled: does an edit touch the tokens of a concept and no others?
 
-For each concept, the SAE feature that tells its words best is the gate of an edit: a `TokenGate` with the threshold of
-the best F1 on one half of the stories. On the other half the stories are read with the edit open, and the tokens whose
+For each concept, the SAE feature and the threshold that tell its words best, by F1 on one half of the stories, make the
+gate of an edit, a `TokenGate`. On the other half the stories are read with the edit open, and the tokens whose
 state changed are held against the grammar's labels: precision is the share of the changed tokens that are the
 concept's, recall the share of the concept's tokens that were changed. A row gate (`Condition`) on the prompt's largest
 activation is measured alike, by stories that mention the concept or do not.
@@ -21,7 +21,7 @@ import tyro
 
 from steersman import SAE, LanguageModel, Steerer, TrainConfig, cache_activations, train_sae
 from steersman.demo import CONCEPTS, MODEL_PATH, stories, texts
-from steersman.demo.concept_features import encode_stories, match_concepts
+from steersman.demo.concept_features import auroc, encode_stories
 from steersman.steer import Condition, Feature, TokenGate
 
 HOOK = "blocks.2.hook_resid_post"
@@ -36,7 +36,7 @@ class Config:
     stories: int = 400
     """Stories to choose the features and thresholds on, and as many to measure on."""
     concepts: int = 16
-    """Concepts: those whose feature tells them best."""
+    """Concepts: those whose feature tells them best on the half that chooses."""
     tokens: int = 400_000
     """Tokens that the SAE is trained on."""
     d_sae: int = 512
@@ -51,9 +51,24 @@ def best_threshold(values: torch.Tensor, labels: torch.Tensor) -> tuple[float, f
     ranked, hits = values[order], labels[order].double().cumsum(0)
     f1 = 2 * hits / (torch.arange(1, len(values) + 1) + labels.sum())
     f1[:-1][ranked[:-1] == ranked[1:]] = -1  # no threshold parts equal values
-    best = int(f1[: int((ranked > 0).sum())].argmax())
+    on = int((ranked > 0).sum())
+    if on == 0:
+        return 0.0, 0.0
+    best = int(f1[:on].argmax())
     below = float(ranked[best + 1]) if best + 1 < len(ranked) else 0.0
     return (float(ranked[best]) + below) / 2, float(f1[best])
+
+
+def best_gates(codes: torch.Tensor, labels: torch.Tensor) -> list[tuple[float, str, int, float]]:
+    """(F1, concept, feature, threshold) of every concept, best first. The features of largest AUROC are tried."""
+    ranking = auroc(codes, labels).nan_to_num(-1.0)  # [L, C]
+    found = []
+    for column, concept in enumerate(CONCEPTS):
+        for feature in ranking[:, column].topk(8).indices.tolist():
+            level, f1 = best_threshold(codes[:, feature], labels[:, column])
+            found.append((f1, concept, feature, level))
+    best = {concept: (f1, concept, feature, level) for f1, concept, feature, level in sorted(found)}
+    return sorted(best.values(), reverse=True)
 
 
 def scores(changed: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
@@ -92,26 +107,25 @@ def main(args: Config) -> None:
     drawn = list(islice(stories(READ), 2 * args.stories))
     choosing, measuring = drawn[: args.stories], drawn[args.stories :]
     codes, labels = encode_stories(lm, sae, choosing)
-    chosen = match_concepts(lm, sae, choosing)[: args.concepts]
+    chosen = best_gates(codes, labels)[: args.concepts]
     st, v = Steerer(lm), torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0))
     truth = encode_stories(lm, sae, measuring)[1]
     mentions = [{concept for _, _, concept in story.spans} for story in measuring]
     print(f"{'concept':<16} {'feature':>7} {'precision':>9} {'recall':>7}   {'rows: precision':>15} {'recall':>7}")
     table = []
-    for match in chosen:
-        column = list(CONCEPTS).index(match.concept)
-        read = Feature(sae, match.feature)
-        level, _ = best_threshold(codes[:, match.feature], labels[:, column])
+    for _, concept, feature, level in chosen:
+        column = list(CONCEPTS).index(concept)
+        read = Feature(sae, feature)
         edit = st.direction(HOOK, read=v, value=4.0, gate=TokenGate(read, level))
         tokens = scores(changed_tokens(lm, measuring, HOOK, edit), truth[:, column])
         row_gate = Condition(HOOK, read, level, pool="max")
         moved = changed_tokens(lm, measuring, LATER, st.direction(LATER, read=v, value=4.0, gate=row_gate))
         ends = torch.tensor([len(lm.tokenizer(s.text, add_special_tokens=False)["input_ids"]) for s in measuring])
         steered = torch.tensor([bool(part.any()) for part in moved.split(ends.tolist())])
-        rows = scores(steered, torch.tensor([match.concept in found for found in mentions]))
+        rows = scores(steered, torch.tensor([concept in found for found in mentions]))
         table.append((*tokens, *rows))
         figures = f"{tokens[0]:>9.3f} {tokens[1]:>7.3f}   {rows[0]:>15.3f} {rows[1]:>7.3f}"
-        print(f"{match.concept:<16} {match.feature:>7} {figures}")
+        print(f"{concept:<16} {feature:>7} {figures}")
     print(f"{'median':<24} " + " ".join(f"{statistics.median(column):.3f}" for column in zip(*table)))
     good = sum(precision > 0.95 and recall > 0.95 for precision, recall, *_ in table)
     print(f"{good} of {len(table)} gates with precision and recall above 0.95, over {len(truth):,} tokens")

@@ -39,8 +39,10 @@ class Config:
     """Timed rounds, after one that is not."""
     scope: str = "all"
     """Where the edits apply."""
-    only: str = ""
-    """Variants to run beside the unsteered one: those whose name holds this; all if not given."""
+    only: tuple[str, ...] = ()
+    """Variants to run beside the unsteered one: those whose names hold one of these; all if not given."""
+    cpu_time: bool = False
+    """Measure the process's own time instead of the wall's: for one thread of a machine that others use too."""
     device: str = "auto"
     """Where to run."""
     threads: int | None = None
@@ -95,14 +97,16 @@ def main(args: Config) -> None:
         sae = sae.to(lm.device)
     prompts = ["Once upon a time"] * args.batch
     contexts = variants(lm, sae, hook, args.batch, args.scope)
-    contexts = {name: open_ for name, open_ in contexts.items() if name == "unsteered" or args.only in name}
+    wanted = ("unsteered", *args.only) if args.only else ("",)
+    contexts = {name: open_ for name, open_ in contexts.items() if any(part in name for part in wanted)}
+    now = time.process_time if args.cpu_time else time.perf_counter
 
     def run(context: AbstractContextManager[object]) -> float:
         with context:
-            start = time.perf_counter()
+            start = now()
             out = lm.generate(prompts, max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens)
             out.tokens.sum().item()  # waits for the device
-            return out.new_tokens.numel() / (time.perf_counter() - start)
+            return out.new_tokens.numel() / (now() - start)
 
     rates: dict[str, list[float]] = {name: [] for name in contexts}
     for round_number in range(args.rounds + 1):
