@@ -73,9 +73,13 @@ def test_conditions_keep_the_runtime_contract(lm: LanguageModel, prompt: Any, pl
 
 
 @pytest.mark.parametrize(("prompt", "place"), PLACES)
-@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"prefill_chunk_size": 2}, {"num_beams": 2, "num_return_sequences": 2}],
+    ids=["whole", "chunks", "beams"],
+)
 def test_a_condition_is_a_gate_per_row_that_is_found_out(
-    lm: LanguageModel, prompt: Any, place: str, chunk: int | None
+    lm: LanguageModel, prompt: Any, place: str, options: dict[str, Any]
 ) -> None:
     """What it decides, given by hand, steers the same tokens, with the prompt read in one pass or in chunks."""
     gate, gates = condition(lm, place, prompt=prompt)
@@ -83,12 +87,27 @@ def test_a_condition_is_a_gate_per_row_that_is_found_out(
     scope = "generation" if prompt == "none" else "all"
     by_hand = Steerer(lm).vector(VECTOR, hook=HOOK, gate=gates, scope=scope)
     found = Steerer(lm).vector(VECTOR, hook=HOOK, gate=gate)
-    options = {} if chunk is None else {"prefill_chunk_size": chunk}
-    expected = rows_of(lm, PROMPTS, by_hand)
+    alike = {} if "prefill_chunk_size" in options else options
+    expected = rows_of(lm, PROMPTS, by_hand, **alike)
     assert rows_of(lm, PROMPTS, found, **options) == expected
-    assert expected != rows_of(lm, PROMPTS, Steerer(lm).vector(VECTOR, hook=HOOK, scope=scope))
+    assert expected != rows_of(lm, PROMPTS, Steerer(lm).vector(VECTOR, hook=HOOK, scope=scope), **alike)
     assert found.trace.pairs() == by_hand.trace.pairs()
-    assert [count > 0 for count in found.trace.rows] == [g > 0 for g in gates]
+    each = len(found.trace.rows) // len(gates)
+    assert [count > 0 for count in found.trace.rows[::each]] == [g > 0 for g in gates]
+
+
+@pytest.mark.parametrize("prompt", ["later_layers", "second_pass"])
+def test_one_condition_for_edits_at_several_layers(lm: LanguageModel, prompt: Any) -> None:
+    gate, gates = condition(lm, prompt=prompt)
+    both = {HOOK: VECTOR, LATE: C}
+    expected = rows_of(lm, PROMPTS, Steerer(lm).vector(both, gate=gates))
+    assert rows_of(lm, PROMPTS, Steerer(lm).vector(both, gate=gate)) == expected
+    batch = lm.encode(list(PROMPTS))
+    with Steerer(lm).vector(both, gate=gates):
+        wanted = lm.logits(batch.input_ids, batch.attention_mask)
+    with Steerer(lm).vector(both, gate=gate):
+        for _ in range(2):  # each pass is a text of its own
+            assert lm.logits(batch.input_ids, batch.attention_mask).equal(wanted)
 
 
 def test_a_condition_that_is_not_met_changes_no_bit(lm: LanguageModel) -> None:
