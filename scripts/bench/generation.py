@@ -1,7 +1,8 @@
 """Generation with an edit against generation without: tokens per second, side by side.
 
 Runs every variant in turn, round after round, so that a busy machine slows all of them alike, and prints each variant's
-median rate and its ratio to the unsteered run of the same round.
+median rate and its ratio to the unsteered run of the same round. The ratio of what makes k passes for each token
+(mixtures of k streams, KL-controlled strength) is to a kth of the unsteered rate.
 
     python scripts/bench/generation.py --model path/to/model --batch 8 --new-tokens 100
 """
@@ -18,7 +19,10 @@ import tyro
 
 from steersman import SAE, LanguageModel, SAEConfig, Steerer
 from steersman.demo import MODEL_PATH
-from steersman.steer import Condition, Feature, TokenGate
+from steersman.lm import Generation
+from steersman.steer import Condition, Feature, KLControl, Mix, MixSource, TokenGate, VectorEdit
+
+PROMPT = "Once upon a time"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +53,11 @@ class Config:
     """CPU threads; torch's own number if not given."""
 
 
-def variants(lm: LanguageModel, sae: SAE, hook: str, batch: int, scope: str) -> dict[str, Callable[[], object]]:
+def variants(lm: LanguageModel, sae: SAE, hook: str, batch: int, scope: str) -> dict[str, Callable[[], Any]]:
     """A fresh context for each thing to compare."""
     st, v = Steerer(lm), torch.randn(lm.d_model, device=lm.device)
     rows = [{(7 * i) % sae.cfg.d_sae: 1.0} for i in range(batch)]
-    found: dict[str, Callable[[], object]] = {"unsteered": nullcontext}
+    found: dict[str, Callable[[], Any]] = {"unsteered": nullcontext}
     found["vector"] = lambda: st.vector(v, hook=hook, scope=scope)
     found["vector per row"] = lambda: st.vector(v.expand(batch, -1), scale=[0.5] * batch, hook=hook, scope=scope)
     for mode in ("add", "clamp", "floor", "scale", "project_out"):
@@ -79,6 +83,26 @@ def variants(lm: LanguageModel, sae: SAE, hook: str, batch: int, scope: str) -> 
         found[f"direction: {name}"] = lambda given=given: st.direction(hook, read=v, scope=scope, **given)
     found["add per row"] = lambda: st.features(sae, rows, scope=scope)
     found["clamp per row"] = lambda: st.features(sae, rows, mode="clamp", scope=scope)
+    found["attention bias"] = lambda: st.highlight([PROMPT] * batch, ["upon"] * batch)
+    return found
+
+
+def several_streams(lm: LanguageModel, batch: int, n: int) -> dict[str, tuple[int, Callable[[], Generation]]]:
+    """What makes several passes for each token: how many, and a run of it."""
+    prompts, others = [PROMPT] * batch, ["One day there was"] * batch
+    st, v = Steerer(lm), 0.1 * torch.randn(lm.d_model, device=lm.device)
+    steered = MixSource(steering=st.vector(v, hook=lm.n_layers // 2))
+    mixtures = {
+        "mixture of 1": Mix([(1.0, MixSource())]),
+        "mixture of 2": Mix.guidance(others),
+        "mixture of 3": Mix.steer(steered, others),
+    }
+    control = KLControl(properties=[{lm.resolve_hook(lm.n_layers // 2): VectorEdit(v)}])
+    found: dict[str, tuple[int, Callable[[], Generation]]] = {
+        name: (len(mix.sources), lambda mix=mix: mix.generate(lm, prompts, max_new_tokens=n))
+        for name, mix in mixtures.items()
+    }
+    found["KL control"] = (3, lambda: control.generate(lm, prompts, max_new_tokens=n).generation)
     return found
 
 
@@ -95,23 +119,28 @@ def main(args: Config) -> None:
     else:
         sae = SAE(SAEConfig(d_in=lm.d_model, d_sae=args.d_sae, k=args.k, architecture="topk", hook_name=hook))
         sae = sae.to(lm.device)
-    prompts = ["Once upon a time"] * args.batch
-    contexts = variants(lm, sae, hook, args.batch, args.scope)
+    prompts = [PROMPT] * args.batch
+    clock = time.process_time if args.cpu_time else time.perf_counter
+
+    def generate(make: Callable[[], AbstractContextManager[object]]) -> Callable[[], Generation]:
+        def run() -> Generation:
+            with make():
+                return lm.generate(prompts, max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens)
+
+        return run
+
+    runs = {name: (1, generate(make)) for name, make in variants(lm, sae, hook, args.batch, args.scope).items()}
+    runs |= several_streams(lm, args.batch, args.new_tokens)
     wanted = ("unsteered", *args.only) if args.only else ("",)
-    contexts = {name: open_ for name, open_ in contexts.items() if any(part in name for part in wanted)}
-    now = time.process_time if args.cpu_time else time.perf_counter
+    runs = {name: run for name, run in runs.items() if any(part in name for part in wanted)}
 
-    def run(context: AbstractContextManager[object]) -> float:
-        with context:
-            start = now()
-            out = lm.generate(prompts, max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens)
-            out.tokens.sum().item()  # waits for the device
-            return out.new_tokens.numel() / (now() - start)
-
-    rates: dict[str, list[float]] = {name: [] for name in contexts}
+    rates: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(args.rounds + 1):
-        for name, make in contexts.items():
-            rate = run(make())  # pyright: ignore[reportArgumentType]
+        for name, (_, run) in runs.items():
+            start = clock()
+            out = run()
+            out.tokens.sum().item()  # waits for the device
+            rate = out.new_tokens.numel() / (clock() - start)
             if round_number:  # the first round warms up
                 rates[name].append(rate)
     print(
@@ -121,7 +150,7 @@ def main(args: Config) -> None:
     )
     print(f"{'variant':<24} {'tokens/s':>10} {'ratio':>7} {'lowest':>7} {'highest':>8}")
     for name, found in rates.items():
-        ratios = [a / b for a, b in zip(found, rates["unsteered"])]
+        ratios = [runs[name][0] * a / b for a, b in zip(found, rates["unsteered"])]
         print(
             f"{name:<24} {statistics.median(found):>10.0f} {statistics.median(ratios):>7.3f} "
             f"{min(ratios):>7.3f} {max(ratios):>8.3f}"
