@@ -137,3 +137,13 @@ def test_the_page_of_trained_edits_runs_from_top_to_bottom(tmp_path: Path) -> No
     printed = run_line("python page.py", tmp_path)
     assert "AUROC" in printed
     assert "converged" in printed
+
+
+def test_the_page_of_decoding_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    program = "\n".join(text for language, _, text in blocks("decoding.md") if language == "python")
+    (tmp_path / "page.py").write_text(program)
+    printed = run_line("python page.py", tmp_path)
+    assert "tokens looked elsewhere" in printed
+    assert "matched=True" in printed
+    assert "scarlet dog and strolled closer. The dog rolled over" in printed
+    assert "strengths [0.0, 2.0, 0.0, 0.0" in printed
