@@ -57,6 +57,23 @@ def test_the_divergence_of_two_nuclei() -> None:
     assert nucleus_kl(holes, holes, 1.0).tolist() == [0.0]
 
 
+def test_a_nucleus_longer_than_what_is_looked_at_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for spread in (0.1, 8.0):
+        p, q = (spread * torch.randn(2, 3, 2000, generator=generator)).unbind(0)
+        kept = torch.zeros(3, 2000, dtype=torch.bool)
+        for logits in (p, q):
+            for row in range(3):
+                total = 0.0
+                for token in logits[row].argsort(descending=True).tolist():
+                    if total < 0.7:
+                        kept[row, token] = True
+                    total += float(logits[row].softmax(-1)[token])
+        a, b = (x.masked_fill(~kept, -torch.inf).log_softmax(-1) for x in (p, q))
+        expected = torch.where(kept, a.exp() * (a - b), 0.0).sum(-1)
+        torch.testing.assert_close(nucleus_kl(p, q, 0.7), expected, rtol=1e-3, atol=1e-5)
+
+
 def test_the_strength_is_the_planted_divergence() -> None:
     lm = with_text("llama")
     size = 0.9

@@ -32,6 +32,8 @@ from steersman.steer.decoding.streams import Chooser, Stream, continue_rows, enc
 from steersman.steer.dose import Dosed, steered
 from steersman.steer.scope import ScopeLike
 
+HEAD = 256
+"""Likeliest tokens that are looked at before all are sorted."""
 STEPS = "last_prompt+generation"
 """The tokens whose output chooses a generated token."""
 
@@ -133,9 +135,12 @@ def nucleus_kl(p: Tensor, q: Tensor, top_p: float, *, per_token: bool = False) -
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     """[B, V] bool: the smallest set of the likeliest tokens with at least this probability."""
-    p, ids = logits.softmax(-1).sort(dim=-1, descending=True)
-    kept = p.cumsum(-1) - p < top_p
-    return torch.zeros_like(kept).scatter_(-1, ids, kept)
+    p = logits.softmax(-1)
+    largest, ids = p.topk(min(HEAD, p.shape[-1]), dim=-1)
+    if bool((largest.sum(-1) < top_p).any()):  # a flat distribution: its nucleus is longer
+        largest, ids = p.sort(dim=-1, descending=True)
+    kept = largest.cumsum(-1) - largest < top_p
+    return torch.zeros_like(p, dtype=torch.bool).scatter_(-1, ids, kept)
 
 
 class _Run:
