@@ -9,12 +9,19 @@ from steersman.cli import main
 from steersman.steer import METHODS, PRESETS
 from steersman.steer.decompose.base import METHODS as DECOMPOSITIONS
 from steersman.steer.scores.base import SCORES
+from steersman.steer.training.edit_method import EDIT_METHODS
 
 
 def test_everything_is_listed_with_its_source(capsys: pytest.CaptureFixture[str]) -> None:
     main(["methods", "--json"])
     entries = json.loads(capsys.readouterr().out)
-    for kind, names in {"vector": METHODS, "preset": PRESETS, "score": SCORES, "decomposition": DECOMPOSITIONS}.items():
+    for kind, names in {
+        "vector": METHODS,
+        "edit": EDIT_METHODS,
+        "preset": PRESETS,
+        "score": SCORES,
+        "decomposition": DECOMPOSITIONS,
+    }.items():
         assert [entry["name"] for entry in entries if entry["kind"] == kind] == list(names)
     for entry in entries:
         assert entry["source"], entry

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import D, toy_sae, with_text
+from support.tiny_models import toy_sae, with_text
 
 from steersman import LanguageModel, SteersmanError
-from steersman.steer import PRESETS, Preset, contrast, preset, steered
+from steersman.steer import PRESETS, Annotated, AnnotationTable, Preset, contrast, preset, steered
 from steersman.steer.analysis.thresholds import find_condition, percentile_limits
 from steersman.steer.decoding import FunctionCritic
 from steersman.steer.presets import Decoder
@@ -75,6 +75,7 @@ def needs(lm: LanguageModel) -> dict[str, dict[str, Any]]:
         "bipo": {"examples": ANSWERS, "epochs": 1},
         "latent_steering": {"examples": (YES[:2], NO[:2]), "steps": 2},
         "style_vectors_trained": {"examples": (YES[:2], NO[:2]), "steps": 2},
+        "psr": {"prompts": YES[:4], "instruction": "w40 ", "max_new_tokens": 3, "epochs": 2},
         "sae_ssv": {"sae": sae(), "examples": (YES, NO)},
         "smc": {"mask": r"( w[0-9]+)*", "n": 2},
         "fk": {"reward": lambda texts: [float("w40" in t) for t in texts], "n": 2, "every": 1},
@@ -126,7 +127,10 @@ def test_every_preset_is_listed_whole() -> None:
 def test_presets_are_built_and_steer(lm: LanguageModel) -> None:
     batch = lm.encode(YES[:2])
     plain = lm.logits(batch.input_ids, batch.attention_mask)
-    for name, given in needs(lm).items():
+    given_to = needs(lm)
+    built = {name for name, one in PRESETS.items() if one.available} - {"protein_features"}
+    assert built == set(given_to), "every preset is built here"
+    for name, given in given_to.items():
         one = preset(name)
         if one.needs:
             with pytest.raises(SteersmanError) as error:
@@ -157,11 +161,18 @@ def test_presets_are_built_and_steer(lm: LanguageModel) -> None:
             assert torch.equal(lm.logits(batch.input_ids, batch.attention_mask), plain), name
 
 
+def test_protein_features_are_a_table_of_annotations(lm: LanguageModel) -> None:
+    words = [f"w{i} w40 w{j} w50" for i in range(5, 15) for j in range(20, 30)]
+    annotated = [
+        Annotated(tokens=tuple(lm.token_ids(text, bos=True)), annotations={"site": [i == 2 for i in range(5)]})
+        for text in words
+    ]
+    made = preset("protein_features").build(lm, sae=sae(), annotated=annotated, min_tokens=10)
+    assert isinstance(made, AnnotationTable)
+
+
 def test_what_is_not_covered_says_so(lm: LanguageModel) -> None:
     with pytest.raises(SteersmanError, match="cannot be built: it needs an environment with a judge"):
         preset("dialogue_action_tokens").build(lm)
     with pytest.raises(SteersmanError, match="unknown preset 'scarr'.*the nearest is 'scar'"):
         preset("scarr")
-
-
-_ = (ANSWERS, D)

@@ -215,7 +215,7 @@ def rows() -> dict[str, Build]:
     def psr(lm: LanguageModel, task: Task, sae: SAE | None) -> Any:
         prompts = [prompt for prompt, _ in task.positive[:16]]
         return preset("psr").build(
-            lm, prompts=prompts, instruction=task.instruction, layer=task.config.layer, max_new_tokens=12
+            lm, prompts=prompts, instruction=task.instruction, layer=task.config.layer, max_new_tokens=12, epochs=4
         )
 
     def unsafe(lm: LanguageModel, task: Task, sae: SAE | None) -> Any:
@@ -245,7 +245,7 @@ def rows() -> dict[str, Build]:
         "safety_vector": unsafe,
         "mean_matching": at("mean_matching", positions="answer"),
         "swfc": at("swfc", positions="answer"),
-        "bipo": at("bipo", epochs=5),
+        "bipo": at("bipo", epochs=2),
         "latent_steering": at("latent_steering", steps=30),
     }
 
@@ -254,7 +254,8 @@ def rows() -> dict[str, Build]:
 def prompted(lm: LanguageModel, task: Task) -> dict[str, Any]:
     """The instruction before each prompt: margins, and its KL on the texts that follow it."""
     items = [
-        Continuations(prompt=task.instruction + i.prompt, positive=i.positive, negative=i.negative) for i in task.items
+        Continuations(prompt=f"{task.instruction}{i.prompt}", positive=i.positive, negative=i.negative)
+        for i in task.items
     ]
     costs, n = 0.0, 0
     for text in task.texts:
@@ -345,8 +346,8 @@ def summary(known: dict[str, Any], args: Config, model: str) -> dict[str, Any]:
     for name, task in known.items():
         mine = {}
         for row in dict.fromkeys(order):
-            if "effects" not in (found := task["rows"].get(row, {})):
-                continue
+            if "effects" not in (found := task["rows"].get(row, {})) or found["kl"] == 0:
+                continue  # it was not made, or acts on none of the texts of the budget
             effect = bootstrap(units(found, task["group"]))
             assert effect is not None
             mine[row] = {"effect": round(effect.mean, 4), "low": round(effect.low, 4), "high": round(effect.high, 4)}

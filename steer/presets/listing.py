@@ -7,6 +7,7 @@ from steersman.steer.methods.affine import AFFINE_METHODS
 from steersman.steer.methods.base import METHODS
 from steersman.steer.presets.base import PRESETS
 from steersman.steer.scores.base import NEEDS, SCORES
+from steersman.steer.training.edit_method import EDIT_METHODS
 
 TESTED = "held to planted answers in the tests"
 
@@ -16,7 +17,7 @@ class Listed:
     """One way, as `steersman methods` lists it."""
 
     kind: str
-    """vector, affine, score, decomposition or preset."""
+    """vector, edit, affine, score, decomposition or preset."""
     name: str
     """What the library calls it."""
     source: str
@@ -37,6 +38,8 @@ def listing() -> list[Listed]:
     for name, method in METHODS.items():
         needs = "positive and negative examples" if method.needs_negative else "positive examples"
         found.append(_listed("vector", name, method, needs))
+    for name, edit in EDIT_METHODS.items():
+        found.append(_listed("edit", name, edit, "examples of prompts and answers"))
     for name, affine in AFFINE_METHODS.items():
         found.append(_listed("affine", name, affine, "texts of a source and a target class"))
     for name, score in SCORES.items():

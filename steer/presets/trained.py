@@ -1,11 +1,15 @@
 """Presets that are trained: one loop, with a loss for each."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from steersman.lm import LanguageModel
+from steersman.steer.edits import EditSet
 from steersman.steer.methods.contrast import contrast
 from steersman.steer.presets.base import (
     CODE,
+    NOTES,
     PAPER,
     REIMPLEMENTED,
     SAE_NEED,
@@ -16,6 +20,7 @@ from steersman.steer.presets.base import (
     saes_of,
     sides_of,
 )
+from steersman.steer.training.psr import CONFIG, prompted_answers, psr
 from steersman.steer.training.sae_ssv import sae_ssv
 from steersman.steer.vectors.vector import SteeringVector
 
@@ -106,6 +111,36 @@ class BiPOPreset(_TrainedVector):
     values = {"beta": 0.1, "lr": 5e-4, "batch": 4, "epochs": "5 to 20 of 100"}
     method = "bipo"
     traps = ("the weight decay of the script never reaches its trainer: none here",)
+
+
+class PSRPreset(Preset):
+    name = "psr"
+    title = "Prompt steering replacement"
+    source = "arXiv 2605.03907"
+    mechanism = "direction edit, rule probe, trained to imitate the prompted model"
+    certainty = NOTES
+    values = {"layers": "one (S-PSR) or all (A-PSR)", "triplets": 1000, "strength at test": "bisection to coherence 80"}
+    needs = {
+        "prompts": Need(what="prompts to train on", how="a list of texts"),
+        "instruction": Need(what="what stands before a prompt and works", how="a text"),
+    }
+    traps = (
+        "the teacher is the prompted model, so it can teach nothing that the prompt does not do",
+        "answers are the same and prompts are not: states are aligned by answer, not by position",
+        "one replicator found it below a constant vector: compare with `ssv` on the same answers",
+    )
+    not_covered = "the judge that filters answers and gives soft labels (Imitated.strength takes them)"
+
+    def make(
+        self, lm: LanguageModel, *, prompts: Sequence[str], instruction: str, layer: float | None = 0.5,
+        loss: str = "imitation", max_new_tokens: int = 40, answers: Any = None, scope: str = "all", epochs: int = 10,
+    ) -> EditSet:  # fmt: skip
+        items = answers
+        if items is None:
+            items = prompted_answers(lm, prompts, instruction, max_new_tokens=max_new_tokens)
+        hooks = [at(lm, layer)] if layer is not None else [f"blocks.{i}.hook_resid_post" for i in range(lm.n_layers)]
+        choices: Any = {"loss": loss, "scope": scope, "config": replace(CONFIG, epochs=epochs)}
+        return psr(lm, items, hook=hooks, **choices)
 
 
 class SAESSV(Preset):
