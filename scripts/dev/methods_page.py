@@ -14,6 +14,8 @@ from steersman.steer.presets.listing import markdown
 
 FIGURES = Path(__file__).parents[2] / "docs" / "methods.json"
 """What `scripts/bench/methods.py --summary` wrote."""
+SWEEP = FIGURES.with_name("sweep.json")
+"""What `scripts/bench/sweep.py` wrote as summary.json."""
 HEAD = """\
 # Published systems
 
@@ -38,9 +40,18 @@ MEASURED = """\
 task. Effect: rise of the margin between the two sides in nats per token, with its 95 % interval over items (of persona,
 over pairs of a statement to agree with and one to reject, so that a push towards "Yes" is no effect); loss: rise of the
 negative log-likelihood of the texts that the KL was measured on. Everything steers every token here, so that costs
-compare. No judge is asked. A model of this size says whether a mechanism works, not what a paper's number is. From
-`scripts/bench/methods.py`.
+compare, and each is to be read against the random vector, which costs as much. A dash was not measured. No judge is
+asked. A model of this size says whether a mechanism works, not what a paper's number is. From `scripts/bench/methods.py`.
 """
+
+
+SWEPT = """\
+## Which layer
+
+`steersman vector sweep` on {traits} persona traits ({model}, CAA, KL {budget:g}): one half of the items chose the layer of
+each trait ({chosen}), and on the other half the margin rose there by {found:.3f} nats on average. One fixed layer for all
+traits gives {fixed}. For {clear} of the traits none of {nulls} nulls (a random vector, permuted labels), each with a layer
+of its own choice, did as well. From `scripts/bench/sweep.py`."""
 
 
 def measured(found: dict[str, Any]) -> str:
@@ -63,11 +74,29 @@ def measured(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def swept(found: dict[str, Any]) -> str:
+    """What a sweep over layers chose, against every fixed layer."""
+
+    def layer(hook: str) -> str:
+        return hook.split(".")[1]
+
+    chosen = ", ".join(f"{trait} {layer(hook)}" for trait, hook in found["chosen"].items())
+    fixed = ", ".join(f"{layer(hook)}: {value:.3f}" for hook, value in found["fixed"].items())
+    least = min(found["p_values"].values())
+    clear = sum(p == least for p in found["p_values"].values())
+    return SWEPT.format(
+        chosen=chosen, fixed=fixed, found=found["found"], model=found["model"], budget=found["budget"], clear=clear,
+        traits=len(found["p_values"]), nulls=round(1 / least) - 1,
+    )  # fmt: skip
+
+
 def page() -> str:
     """The whole page."""
     parts = [HEAD, markdown(), SAME]
     if FIGURES.exists():
         parts.append(measured(json.loads(FIGURES.read_text())))
+    if SWEEP.exists():
+        parts.append(swept(json.loads(SWEEP.read_text())))
     return "\n\n".join(parts)
 
 
