@@ -374,8 +374,7 @@ def _plain(value: Any) -> Any:
 
 def template_of(lm: LanguageModel) -> str:
     """The digest of a model's chat template; empty where it has none."""
-    found = getattr(lm, "template_digest", "")
-    return str((found() if callable(found) else found) or "")
+    return lm.template_digest or ""
 
 
 # The kinds

@@ -147,3 +147,23 @@ def test_the_page_of_decoding_runs_from_top_to_bottom(tmp_path: Path) -> None:
     assert "matched=True" in printed
     assert "scarlet dog and strolled closer. The dog rolled over" in printed
     assert "strengths [0.0, 2.0, 0.0, 0.0" in printed
+
+
+def test_the_page_of_chat_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    program = "\n".join(text for language, _, text in blocks("chat.md") if language == "python")
+    (tmp_path / "page.py").write_text(program)
+    printed = run_line("python page.py", tmp_path)
+    assert "tokens of the last question" in printed
+    steered = dict(re.findall(r"^(\S+): (\d+) tokens steered$", printed, re.MULTILINE))
+    assert set(steered) == {"assistant", "last_user", "turn:0+turn:1"}
+    assert all(int(n) > 0 for n in steered.values())
+
+
+def test_the_flags_that_the_page_of_chat_shows_are_there() -> None:
+    for language, _, text in blocks("chat.md"):
+        for line in text.splitlines() if language == "bash" else ():
+            words = shlex.split(line)[1:]
+            command = " ".join(words[: 2 if words[0] == "vector" else 1])
+            known = run_line(f"steersman {command} --help", ROOT)
+            for flag in (word for word in words if word.startswith("--")):
+                assert flag in known, (command, flag)
