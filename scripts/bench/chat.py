@@ -6,11 +6,12 @@ For every scope: a plain pass steers the tokens that a reading of the markers sa
 steers the same with a KV cache and without, in a batch and row by row, and gives the same replies.
 """
 
-import argparse
 import json
 import time
+from dataclasses import dataclass
 
 import torch
+import tyro
 
 from steersman import LanguageModel, Steerer
 from steersman.device import pick_device
@@ -32,6 +33,16 @@ TALKS = [
     ],
 ]
 SCOPES = ("assistant", "user", "system", "last_user", "turn:1", "turn:-1", "user+last_prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: str
+    """Folder of a model with a ChatML template, such as SmolLM2-135M-Instruct."""
+    layer: int = 12
+    """Layer to steer at."""
+    tokens: int = 24
+    """Tokens of each reply."""
 
 
 def by_markers(lm: LanguageModel, messages: list[dict[str, str]]) -> list[tuple[str, int]]:
@@ -63,13 +74,8 @@ def expected(known: list[tuple[str, int]], scope: str, n: int) -> set[int]:
     return found - {0}
 
 
-def main() -> None:
+def main(args: Config) -> None:
     """Print what was compared, and tokens per second."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--layer", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=24)
-    args = parser.parse_args()
     torch.manual_seed(0)
     lm = LanguageModel.load(args.model, device=pick_device("auto"), dtype="float32")
     v = torch.randn(lm.d_model) * 2
@@ -100,24 +106,27 @@ def main() -> None:
             rows.append((positions(steering, 1)[0], alone.new_tokens[0].tolist()))
         assert found[0] == found[1] == [where for where, _ in rows], scope
         assert texts[0] == texts[1] == [tokens for _, tokens in rows], scope
-        print(f"{scope:18} {[len(w) for w in want]} prompt tokens, {[len(f) for f in found[0]]} with the replies")
+        counts = [[len(positions) for positions in part] for part in (want, found[0])]
+        print(f"{scope:18} {counts[0]} prompt tokens, {counts[1]} with the replies")
     speed = {}
     for name, scope in (("plain", None), ("all", "all"), ("assistant", "assistant"), ("last_user", "last_user")):
         best = 0.0
         for _ in range(3):
             start = time.perf_counter()
             if scope is None:
-                lm.chat(TALKS, max_new_tokens=64, eos_token_id=None)
+                lm.chat(TALKS, max_new_tokens=args.tokens, eos_token_id=None)
             else:
                 with steerer.vector(v, hook=args.layer, scope=scope):
-                    lm.chat(TALKS, max_new_tokens=64, eos_token_id=None)
-            best = max(best, 3 * 64 / (time.perf_counter() - start))
+                    lm.chat(TALKS, max_new_tokens=args.tokens, eos_token_id=None)
+            best = max(best, 3 * args.tokens / (time.perf_counter() - start))
         speed[name] = round(best, 1)
     start = time.perf_counter()
-    n = sum(1 for _ in lm.stream(lm.encode_chat(TALKS, padding_side="left"), max_new_tokens=64, eos_token_id=None))
+    n = sum(
+        1 for _ in lm.stream(lm.encode_chat(TALKS, padding_side="left"), max_new_tokens=args.tokens, eos_token_id=None)
+    )
     speed["stream"] = round(n / (time.perf_counter() - start), 1)
     print(json.dumps({"model": lm.name, "device": str(lm.device), "tokens_per_second": speed}))
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))
