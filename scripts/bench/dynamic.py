@@ -33,15 +33,15 @@ SCOPE = "last_prompt+generation"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    concepts: tuple[str, ...] = ("pets", "snow", "magic_folk", "treasure", "vehicles", "flowers")
+    concepts: tuple[str, ...] = ("pets", "snow", "treasure")
     """Concepts to write about."""
-    prompts: int = 48
+    prompts: int = 32
     """Prompts continued each time."""
     new_tokens: int = 32
     """Tokens of each."""
-    logits: float = 5.0
+    logits: float = 6.0
     """Nats that strength 1 adds to the words' logits."""
-    direction: float = 0.5
+    direction: float = 0.25
     """Length of strength 1 of the direction, in median norms of the states."""
     top_p: float = 0.9
     """The nucleus of the control."""
