@@ -150,9 +150,9 @@ def find_condition(
     """The condition of CAST (arXiv 2409.05907): layer, threshold and direction by F1.
 
     Directions are made from the even prompts of each side, which also choose; the odd ones report. `method` is the
-    difference of the means, CAST's first principal component of the states about the middle of both sides (with the
-    sign of that difference), or the weight of a logistic regression. By default the input of every block is searched.
-    Raises SteersmanError for fewer than four prompts a side.
+    difference of the means, CAST's first principal component of the states of pairs about their middles (prompt i of
+    either side; the sign is that of most pairs), or the weight of a logistic regression. By default the input of every
+    block is searched. Raises SteersmanError for fewer than four prompts a side.
     """
     if min(len(positive), len(negative)) < 4:
         raise SteersmanError("a condition needs at least 4 prompts of each side: half of them are held out")
@@ -196,9 +196,10 @@ def _direction(method: str, yes: Tensor, no: Tensor, hook: str) -> Tensor:
     if method == "diffmean":
         v = difference
     elif method == "pca":
-        centred = torch.cat([yes, no]).double() - (yes.double().mean(0) + no.double().mean(0)) / 2
-        v = torch.linalg.svd(centred, full_matrices=False).Vh[0]
-        v = v * torch.sign(v @ difference)
+        n = min(len(yes), len(no))
+        pairs = yes[:n].double() - no[:n].double()  # a pair centred on its middle is half of this, with either sign
+        v = torch.linalg.svd(pairs, full_matrices=False).Vh[0]
+        v = v if int((pairs @ v > 0).sum()) * 2 >= n else -v
     elif method == "probe":
         v = _probe(yes, no, l2=0.1)[0]
     else:
