@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.steer.edits import Edit, EditSet, PerRow
 from steersman.steer.edits.file import FORMAT as EDITS_FORMAT
@@ -70,6 +71,11 @@ def steered(
     scope = "all" if scope is None else scope
     if isinstance(what, SteeringVector):
         return as_steerer(st).vector(what, scale=scale, scope=scope, **options)
+    if isinstance(what, Mapping) and not all(isinstance(edit, Edit) for edit in what.values()):
+        raise SteersmanError(
+            f"a mapping steers by {{hook point: edit}}, and this {type(what).__name__} holds no edits: of features "
+            "give .edits(saes)"
+        )
     if isinstance(what, Mapping):
         edits = {hook: edit.scaled(scale) for hook, edit in what.items()}
         if isinstance(what, EditSet):

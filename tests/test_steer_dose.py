@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import D
+from support.tiny_models import D, toy_sae
 
 from steersman import LanguageModel, Steerer, SteeringVector, SteersmanError
-from steersman.steer import calibrate, evaluate_steering
+from steersman.steer import EditSet, FeatureSet, calibrate, evaluate_steering
 from steersman.steer.edits import AttentionBiasEdit, Edit, FunctionEdit, LogitsEdit, VectorEdit
 from steersman.steer.measures import CostMeter
 
@@ -86,3 +86,19 @@ def test_a_token_made_likelier_is_written_more_often(lm: LanguageModel) -> None:
     )
     rates = {point.scale: float(point.values["word_rate"].mean()) for point in report.arms["vector"].points}
     assert rates[50.0] > 50 > rates[0.0]
+
+
+def test_sets_of_features_and_edits_of_files_go_through_both(lm: LanguageModel) -> None:
+    """Edits of a file act in the scope that they are meant for, unless another is asked for."""
+    chosen = FeatureSet(strengths={HOOK: {3: 2.0, 7: -1.0}})
+    with pytest.raises(SteersmanError, match=r"give \.edits\(saes\)"):
+        calibrate(chosen, lm, texts=TEXTS, target_kl=0.01)  # pyright: ignore
+    edits = chosen.edits(toy_sae(HOOK))
+    found = calibrate(edits, lm, texts=TEXTS, target_kl=0.002)
+    assert found.search.converged
+    evaluate_steering(lm, edits, TEXTS, scale=(1.0,), max_new_tokens=2)
+    kept = EditSet(edits=edits, scope="1:2", model_name=lm.name)
+    own, wide = (calibrate(kept, lm, texts=TEXTS, target_kl=0.0005, scope=scope) for scope in (None, "all"))
+    assert own.search.scale > 1.05 * wide.search.scale, "one token in place of all"
+    report = evaluate_steering(lm, own.vector, TEXTS, scale=(1.0,), max_new_tokens=2)
+    assert report.vector["method"] in ("edits", "")

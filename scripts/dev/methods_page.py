@@ -4,6 +4,7 @@ python scripts/dev/methods_page.py > docs/methods.md
 """
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +37,21 @@ SAME = """\
 MEASURED = """\
 ## At equal KL
 
-{model}, {examples} examples of each side to build from, calibrated to KL {budget:g} per token, {items} held-out items a
-task. Effect: rise of the margin between the two sides in nats per token, with its 95 % interval over items (of persona,
-over pairs of a statement to agree with and one to reject, so that a push towards "Yes" is no effect); loss: rise of the
-negative log-likelihood of the texts that the KL was measured on. Everything steers every token here, so that costs
-compare, and each is to be read against the random vector, which costs as much. A dash was not measured. No judge is
-asked. A model of this size says whether a mechanism works, not what a paper's number is. From `scripts/bench/methods.py`.
+{model}, {examples} examples of each side to build from, calibrated to KL {budget:g} per token, {items} held-out items
+a task. Effect: rise of the margin between the two sides in nats per token, with its 95 % interval over items (of
+persona, over pairs of a statement to agree with and one to reject, so that a push towards "Yes" is no effect); loss:
+rise of the negative log-likelihood of the texts that the KL was measured on. Everything steers every token here, so
+that costs compare, and each is to be read against the random vector, which costs as much. A dash was not measured. No
+judge is asked. A model of this size says whether a mechanism works, not what a paper's number is. From
+`scripts/bench/methods.py`.
 """
 
 
 SWEPT = """\
-## Which layer
-
-`steersman vector sweep` on {traits} persona traits ({model}, CAA, KL {budget:g}): one half of the items chose the layer of
-each trait ({chosen}), and on the other half the margin rose there by {found:.3f} nats on average. One fixed layer for all
-traits gives {fixed}. For {clear} of the traits none of {nulls} nulls (a random vector, permuted labels), each with a layer
-of its own choice, did as well. From `scripts/bench/sweep.py`."""
+`steersman vector sweep` on {traits} persona traits ({model}, CAA, KL {budget:g}): one half of the items chose the
+layer of each trait ({chosen}), and on the other half the margin rose there by {found:.3f} nats on average. One fixed
+layer for all traits gives {fixed}. For {clear} of the traits none of {nulls} nulls (a random vector, permuted labels),
+each with a layer of its own choice, did as well. From `scripts/bench/sweep.py`."""
 
 
 def measured(found: dict[str, Any]) -> str:
@@ -84,10 +84,11 @@ def swept(found: dict[str, Any]) -> str:
     fixed = ", ".join(f"{layer(hook)}: {value:.3f}" for hook, value in found["fixed"].items())
     least = min(found["p_values"].values())
     clear = sum(p == least for p in found["p_values"].values())
-    return SWEPT.format(
+    text = SWEPT.format(
         chosen=chosen, fixed=fixed, found=found["found"], model=found["model"], budget=found["budget"], clear=clear,
         traits=len(found["p_values"]), nulls=round(1 / least) - 1,
     )  # fmt: skip
+    return "## Which layer\n\n" + textwrap.fill(text, 120, break_on_hyphens=False)
 
 
 def page() -> str:
