@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import D, toy_sae, with_text
+from support.tiny_models import D, build, toy_sae, with_text
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
@@ -110,4 +110,4 @@ def test_what_cannot_be_a_session(lm: LanguageModel) -> None:
     with pytest.raises(SteersmanError, match="token for each of 3 rows"):
         session.feed(torch.tensor([1, 2]))
     with pytest.raises(SteersmanError, match="not a decoder"):
-        Session(with_text("esm"), PROMPTS)
+        Session(build("esm"), PROMPTS)
