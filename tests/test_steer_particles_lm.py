@@ -18,6 +18,8 @@ from steersman.steer.decoding import (
     Constraint,
     Critic,
     FeaturePotential,
+    Mix,
+    MixSource,
     Multinomial,
     NoRepeat,
     ParticleConfig,
@@ -166,6 +168,21 @@ def test_a_steered_proposal_leaves_the_unsteered_model_as_target(lm: LanguageMod
     assert found.log_prior.tolist() == pytest.approx(log_prior(lm, PROMPTS[0], found.tokens).tolist(), abs=1e-4)
     assert found.cost.forward_passes == 2 * 2  # two streams, the prompt and one token each
     assert not torch.allclose(found.log_weights, found.log_weights[0])
+
+
+def test_a_mixture_proposes_and_the_model_stays_the_target(lm: LanguageModel) -> None:
+    mix = Mix([(1.6, MixSource()), (-0.6, MixSource(prompts="w40 w41"))], plausible=None)
+    texts = list(itertools.product(IDS, repeat=2))
+    prior = log_prior(lm, PROMPTS[0], texts)
+    target = dict(zip(texts, prior.softmax(0).tolist()))
+    sets = particles(lm, PROMPTS, mask=some, guide=mix, n=800, max_new_tokens=2)
+    got = shares(sets[0])
+    assert 0.5 * sum(abs(got.get(text, 0) - p) for text, p in target.items()) < 0.15
+    assert sets[0].log_z == pytest.approx(float(prior.logsumexp(0)), abs=0.2)
+    for prompt, found in zip(PROMPTS, sets):
+        assert torch.allclose(found.log_prior, log_prior(lm, prompt, found.tokens), atol=1e-4)
+    assert sets[0].cost.forward_passes == 3 * 2
+    assert count_hooks(lm.model) == 0
 
 
 # Potentials

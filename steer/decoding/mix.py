@@ -17,8 +17,8 @@ Shape letters: B rows, V vocabulary, K sources.
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,24 +180,24 @@ class Mix:
         rows = {len(w) for w in self._weights(lm.device)} - {1, len(given)}
         if rows:
             raise SteersmanError(f"a weight has {rows.pop()} rows and there are {len(given)} prompts")
-        plans = self._plans(lm, batch, len(given), bos)
+        with self.opened(lm, batch, num_return_sequences, max_new_tokens=steps, bos=bos) as streams:
+            total = len(given) * num_return_sequences
+            return continue_rows(lm, given, batch, total, streams.logits, streams.feed, chooser, steps)
+
+    @contextmanager
+    def opened(
+        self, lm: LanguageModel, batch: TokenBatch, copies: int, *, max_new_tokens: int, bos: bool = True
+    ) -> Iterator["MixStreams"]:
+        """The streams of the mixture, each having read its prompts, while the context is open: `copies` rows for each
+        prompt of `batch`, left-padded. What `generate` decodes from, and what particles take as a guide."""
+        plans = self._plans(lm, batch, len(batch.input_ids), bos)
         for plan in plans:
-            plan.lm.check_room(plan.batch.input_ids.shape[1], steps)
+            plan.lm.check_room(plan.batch.input_ids.shape[1], max_new_tokens)
         with ExitStack() as stack:
             for plan in plans:
-                stack.enter_context(plan.open(num_return_sequences))
+                stack.enter_context(plan.open(copies))
             order = {k: (plan, layer) for plan in plans for k, layer in plan.members}
-
-            def next_logits() -> Tensor:
-                found = [plan.stream.logits(layer) for plan, layer in (order[k] for k in sorted(order))]
-                return self._chosen(sorted(order)).mixed(found)
-
-            def feed(tokens: Tensor) -> None:
-                for plan in plans:
-                    plan.stream.feed(tokens)
-
-            total = len(given) * num_return_sequences
-            return continue_rows(lm, given, batch, total, next_logits, feed, chooser, steps)
+            yield MixStreams(self._chosen(sorted(order)), plans, [order[k] for k in sorted(order)])
 
     def _chosen(self, numbers: Sequence[int]) -> "Mix":
         return self if len(numbers) == len(self.sources) else Mix([self.sources[k] for k in numbers], self.plausible)
@@ -232,6 +232,34 @@ class _Plan:
         layers = list(dict.fromkeys(layer for _, layer in self.members if layer is not None))
         self.stream = Stream(self.lm, self.batch, copies=copies, steering=self.steering, layers=layers)
         return self.stream
+
+
+class MixStreams:
+    """The opened streams of a mixture, fed the same tokens; a `Source` of next-token distributions."""
+
+    def __init__(self, mix: Mix, plans: list[_Plan], members: list[tuple[_Plan, HookName | None]]) -> None:
+        self.mix, self.plans, self.members = mix, plans, members
+        self.passes, self.rows = len(plans), sum(len(plan.batch.input_ids) for plan in plans)
+
+    def logits(self) -> Tensor:
+        """[B, V] fp32: of the mixture, for the next token of each row."""
+        return self.mix.mixed([plan.stream.logits(layer) for plan, layer in self.members])
+
+    def log_probs(self) -> Tensor:
+        """[B, V] fp32: the same as log-probabilities."""
+        return self.logits().log_softmax(-1)
+
+    def feed(self, tokens: Tensor) -> None:
+        """Continue each row by one of `tokens` [B]."""
+        for plan in self.plans:
+            plan.stream.feed(tokens)
+        self.passes, self.rows = self.passes + len(self.plans), self.rows + len(self.plans) * len(tokens)
+
+    def advance(self, parents: Tensor, tokens: Tensor) -> None:
+        """Row i becomes row `parents[i]` as it was, followed by `tokens[i]`."""
+        for plan in self.plans:
+            plan.stream.session.reorder(parents)
+        self.feed(tokens)
 
 
 def _others(lm: LanguageModel, prompts: Any, rows: int, bos: bool) -> TokenBatch:

@@ -1,6 +1,7 @@
 """Particles of a language model: prompts in, a weighted set of continuations of each out (`decoder.py` says how)."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from steersman.lm.generate import stop_ids as ids_of
 from steersman.lm.tokens import Prompt, as_prompts
 from steersman.steer.decoding.decoder import check_guide, decode
 from steersman.steer.decoding.masks import FunctionMask, Mask, RegexMask
+from steersman.steer.decoding.mix import Mix
 from steersman.steer.decoding.population import ParticleSet, Prefix, Writer
 from steersman.steer.decoding.potentials import Potential, Reward
 from steersman.steer.decoding.proposals import Critic, Proposal
@@ -59,7 +61,7 @@ def particles(
     mask: str | Mask | Callable[[Prefix], Any] | None = None,
     potential: Potential | Sequence[Potential] = (),
     critic: Critic | None = None,
-    guide: Context | Source | None = None,
+    guide: Context | Mix | Source | None = None,
     config: ParticleConfig | None = None,
     **settings: Any,
 ) -> list[ParticleSet]:
@@ -69,7 +71,8 @@ def particles(
     function of the generated tokens that returns which may follow ([V] bool, or ids). `potential` is what multiplies a
     text's probability: one, or several. `critic` twists the proposal. `guide` proposes tokens in place of the model,
     whose own distribution stays the target: a function that returns a steering context, such as
-    `lambda: st.vector(v, scale=4)`, or any `Source`. Steering contexts that are open around the call steer the target.
+    `lambda: st.vector(v, scale=4)`, a `Mix`, or any `Source`. Steering contexts that are open around the call steer
+    the target.
     Settings as in `ParticleConfig`, by keyword or in `config`.
 
     Raises SteersmanError for what does not fit, before anything is run, and when every particle of a prompt is dead,
@@ -108,21 +111,25 @@ def particles(
         source: Source = LookaheadSource(lm, batch, config.n, k, hooks=hooks)
     else:
         source = SessionSource(lm, batch, config.n, hooks=hooks)
-    if callable(guide):
-        guide = SessionSource(lm, batch, config.n, context=guide)
-    return decode(
-        source,
-        writer_of(lm, [row[kept].tolist() for row, kept in zip(batch.input_ids, batch.attention_mask.bool())]),
-        config.n,
-        max_new_tokens=config.max_new_tokens,
-        proposal=proposal,
-        potentials=potentials,
-        resampler=resampler,
-        every=config.every,
-        stop_ids=stops,
-        seeds=seeds,
-        guide=guide,
-    )
+    with ExitStack() as stack:
+        if isinstance(guide, Mix):
+            opened = guide.opened(lm, batch, config.n, max_new_tokens=config.max_new_tokens, bos=config.bos)
+            guide = stack.enter_context(opened)
+        elif callable(guide):
+            guide = SessionSource(lm, batch, config.n, context=guide)
+        return decode(
+            source,
+            writer_of(lm, [row[kept].tolist() for row, kept in zip(batch.input_ids, batch.attention_mask.bool())]),
+            config.n,
+            max_new_tokens=config.max_new_tokens,
+            proposal=proposal,
+            potentials=potentials,
+            resampler=resampler,
+            every=config.every,
+            stop_ids=stops,
+            seeds=seeds,
+            guide=guide,
+        )
 
 
 def best_of_n(
