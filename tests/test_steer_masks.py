@@ -44,7 +44,7 @@ LETTERS = "abcdxy019 -_.!éàüßÉ\n\t中文😀😁helowrdg٣K"
 )  # fmt: skip
 def test_an_automaton_matches_what_python_matches(pattern: str) -> None:
     rng, automaton, python = random.Random(0), Automaton(pattern), re.compile(pattern)
-    for _ in range(600):
+    for _ in range(300):
         text = "".join(rng.choice(LETTERS) for _ in range(rng.randint(0, 5)))
         assert automaton.fullmatch(text) == bool(python.fullmatch(text)), text
 
@@ -61,7 +61,7 @@ def test_an_automaton_matches_what_python_matches(pattern: str) -> None:
         (r"(?>a+)b", "an atomic group"),
         (r"[^\s\S]", "no text matches"),
         (r"(a|b)*a(a|b){14}", "states"),
-        (r"(((a{99}){99}){99}){99}", "states"),
+        (r"((a{99}){99}){99}", "states"),
     ],
 )
 def test_what_is_no_regular_language_is_refused_by_name(pattern: str, message: str) -> None:
@@ -140,8 +140,8 @@ PATTERNS = {
 @pytest.mark.parametrize("resampler", ["multinomial", "without_replacement"])
 def test_a_regular_expression_is_never_broken(which: str, resampler: str, request: pytest.FixtureRequest) -> None:
     lm, pattern = request.getfixturevalue(which), PATTERNS[which]
-    mask, settings = RegexMask(lm, pattern), {"n": 8, "max_new_tokens": 40, "resampler": resampler}
-    for seed in range(4):
+    mask, settings = RegexMask(lm, pattern), {"n": 8, "max_new_tokens": 32, "resampler": resampler}
+    for seed in range(3):
         for found in particles(lm, ["Once upon a time", "One day"], mask=mask, seed=2 * seed, **settings):
             for text, w in zip(found.completions, found.log_weights.tolist()):
                 assert re.fullmatch(pattern, text)
@@ -183,7 +183,7 @@ def _log_p(lm: LanguageModel, prompt: str, text: Any) -> float:
 def test_particles_find_likelier_texts_than_rejection_at_equal_passes(demo: LanguageModel) -> None:
     """A first sentence that ends with a pet: rejection keeps few of its texts, or none."""
     pattern, prompt = r" [a-zA-Z', ]* (dog|cat|kitten|puppy)\.", "Once upon a time"
-    better, runs = 0, 4
+    better, runs = 0, 3
     for seed in range(runs):
         [found] = particles(
             demo, prompt, mask=RegexMask(demo, pattern, needs_end=False), n=8, max_new_tokens=16, seed=seed

@@ -89,13 +89,13 @@ def test_an_exact_critic_proposes_the_target_itself(chain: Chain) -> None:
     assert found.mean(count_zeros(found.tokens)) == pytest.approx(1.925, abs=0.15)
 
 
-@pytest.mark.parametrize(("k", "runs", "expected", "best"), [(4, 800, 1.64, 2.03), (32, 150, 1.86, 2.95)])
+@pytest.mark.parametrize(("k", "runs", "expected", "best"), [(4, 600, 1.64, 2.03), (32, 100, 1.86, 2.95)])
 def test_few_feynman_kac_particles_fall_short_and_their_argmax_is_no_sample(
     chain: Chain, k: int, runs: int, expected: float, best: float
 ) -> None:
     sets = chain.run(k, runs, potentials=[reward()])
-    assert mean_reward(sets) == pytest.approx(expected, abs=0.06)
-    assert np.mean([zeros(found.tokens[found.best()]) for found in sets]) == pytest.approx(best, abs=0.1)
+    assert mean_reward(sets) == pytest.approx(expected, abs=0.08)
+    assert np.mean([zeros(found.tokens[found.best()]) for found in sets]) == pytest.approx(best, abs=0.12)
     z, error = mean_z(sets)
     assert abs(z - chain.value(())) < 4 * error
     assert all(found.cost.reward_calls == sets[0].cost.reward_calls for found in sets)
@@ -110,12 +110,12 @@ class Forgets(Resampler):
         return Chosen(torch.arange(n), (log_shares.logsumexp(0) - math.log(n)).expand(n).clone())
 
 
-@pytest.mark.parametrize(("k", "runs", "expected"), [(4, 500, 1.31), (32, 80, 1.39)])
+@pytest.mark.parametrize(("k", "runs", "expected"), [(4, 400, 1.31), (32, 60, 1.39)])
 def test_a_step_without_resampling_must_not_forget_its_weights(
     chain: Chain, k: int, runs: int, expected: float
 ) -> None:
     forgetful = chain.run(k, runs, potentials=[reward()], resampler=Forgets())
-    assert mean_reward(forgetful) == pytest.approx(expected, abs=0.06)
+    assert mean_reward(forgetful) == pytest.approx(expected, abs=0.08)
     assert mean_reward(chain.run(k, runs, potentials=[reward()])) > mean_reward(forgetful) + 0.2
 
 
@@ -123,10 +123,10 @@ def test_a_step_without_resampling_must_not_forget_its_weights(
 def test_z_is_unbiased_under_a_mask(chain: Chain, resampler: Resampler) -> None:
     _, z = chain.target(kept)
     assert z == pytest.approx(0.3603, abs=1e-4)
-    sets = chain.run(8, 300, proposal=Proposal(mask=FunctionMask(never_2_after_0, STATES)), resampler=resampler)
+    sets = chain.run(8, 200, proposal=Proposal(mask=FunctionMask(never_2_after_0, STATES)), resampler=resampler)
     found, error = mean_z(sets)
     assert abs(found - z) < 4 * error
-    assert error < 0.012
+    assert error < 0.015
     assert all(kept(text) for one in sets for text, w in zip(one.tokens, one.log_weights) if w > -math.inf)
 
 
@@ -286,26 +286,29 @@ def test_finished_particles_keep_their_weight_and_take_part(chain: Chain) -> Non
     weighted = {text: p * math.exp(zeros(text)) for text, p in target.items()}
     z = sum(weighted.values())
     for resampler in (Multinomial(), WithoutReplacement(2), Never()):
-        sets = chain.run(1000, 3, potentials=[reward()], stop_ids=[1], resampler=resampler)
-        assert distance(histogram(sets), {text: w / z for text, w in weighted.items()}) < 0.06
+        sets = chain.run(800, 2, potentials=[reward()], stop_ids=[1], resampler=resampler)
+        assert distance(histogram(sets), {text: w / z for text, w in weighted.items()}) < 0.08
         assert all(one.ended.tolist() == [1 in text for text in one.tokens] for one in sets)
 
 
 # Resamplers
 
 
-@pytest.mark.parametrize("m", [1, 3, 6, 12])
+@pytest.mark.parametrize("m", [1, 3, 9])
 def test_without_replacement_keeps_expected_shares_and_takes_nothing_twice(m: int) -> None:
     g = torch.Generator().manual_seed(m)
     shares = torch.randn(m, generator=g, dtype=torch.float64) * 2
-    total, runs = torch.zeros(m, dtype=torch.float64), 2000
+    total, taken, runs = torch.zeros(m, dtype=torch.float64), torch.zeros(m, dtype=torch.float64), 1200
     resampler, n = WithoutReplacement(), 4
     for _ in range(runs):
         chosen = resampler.choose(shares, n, g)
         alive = chosen.log_shares > -math.inf
         assert len(set(chosen.index[alive].tolist())) == int(alive.sum()) == min(n, m)
         total.index_add_(0, chosen.index, chosen.log_shares.exp())
-    assert torch.allclose(total / runs, shares.exp(), rtol=0.15, atol=0.03)
+        taken[chosen.index[alive]] += 1
+    p = taken / runs
+    error = ((1 - p) / (p * runs)).sqrt()  # of a binomial count, relative
+    assert bool(((total / runs / shares.exp() - 1).abs() <= 4 * error + 1e-3).all())
 
 
 def test_heavy_candidates_are_kept_with_their_own_weight() -> None:

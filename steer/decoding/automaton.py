@@ -71,7 +71,7 @@ class _Builder:
         self.end = self._sequence(_without_anchors(list(tree)), self.start, tree.state.flags)
 
     def state(self) -> int:
-        if len(self.edges) > 4 * _STATES:
+        if len(self.edges) > 2 * _STATES:
             raise SteersmanError(f"{self.pattern[:60]!r} needs too many states: repeat less, or say (?a) for ASCII")
         self.edges.append({})
         self.free.append([])
