@@ -99,7 +99,7 @@ def test_a_condition_is_a_gate_per_row_that_is_found_out(
 @pytest.mark.parametrize("prompt", ["later_layers", "second_pass"])
 def test_one_condition_for_edits_at_several_layers(lm: LanguageModel, prompt: Any) -> None:
     gate, gates = condition(lm, prompt=prompt)
-    both = {HOOK: VECTOR, LATE: C}
+    both: dict[str | int, Any] = {HOOK: VECTOR, LATE: C}
     expected = rows_of(lm, PROMPTS, Steerer(lm).vector(both, gate=gates))
     assert rows_of(lm, PROMPTS, Steerer(lm).vector(both, gate=gate)) == expected
     batch = lm.encode(list(PROMPTS))

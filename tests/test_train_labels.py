@@ -58,6 +58,7 @@ def test_shuffled_batches_and_views_carry_the_label_of_each_row(lm: LanguageMode
         seen = 0
         for batch in source.batches(64, split="all", seed=3, drop_last=False):
             expected = torch.tensor([-1 if LABELS[i] is None else LABELS[i] for i in batch.doc_ids.tolist()])
+            assert batch.labels is not None
             assert torch.equal(batch.labels.long(), expected)
             seen += len(batch)
         assert seen == store.n_rows

@@ -94,9 +94,9 @@ def main(args: Config) -> None:
                 lm.logits(batch)
             assert positions(steering, 3) == want, (scope, side)
         found, texts = [], []
-        for options in ({}, {"use_cache": False}):
+        for use_cache in (True, False):
             with steerer.vector(v, hook=args.layer, scope=scope) as steering:
-                made = lm.chat(TALKS, max_new_tokens=args.tokens, eos_token_id=None, **options)
+                made = lm.chat(TALKS, max_new_tokens=args.tokens, eos_token_id=None, use_cache=use_cache)
             found.append(positions(steering, 3))
             texts.append(made.new_tokens.tolist())
         rows = []

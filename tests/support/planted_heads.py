@@ -1,5 +1,7 @@
 """A model of two layers in which one head alone does something, so that a profile of heads has a known answer."""
 
+from typing import Any
+
 import torch
 import transformers
 
@@ -23,7 +25,7 @@ def planted_heads(*, copies: bool = True) -> LanguageModel:
         vocab_size=V, max_position_embeddings=64, tie_word_embeddings=False,
     )  # fmt: skip
     g = torch.Generator().manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
+    model: Any = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 2:

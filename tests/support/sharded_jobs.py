@@ -185,7 +185,8 @@ def train_from_stream(
         time.sleep(load_seconds)
         return ActivationStream(with_text("llama"), texts.get(rank, text), **options)
 
-    LanguageModel.capture, Trainer.step = counted, slow_step
+    LanguageModel.capture = counted  # pyright: ignore[reportAttributeAccessIssue]
+    Trainer.step = slow_step
     return *happening.end_of(lambda: train_sae(stream, config, out)), passes[0]
 
 
