@@ -43,7 +43,9 @@ class SeenEarlier(Gate):
         return self.seen
 
 
-@pytest.mark.parametrize("gate", [Positive, SeenEarlier, lambda: [Positive(), Schedule([1.0, 0.5])]], ids=str)
+@pytest.mark.parametrize(
+    "gate", [Positive, SeenEarlier, lambda: [Positive(), Schedule([1.0, 0.5])]], ids=["token", "earlier", "several"]
+)
 def test_gates_keep_the_runtime_contract(lm: LanguageModel, gate: Any) -> None:
     check_contract(lm, lambda rows: Steerer(lm).vector(VECTOR, hook=HOOK, gate=gate()))
 
