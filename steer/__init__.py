@@ -24,7 +24,7 @@ from steersman.steer.analysis.spans import (
     key_sentences,
     match_sentence,
 )
-from steersman.steer.analysis.sweep import Sweep, SweepConfig, sweep_layers
+from steersman.steer.analysis.sweep import LayerSweepConfig, Sweep, sweep_layers
 from steersman.steer.analysis.thresholds import (
     FoundCondition,
     ProbedSides,
@@ -197,6 +197,7 @@ __all__ = [
     "KLControl",
     "KeySentence",
     "LayerDivergence",
+    "LayerSweepConfig",
     "Likelihood",
     "LinearFit",
     "LoReFTEdit",
@@ -229,7 +230,6 @@ __all__ = [
     "SteeringEvaluation",
     "SteeringVector",
     "Sweep",
-    "SweepConfig",
     "TanhSimilarity",
     "TextPair",
     "TokenGate",

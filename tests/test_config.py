@@ -15,12 +15,18 @@ from steersman.config import differences, identity, merged, part_of, setting
 from steersman.errors import SteersmanError
 from steersman.sae import SAEConfig
 from steersman.steer import (
+    AffineConfig,
     CalibrateConfig,
     ContrastConfig,
     DecomposeConfig,
     EffectsConfig,
     EvaluationConfig,
+    ITIConfig,
+    LayerSweepConfig,
+    ParticleConfig,
+    ScoreConfig,
     SteerConfig,
+    TrainEditConfig,
 )
 from steersman.train import (
     CacheConfig,
@@ -115,6 +121,12 @@ CONFIGS: dict[type[Any], dict[str, Any]] = {
     CalibrateConfig: {},
     DecomposeConfig: {"k": 4},
     ContrastConfig: {},
+    AffineConfig: {},
+    ITIConfig: {},
+    LayerSweepConfig: {},
+    ParticleConfig: {},
+    ScoreConfig: {},
+    TrainEditConfig: {},
 }
 
 

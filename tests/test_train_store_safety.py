@@ -87,7 +87,7 @@ def test_the_owners_files_beside_an_unfinished_store_stay(
 
 def test_a_failed_first_try_removes_what_it_made_alone(lm: LanguageModel, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": 5}\n')
+    bad.write_text('{"text": "w5 w6"}\n{"text": 5}\n')
     out = tmp_path / "acts"
     with pytest.raises(SteersmanError, match="not text"):
         cached(lm, out, str(bad))

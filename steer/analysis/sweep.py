@@ -49,7 +49,7 @@ _LARGEST = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
+class LayerSweepConfig:
     """What is swept, and how it is measured."""
 
     method: str = "diffmean"
@@ -206,7 +206,7 @@ def sweep_layers(
     hooks: HookName | Sequence[HookName] | None = None,
     texts: Sequence[Document] | None = None,
     out: str | PathLike[str] | None = None,
-    config: SweepConfig | None = None,
+    config: LayerSweepConfig | None = None,
     **settings: Any,
 ) -> Sweep:
     """Sweep a vector method over hook points (by default the output of every block) at equal KL.
@@ -224,7 +224,7 @@ def sweep_layers(
 
     Raises SteersmanError for what `contrast` and `calibrate` refuse, too few items, and a file of another sweep.
     """
-    config = merged(SweepConfig, config, settings)
+    config = merged(LayerSweepConfig, config, settings)
     examples = Examples(positive=as_examples(positive, "positive"), negative=as_examples(negative, "negative"))
     heldout = as_continuations(items)
     if not heldout:

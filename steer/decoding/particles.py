@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steersman.config import merged
+from steersman.config import check_types, merged
 from steersman.doors import whole_number
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
@@ -50,6 +50,7 @@ class ParticleConfig:
     """Whether the family's beginning-of-sequence token stands before each prompt."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("n", "max_new_tokens", "every"):
             whole_number(getattr(self, name), name, at_least=1)
 

@@ -6,14 +6,14 @@ from steersman.commands.options import ComputeOptions, PrintOptions, examples_of
 from steersman.config import part_of
 from steersman.conversations import ChatOptions
 from steersman.errors import SteersmanError
-from steersman.steer import SweepConfig, sweep_layers
+from steersman.steer import LayerSweepConfig, sweep_layers
 from steersman.steer.methods import read_examples
 from steersman.steer.methods.examples import as_chats
 from steersman.text import read_documents
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorSweepCommand(SweepConfig, ChatOptions, ComputeOptions, PrintOptions):
+class VectorSweepCommand(LayerSweepConfig, ChatOptions, ComputeOptions, PrintOptions):
     """Find the layer at which a vector method steers best: every layer at equal KL, on held-out items, beside random
     vectors and permuted labels. One half of the items chooses, the other reports."""
 
@@ -57,7 +57,7 @@ def run(config: VectorSweepCommand) -> None:
     hooks = hook_points(config.hook, config.layer, config.model, config.revision)
     found = sweep_layers(
         config.load_model(config.model), examples.positive, examples.negative, items=items, hooks=hooks or None,
-        texts=texts, out=config.out, config=part_of(SweepConfig, config),
+        texts=texts, out=config.out, config=part_of(LayerSweepConfig, config),
     )  # fmt: skip
     effects = [
         {"hook": hook, "budget": budget, "kl": found.cell(hook, budget).kl, **asdict(found.effect(hook, budget))}
