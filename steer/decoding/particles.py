@@ -79,8 +79,8 @@ def particles(
     Raises SteersmanError for what does not fit, before anything is run, and when every particle of a prompt is dead,
     naming the token and the constraint.
 
-    >>> [out] = particles(lm, "Once upon a time", mask=r" there was an? [a-z ]+\\.", n=8)   # doctest: +SKIP
-    >>> out.completions[out.best("prior")], out.log_z                                       # doctest: +SKIP
+        [out] = particles(lm, "Once upon a time", mask=r" there was an? [a-z ]+\\.", n=8)
+        out.completions[out.best("prior")], out.log_z
     """
     config = merged(ParticleConfig, config, settings)
     potentials = [potential] if isinstance(potential, Potential) else list(potential)

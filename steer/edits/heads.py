@@ -79,7 +79,7 @@ class HeadEdit(Edit):
     ) -> "HeadEdit":
         """The edit of chosen heads at a hook_z: {head: vector [d]}, or heads alone for their factor `keep`.
 
-        >>> HeadEdit.of(lm, "blocks.3.hook_z", [0, 5], keep=0.0)  # two heads are silent  # doctest: +SKIP
+        HeadEdit.of(lm, "blocks.3.hook_z", [0, 5], keep=0.0)  # two heads are silent
         """
         H, d = head_shape(lm, hook)
         given = dict(heads) if isinstance(heads, Mapping) else dict.fromkeys(heads, torch.zeros(d))

@@ -175,8 +175,8 @@ def fit_affine(
     or setting, an empty side, states that are not finite, classes with the same mean (but for `mimic`), and fewer
     samples than dimensions where an inverse is needed and there is no shrinkage.
 
-    >>> edits = fit_affine(lm, rude, polite, hook=8, method="mimic", shrinkage=0.1)  # doctest: +SKIP
-    >>> with steered(edits, lm): ...  # doctest: +SKIP
+        edits = fit_affine(lm, rude, polite, hook=8, method="mimic", shrinkage=0.1)
+        with steered(edits, lm): ...
     """
     config = merged(AffineConfig, config, settings)
     method = AFFINE_METHODS[config.method]

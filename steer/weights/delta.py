@@ -175,8 +175,8 @@ class Reweighted(Opened):
     and its entries are put back when they have closed. Raises SteersmanError for a difference of other shapes, of
     another model, and while another thread has one open on the model.
 
-    >>> with Reweighted(lm, [(-3.0, safety), (0.5, style)]):  # doctest: +SKIP
-    ...     lm.generate("Once upon a time")
+        with Reweighted(lm, [(-3.0, safety), (0.5, style)]):
+            lm.generate("Once upon a time")
     """
 
     def __init__(self, lm: LanguageModel, deltas: Sequence[tuple[float, WeightDelta]]) -> None:
