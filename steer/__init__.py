@@ -118,7 +118,8 @@ from steersman.steer.scores import (
     token_change,
     vocab_projection,
 )
-from steersman.steer.steerer import Steerer, Steering
+from steersman.steer.steerer import Steerer
+from steersman.steer.steering import Steering
 from steersman.steer.trace import Trace
 from steersman.steer.training import (
     EDIT_METHODS,

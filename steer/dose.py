@@ -16,7 +16,8 @@ from steersman.lm import LanguageModel
 from steersman.steer.edits import Edit, EditSet, PerRow
 from steersman.steer.edits.file import FORMAT as EDITS_FORMAT
 from steersman.steer.scope import Scope, ScopeLike
-from steersman.steer.steerer import Steerer, Steering
+from steersman.steer.steerer import Steerer
+from steersman.steer.steering import Steering
 from steersman.steer.vectors.vector import SteeringVector
 from steersman.tensor_files import load_tensors
 

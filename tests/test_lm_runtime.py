@@ -271,7 +271,7 @@ def test_ctrl_c_leaves_nothing(own: LanguageModel) -> None:
 
     def ours(frame: Any, _event: str, _arg: Any) -> Any:
         file = frame.f_code.co_filename
-        return each_line if "/steersman/lm/" in file or file.endswith("steerer.py") else None
+        return each_line if "/steersman/lm/" in file or file.endswith(("steerer.py", "steering.py")) else None
 
     def traced() -> None:
         nonlocal lines

@@ -9,7 +9,7 @@ from support.training import HOOK, mixture
 from steersman import ActivationStore, LanguageModel, Steerer, decompose
 from steersman.sae import SAE, FeatureStats, SAEConfig
 from steersman.steer import Comparison
-from steersman.steer.steerer import Steering
+from steersman.steer.steering import Steering
 from steersman.train import FeatureReport, HookView, StreamConfig, stream_activations
 
 

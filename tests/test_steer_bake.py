@@ -34,7 +34,7 @@ def with_text(family: str) -> LanguageModel:
 
 
 def steered(lm: LanguageModel, edits: dict[str, Edit]) -> Tensor:
-    from steersman.steer.steerer import Steering
+    from steersman.steer.steering import Steering
 
     scope = Steerer(lm).edit("blocks.0.hook_resid_post", VectorEdit(torch.zeros(D)), include_bos=True).scope
     with Steering(lm, edits, scope):

@@ -1,6 +1,6 @@
 """What an edit is: something that changes what is at a hook point, at the tokens in scope.
 
-`steersman.steer.steerer` opens edits in contexts, which give any `Edit` its scope, rows, trace and calibration.
+`steersman.steer.steering` opens edits in contexts, which give any `Edit` its scope, rows, trace and calibration.
 
 Shape letters: B rows of the batch, S tokens of the pass, D width; R rows of parameters (1 for all, or one per prompt).
 """

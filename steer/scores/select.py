@@ -11,7 +11,8 @@ from steersman.steer.edits import FeatureEdit, GateLike, ScheduleLike, gated
 from steersman.steer.effects.measured import sae_identity
 from steersman.steer.scope import Scope, ScopeLike
 from steersman.steer.scores.table import FeatureScores, Scored, only
-from steersman.steer.steerer import Steerer, Steering
+from steersman.steer.steerer import Steerer
+from steersman.steer.steering import Steering
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -31,7 +31,7 @@ from steersman.steer.edits import Edit, PerRow
 from steersman.steer.methods.examples import Example, Examples, ExamplesLike, as_examples
 from steersman.steer.methods.reading import Reader
 from steersman.steer.scope import Scope
-from steersman.steer.steerer import Steering
+from steersman.steer.steering import Steering
 from steersman.steer.training.targets import Target, completion, log_likelihoods, paired_targets
 
 SHARPNESS = 4.0  # of the logistic margin: a loss of 4 at the mean of the negatives, of 0.02 at that of the positives

@@ -38,7 +38,7 @@ from steersman.steer.edits import AffineEdit, Edit, VectorEdit
 from steersman.steer.edits.base import Map
 from steersman.steer.edits.file import EditSet
 from steersman.steer.scope import Scope, ScopeLike
-from steersman.steer.steerer import Steering
+from steersman.steer.steering import Steering
 from steersman.steer.vectors.directions import directions_of
 from steersman.steer.vectors.vector import SteeringVector
 from steersman.steer.weights.linear import OutputLayer, Part, output_layer
