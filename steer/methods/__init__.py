@@ -14,12 +14,13 @@ from steersman.steer.methods import (  # noqa: F401 (a method is there when its 
     probe,
     style,
 )
-from steersman.steer.methods.base import METHODS, ContrastConfig, Estimator, Method, StreamedMethod
+from steersman.steer.methods.base import METHODS, ContrastConfig, Method
 from steersman.steer.methods.contrast import contrast
 from steersman.steer.methods.east import action_entropy
 from steersman.steer.methods.examples import Example, Examples, as_examples, read_examples
 from steersman.steer.methods.groups import capped, check_apart, split_groups
 from steersman.steer.methods.moments import RunningMean
+from steersman.steer.methods.streamed import Estimator, StreamedMethod
 from steersman.steer.methods.style import style_vectors
 
 __all__ = [

@@ -4,8 +4,8 @@ The two texts of a pair are one prompt with two answers. Source: arXiv 2312.0668
 tokens is read at their mean.
 """
 
-from steersman.steer.methods.base import StreamedMethod
 from steersman.steer.methods.diffmean import MeanDifference
+from steersman.steer.methods.streamed import StreamedMethod
 
 
 class CAA(StreamedMethod):

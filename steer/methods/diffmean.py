@@ -5,8 +5,8 @@ Source: arXiv 2501.17148 (AxBench), section 3.2; there unit-normalised, here at 
 
 from torch import Tensor
 
-from steersman.steer.methods.base import Estimator, StreamedMethod
 from steersman.steer.methods.reading import Part
+from steersman.steer.methods.streamed import Estimator, StreamedMethod
 
 
 class MeanDifference(Estimator):

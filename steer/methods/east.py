@@ -19,9 +19,10 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
-from steersman.steer.methods.base import ROUNDING, ContrastConfig, Estimator, StreamedMethod
+from steersman.steer.methods.base import ROUNDING, ContrastConfig
 from steersman.steer.methods.examples import Examples
 from steersman.steer.methods.reading import Part
+from steersman.steer.methods.streamed import Estimator, StreamedMethod
 
 
 class WeightedStates(Estimator):

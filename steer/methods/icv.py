@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steersman.steer.methods.base import ContrastConfig, Estimator, StreamedMethod
+from steersman.steer.methods.base import ContrastConfig
 from steersman.steer.methods.moments import SampleFile
+from steersman.steer.methods.streamed import Estimator, StreamedMethod
 
 BLOCK = 256  # differences that are multiplied with one another at a time
 

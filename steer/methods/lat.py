@@ -2,7 +2,7 @@
 
 All examples of both sides are put in one seeded random order and neighbours are subtracted; each difference is scaled
 to norm 1, so that none outweighs another. The sides are used only for sign and length (see
-`steersman.steer.methods.base`). Source: arXiv 2310.01405, section 3.1. An odd example at the end is left out.
+`steersman.steer.methods.streamed`). Source: arXiv 2310.01405, section 3.1. An odd example at the end is left out.
 """
 
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steersman.steer.methods.base import StreamedMethod
 from steersman.steer.methods.pca import PairedComponent
+from steersman.steer.methods.streamed import StreamedMethod
 
 
 class RandomPairComponent(PairedComponent):

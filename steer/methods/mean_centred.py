@@ -5,8 +5,8 @@ What all states have in common, which is most of their mean, goes away. Source: 
 corpus' mean may be given directly, as {hook point: mean [D]}, in place of texts.
 """
 
-from steersman.steer.methods.base import StreamedMethod
 from steersman.steer.methods.diffmean import MeanDifference
+from steersman.steer.methods.streamed import StreamedMethod
 
 
 class MeanCentred(StreamedMethod):

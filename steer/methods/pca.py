@@ -3,7 +3,7 @@
 The components are taken about zero: subtracting the differences' mean first would remove exactly what the pairs have in
 common. That equals the components of the differences with random signs, as in the source, arXiv 2310.01405 (appendix
 C.1). With `centre="corpus"` it is the first component of all states about their mean, sides unlooked at. Sign and
-length: see `steersman.steer.methods.base`.
+length: see `steersman.steer.methods.streamed`.
 """
 
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steersman.steer.methods.base import ContrastConfig, Estimator, StreamedMethod
+from steersman.steer.methods.base import ContrastConfig
 from steersman.steer.methods.moments import SecondMoment
+from steersman.steer.methods.streamed import Estimator, StreamedMethod
 
 
 class PairedComponent(Estimator):

@@ -1,7 +1,7 @@
 """`probe`: v along the weight of a logistic regression of the side on the state (`steersman.steer.methods.logistic`).
 
 The samples are in a temporary file, which the regression goes over in chunks. Source: arXiv 2501.17148 (AxBench),
-section 3.2, which uses Adam. Sign and length: see `steersman.steer.methods.base`.
+section 3.2, which uses Adam. Sign and length: see `steersman.steer.methods.streamed`.
 """
 
 from typing import Any
@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.steer.methods.base import ContrastConfig, Estimator, StreamedMethod
+from steersman.steer.methods.base import ContrastConfig
 from steersman.steer.methods.examples import Examples
 from steersman.steer.methods.logistic import Logistic, fit_logistic
 from steersman.steer.methods.moments import SampleFile
+from steersman.steer.methods.streamed import Estimator, StreamedMethod
 
 
 class LogisticWeight(Estimator):

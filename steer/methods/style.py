@@ -15,11 +15,12 @@ from steersman.config import merged
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.hooks import HookName
-from steersman.steer.methods.base import ContrastConfig, StreamedMethod, check_differ
+from steersman.steer.methods.base import ContrastConfig, check_differ
 from steersman.steer.methods.diffmean import MeanDifference
 from steersman.steer.methods.examples import Examples, ExamplesLike, as_examples
 from steersman.steer.methods.moments import RunningMean
 from steersman.steer.methods.reading import Reader
+from steersman.steer.methods.streamed import StreamedMethod
 from steersman.steer.vectors.vector import SteeringVector
 
 
