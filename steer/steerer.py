@@ -168,8 +168,8 @@ class Steerer:
         a `Read`: `Feature(sae, j)`, `Projection.span([v1, v2])`, ... `value`, `threshold` and `write` may be mappings
         {hook point: what is used there}, as for capping, where the limit is measured layer by layer.
 
-        >>> st.direction(12, read=v, rule="cap", value=3.0)  # doctest: +SKIP
-        >>> st.direction(12, read=(w, b), rule="probe", write=z, value=2.0)  # doctest: +SKIP
+            st.direction(12, read=v, rule="cap", value=3.0)
+            st.direction(12, read=(w, b), rule="probe", write=z, value=2.0)
 
         Raises SteersmanError for what was made for another model, hook point or width, and for what a rule cannot use.
         """
