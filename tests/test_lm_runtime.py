@@ -238,6 +238,14 @@ def test_a_copy_is_plain_and_independent(own: LanguageModel, copied: Callable[[A
     assert torch.equal(own.logits(IDS), clean)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))])
+def test_a_copy_finds_its_final_norm(copied: Any) -> None:
+    lm = with_text("llama")
+    twin = copied(lm)  # before the norm was looked for
+    assert twin.final_norm() is twin.model.model.norm
+    assert lm.final_norm() is lm.model.model.norm
+
+
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda sae: pickle.loads(pickle.dumps(sae))])
 def test_an_sae_can_be_copied(copied: Callable[[Any], Any]) -> None:
     sae, x = toy_sae(), torch.randn(3, D)

@@ -27,7 +27,7 @@ from steersman.lm.wrappers import innermost
 
 log = logging.getLogger(__name__)
 
-_UNKNOWN: Any = object()  # a norm that has not been looked for
+_UNKNOWN: Any = "not looked for"  # a norm; a text, so that copies and pickles know it again
 
 
 class LanguageModel(ModelGeneration):
@@ -157,7 +157,7 @@ class LanguageModel(ModelGeneration):
 
     def final_norm(self) -> nn.Module | None:
         """The norm between the last block and the output layer, or None where there is none (said once)."""
-        if self._norm is _UNKNOWN:
+        if isinstance(self._norm, str):
             self._norm = find_final_norm(self.model, self.hooks.path, self.blocks, self.d_model)
             if self._norm is None and self.can_generate:
                 log.info("%s has no norm before its output layer: its logit lens is the output layer alone", self.name)
