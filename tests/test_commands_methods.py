@@ -8,7 +8,7 @@ from support.commands import fails
 from steersman.cli import main
 from steersman.steer import METHODS, PRESETS
 from steersman.steer.decompose.base import METHODS as DECOMPOSITIONS
-from steersman.steer.scores.base import SCORES
+from steersman.steer.scores.base import SCORES, Score
 from steersman.steer.training.edit_method import EDIT_METHODS
 
 
@@ -45,3 +45,17 @@ def test_a_preset_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)[0]["values"]["samples"] == 4000
     assert "unknown preset 'corstir'" in fails(capsys, "methods", "--name", "corstir")
     assert "near it: preset" in fails(capsys, "methods", "--kind", "presets")
+
+
+def test_a_part_from_outside_that_says_nothing_of_itself_is_listed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SCORES, "_parts", dict(SCORES))
+
+    class Silent(Score):
+        name = "silent"
+
+    main(["methods", "--kind", "score", "--json"])
+    [entry] = [one for one in json.loads(capsys.readouterr().out) if one["name"] == "silent"]
+    assert (entry["what"], entry["source"]) == ("Silent", "says no source")
+    assert entry["certainty"] == f"from outside: {Silent.__module__}"

@@ -66,8 +66,10 @@ def listing() -> list[Listed]:
 
 
 def _listed(kind: str, name: str, part: type, needs: str) -> Listed:
-    what = (part.__doc__ or "").strip().splitlines()[0].rstrip(".")
-    return Listed(kind=kind, name=name, source=getattr(part, "source", ""), what=what, needs=needs, certainty=TESTED)
+    what = (part.__doc__ or part.__name__).strip().splitlines()[0].rstrip(".")
+    source = getattr(part, "source", "") or "says no source"
+    certainty = TESTED if part.__module__.startswith("steersman.") else f"from outside: {part.__module__}"
+    return Listed(kind=kind, name=name, source=source, what=what, needs=needs, certainty=certainty)
 
 
 def markdown() -> str:
