@@ -20,9 +20,9 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.files import write_whole
-from steersman.reading import check_regular
+from steersman.reading import check_regular, shown
 
-__all__ = ["check_tensors", "load_tensors", "save_tensors"]
+__all__ = ["check_format", "check_tensors", "load_tensors", "save_tensors"]
 
 CHECKSUM = "crc32"
 _UNSET = "0" * 8
@@ -130,6 +130,17 @@ def load_tensors(
         raise
     except (SafetensorError, OSError, ValueError, OverflowError, TypeError, RuntimeError, MemoryError) as error:
         raise SteersmanError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+def check_format(path: str | os.PathLike[str], header: Mapping[str, str], kind: str, version: int, what: str) -> None:
+    """Raise SteersmanError unless the header's metadata says `format` = `kind` and a `version` of 1 to the one that is
+    known; `what` it should hold is for the message."""
+    if header.get("format") != kind:
+        named = shown(header["format"]) if "format" in header else "no format of ours"
+        raise SteersmanError(f"{path} is a safetensors file but holds no {what}: its header names {named}")
+    found = header.get("version", "")
+    if not found.isdecimal() or len(found) > 4 or not 1 <= int(found) <= version:
+        raise SteersmanError(f"{path}: {what} of version {shown(found)}; this program reads up to {version}")
 
 
 def _crc(path: Path, length: int) -> bytes:

@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,10 +21,10 @@ from steersman.lm import LanguageModel
 from steersman.lm.origin import check_fits
 from steersman.lm.tokens import Prompt, as_prompts
 from steersman.progress import progress
-from steersman.reading import parse_json, shown
+from steersman.reading import parse_json
 from steersman.steer.decoding.population import Prefix
 from steersman.steer.decoding.proposals import Critic
-from steersman.tensor_files import load_tensors, save_tensors
+from steersman.tensor_files import check_format, load_tensors, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -133,9 +132,7 @@ class TrainedCritic(Critic):
     def load(cls, path: str | os.PathLike[str]) -> "TrainedCritic":
         """Read one. Raises SteersmanError, naming the file, when it holds none."""
         tensors, header = load_tensors(path)
-        if header.get("format") != FORMAT or header.get("version") != str(VERSION):
-            named = shown(header.get("format", "no format of ours"))
-            raise SteersmanError(f"{Path(path)} is no critic that this version reads: its header names {named}")
+        check_format(path, header, FORMAT, VERSION, "critic")
         try:
             about = parse_json(header["about"], f"{path}: its header")
             critic = cls(about["model_name"], CriticConfig(**about["config"]), about["hook"], len(tensors["mean"]))

@@ -17,9 +17,9 @@ from typing import Any
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.origin import check_fits
-from steersman.reading import parse_json, shown
+from steersman.reading import parse_json
 from steersman.steer.edits.base import EDITS, Edit, Saved, packed, unpacked
-from steersman.tensor_files import load_tensors, save_tensors
+from steersman.tensor_files import check_format, load_tensors, save_tensors
 
 FORMAT, VERSION = "steersman.edits", 1
 
@@ -86,12 +86,7 @@ class EditSet(Mapping[str, Edit]):
         """Read the file `path`. Raises SteersmanError that names it where it holds no edits."""
         path = Path(path)
         tensors, header = load_tensors(path)
-        if header.get("format") != FORMAT:
-            named = shown(header["format"]) if "format" in header else "no format of ours"
-            raise SteersmanError(f"{path} is a safetensors file but holds no edits: its header names {named}")
-        version = header.get("version", "")
-        if not version.isdecimal() or len(version) > 4 or not 1 <= int(version) <= VERSION:
-            raise SteersmanError(f"{path} holds edits of version {shown(version)}; this program reads up to {VERSION}")
+        check_format(path, header, FORMAT, VERSION, "edits")
         try:
             known = parse_json(header["contents"], f"{path}: the contents in its header")
             saved = Saved(known["edits"], tensors)

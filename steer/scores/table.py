@@ -15,10 +15,10 @@ from torch import Tensor
 from steersman.errors import SteersmanError, near_names
 from steersman.files import make_folder
 from steersman.lm.origin import Origin
-from steersman.reading import parse_json, shown
+from steersman.reading import parse_json
 from steersman.sae import SAE
 from steersman.steer.effects.measured import sae_identity
-from steersman.tensor_files import load_tensors, save_tensors
+from steersman.tensor_files import check_format, load_tensors, save_tensors
 
 FORMAT, VERSION = "steersman.feature_scores", 1
 _ABOUT = ("model_name", "hook_name", "sae", "columns")
@@ -173,11 +173,7 @@ class FeatureScores(Mapping[str, Column]):
     def load(cls, path: str | Path) -> "FeatureScores":
         """Read a table. Raises SteersmanError, naming the file, when it holds none or contradicts itself."""
         tensors, header = load_tensors(path)
-        if header.get("format") != FORMAT:
-            raise SteersmanError(f"{path} holds no feature scores: its header names {shown(header.get('format', ''))}")
-        if header.get("version") != str(VERSION):
-            version = shown(header.get("version", ""))
-            raise SteersmanError(f"{path} holds feature scores of version {version}; this program reads {VERSION}")
+        check_format(path, header, FORMAT, VERSION, "feature scores")
         about = parse_json(header.get("about", ""), path)
         if not isinstance(about, dict) or any(name not in about for name in _ABOUT):
             raise SteersmanError(f"{path}: what its header says about the scores is missing or wrong")

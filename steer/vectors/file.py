@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.reading import parse_json, shown
-from steersman.tensor_files import load_tensors, save_tensors
+from steersman.reading import parse_json
+from steersman.tensor_files import check_format, load_tensors, save_tensors
 
 FORMAT, VERSION = "steersman.vector", 2
 
@@ -41,20 +41,8 @@ def write(parts: Parts, path: Path) -> None:
 def read(path: Path) -> Parts:
     """Read the vector in `path`. Raises SteersmanError, naming the file, when it holds none."""
     directions, header = load_tensors(path)
-    check_header(path, header)
+    check_format(path, header, FORMAT, VERSION, "steering vector")
     return Parts(directions, _provenance(path, header))
-
-
-def check_header(path: Path, header: dict[str, str]) -> None:
-    """Raise SteersmanError unless the header says that this is a vector this version can read."""
-    if header.get("format") != FORMAT:
-        named = shown(header["format"]) if "format" in header else "no format of ours"
-        raise SteersmanError(f"{path} is a safetensors file but no steering vector: its header names {named}")
-    version = header.get("version", "")
-    if not version.isdecimal() or len(version) > 4 or not 1 <= int(version) <= VERSION:
-        raise SteersmanError(
-            f"{path} is a steering vector of version {shown(version)}; this program reads up to {VERSION}"
-        )
 
 
 def _provenance(path: Path, header: dict[str, str]) -> dict[str, Any]:

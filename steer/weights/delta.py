@@ -26,10 +26,10 @@ from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.origin import same_model
 from steersman.lm.unwinding import Opened, Unwinding
-from steersman.reading import parse_json, shown
+from steersman.reading import parse_json
 from steersman.steer.edits.heads import head_shape, z_hook
 from steersman.steer.weights.linear import output_layer
-from steersman.tensor_files import load_tensors, save_tensors
+from steersman.tensor_files import check_format, load_tensors, save_tensors
 
 FORMAT, VERSION = "steersman.weight_delta", 1
 
@@ -150,11 +150,7 @@ class WeightDelta:
         """Read the file `path`. Raises SteersmanError that names it where it holds no difference of weights."""
         path = Path(path)
         tensors, header = load_tensors(path)
-        if header.get("format") != FORMAT or header.get("version") != str(VERSION):
-            named = shown(header.get("format", "no format of ours"))
-            raise SteersmanError(
-                f"{path} holds no difference of weights of version {VERSION}: its header names {named}"
-            )
+        check_format(path, header, FORMAT, VERSION, "difference of weights")
         try:
             known = parse_json(header["contents"], f"{path}: the contents in its header")
             entries = {}
