@@ -53,7 +53,41 @@ class Map(NamedTuple):
         return Map(identity + factor * (self.matrix - identity), factor * self.offset)
 
 
-class Edit:
+class Part:
+    """What edits, gates and readings share: one that says its `name`, and how it is `saved` and `restored`, can be kept
+    in files."""
+
+    name: ClassVar[str] = ""
+    """What files call it."""
+    rows: int = 1
+    """R, the rows of its parameters."""
+
+    def saved(self) -> Saved:
+        """What `restored` makes it from. Raises SteersmanError for one that lives in this process only."""
+        raise SteersmanError(f"{type(self).__name__} says no way to keep it in a file")
+
+    @classmethod
+    def restored(cls, saved: Saved) -> Self:
+        """The one that was `saved`."""
+        raise SteersmanError(f"{cls.__name__} says no way to make it from a file")
+
+
+class ActingPart(Part):
+    """What edits and gates share: they may look at hook points in a pass, and forget between texts."""
+
+    def check(self, lm: LanguageModel, point: HookPoint) -> None:
+        """Raise a SteersmanError where it makes no sense at the hook point that is edited, before anything is run."""
+
+    def readers(self, lm: LanguageModel, point: HookPoint) -> Mapping[str, HookReader]:
+        """Hook points that it looks at, beside the one that is edited, while it is open at `point`. Where it reads and
+        edits the same hook point, it reads what is there before any edit of its own context."""
+        return {}
+
+    def reset(self) -> None:
+        """Forget what the passes before have shown: a context opens."""
+
+
+class Edit(ActingPart):
     """Something that turns h into h': the hidden states [B, S, D] at a hook point, or its attention mask [B, H, S, K],
     or the logits [B, S, V]. A subclass needs `apply` alone; its parameters may differ per row. One that says its
     `name`, and how it is `saved` and `restored`, can be kept in files.
@@ -63,10 +97,6 @@ class Edit:
     ...         return blend(h, 2 * h, where)
     """
 
-    name: ClassVar[str] = ""
-    """What files call it."""
-    rows: int = 1
-    """R, the rows of its parameters."""
     active: Tensor = torch.ones(1, dtype=torch.bool)
     """[R] bool: which rows it can change at all."""
 
@@ -80,26 +110,6 @@ class Edit:
     def narrow(self, where: Tensor | bool, fwd: ForwardPass, h: Tensor) -> Tensor | bool:
         """Of the tokens in scope, those this edit can change, given what is at the hook point."""
         return where
-
-    def readers(self, lm: LanguageModel, point: HookPoint) -> Mapping[str, HookReader]:
-        """Hook points that it looks at, beside the one that it edits, while it is open at `point`. Where it reads and
-        edits the same hook point, it reads what is there before any edit of its own context."""
-        return {}
-
-    def reset(self) -> None:
-        """Forget what the passes before have shown: a context opens."""
-
-    def saved(self) -> Saved:
-        """What `restored` makes it from. Raises SteersmanError for an edit that lives in this process only."""
-        raise SteersmanError(f"{type(self).__name__} says no way to keep it in a file")
-
-    @classmethod
-    def restored(cls, saved: Saved) -> Self:
-        """The edit that was `saved`."""
-        raise SteersmanError(f"{cls.__name__} says no way to make it from a file")
-
-    def check(self, lm: LanguageModel, point: HookPoint) -> None:
-        """Raise a SteersmanError where the edit makes no sense at a hook point, before anything is run."""
 
     def scaled(self, factor: PerRow) -> "Edit":
         """The edit `factor` times as strong, a number or one per row: 0 changes nothing. For a search of the scale.

@@ -11,7 +11,7 @@ Shape letters: B rows of the batch, S tokens of the pass; R rows of parameters, 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from steersman.lm import ForwardPass, HookPoint, LanguageModel
 from steersman.registry import Registry
 from steersman.steer.edits.base import (
     EDITS,
+    ActingPart,
     Edit,
     HookReader,
     PerRow,
@@ -37,13 +38,8 @@ GATES: Registry[type["Gate"]] = Registry("gate")
 """Every gate that files and recipes know, by name."""
 
 
-class Gate:
+class Gate(ActingPart):
     """How much of an edit acts at each token. A subclass needs `value` alone."""
-
-    name: ClassVar[str] = ""
-    """What files call it."""
-    rows: int = 1
-    """R, the rows of its parameters."""
 
     def __init_subclass__(cls) -> None:
         GATES.register(cls, cls)
@@ -51,25 +47,6 @@ class Gate:
     def value(self, h: Tensor, fwd: ForwardPass) -> Tensor:
         """[B or 1, S or 1] fp32, from what is at the edit's hook point."""
         raise NotImplementedError  # each gate defines it
-
-    def check(self, lm: LanguageModel, point: HookPoint) -> None:
-        """Raise a SteersmanError where the gate makes no sense for an edit at `point`, before anything is run."""
-
-    def readers(self, lm: LanguageModel, point: HookPoint) -> Mapping[str, HookReader]:
-        """Other hook points that it looks at: see `Edit.readers`."""
-        return {}
-
-    def reset(self) -> None:
-        """Forget what the passes before have shown: a context opens."""
-
-    def saved(self) -> Saved:
-        """What `restored` makes it from."""
-        raise SteersmanError(f"{type(self).__name__} says no way to keep it in a file")
-
-    @classmethod
-    def restored(cls, saved: Saved) -> Self:
-        """The gate that was `saved`."""
-        raise SteersmanError(f"{cls.__name__} says no way to make it from a file")
 
 
 class RowGate(Gate):

@@ -19,7 +19,7 @@ from steersman.lm import HookPoint, LanguageModel
 from steersman.lm.origin import Origin, check_fits
 from steersman.registry import Registry
 from steersman.sae import SAE, SAEConfig
-from steersman.steer.edits.base import Saved
+from steersman.steer.edits.base import Part, Saved
 from steersman.steer.vectors.vector import SteeringVector
 
 READS: Registry[type["Read"]] = Registry("reading")
@@ -30,15 +30,11 @@ ANYWHERE = Origin()
 VectorsLike = Tensor | Sequence[float] | Sequence[Sequence[float]] | SteeringVector
 
 
-class Read:
+class Read(Part):
     """A function of a state. `origin` is the model and hook point it was made for, as far as they are known."""
 
-    name: ClassVar[str] = ""
-    """What files call it."""
     what: ClassVar[str] = "the reading"
     """What messages call it."""
-    rows: int = 1
-    """R, the rows of its parameters."""
     size: int = 1
     """M, the numbers it gives for each token."""
     costly: bool = False
@@ -68,15 +64,6 @@ class Read:
         """Raise SteersmanError for a reading of another model, hook point or width."""
         model, hook, width = self.origin
         check_fits(lm, what=self.what, model_name=model, hook_name=hook, width=width, hook=point.name)
-
-    def saved(self) -> Saved:
-        """What `restored` makes it from."""
-        raise SteersmanError(f"{type(self).__name__} says no way to keep it in a file")
-
-    @classmethod
-    def restored(cls, saved: Saved) -> Self:
-        """The reading that was `saved`."""
-        raise SteersmanError(f"{cls.__name__} says no way to make it from a file")
 
 
 class Linear(Read):
