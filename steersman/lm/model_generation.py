@@ -29,6 +29,11 @@ class ModelGeneration(ModelText, ModelPasses):
                 f"{self.context_length} tokens: shorten the prompt or lower max_new_tokens"
             )
 
+    def check_decoder(self) -> None:
+        """Raise a SteersmanError for a model that cannot generate text."""
+        if not self.can_generate:
+            raise SteersmanError(f"{self.name} ({type(self.model).__name__}) cannot generate text: it is not a decoder")
+
     @torch.no_grad()
     def generate(
         self,
@@ -124,11 +129,9 @@ class ModelGeneration(ModelText, ModelPasses):
 
     def _prompts(self, prompts: Prompts | TokenBatch, bos: bool) -> tuple[TokenBatch, list[str]]:
         """Prompts to continue, as a left-padded batch and as they read."""
-        if not self.can_generate:
-            raise SteersmanError(f"{self.name} ({type(self.model).__name__}) cannot generate text: it is not a decoder")
+        self.check_decoder()
         if isinstance(prompts, TokenBatch):
-            if bool((prompts.attention_mask[:, -1] == 0).any()):
-                raise SteersmanError("prompts to continue are padded on the left: encode them with padding_side='left'")
+            prompts.check_left_padded()
             rows = [row[real] for row, real in zip(prompts.input_ids, prompts.attention_mask.bool())]
             return prompts.to(self.device), [str(self.tokenizer.decode(row)) for row in rows]
         prompts = as_prompts(prompts)

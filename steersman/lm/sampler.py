@@ -44,8 +44,7 @@ class Sampler:
         buffers: RowBuffers | None = None,
     ) -> None:
         width = prompts.input_ids.shape[1]
-        if not lm.can_generate:
-            raise SteersmanError(f"{lm.name} ({type(lm.model).__name__}) cannot generate text: it is not a decoder")
+        lm.check_decoder()
         if new_tokens < 1:
             raise SteersmanError(f"new_tokens must be at least 1, got {new_tokens}")
         if lm.context_length is not None and width + new_tokens > lm.context_length:
@@ -56,8 +55,7 @@ class Sampler:
         self.lm, self.sampling, self.new_tokens = lm, sampling, new_tokens
         self.prompts = prompts.to(lm.device)
         self.padded = bool((self.prompts.attention_mask == 0).any())
-        if self.padded and bool((self.prompts.attention_mask[:, -1] == 0).any()):
-            raise SteersmanError("prompts to continue are padded on the left: encode them with padding_side='left'")
+        self.prompts.check_left_padded()
         self.stop_ids = stop_ids(lm.model.generation_config.eos_token_id)
         needed = width + new_tokens
         self.buffers = buffers if buffers is not None and buffers.room >= needed else RowBuffers(needed)

@@ -52,16 +52,14 @@ class Session:
         context: Callable[[], AbstractContextManager[Any]] | None = None,
         stop: Sequence[int] | None = None,
     ) -> None:
-        if not lm.can_generate:
-            raise SteersmanError(f"{lm.name} ({type(lm.model).__name__}) cannot generate text: it is not a decoder")
+        lm.check_decoder()
         if not lm.accepts(lm.cache_name):
             raise SteersmanError(f"{lm.name} keeps no cache of keys and values: it cannot be decoded token by token")
         if copies < 1:
             raise SteersmanError(f"copies must be at least 1, got {copies}")
         batch = prompts if isinstance(prompts, TokenBatch) else lm.encode(prompts, padding_side="left")
         batch = batch.to(lm.device)
-        if bool((batch.attention_mask[:, -1] == 0).any()):
-            raise SteersmanError("prompts to continue are padded on the left: encode them with padding_side='left'")
+        batch.check_left_padded()
         self.lm = lm
         self.context = context or nullcontext
         self.stop_ids = stop_ids(lm.model.generation_config.eos_token_id) if stop is None else [int(t) for t in stop]

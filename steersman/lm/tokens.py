@@ -40,6 +40,11 @@ class TokenBatch:
         """[B] int64: real tokens per row."""
         return self.attention_mask.sum(1)
 
+    def check_left_padded(self) -> None:
+        """Raise a SteersmanError where a row ends in padding, so that nothing can continue it."""
+        if bool((self.attention_mask[:, -1] == 0).any()):
+            raise SteersmanError("prompts to continue are padded on the left: encode them with padding_side='left'")
+
     def to(self, device: torch.device | str) -> Self:
         """The same batch on `device`."""
         return replace(self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
