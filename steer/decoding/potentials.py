@@ -112,7 +112,20 @@ class Scorer:
 Kind = Literal["diff", "max", "add", "rt", "final"]
 
 
-class Reward(Potential):
+class _Scored(Potential):
+    """A potential that asks a function about texts."""
+
+    score: Scorer
+
+    def start(self) -> None:
+        self.score.start()
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(forward_passes=0, rows=0, reward_calls=self.score.calls)
+
+
+class Reward(_Scored):
     """The target p(text) exp(lam r(text)) for a reward r, with Feynman-Kac steering's choice of what is said on the
     way (arXiv 2501.06848, section 3.1).
 
@@ -141,13 +154,6 @@ class Reward(Potential):
         self.numbers = 3 if kind in ("max", "add") else 1 if kind == "rt" else 0
         self.score = Scorer(fn, of, f"the reward {getattr(fn, '__name__', type(fn).__name__)}")
 
-    def start(self) -> None:
-        self.score.start()
-
-    @property
-    def cost(self) -> Cost:
-        return Cost(forward_passes=0, rows=0, reward_calls=self.score.calls)
-
     def value(self, candidates: Candidates, memory: Tensor) -> tuple[Tensor, Tensor]:
         asked = candidates.final | (self.kind != "final")
         r = torch.zeros(len(candidates), dtype=torch.float64)
@@ -167,7 +173,7 @@ class Reward(Potential):
         return torch.where(candidates.final, end, _times(self.lam, total)), torch.stack([running, total, steps + 1], 1)
 
 
-class Constraint(Potential):
+class Constraint(_Scored):
     """Keeps texts for which `fn` is true: A_t is 0 or -inf, at each step that the decoder asks (`final=True`: at the
     end alone). A constraint that no unfinished text meets ends every particle: say `final=True`."""
 
@@ -182,13 +188,6 @@ class Constraint(Potential):
     def what(self) -> str:
         return f"the constraint {self.label}"
 
-    def start(self) -> None:
-        self.score.start()
-
-    @property
-    def cost(self) -> Cost:
-        return Cost(forward_passes=0, rows=0, reward_calls=self.score.calls)
-
     def value(self, candidates: Candidates, memory: Tensor) -> tuple[Tensor, Tensor]:
         asked = candidates.final if self.final else torch.ones_like(candidates.final)
         met = torch.ones(len(candidates), dtype=torch.float64)
@@ -197,7 +196,7 @@ class Constraint(Potential):
         return met.log(), memory
 
 
-class Twist(Potential):
+class Twist(_Scored):
     """A guess of what is to come: log psi(text so far), taken back at the end (SMC steering programs' `twist`, arXiv
     2306.03081). It steers resampling and leaves the target as it is."""
 
@@ -205,13 +204,6 @@ class Twist(Potential):
 
     def __init__(self, fn: Callable[[list[Any]], Any], *, of: Of = "completion") -> None:
         self.score = Scorer(fn, of, f"the twist {getattr(fn, '__name__', type(fn).__name__)}")
-
-    def start(self) -> None:
-        self.score.start()
-
-    @property
-    def cost(self) -> Cost:
-        return Cost(forward_passes=0, rows=0, reward_calls=self.score.calls)
 
     def value(self, candidates: Candidates, memory: Tensor) -> tuple[Tensor, Tensor]:
         out, open_ = torch.zeros(len(candidates), dtype=torch.float64), ~candidates.final
