@@ -23,12 +23,11 @@ class ActAdd(Method):
     name = "actadd"
     source = "arXiv 2308.10248"
     positions = "one by one"
+    reads = "every position"
 
     def check(self, examples: Examples, config: ContrastConfig, *, has_means: bool = False) -> None:
         super().check(examples, config, has_means=has_means)
         examples.check_pairs(self.name)
-        if config.positions is not None:
-            raise SteersmanError("method 'actadd' reads every position: leave out positions")
 
     def make(
         self,

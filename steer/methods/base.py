@@ -95,6 +95,8 @@ class Method(ABC):
     """Paper."""
     positions: ClassVar[str]
     """Which tokens it reads where the settings do not say."""
+    reads: ClassVar[str] = ""
+    """What it reads whatever the settings are, which then may not name positions; empty where they may."""
     needs_negative: ClassVar[bool] = True
     """Whether it can do nothing without negative examples."""
     takes_means: ClassVar[bool] = False
@@ -116,6 +118,8 @@ class Method(ABC):
             raise SteersmanError("there are no positive examples")
         if not examples.negative and not has_means and self.needs_negative:
             raise SteersmanError(f"there are no negative examples, and method {self.name!r} needs some")
+        if self.reads and config.positions is not None:
+            raise SteersmanError(f"method {self.name!r} reads {self.reads}: leave out positions")
         if examples.weighted and not self.takes_weights:
             able = ", ".join(other.name for other in METHODS.values() if other.takes_weights)
             raise SteersmanError(f"method {self.name!r} counts every example once; {able} take weights")

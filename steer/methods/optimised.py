@@ -30,13 +30,11 @@ class Optimised(Method):
 
     name = "optimised"
     source = "arXiv 2205.05124, 2502.18862"
-    positions = "the completions"
+    positions = reads = "the completions"
     needs_negative = False
 
     def check(self, examples: Examples, config: ContrastConfig, *, has_means: bool = False) -> None:
         super().check(examples, config, has_means=has_means)
-        if config.positions is not None:
-            raise SteersmanError("method 'optimised' reads the completions: leave out positions")
         if config.steps < 1 or not config.max_norm_frac > 0:
             raise SteersmanError("steps must be at least 1 and max_norm_frac above 0")
 

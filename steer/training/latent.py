@@ -96,13 +96,11 @@ class Latent(Method):
 
     name = "latent"
     source = "arXiv 2205.05124"
-    positions = "the completions"
+    positions = reads = "the completions"
     needs_negative = False
 
     def check(self, examples: Examples, config: ContrastConfig, *, has_means: bool = False) -> None:
         super().check(examples, config, has_means=has_means)
-        if config.positions is not None:
-            raise SteersmanError("method 'latent' reads the completions: leave out positions")
         if config.steps < 1:
             raise SteersmanError("steps must be at least 1")
 

@@ -27,8 +27,9 @@ from steersman.steer.methods.base import ContrastConfig, Made
 from steersman.steer.methods.examples import Examples
 from steersman.steer.methods.moments import RunningMean
 from steersman.steer.methods.reading import Reader
-from steersman.steer.training.loop import TrainedEdit, TrainEditConfig, gradient, train_edit
+from steersman.steer.training.loop import TrainedEdit, gradient, train_edit
 from steersman.steer.training.losses import Likelihood
+from steersman.steer.training.settings import AXBENCH
 from steersman.steer.training.vector_method import TrainedMethod, largest_activations
 
 TOP, SPARSITY = 8, 0.005
@@ -69,7 +70,7 @@ class ReFTR1(TrainedMethod):
     name = "reft_r1"
     source = "arXiv 2501.17148"
     needs_negative = False
-    defaults = TrainEditConfig(lr=0.01, epochs=3, batch_size=6, schedule="linear", clip=1.0)
+    defaults = AXBENCH
 
     def train(self, lm: LanguageModel, examples: Examples, hooks: list[str], config: ContrastConfig) -> TrainedEdit:
         return train_edit(

@@ -6,6 +6,9 @@ from typing import Any
 from steersman.steer.methods.base import ContrastConfig
 from steersman.steer.training.loop import TrainEditConfig
 
+AXBENCH = TrainEditConfig(lr=0.01, epochs=3, batch_size=6, schedule="linear", clip=1.0)
+"""The loop of AxBench (arXiv 2501.17148) and its code."""
+
 
 def loop_settings(defaults: TrainEditConfig, config: ContrastConfig) -> TrainEditConfig:
     """`defaults` with `lr`, `epochs`, `train_batch` and `seed` of `config` over them, as far as they are given."""

@@ -14,8 +14,9 @@ from steersman.lm import LanguageModel
 from steersman.steer.edits import VectorEdit
 from steersman.steer.methods.base import ContrastConfig
 from steersman.steer.methods.examples import Examples
-from steersman.steer.training.loop import TrainedEdit, TrainEditConfig, train_edit
+from steersman.steer.training.loop import TrainedEdit, train_edit
 from steersman.steer.training.losses import Likelihood
+from steersman.steer.training.settings import AXBENCH
 from steersman.steer.training.vector_method import TrainedMethod
 
 
@@ -25,7 +26,7 @@ class SSV(TrainedMethod):
     name = "ssv"
     source = "arXiv 2501.17148"
     needs_negative = False
-    defaults = TrainEditConfig(lr=0.01, epochs=3, batch_size=6, schedule="linear", clip=1.0)
+    defaults = AXBENCH
 
     def train(self, lm: LanguageModel, examples: Examples, hooks: list[str], config: ContrastConfig) -> TrainedEdit:
         return train_edit(

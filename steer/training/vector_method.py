@@ -19,14 +19,12 @@ from steersman.steer.training.settings import loop_settings
 class TrainedMethod(Method):
     """A vector that is trained: `train` gives the parameters, one vector per hook point under its name."""
 
-    positions = "the completions"
+    positions = reads = "the completions"
     defaults: ClassVar[TrainEditConfig]
     """The loop as the source runs it; `lr`, `epochs` and `train_batch` of the settings go over it."""
 
     def check(self, examples: Examples, config: ContrastConfig, *, has_means: bool = False) -> None:
         super().check(examples, config, has_means=has_means)
-        if config.positions is not None:
-            raise SteersmanError(f"method {self.name!r} reads the completions: leave out positions")
         self.settings(config)
 
     def settings(self, config: ContrastConfig) -> TrainEditConfig:
