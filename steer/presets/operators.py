@@ -1,11 +1,12 @@
 """Presets that read the state and act where and as far as it says: conditions, caps, thresholds, affine maps."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.steer.analysis.thresholds import FoundCondition, ProbedSides, probe_sides
-from steersman.steer.edits import EditSet
+from steersman.steer.edits import Edit, EditSet
 from steersman.steer.edits.conditions import Condition
 from steersman.steer.edits.gates import Gate
 from steersman.steer.edits.reads import Projection, TanhSimilarity
@@ -124,12 +125,19 @@ class _Probed(Preset):
         "a probe on standardised states must be folded back into the states' units: it is",
     )
 
-    def sides(self, lm: LanguageModel, examples: Any, layer: float, positions: str, l2: float) -> ProbedSides:
-        if isinstance(examples, ProbedSides):
-            return examples
-        positive, negative = sides_of(examples)
-        hook = at(lm, layer)
-        return probe_sides(lm, positive, negative, hook=hook, positions=positions, l2=l2)
+    def make(
+        self, lm: LanguageModel, *, examples: Any, a: float = 1.0, layer: float = 0.5, positions: str = "mean",
+        l2: float = 0.01,
+    ) -> EditSet:  # fmt: skip
+        found = examples
+        if not isinstance(found, ProbedSides):
+            positive, negative = sides_of(examples)
+            found = probe_sides(lm, positive, negative, hook=at(lm, layer), positions=positions, l2=l2)
+        return kept(lm, self.edits(lm, found, a), self, tokens_below=found.tokens_below)
+
+    def edits(self, lm: LanguageModel, found: ProbedSides, a: float) -> Mapping[str, Edit]:
+        """The edit of strength a, at its hook point."""
+        raise NotImplementedError  # each of the three defines it
 
 
 class SwFC(_Probed):
@@ -137,14 +145,9 @@ class SwFC(_Probed):
     title = "Steering with fixed coefficient (the baseline of StTP and StMP)"
     mechanism = "direction edit, rule add"
 
-    def make(
-        self, lm: LanguageModel, *, examples: Any, a: float = 1.0, layer: float = 0.5, positions: str = "mean",
-        l2: float = 0.01,
-    ) -> EditSet:  # fmt: skip
-        found = self.sides(lm, examples, layer, positions, l2)
+    def edits(self, lm: LanguageModel, found: ProbedSides, a: float) -> Mapping[str, Edit]:
         value = a * (found.mean - found.negative_mean)
-        edits = Steerer(lm).direction(read=found.direction, rule="add", value=value).edits
-        return kept(lm, edits, self, tokens_below=found.tokens_below)
+        return Steerer(lm).direction(read=found.direction, rule="add", value=value).edits
 
 
 class StTP(_Probed):
@@ -153,12 +156,8 @@ class StTP(_Probed):
     mechanism = "direction edit, rule set_if_below"
     traps = (*_Probed.traps, "the edit jumps at the middle: a token just below it goes all the way to the target")
 
-    def make(
-        self, lm: LanguageModel, *, examples: Any, a: float = 1.0, layer: float = 0.5, positions: str = "mean",
-        l2: float = 0.01,
-    ) -> EditSet:  # fmt: skip
-        found = self.sides(lm, examples, layer, positions, l2)
-        return kept(lm, {found.direction.hook_name: found.lifting(a)}, self, tokens_below=found.tokens_below)
+    def edits(self, lm: LanguageModel, found: ProbedSides, a: float) -> Mapping[str, Edit]:
+        return {found.direction.hook_name: found.lifting(a)}
 
 
 class StMP(_Probed):
@@ -166,12 +165,8 @@ class StMP(_Probed):
     title = "Steering to mirrored projection"
     mechanism = "direction edit, rule mirror"
 
-    def make(
-        self, lm: LanguageModel, *, examples: Any, a: float = 1.0, layer: float = 0.5, positions: str = "mean",
-        l2: float = 0.01,
-    ) -> EditSet:  # fmt: skip
-        found = self.sides(lm, examples, layer, positions, l2)
-        return kept(lm, {found.direction.hook_name: found.mirroring(a)}, self, tokens_below=found.tokens_below)
+    def edits(self, lm: LanguageModel, found: ProbedSides, a: float) -> Mapping[str, Edit]:
+        return {found.direction.hook_name: found.mirroring(a)}
 
 
 class _Affine(Preset):
