@@ -35,6 +35,13 @@ def run_line(line: str, folder: Path) -> str:
     return done.stdout
 
 
+def printed_by(page: str, folder: Path) -> str:
+    """What the Python of a page of docs/ prints, run from top to bottom as one program."""
+    program = "\n".join(text for language, _, text in blocks(page) if language == "python")
+    (folder / "page.py").write_text(program)
+    return run_line("python page.py", folder)
+
+
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """The folder that a reader of the page on extending has at its end, and what each command printed."""
@@ -51,9 +58,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
 
 
 def test_the_page_on_operators_runs_from_top_to_bottom(tmp_path: Path) -> None:
-    program = "\n".join(text for language, _, text in blocks("operators.md") if language == "python")
-    (tmp_path / "page.py").write_text(program)
-    printed = run_line("python page.py", tmp_path)
+    printed = printed_by("operators.md", tmp_path)
     assert "F1 1.00" in printed
     assert "\n[7, 0]\n" in printed, "the condition steers the row that meets it and no other"
 
@@ -95,9 +100,7 @@ def test_what_the_pages_programs_print(walked: tuple[Path, dict[str, str]]) -> N
 
 
 def test_the_page_of_feature_scores_runs_from_top_to_bottom(tmp_path: Path) -> None:
-    program = "\n".join(text for language, _, text in blocks("feature_scores.md") if language == "python")
-    (tmp_path / "page.py").write_text(program)
-    printed = run_line("python page.py", tmp_path)
+    printed = printed_by("feature_scores.md", tmp_path)
     assert "correlation (Pearson r with the reward" in printed
     assert " *" in printed
     assert "annotation" in printed
@@ -115,34 +118,26 @@ def test_the_page_of_recipes_runs(tmp_path: Path) -> None:
     for language, name, text in re.findall(r"^```(\w+) title=\"([\w.]+)\"\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
         assert language in ("python", "yaml")
         (tmp_path / name).write_text(text)
-    program = "\n".join(text for language, _, text in blocks("recipes.md") if language == "python")
-    (tmp_path / "page.py").write_text(program)
-    printed = run_line("python page.py", tmp_path)
+    printed = printed_by("recipes.md", tmp_path)
     assert "tokens steered at most" in printed
     assert "chance" in printed
 
 
 def test_the_page_of_particles_runs_from_top_to_bottom(tmp_path: Path) -> None:
-    program = "\n".join(text for language, _, text in blocks("particles.md") if language == "python")
-    (tmp_path / "page.py").write_text(program)
-    printed = run_line("python page.py", tmp_path)
+    printed = printed_by("particles.md", tmp_path)
     assert re.search(r"^ there was a [a-z]+ girl named .* (wolf|bear|horse)", printed)
     few, plain = map(float, re.findall(r"mean reward: particles ([\d.]+), the model ([\d.]+)", printed)[0])
     assert few > plain + 0.3
 
 
 def test_the_page_of_trained_edits_runs_from_top_to_bottom(tmp_path: Path) -> None:
-    program = "\n".join(text for language, _, text in blocks("trained_edits.md") if language == "python")
-    (tmp_path / "page.py").write_text(program)
-    printed = run_line("python page.py", tmp_path)
+    printed = printed_by("trained_edits.md", tmp_path)
     assert "AUROC" in printed
     assert "converged" in printed
 
 
 def test_the_page_of_decoding_runs_from_top_to_bottom(tmp_path: Path) -> None:
-    program = "\n".join(text for language, _, text in blocks("decoding.md") if language == "python")
-    (tmp_path / "page.py").write_text(program)
-    printed = run_line("python page.py", tmp_path)
+    printed = printed_by("decoding.md", tmp_path)
     assert "tokens looked elsewhere" in printed
     assert "matched=True" in printed
     assert "scarlet dog and strolled closer. The dog rolled over" in printed
@@ -150,9 +145,7 @@ def test_the_page_of_decoding_runs_from_top_to_bottom(tmp_path: Path) -> None:
 
 
 def test_the_page_of_chat_runs_from_top_to_bottom(tmp_path: Path) -> None:
-    program = "\n".join(text for language, _, text in blocks("chat.md") if language == "python")
-    (tmp_path / "page.py").write_text(program)
-    printed = run_line("python page.py", tmp_path)
+    printed = printed_by("chat.md", tmp_path)
     assert "tokens of the last question" in printed
     steered = dict(re.findall(r"^(\S+): (\d+) tokens steered$", printed, re.MULTILINE))
     assert set(steered) == {"assistant", "last_user", "turn:0+turn:1"}
