@@ -327,7 +327,9 @@ def main(args: Config) -> None:
             print(f"{task.name} / {name}: {told(row, task.group)} ({time.monotonic() - start:.0f} s)", flush=True)
     if args.summary is not None:
         args.summary.write_text(json.dumps(summary(known, args, lm.name), indent=1) + "\n")
-    print(table(summary(known, args, lm.name)))
+    for task_name, task in known.items():
+        for name, row in task["rows"].items():
+            print(f"{task_name} / {name}: {told(row, task['group'])}")
 
 
 def told(row: dict[str, Any], group: int) -> str:
@@ -356,25 +358,6 @@ def summary(known: dict[str, Any], args: Config, model: str) -> dict[str, Any]:
                 mine[row]["loss"] = round(found["loss"], 4)
         tasks[name] = mine
     return {"model": model, "budget": args.budget, "examples": args.examples, "items": args.items, "tasks": tasks}
-
-
-def table(found: dict[str, Any]) -> str:
-    """A row a way, a pair of columns a task."""
-    names = list(found["tasks"])
-    head = " | ".join(f"{name}: effect | KL | loss" for name in names)
-    lines = [f"| | {head} |", "|---|" + "---|---|---|" * len(names)]
-    for row in dict.fromkeys(row for task in found["tasks"].values() for row in task):
-        cells = []
-        for name in names:
-            one = found["tasks"][name].get(row)
-            if one is None:
-                cells += ["-", "-", "-"]
-                continue
-            mark = "" if one["reason"] in ("converged", "as it is") else " (its limit)"
-            loss = f"{one['loss']:+.3f}" if "loss" in one else "-"
-            cells += [f"{one['effect']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]", f"{one['kl']:.3f}{mark}", loss]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
