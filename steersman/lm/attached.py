@@ -4,7 +4,7 @@ Hooks and replaced methods are on the model for as long as a context is open. A 
 pickle, is a plain model: nothing in it refers to the model it was made from.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
@@ -55,13 +55,13 @@ def remove_stand_ins(model: nn.Module, name: str, gone: Callable[[StandIn], bool
         model.__dict__[name] = kept
 
 
-def without_hooks(model: nn.Module) -> None:
-    """Take what a copy of a steered model has left of its hooks off it."""
+def without_hooks(model: nn.Module, methods: Iterable[str]) -> None:
+    """Take what a copy of a steered model has left of its hooks, and of stand-ins for `methods`, off it."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for number in [i for i, hook in hooks.items() if isinstance(hook, Hook) and hook.fn is _nothing]:
                 del hooks[number]
-    for name in ("generate", "prepare_inputs_for_generation", "init_continuous_batching"):
+    for name in methods:
         found = model.__dict__.get(name)
         if isinstance(found, MethodType) and found.__func__ is getattr(type(model), name, None):
             del model.__dict__[name]

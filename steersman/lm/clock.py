@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from steersman.errors import SteersmanError
-from steersman.lm.attached import Hook, StandIn, remove_stand_ins
+from steersman.lm.attached import Hook, remove_stand_ins
 from steersman.lm.generate import stop_ids
 from steersman.lm.hooks import LOGITS, HookPoint
 from steersman.lm.passes import ForwardPass, GenerationRun
+from steersman.lm.stand_ins import STAND_INS
 from steersman.lm.unwinding import Opened, Unwinding
 from steersman.lm.wrappers import eager, is_compiled, recomputes
 
@@ -179,7 +180,7 @@ class PassClock:
         if self._handles:
             return
         self.state.last, self.state.runs, self.state.now = None, (), None
-        for name, stand_in in _STAND_INS.items():
+        for name, stand_in in STAND_INS.items():
             if hasattr(self.model, name):
                 self.model.__dict__[name] = stand_in(self, self.model, name)
         self._handles.append(self.model.register_forward_pre_hook(Hook(self._before), with_kwargs=True))
@@ -192,7 +193,7 @@ class PassClock:
         self._handles.clear()
         self.state.now = self.state.last = None
         self.state.runs = ()
-        for name in _STAND_INS:
+        for name in STAND_INS:
             remove_stand_ins(self.model, name, lambda found: found.owner is self or not found.owner._handles)
 
     # Passes
@@ -399,52 +400,3 @@ def not_reached(name: str) -> SteersmanError:
         f"the pass never reached {name}, so what is attached there did nothing: the block was skipped or replaced, or "
         "runs as compiled code"
     )
-
-
-class _NotedGenerate(StandIn):
-    """`generate`, noting the prompt: without a cache no single pass can tell prompt from generated text."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        clock = self.owner
-        if not clock._handles:
-            return self.method(*args, **kwargs)
-        if hasattr(getattr(clock.model, "generation_config", None), "disable_compile"):
-            kwargs.setdefault("disable_compile", True)
-        with Unwinding() as stack:
-            run, passes = clock.begin_run(args, kwargs, stack), clock.state.passes
-            out = self.method(*args, **kwargs)
-            if run.passes == 0:
-                clock.check_seen(passes)
-            return out
-
-
-class _NotedInputs(StandIn):
-    """`prepare_inputs_for_generation`, noting all tokens so far: beams change places between passes."""
-
-    def __init__(self, owner: Any, model: nn.Module, name: str) -> None:
-        super().__init__(owner, model, name)
-        self.__signature__ = inspect.signature(self.method)  # generate looks at it
-
-    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.owner.state.runs:
-            self.owner.state.runs[-1].history = input_ids
-        return self.method(input_ids, *args, **kwargs)
-
-
-class _NoContinuousBatching(StandIn):
-    """`init_continuous_batching`: its passes pack many requests into one row, in a thread of their own."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.owner._handles:
-            return self.method(*args, **kwargs)
-        raise SteersmanError(
-            "continuous batching packs many requests into one row and cannot be steered: use generate with a batch, "
-            "or serve without continuous batching"
-        )
-
-
-_STAND_INS: dict[str, type[StandIn]] = {
-    "generate": _NotedGenerate,
-    "prepare_inputs_for_generation": _NotedInputs,
-    "init_continuous_batching": _NoContinuousBatching,
-}

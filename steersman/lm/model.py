@@ -22,6 +22,7 @@ from steersman.lm.load import Quantization, load_pretrained
 from steersman.lm.model_generation import ModelGeneration
 from steersman.lm.positions import own_offset
 from steersman.lm.source import check_reads_text, name_in_cache
+from steersman.lm.stand_ins import STAND_INS
 from steersman.lm.tokens import TextEncoder
 from steersman.lm.wrappers import innermost
 
@@ -84,7 +85,7 @@ class LanguageModel(ModelGeneration):
     def __setstate__(self, state: dict[str, Any]) -> None:
         blocks = state.pop("blocks_path")
         self.__dict__.update(state)
-        without_hooks(self.model)
+        without_hooks(self.model, STAND_INS)
         self.hooks = HookMap(self.model, self.config, blocks)
         self._clock = self._new_clock()
 
