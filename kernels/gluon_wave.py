@@ -216,7 +216,6 @@ def consume(
         columns = column0 + gl.arange(0, BN, gl.BlockedLayout([1], [32], [WARPS], [0]))
         bias = gl.load(bias_ptr + columns, mask=columns < last, other=float("-inf"))
         acc = gl.zeros((BM, BN), gl.float32, layout)
-        before = stage
         for k in range(0, D, BK):
             mbarrier.wait(full.index(stage), parity)
             product = hopper.warpgroup_mma(
@@ -224,14 +223,13 @@ def consume(
             )
             acc = hopper.warpgroup_mma_wait(1, deps=(product,))
             # The product before this one has read its stage.
-            mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
-            before = stage
+            mbarrier.arrive(empty.index((stage + S - 1) % S), count=1, pred=k > 0)
             stage += 1
             if stage == S:
                 stage = 0
                 parity = parity ^ 1
         acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index(before), count=1)
+        mbarrier.arrive(empty.index((stage + S - 1) % S), count=1)
         acc += gl.convert_layout(bias, gl.SliceLayout(0, layout))[None, :]
         append(acc, tau, row0, column0, N, buffer_ptr, count_ptr, C, BM, BN, WARPS)
 

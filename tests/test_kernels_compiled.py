@@ -4,6 +4,7 @@ that the assembler complains of, the instructions and registers named there. No 
 The compiler runs in processes of its own, one for each capability: this one may run Triton's interpreter (see
 conftest.py)."""
 
+import ast
 import json
 import os
 import subprocess
@@ -17,7 +18,8 @@ from support.helpers import triton_before
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "dev" / "kernel_resources.py"
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts" / "dev" / "kernel_resources.py"
 CAPABILITIES = (80, 90) if triton_before(3, 9) else (80, 90, 100)
 """Triton before 3.9 cannot compile the kernels for sm_100; `dispatch` refuses such GPUs there."""
 
@@ -88,3 +90,28 @@ for kernel, names in (
     assert {p.name for p in kernel.params if p.do_not_specialize} == names
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=compiling(), check=True)
+
+
+def copies_in_loops(code: str) -> list[str]:
+    """The statements of kernels that give a variable the value of another, as it is, inside a loop."""
+    kernels = [
+        node
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(mark) for mark in node.decorator_list)
+    ]
+    loops = [node for kernel in kernels for node in ast.walk(kernel) if isinstance(node, ast.For | ast.While)]
+    inside = {node for loop in loops for node in ast.walk(loop) if isinstance(node, ast.Assign)}
+    return [ast.unparse(node) for node in inside if isinstance(node.value, ast.Name)]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "steersman" / "kernels").glob("*.py")), ids=lambda file: file.name)
+def test_no_loop_keeps_the_last_value_of_another_variable(file: Path) -> None:
+    """Triton's front end takes a variable for one that a loop changes where its value at the end of the body is not
+    the one before the loop. `before = stage` above and `before = stage; stage += 1` inside look unchanged to it, and
+    the loop reads the first value for ever."""
+    assert not copies_in_loops(file.read_text())
+
+
+def test_a_copy_in_a_loop_is_seen() -> None:
+    code = "@gluon.jit\ndef f(n):\n    a = b = n\n    for i in range(n):\n        a = b\n        b += 1"
+    assert copies_in_loops(code) == ["a = b"]
