@@ -222,9 +222,9 @@ def update_rows(
 
             squares, row = tl.zeros([BLOCK_D], tl.float32), ()
             if HELD:
-                for i in tl.static_range(PIECES):
+                for piece in tl.static_range(PIECES):
                     w = decoder_piece(
-                        w_dec_ptr, dec_moments, g_pairs, aux_dec_ptr, slot, latent, i * BLOCK_D, projection, scale,
+                        w_dec_ptr, dec_moments, g_pairs, aux_dec_ptr, slot, latent, piece * BLOCK_D, projection, scale,
                         dec_random, D, size, inverse_root, beta1, beta2, eps,
                         HOT, AUX, ADAM, STATE, CHUNK, BLOCK_P, BLOCK_D,
                     )  # fmt: skip
@@ -243,8 +243,8 @@ def update_rows(
                 tl.debug_barrier()  # the row is read again, perhaps by other threads than wrote it
             norm = tl.maximum(tl.sqrt_rn(tl.sum(squares)), SMALLEST)
             if HELD:
-                for i in tl.static_range(PIECES):
-                    store_unit(w_dec_ptr, dec_rows_ptr, row[i], norm, latent, i * BLOCK_D, D, COPY, BLOCK_D)
+                for piece in tl.static_range(PIECES):
+                    store_unit(w_dec_ptr, dec_rows_ptr, row[piece], norm, latent, piece * BLOCK_D, D, COPY, BLOCK_D)
             else:
                 for d in range(0, D, BLOCK_D):
                     cols = columns(d, BLOCK_D)
