@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from steersman.files import write_json
 
-__all__ = ["Clock", "Table", "Times", "activations", "bare_product", "encode_error", "unit_rows"]
+__all__ = ["Clock", "Table", "Times", "activations", "bare_product", "encode_error", "launches", "unit_rows"]
 
 
 class Times(NamedTuple):
@@ -77,6 +78,22 @@ class Clock:
         a = torch.empty(1 << 29, dtype=torch.uint8, device=self.device)
         b = torch.empty_like(a)
         return 2 * a.nbytes / (self.time(lambda: b.copy_(a)).ms * 1e-3)
+
+
+def launches(run: Callable[[], Any], device: torch.device, calls: int = 5) -> list[dict[str, Any]]:
+    """The kernels of one call of `run` on a GPU, the longest first: how often each is launched, and its milliseconds
+    in all. `run` has been called before."""
+    # `acc_events` keeps a warning away; there is one cycle.
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize(device)
+    rows = [
+        {"kernel": e.key[:120], "launches": e.count / calls, "ms": e.self_device_time_total / 1e3 / calls}
+        for e in trace.key_averages()
+        if e.self_device_time_total
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])
 
 
 class Table:

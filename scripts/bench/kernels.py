@@ -10,7 +10,7 @@ pass and update alone), step (whole training steps with nothing dead, with dead 
 
 The table is printed and written as JSON under --out after each row, and rows of an earlier call on the same device and
 versions are kept, so that parts can be measured one call at a time. What fails is a row that says so. On a CPU small
-shapes run with the PyTorch kernels.
+shapes run with the PyTorch kernels. With --profile, on a GPU, a row lists the kernels that ran in it.
 """
 
 import argparse  # not tyro: a bare GPU image has to do, with torch, triton, numpy, safetensors, einops, transformers
@@ -33,7 +33,7 @@ if not torch.cuda.is_available():
 
 from steersman import TrainConfig
 from steersman.kernels import UpdateRule, UpdateState, choose, precision, using
-from steersman.kernels.tools.timing import Clock, Table, activations, bare_product, encode_error, unit_rows
+from steersman.kernels.tools.timing import Clock, Table, activations, bare_product, encode_error, launches, unit_rows
 from steersman.sae import SAE, SAEConfig
 from steersman.train import ActivationStats, Trainer, resolve
 
@@ -75,6 +75,8 @@ class Row:
     """Largest error of an encoded value against fp64, relative to the largest value."""
     failure: str | None = None
     """What went wrong."""
+    kernels: list[dict[str, Any]] | None = None
+    """See `timing.launches`, where it was asked for."""
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
@@ -86,7 +88,11 @@ class Row:
                   f"error {self.error:.1e}" if self.error is not None else ""]  # fmt: skip
         memory = "" if self.memory_mb is None else f"{self.memory_mb:9.1f} MB"
         numbers = f"{self.ms:10.3f} ms  {self.ms / self.gemm_ms:7.2f} x GEMM {memory}  "
-        return (f"{head} {numbers}" + ", ".join(filter(None, extras))).rstrip()
+        line = (f"{head} {numbers}" + ", ".join(filter(None, extras))).rstrip()
+        busy = sum(kernel["ms"] for kernel in self.kernels or ())
+        lines = [f"  {k['ms']:9.3f} ms {k['launches']:6.1f} launches {k['ms'] / busy:6.1%}  {k['kernel']}"
+                 for k in (self.kernels or ())[:20]]  # fmt: skip
+        return "\n".join([line, *lines])
 
 
 class OutOfTimeError(Exception):
@@ -125,6 +131,9 @@ class Bench:
         run = None
         try:
             run, more = make()
+            if self.args.profile:
+                run()
+                more |= {"kernels": launches(run, self.device)}
             row = Row(shape=shape, part=part, by=by, gemm_ms=gemm_ms, **self.clock.time(run)._asdict(), **more)
         except Exception as error:
             why = "not installed" if isinstance(error, ImportError) else type(error).__name__
@@ -358,6 +367,8 @@ def parsed() -> argparse.Namespace:
         "--moments", nargs="*", choices=("float32", "bfloat16", "int8"), default=(),
         help="what the optimiser's state is kept in; none: float32 and int8, or int8 where float32 would not fit",
     )  # fmt: skip
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--profile", action=switch, default=False, help="list the kernels of each row; needs a GPU")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent measuring each number")
     parser.add_argument("--minutes", type=float, default=30.0, help="time after which no further row is begun")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the JSON file")
@@ -367,6 +378,8 @@ def parsed() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     shapes = [shape_of(text) for text in args.shapes] or list(GPU if device.type == "cuda" else CPU)
+    if args.profile and device.type != "cuda":
+        raise SystemExit("kernels: --profile needs a GPU")
     bench = Bench(device, args)
     try:
         for shape in sorted(shapes, key=lambda s: s[0] * s[1] * s[2]):
