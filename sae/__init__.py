@@ -12,6 +12,7 @@ from steersman.sae.architectures.supervised_topk import SupervisedTopKSAE
 from steersman.sae.architectures.topk import TopKSAE
 from steersman.sae.base import SAE, FeatureStats, SparseCode
 from steersman.sae.config import SAEConfig
+from steersman.sae.feature_labels import FeatureLabel, FeatureLabels
 from steersman.sae.formats import load
 from steersman.sae.formats.saelens import save
 from steersman.sae.metrics import Reconstruction, measure_reconstruction
@@ -26,6 +27,8 @@ __all__ = [
     "AbsTopKSAE",
     "AuxTerm",
     "BatchTopKSAE",
+    "FeatureLabel",
+    "FeatureLabels",
     "FeatureStats",
     "GatedSAE",
     "GroupMaxSAE",

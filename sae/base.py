@@ -19,6 +19,7 @@ from steersman.kernels import choose
 from steersman.kernels import sparse_decode as differentiable_decode
 from steersman.registry import Registry
 from steersman.sae.config import ARCHITECTURES, SAEConfig
+from steersman.sae.feature_labels import FeatureLabels
 from steersman.sae.input_norm import TokenNorm, token_norm
 from steersman.sae.training import Latents, Step, TrainingCode, TrainingState
 
@@ -160,6 +161,7 @@ class SAE(nn.Module):
         if cfg.skip_connection:
             self.W_skip = nn.Parameter(torch.zeros(cfg.out_width, cfg.d_in))
         self.feature_stats: FeatureStats | None = None
+        self.labels = FeatureLabels()
         self.latents = Latents()
         self._input_form: InputForm | None = None
 

@@ -14,6 +14,7 @@ import torch
 from steersman.errors import SteersmanError
 from steersman.reading import one_error
 from steersman.sae.base import SAE
+from steersman.sae.feature_labels import LABELS, FeatureLabels
 from steersman.sae.formats.base import Format, Parts, build, recognise
 from steersman.sae.formats.source import open_source
 
@@ -53,6 +54,9 @@ def load(
         layout = recognise(source, format)
         parts = layout.read(source)
         sae = build(parts, torch.device(device), dtype)
+        if source.only is None and source.has(LABELS):
+            sae.labels = FeatureLabels.load(source.path(LABELS))
+            sae.labels.check(sae.cfg.d_sae, str(source.path(LABELS)))
     if not parts.native or "repo_id" in source.origin:
         origin = {"format": layout.name, **source.origin}
         sae.cfg = replace(sae.cfg, metadata={**sae.cfg.metadata, "origin": origin})

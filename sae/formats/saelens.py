@@ -25,6 +25,7 @@ from steersman.files import make_folder, write_json
 from steersman.reading import shown
 from steersman.sae.base import SAE, FeatureStats
 from steersman.sae.config import SAEConfig
+from steersman.sae.feature_labels import LABELS
 from steersman.sae.formats.base import Format, Parts, flag, integer, positive, refuse, section, text, without_weights
 from steersman.sae.formats.names import hook_of_model, to_model_name
 from steersman.sae.formats.source import Source
@@ -286,8 +287,8 @@ def _read_stats(path: Path, d_sae: int) -> FeatureStats:
 
 
 def save(sae: SAE, path: str | Path) -> None:
-    """Write the folder `path`: sae_weights.safetensors, the feature statistics and last, so that a folder with one is
-    complete, cfg.json; each of them whole or not at all."""
+    """Write the folder `path`: sae_weights.safetensors, the feature statistics, the labels and last, so that a folder
+    with one is complete, cfg.json; each of them whole or not at all."""
     path = Path(path)
     make_folder(path)
     tensors = {name: value.detach().float() for name, value in sae.weights().items()}
@@ -296,6 +297,10 @@ def save(sae: SAE, path: str | Path) -> None:
         (path / STATS).unlink(missing_ok=True)
     else:
         save_statistics(sae.feature_stats, path)
+    if sae.labels:
+        sae.labels.save(path / LABELS)
+    else:
+        (path / LABELS).unlink(missing_ok=True)
     sum_of_weights = SafetensorsFile(path / WEIGHTS).metadata[CHECKSUM]
     write_json(path / CONFIG, _config_to_json(sae.cfg, sum_of_weights))
 
