@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-FLOORS = ["ground", "kernels", "lm", "sae", "train", "steer", "demo", "ui", "serve", "commands"]
+FLOORS = ["ground", "kernels", "lm", "sae", "train", "steer", "ui", "serve", "demo", "commands"]
 MAY_IMPORT = {
     "ground": {"ground"},
     "kernels": {"kernels", "ground"},
@@ -16,8 +16,9 @@ MAY_IMPORT = {
     "sae": {"sae", "kernels", "ground"},
     "train": {"train", "sae", "lm", "kernels", "ground"},
     "steer": {"steer", "sae", "lm", "kernels", "ground"},
-    "demo": {"demo", "train", "steer", "sae", "lm", "kernels", "ground"},
-    "commands": {"commands", "demo", "train", "steer", "sae", "lm", "kernels", "ground"},
+    "ui": {"ui", "train", "steer", "sae", "lm", "kernels", "ground"},
+    "demo": {"demo", "ui", "train", "steer", "sae", "lm", "kernels", "ground"},
+    "commands": {"commands", "demo", "ui", "train", "steer", "sae", "lm", "kernels", "ground"},
 }
 """Part -> what it may import. `ground` is the modules of `steersman/` itself, of which these two may import all."""
 TOP = ("steersman", "steersman.cli", "steersman.__main__")
