@@ -1,8 +1,9 @@
-"""What each feature does on a set of tokens: density, activation levels and the tokens it fires on most.
+"""What each feature does on a set of tokens: density, activation levels and the tokens it fires on.
 
 One pass over the activations; memory depends on the number of features, not of tokens.
 
-Shape letters: N tokens of a batch, L latents, K active latents a token, M kept examples a feature.
+Shape letters: N tokens of a batch, L latents, K active latents a token, M kept examples a feature, S drawn ones, W rows
+of a window, B bins, P partners.
 """
 
 from collections.abc import Iterable
@@ -12,11 +13,53 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steersman.sae.base import SAE, FeatureStats, SparseCode
+from steersman.sae.base import SAE, FeatureStats
+from steersman.sae.coactivation import MAX_PAIRS, CoActiveTable, CoActivity
+from steersman.sae.feature_examples import LevelSamples, Stretch, TopExamples
+from steersman.sae.feature_levels import Levels
 from steersman.sae.metrics import FeatureSums, large_rows
 
-_BINS_PER_OCTAVE, _OCTAVES = 16, 16
-_LOWEST = -10  # log2 of the smallest activation resolved, in units of the median |x| / sqrt(d_in)
+
+@dataclass(frozen=True, kw_only=True)
+class Details:
+    """What `summarize_features` keeps of every feature beside its largest activations. With the defaults about 3 kB a
+    feature."""
+
+    reach: int = 12
+    """Rows on each side of a kept token on which the feature's activation is kept too."""
+    per_level: int = 2
+    """Activations drawn at random of each of the ten half octaves below the largest."""
+    bins: int = 40
+    """Bins of the histogram."""
+    partners: int = 8
+    """Features that fire with it."""
+    max_pairs: int = MAX_PAIRS
+    """Pairs of features counted, beyond which tokens are drawn: see `steersman.sae.coactivation`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeatureDetails:
+    """What `Details` asked for."""
+
+    example_windows: Tensor
+    """[L, M, W] fp16: the activations around each example, W = 2 * reach + 1; 0 beyond the rows that were read one
+    after another, and beside an example on a row of huge norm."""
+    sample_values: Tensor
+    """[L, S] fp32: activations drawn from all levels on ordinary rows (see `LevelSamples`); 0 where there are fewer."""
+    sample_rows: Tensor
+    """[L, S] int64: the rows they are on; -1 where there are fewer."""
+    sample_windows: Tensor
+    """[L, S, W] fp16: the activations around them."""
+    histogram: Tensor
+    """[L, B] int32: activations on ordinary rows in equal parts of 0 to max_act."""
+    partners: CoActiveTable
+    """[L, P]: the features that fire with each most."""
+    counts: Tensor
+    """[L] int64: ordinary rows on which each fires."""
+    n_ordinary: int
+    """Ordinary rows."""
+    share: float
+    """Probability with which a row was drawn for `partners`; 1 where all pairs were counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,65 +76,8 @@ class FeatureSummary:
     first; 0 where there are fewer. On ordinary rows or, for a feature that fires on none, on rows of huge norm."""
     example_rows: Tensor
     """[L, M] int64: the store's rows they are on; -1 where there are fewer."""
-
-
-class TopExamples:
-    """The M largest activations (by magnitude) of every feature and the rows they are on."""
-
-    def __init__(self, n_latents: int, n_examples: int, device: torch.device):
-        self.values = torch.zeros(n_latents, n_examples, device=device)
-        self.rows = torch.full((n_latents, n_examples), -1, dtype=torch.int64, device=device)
-
-    def add(self, code: SparseCode, rows: Tensor) -> None:
-        """Merge in the code [N, K] of the tokens at `rows` [N]."""
-        M = self.values.shape[1]
-        active = code.active
-        values, latents = code.values[active], code.indices[active]
-        rows = rows[:, None].expand_as(code.indices)[active]
-        # Only what beats a feature's smallest kept value can matter: after the first batches, almost nothing.
-        better = values.abs() > self.values[latents, -1].abs()
-        values, latents, rows = values[better], latents[better], rows[better]
-        order = torch.argsort(values.abs(), descending=True, stable=True)
-        order = order[torch.argsort(latents[order], stable=True)]
-        values, latents, rows = values[order], latents[order], rows[order]
-        touched, counts = torch.unique_consecutive(latents, return_counts=True)
-        starts = counts.cumsum(0) - counts
-        rank = torch.arange(len(latents), device=latents.device) - starts.repeat_interleave(counts)
-        kept = rank < M
-        place = torch.searchsorted(touched, latents[kept])
-        new_values = torch.zeros(len(touched), M, device=values.device)
-        new_rows = torch.full((len(touched), M), -1, dtype=torch.int64, device=values.device)
-        new_values[place, rank[kept]] = values[kept]
-        new_rows[place, rank[kept]] = rows[kept]
-        all_values = torch.cat([self.values[touched], new_values], dim=1)
-        all_rows = torch.cat([self.rows[touched], new_rows], dim=1)
-        best = torch.sort(all_values.abs(), dim=1, descending=True, stable=True).indices[:, :M]
-        self.values[touched] = all_values.gather(1, best)
-        self.rows[touched] = all_rows.gather(1, best)
-
-
-class Levels:
-    """A histogram of every feature's activations (of a signed code their magnitudes) on a logarithmic scale."""
-
-    def __init__(self, n_latents: int, unit: float, device: torch.device):
-        self.unit = unit
-        self.n_bins = _BINS_PER_OCTAVE * _OCTAVES
-        self.counts = torch.zeros(n_latents * self.n_bins, dtype=torch.int32, device=device)
-
-    def add(self, code: SparseCode) -> None:
-        active = code.active
-        values, latents = code.values[active].abs(), code.indices[active]
-        level = ((values / self.unit).log2() - _LOWEST) * _BINS_PER_OCTAVE
-        bins = level.floor().clamp(0, self.n_bins - 1).long()
-        self.counts.scatter_add_(0, latents * self.n_bins + bins, torch.ones_like(bins, dtype=torch.int32))
-
-    def percentile(self, fraction: float, largest: Tensor) -> Tensor:
-        """[L]: the upper edge of the bin that holds the percentile, at most the largest activation seen."""
-        counts = self.counts.view(-1, self.n_bins).long()
-        total = counts.sum(dim=1, keepdim=True)
-        reached = counts.cumsum(dim=1) >= (fraction * total).ceil().clamp_min(1)
-        edge = torch.exp2((reached.int().argmax(dim=1) + 1) / _BINS_PER_OCTAVE + _LOWEST) * self.unit
-        return torch.where(total[:, 0] > 0, torch.minimum(edge, largest), torch.zeros_like(largest))
+    details: FeatureDetails | None = None
+    """What else was asked for."""
 
 
 class Rows(NamedTuple):
@@ -103,10 +89,15 @@ class Rows(NamedTuple):
 
 @torch.no_grad()
 def summarize_features(
-    sae: SAE, batches: Iterable[Rows], median_norm: float, n_examples: int = 30, max_norm: float = float("inf")
+    sae: SAE,
+    batches: Iterable[Rows],
+    median_norm: float,
+    n_examples: int = 30,
+    max_norm: float = float("inf"),
+    details: Details | None = None,
 ) -> FeatureSummary:
     """Statistics and the largest activations of every feature, in one pass over `batches`; rows longer than `max_norm`
-    are no ordinary ones.
+    are no ordinary ones. With `details` also what those ask for, for which rows come in the order of the text.
 
     >>> from steersman.sae import SAEConfig
     >>> sae = SAE(SAEConfig(d_in=4, d_sae=8, k=2))
@@ -115,23 +106,56 @@ def summarize_features(
     torch.Size([8, 3])
     """
     L, device = sae.cfg.d_sae, sae.device
-    examples, of_large = TopExamples(L, n_examples, device), TopExamples(L, n_examples, device)
-    levels = Levels(L, median_norm / sae.cfg.d_in**0.5, device)
-    sums = FeatureSums(L, device)
+    unit, reach = median_norm / sae.cfg.d_in**0.5, 0 if details is None else details.reach
+    width = 0 if details is None else 2 * reach + 1
+    examples, of_large = TopExamples(L, n_examples, width, device), TopExamples(L, n_examples, 0, device)
+    samples = LevelSamples(L, details.per_level, unit, width, device) if details is not None else None
+    activity = CoActivity(L, max_pairs=details.max_pairs) if details is not None else None
+    levels, sums, stretch = Levels(L, unit, device), FeatureSums(L, device), Stretch(reach, L)
+
+    def merge() -> None:
+        ordinary = stretch.entries(large=False)
+        levels.add(ordinary.values, ordinary.latents)
+        examples.merge(ordinary, stretch)
+        of_large.merge(stretch.entries(large=True), stretch)
+        if samples is not None:
+            samples.merge(ordinary, stretch)
+
     for x, rows in batches:
         x, rows = x.to(device), rows.to(device)
         code, large = sae.encode_sparse(x), large_rows(x, max_norm)
         sums.add(code, large)
-        ordinary = code
-        if bool(large.any()):
-            of_large.add(SparseCode(code.values[large], code.indices[large]), rows[large])
-            ordinary, rows = SparseCode(code.values[~large], code.indices[~large]), rows[~large]
-        levels.add(ordinary)
-        examples.add(ordinary, rows)
+        if activity is not None:
+            activity.add(code, large)
+        stretch.add(code, rows, large)
+        merge()
+    if reach and stretch.code is not None:
+        stretch.end()
+        merge()
     on_large_alone = (examples.rows[:, :1] < 0).expand_as(examples.rows)
+    values = torch.where(on_large_alone, of_large.values, examples.values)
+    kept = None
+    if details is not None and samples is not None and activity is not None:
+        examples.windows[..., reach] = values.clamp(*_HALF)  # beside a token on a row of huge norm nothing is kept
+        sample_values, sample_rows, sample_windows = samples.of_features()
+        kept = FeatureDetails(
+            example_windows=examples.windows.cpu(),
+            sample_values=sample_values.cpu(),
+            sample_rows=sample_rows.cpu(),
+            sample_windows=sample_windows.cpu(),
+            histogram=levels.linear(details.bins, sums.largest).cpu(),
+            partners=activity.nearest(range(L), details.partners),
+            counts=activity.counts,
+            n_ordinary=activity.n_tokens,
+            share=activity.share,
+        )
     return FeatureSummary(
         stats=sums.stats(median_norm),
         p999=levels.percentile(0.999, sums.largest).cpu(),
-        example_values=torch.where(on_large_alone, of_large.values, examples.values).cpu(),
+        example_values=values.cpu(),
         example_rows=torch.where(on_large_alone, of_large.rows, examples.rows).cpu(),
+        details=kept,
     )
+
+
+_HALF = (torch.finfo(torch.float16).min, torch.finfo(torch.float16).max)
