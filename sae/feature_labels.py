@@ -1,6 +1,9 @@
 """What features stand for, in words: `labels.jsonl` beside an SAE, one feature a line.
 
+{"d_sae": 4096, "d_in": 576, "hook_name": "blocks.12.hook_resid_post", "model_name": "smollm2"}
 {"feature": 12, "label": "weather words", "source": "contexts+output", "scores": {"detection": 0.91}}
+
+The first line says of which SAE; it may be missing, as in a file that somebody wrote by hand.
 """
 
 import json
@@ -13,6 +16,7 @@ from typing import Any
 from steersman.errors import SteersmanError
 from steersman.files import write_text
 from steersman.reading import parse_json, read_text, shown
+from steersman.sae.config import SAEConfig
 
 __all__ = ["LABELS", "FeatureLabel", "FeatureLabels"]
 
@@ -33,16 +37,26 @@ class FeatureLabel:
     """How well it holds, by name of the measure (detection, fuzzing, ...)."""
 
 
+ABOUT = {"d_sae": int, "d_in": int, "hook_name": str, "model_name": str}
+"""What the first line may say of the SAE."""
+
+
 class FeatureLabels(Mapping[int, FeatureLabel]):
-    """Labels of some features of one SAE, by feature id.
+    """Labels of some features of one SAE, by feature id. `about` is what is known of that SAE, by the names of `ABOUT`.
 
     >>> labels = FeatureLabels({12: FeatureLabel(text="weather words")})
     >>> labels.text(12), labels.text(13), labels.search("weather")
     ('weather words', '', [12])
     """
 
-    def __init__(self, labels: Mapping[int, FeatureLabel] | Iterable[tuple[int, FeatureLabel]] = ()):
+    def __init__(
+        self,
+        labels: Mapping[int, FeatureLabel] | Iterable[tuple[int, FeatureLabel]] = (),
+        about: Mapping[str, Any] | None = None,
+    ):
         self._labels = dict(sorted(dict(labels).items()))
+        own = labels.about if isinstance(labels, FeatureLabels) else {}
+        self.about: dict[str, Any] = dict(own if about is None else about)
 
     def __getitem__(self, feature: int) -> FeatureLabel:
         return self._labels[feature]
@@ -68,18 +82,33 @@ class FeatureLabels(Mapping[int, FeatureLabel]):
         return [feature for feature, text in folded if all(word in text for word in wanted)]
 
     def merged(self, other: Mapping[int, FeatureLabel]) -> "FeatureLabels":
-        """These labels, and those of `other` over them."""
-        return FeatureLabels({**self._labels, **other})
+        """These labels, and those of `other` over them; about the same SAE."""
+        return FeatureLabels({**self._labels, **other}, self.about)
 
-    def check(self, d_sae: int, where: str = "labels") -> None:
-        """Raise SteersmanError where a label is of a feature that an SAE of `d_sae` features lacks."""
+    def of(self, cfg: SAEConfig) -> "FeatureLabels":
+        """The same labels, which say that they are those of an SAE of the configuration `cfg`."""
+        known = {name: getattr(cfg, name) for name in ABOUT}
+        return FeatureLabels(self, {name: value for name, value in known.items() if value != ""})
+
+    def check(self, cfg: SAEConfig, where: str = "these labels") -> None:
+        """Raise SteersmanError, naming `where` they stand, for labels of another SAE than one of the configuration
+        `cfg`: of another size, hook point or model, or of a feature that it lacks."""
+        for name, value in self.about.items():
+            own = getattr(cfg, name)
+            a, b = (str(one).rstrip("/").rpartition("/")[2].casefold() for one in (value, own))
+            if own != "" and a != b:
+                raise SteersmanError(f"{where}: labels of another SAE: of {name} {value}, and this one has {own}")
         largest = max(self, default=-1)
-        if largest >= d_sae:
-            raise SteersmanError(f"{where} has a label of feature {largest}, and the SAE has features 0 to {d_sae - 1}")
+        if largest >= cfg.d_sae:
+            raise SteersmanError(
+                f"{where} has a label of feature {largest}, and the SAE has features 0 to {cfg.d_sae - 1}"
+            )
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the file, whole or not at all."""
-        lines = [json.dumps(_record(feature, label), ensure_ascii=False) for feature, label in self.items()]
+        records = [self.about] if self.about else []
+        records += [_record(feature, label) for feature, label in self.items()]
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
         write_text(path, "".join(f"{line}\n" for line in lines))
 
     @classmethod
@@ -90,14 +119,26 @@ class FeatureLabels(Mapping[int, FeatureLabel]):
             SteersmanError: the file cannot be read, or a line of it is no label; the message has its number.
         """
         labels: dict[int, FeatureLabel] = {}
-        for number, line in enumerate(read_text(path, limit=MAX_BYTES).splitlines(), 1):
+        about: dict[str, Any] = {}
+        for number, line in enumerate(read_text(path, limit=MAX_BYTES).split("\n"), 1):
             if line.strip():
                 where = f"{path}, line {number}"
-                feature, label = _parsed(parse_json(line, where), where)
+                record = parse_json(line, where)
+                if number == 1 and isinstance(record, dict) and "d_sae" in record:
+                    about = _about(record, where)
+                    continue
+                feature, label = _parsed(record, where)
                 if feature in labels:
                     raise SteersmanError(f"{where}: a second label of feature {feature}")
                 labels[feature] = label
-        return cls(labels)
+        return cls(labels, about)
+
+
+def _about(record: dict[str, Any], where: str) -> dict[str, Any]:
+    for name, value in record.items():
+        if name not in ABOUT or not isinstance(value, ABOUT[name]) or isinstance(value, bool):
+            raise SteersmanError(f"{where}: {name} is {shown(value)}; the first line names {', '.join(ABOUT)}")
+    return record
 
 
 def _record(feature: int, label: FeatureLabel) -> dict[str, Any]:

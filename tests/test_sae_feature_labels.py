@@ -1,6 +1,7 @@
 """Labels of features: the file beside an SAE."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,28 @@ def test_labels_of_another_sae_are_refused(tmp_path: Path) -> None:
     FeatureLabels({8: FeatureLabel(text="x")}).save(tmp_path / "labels.jsonl")
     with pytest.raises(SteersmanError, match="feature 8, and the SAE has features 0 to 7"):
         SAE.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("d_sae", 16), ("d_in", 8), ("hook_name", "blocks.2.hook_resid_post"), ("model_name", "gpt2")]
+)
+def test_labels_say_of_which_sae_they_are(tmp_path: Path, name: str, other: object) -> None:
+    cfg = SAEConfig(d_in=4, d_sae=8, k=2, hook_name="blocks.1.hook_resid_post", model_name="org/toy")
+    path = tmp_path / "labels.jsonl"
+    LABELS.of(cfg).save(path)
+    read = FeatureLabels.load(path)
+    assert read == LABELS
+    read.check(replace(cfg, model_name="copies/Toy"))
+    read.merged({1: FeatureLabel(text="x")}).check(cfg)
+    read.check(SAEConfig(d_in=4, d_sae=8, k=2))  # records nothing that could differ
+    with pytest.raises(SteersmanError, match=f"labels of another SAE: of {name}"):
+        read.merged({}).check(replace(cfg, **{name: other}), str(path))
+
+
+def test_what_ends_a_line_for_others_ends_none_here(tmp_path: Path) -> None:
+    labels = FeatureLabels({0: FeatureLabel(text="a\u2028b\x85c\nd")})
+    labels.save(tmp_path / "labels.jsonl")
+    assert FeatureLabels.load(tmp_path / "labels.jsonl") == labels
 
 
 def test_search_finds_every_word_in_any_case() -> None:

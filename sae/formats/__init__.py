@@ -56,7 +56,7 @@ def load(
         sae = build(parts, torch.device(device), dtype)
         if source.only is None and source.has(LABELS):
             sae.labels = FeatureLabels.load(source.path(LABELS))
-            sae.labels.check(sae.cfg.d_sae, str(source.path(LABELS)))
+            sae.labels.check(sae.cfg, str(source.path(LABELS)))
     if not parts.native or "repo_id" in source.origin:
         origin = {"format": layout.name, **source.origin}
         sae.cfg = replace(sae.cfg, metadata={**sae.cfg.metadata, "origin": origin})
