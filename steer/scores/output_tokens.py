@@ -11,7 +11,7 @@ TokenChange takes 32 random texts of 32 tokens and clamps to 10 and, as another 
 Shape letters: M features, B texts, S tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,10 @@ from steersman.lm.origin import check_sae_fits
 from steersman.sae import SAE
 from steersman.steer.edits import FeatureEdit
 from steersman.steer.steerer import Steerer
+
+
+PASS_LOGITS = 1 << 26
+"""Logits of one pass of `token_change`, at most: 256 MiB in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +67,14 @@ def token_change(
     features: Sequence[int],
     texts: Sequence[str],
     *,
-    value: float = 10.0,
+    value: float | Mapping[int, float] = 10.0,
     n_tokens: int = 10,
     max_length: int = 32,
     hook: str | None = None,
 ) -> list[OutputTokens]:
-    """The tokens whose logits change most when f_j is clamped to `value` (raw) everywhere, BOS aside: the mean over the
-    texts' tokens of the change, one pass over `texts` a feature.
+    """The tokens whose logits change most when f_j is clamped to `value` (raw; one for all, or by feature id)
+    everywhere, BOS aside: the mean over the texts' tokens of the change. A pass holds the texts of as many features as
+    `PASS_LOGITS` allows.
 
     Raises SteersmanError as `Steerer.features` does, and for texts of the BOS alone.
     """
@@ -83,16 +88,22 @@ def token_change(
     if not bool(counted.any()):
         raise SteersmanError("token_change: the texts have no token besides the BOS")
 
-    def mean_logits() -> Tensor:  # [V] float64
-        return lm.logits(batch.input_ids, batch.attention_mask)[counted].double().mean(0).cpu()
+    def mean_logits(n: int) -> Tensor:  # [n, V] float64: of n copies of the texts
+        logits = lm.logits(batch.input_ids.repeat(n, 1), batch.attention_mask.repeat(n, 1))
+        return torch.stack([part[counted].double().mean(0).cpu() for part in logits.chunk(n)])
 
-    base, st, found = mean_logits(), Steerer(lm), []
-    for feature in ids:
-        with st.edit(where, FeatureEdit(sae, {feature: value}, mode="clamp")):
-            change = mean_logits() - base
-        top, bottom = (sign * change for sign in (1, -1))
-        up, down = top.topk(min(n_tokens, len(top))), bottom.topk(min(n_tokens, len(top)))
-        found.append(_described(lm, feature, up.indices, up.values, down.indices, -down.values))
+    base, st, found = mean_logits(1)[0], Steerer(lm), []
+    together = max(1, PASS_LOGITS // (batch.input_ids.numel() * len(base)))
+    for start in range(0, len(ids), together):
+        part = ids[start : start + together]
+        clamped = [{j: value[j] if isinstance(value, Mapping) else value} for j in part]
+        rows = [row for row in clamped for _ in texts]
+        with st.edit(where, FeatureEdit(sae, rows, mode="clamp")):
+            changes = mean_logits(len(part)) - base
+        for feature, change in zip(part, changes):
+            top, bottom = (sign * change for sign in (1, -1))
+            up, down = top.topk(min(n_tokens, len(top))), bottom.topk(min(n_tokens, len(top)))
+            found.append(_described(lm, feature, up.indices, up.values, down.indices, -down.values))
     return found
 
 
