@@ -110,7 +110,7 @@ def check_place(path: str | os.PathLike[str], kind: Literal["file", "folder"], *
         try:
             probe = temporary_path(place) if kind == "file" else folder / f".probe.{os.getpid()}.tmp"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # a process of the same number on another machine may be here too
         finally:
             for one in () if keep else made:
                 with suppress(OSError):  # not empty: somebody else uses it by now

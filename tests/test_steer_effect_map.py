@@ -275,7 +275,7 @@ def test_files_that_are_no_map(tmp_path: Path) -> None:
         ({"provenance": []}, "provenance"),
         ({"provenance": {"median_scale": "large"}}, "provenance.median_scale"),
         ({"provenance": {"r2": True}}, "provenance.r2"),
-        ("[" * 5000, "nested too deeply"),
+        ("[" * 100_000, "nested too deeply"),
         ("[]", "model_name, hook_name"),
     ],
 )

@@ -388,10 +388,10 @@ def train_sae(
     if out is None:
         raise SteersmanError("train_sae needs out=...: the folder for the run")
     config = merged(TrainConfig, config, overrides)
-    check_place(out, "folder")
+    rank, n_ranks = rank_and_world_size()
+    check_place(out, "folder", keep=n_ranks > 1)  # another rank may be trying it too
     if isinstance(source, str | os.PathLike):
         source = ActivationStore.open(source)
-    rank, n_ranks = rank_and_world_size()
     if n_ranks > 1:
         use_local_accelerator()
     with ExitStack() as stack:
