@@ -8,6 +8,8 @@ from torch import Tensor
 
 __all__ = ["auroc"]
 
+_BLOCK = 1 << 22  # entries ranked at once
+
 
 def auroc(scores: Tensor, labels: Tensor) -> Tensor:
     """AUROC of every score for every label: scores [T, L], labels bool [T, C] -> [L, C] float64.
@@ -21,11 +23,21 @@ def auroc(scores: Tensor, labels: Tensor) -> Tensor:
     T = len(scores)
     labels = labels.double()
     positives = labels.sum(dim=0)
-    result = torch.empty(scores.shape[1], labels.shape[1], dtype=torch.float64)
-    for column in range(scores.shape[1]):
-        _, inverse, counts = scores[:, column].unique(return_inverse=True, return_counts=True)
-        last = counts.cumsum(0).double()
-        rank = (last - (counts - 1) / 2)[inverse]  # the mean rank, from 1, of each group of equal scores
-        result[column] = rank @ labels
+    columns = scores.T.contiguous()
+    sums = [_mean_ranks(part) @ labels for part in columns.split(max(1, _BLOCK // max(T, 1)))]
+    result = torch.cat(sums) if sums else torch.empty(0, labels.shape[1], dtype=torch.float64)
     above = result - positives * (positives + 1) / 2
     return above / (positives * (T - positives))
+
+
+def _mean_ranks(x: Tensor) -> Tensor:
+    """The ranks from 1 within each row of x [L, T], float64, the mean of them where values are equal."""
+    ordered, order = x.sort(dim=1)
+    place = torch.arange(x.shape[1], device=x.device).expand_as(x)
+    last = torch.ones_like(x, dtype=torch.bool)
+    last[:, :-1] = ordered[:, 1:] != ordered[:, :-1]
+    first = torch.ones_like(last)
+    first[:, 1:] = last[:, :-1]
+    low = torch.where(first, place, 0).cummax(dim=1).values
+    high = torch.where(last, place, x.shape[1]).flip(1).cummin(dim=1).values.flip(1)
+    return torch.empty_like(x, dtype=torch.float64).scatter_(1, order, (low + high).double() / 2 + 1)
