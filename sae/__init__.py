@@ -16,6 +16,7 @@ from steersman.sae.feature_labels import FeatureLabel, FeatureLabels
 from steersman.sae.formats import load
 from steersman.sae.formats.saelens import save
 from steersman.sae.metrics import Reconstruction, measure_reconstruction
+from steersman.sae.neighbours import Nearest, Neighbour, feature_neighbours, nearest_features
 from steersman.sae.training import AuxTerm, Latents, Step, TrainingCode, TrainingState
 
 # Here, because the formats build on the SAE.
@@ -35,6 +36,8 @@ __all__ = [
     "JumpReLUSAE",
     "Latents",
     "MatryoshkaSAE",
+    "Nearest",
+    "Neighbour",
     "ReLUSAE",
     "Reconstruction",
     "SAEConfig",
@@ -46,5 +49,7 @@ __all__ = [
     "TrainingState",
     "auxk_gradients",
     "auxk_loss",
+    "feature_neighbours",
     "measure_reconstruction",
+    "nearest_features",
 ]
