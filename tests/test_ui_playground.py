@@ -270,7 +270,8 @@ def test_the_catalogue_finds_features(engine: Engine, folder: Path) -> None:
     cosines = torch.nn.functional.cosine_similarity(engine.sae.W_dec[9], engine.sae.W_dec, dim=1)
     cosines[9] = -1
     assert full["neighbours"][0]["id"] == int(cosines.argmax())
-    for bad in ({"sort": "size"}, {"limit": 0}, {"limit": 10**6}, {"offset": -1}):
+    wrong: list[dict[str, Any]] = [{"sort": "size"}, {"limit": 0}, {"limit": 10**6}, {"offset": -1}]
+    for bad in wrong:
         with pytest.raises(SteersmanError):
             catalogue.search("", **bad)
     (folder / "wrong.json").write_text('[{"id": 999, "contexts": [3]}]')

@@ -338,5 +338,5 @@ def test_ctrl_c_ends_the_server_in_the_middle_of_a_request(sae_folder: Path) -> 
             assert "event: start" in (next(lines), next(lines), next(lines), next(lines))
             server.send_signal(signal.SIGINT)
             assert "event: done" in list(lines)
-        assert server.wait(20) == 0
+        assert server.wait(60) == 0
         assert server.stderr.read() == f"loading {MODEL_PATH} and {sae_folder}\n"

@@ -87,7 +87,7 @@ def loaded(config: UiCommand, token: str | None = None) -> "Playground":
     labels = FeatureLabels() if config.labels is None else FeatureLabels.load(config.labels)
     file = Path(config.sae) / "features.json" if config.features is None else Path(config.features)
     sae = config.load_sae(config.sae)
-    labels.check(sae.cfg.d_sae, str(config.labels))
+    labels.check(sae.cfg, str(config.labels))
     options = {name: getattr(config, name) for name in ("device", "dtype", "revision", "bos")}
     usual = ComputeOptions()
     engine = Engine(

@@ -5,11 +5,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from steersman.errors import SteersmanError
 from steersman.lm.lens import logit_lens
 from steersman.reading import one_error, read_json
+from steersman.sae.neighbours import feature_neighbours
 from steersman.ui.playground.engine import Engine
 
 SORTS = ("match", "density", "max_act", "id")
@@ -110,16 +109,8 @@ class Catalogue:
         return logit_lens(self.engine.lm, self.engine.sae.W_dec[feature][None].detach())[0]
 
     def _neighbours(self, feature: int) -> list[dict[str, Any]]:
-        unit = self._unit_rows
-        cosines = unit @ unit[feature]
-        cosines[feature] = -torch.inf
-        found = cosines.topk(min(NEIGHBOURS, self.d_sae - 1))
-        pairs = zip(found.indices.tolist(), found.values.tolist())
-        return [{"id": j, "label": self.engine.labels.text(j), "cosine": cosine} for j, cosine in pairs]
-
-    @cached_property
-    def _unit_rows(self) -> torch.Tensor:
-        return torch.nn.functional.normalize(self.engine.sae.W_dec.detach().float(), dim=1)
+        near = feature_neighbours(self.engine.sae, [feature], min(NEIGHBOURS, self.d_sae - 1)).of(0)
+        return [{"id": n.feature, "label": self.engine.labels.text(n.feature), "cosine": n.cosine} for n in near]
 
 
 def _read(file: Path, d_sae: int) -> dict[int, dict[str, Any]]:
