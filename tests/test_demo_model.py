@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steersman.demo import CONCEPT_OF_WORD, CONCEPTS, MODEL_PATH, concept_labels, story
 from steersman.demo.measure import sample_report, story_loss
+from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +117,12 @@ def test_earlier_concept_decides_later_words(model, tokenizer):
 
     assert mass("snow") > 0.9
     assert max(mass(c) for c in ("rain", "sunshine", "wind", "storm", "fog")) < 0.02
+
+
+def test_its_name_loads_it_unless_a_folder_here_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named, placed = LanguageModel.load("steersman-demo"), LanguageModel.load(str(MODEL_PATH))
+    assert (named.name, named.digest) == (placed.name, placed.digest)
+    (tmp_path / "steersman-demo").mkdir()
+    with pytest.raises(SteersmanError, match=r"holds no config\.json"):
+        LanguageModel.load("steersman-demo")

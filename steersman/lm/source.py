@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import urllib.request
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,6 +23,8 @@ _LAYERS = re.compile(r"(num_|n_|encoder_|decoder_)?(hidden_)?(layers?|blocks)")
 _SIZES = re.compile(r".*(size|width|dim|d_model|n_embd|d_ff|heads|experts|positions|_len|_length)")
 _READ = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
 _SECONDS = 3.0
+BUNDLED = "steersman-demo"
+"""Names the bundled model, unless a folder here is called so."""
 
 
 def local_folder(source: str) -> Path | None:
@@ -37,6 +40,8 @@ def local_folder(source: str) -> Path | None:
         return folder
     if exists:
         raise SteersmanError(f"{source} is a file: name the folder that holds config.json and the weights")
+    if source == BUNDLED:
+        return Path(str(files("steersman"))) / "demo" / BUNDLED
     if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or not source.strip():
         raise SteersmanError(f"no model folder at {source!r}: check the path, or give a hub id such as org/name")
     return None
