@@ -66,6 +66,7 @@ COMMANDS: dict[str, Command] = {
     "scores": Command("steersman.commands.scores:run", "score features, and select those to steer by", writes=FOLDER),
     "plan": Command("steersman.commands.plan:run", "memory, network and time that a training run needs"),
     "steer": Command("steersman.commands.steer:run", "generate text with features turned up or down", writes=FILE),
+    "ui": Command("steersman.commands.ui:run", "serve a page to steer and look at a model: the playground"),
     "methods": Command(
         "steersman.commands.methods:run", "list methods, scores and published systems, with their sources"
     ),

@@ -56,6 +56,20 @@ def test_every_kernel_is_as_expected(rows: dict[int, list[dict[str, Any]]], capa
     assert not wrong
 
 
+def test_every_form_of_a_kernel_is_in_order() -> None:
+    """Types agree in a kernel's branches whatever its switches say."""
+    code = """
+from steersman.kernels.tools.compiled import check_source
+from steersman.kernels.tools.jobs import forms
+for job in forms(90):
+    try:
+        check_source(job)
+    except Exception as error:
+        raise AssertionError(f"{job.name} with {job.constants}") from error
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=compiling(), check=True)
+
+
 def test_no_kernel_is_left_out() -> None:
     """What is launched anywhere in the package, by `kernel[grid](...)`, is a job."""
     code = """

@@ -16,8 +16,10 @@ from typing import Any
 
 import triton
 from triton import knobs
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 
 from steersman.errors import SteersmanError
 
@@ -104,21 +106,13 @@ def compile_job(job: Job, disassemble: bool = False) -> Resources:
     expects something of the instructions. Raises SteersmanError under Triton's interpreter, which has no compiler."""
     if knobs.runtime.interpret:
         raise SteersmanError("nothing is compiled under TRITON_INTERPRET=1; unset it")
-    types = {name: job.types.get(name, "constexpr") for name in job.kernel.arg_names}
-    # Tensors start on 16 bytes: PyTorch's allocator sees to it, and `operands` for the rows.
-    attributes: Any = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(types.items())
-        if kind.startswith("*") or name in job.divisible
-    }
-    source = _source_type(job.kernel)(fn=job.kernel, signature=types, constexprs=job.constants, attrs=attributes)
-    options = {"num_warps": job.warps, "num_stages": job.stages, "maxnreg": job.maxnreg}
+    source, target, options = _source(job)
     said = io.StringIO()
     # A kernel from the cache would come without the assembler's words.
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(said):
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
-        binary = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=options)
+        binary = triton.compile(source, target=target, options=options)
     ptx, words = binary.asm["ptx"], said.getvalue()
     if "Used " not in words:
         raise SteersmanError(f"{job.name}: this Triton does not pass on what its assembler says: {words[:200]!r}")
@@ -140,6 +134,31 @@ def compile_job(job: Job, disassemble: bool = False) -> Resources:
         instructions=instructions,
         loop=loop,
     )
+
+
+def check_source(job: Job) -> None:
+    """Compile as far as Triton's first form, where types must agree; far quicker than the rest. Raises what Triton
+    does."""
+    source, target, options = _source(job)
+    backend: Any = make_backend(target)
+    parsed, context = backend.parse_options(options), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source.make_ir(target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context)
+
+
+def _source(job: Job) -> tuple[Any, GPUTarget, dict[str, Any]]:
+    """What Triton's compiler takes."""
+    types = {name: job.types.get(name, "constexpr") for name in job.kernel.arg_names}
+    # Tensors start on 16 bytes: PyTorch's allocator sees to it, and `operands` for the rows.
+    attributes: Any = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(types.items())
+        if kind.startswith("*") or name in job.divisible
+    }
+    source = _source_type(job.kernel)(fn=job.kernel, signature=types, constexprs=job.constants, attrs=attributes)
+    options = {"num_warps": job.warps, "num_stages": job.stages, "maxnreg": job.maxnreg}
+    return source, GPUTarget("cuda", job.capability, 32), options
 
 
 def problems(job: Job, got: Resources) -> list[str]:

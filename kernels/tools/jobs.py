@@ -7,6 +7,7 @@ Shape letters: N tokens, L latents, D width, K active latents a token, C slots o
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,6 +54,32 @@ def shipped(capability: int, full: bool = False) -> Iterator[Job]:
     and further sizes of K."""
     for family in FAMILIES:
         yield from family(capability, full)
+
+
+def forms(capability: int) -> Iterator[Job]:
+    """The shipped kernels with their switches in other positions: all four of any two occur."""
+    seen = set()
+    for job in shipped(capability):
+        names = [name for name, value in job.constants.items() if isinstance(value, bool) and name not in _OWN_JOBS]
+        for on in _positions(len(names)):
+            form = replace(job, constants=job.constants | dict(zip(names, on)))
+            key = (form.kernel.fn.__name__, *sorted(map(str, (form.types | form.constants).items())))
+            if key not in seen:
+                seen.add(key)
+                yield form
+
+
+_OWN_JOBS = ("TMA", "PTX", "SIGNED", "KEYS", "VALUES")
+"""Switches that change the types of arguments, or are no choice on a GPU."""
+
+
+def _positions(n: int) -> Iterator[tuple[bool, ...]]:
+    """Rows of n bits among which any two columns have all four pairs: those of the columns' numbers, and the
+    opposites."""
+    rows = [[False] * n] + [[bool(i >> bit & 1) for i in range(n)] for bit in range((n - 1).bit_length())]
+    for row in rows:
+        yield tuple(row)
+        yield tuple(not on for on in row)
 
 
 def operands_of(full: bool) -> list[tuple[torch.dtype, str]]:
@@ -233,6 +260,8 @@ def select_jobs(capability: int, C: int, k: int, *, signed: bool = False) -> Ite
          {"C": C, "K": k, "SLACK": triton_select.slack_of(k)}, C),
         ("reduce", triton_select.reduce_kernel, n | {"out_ptr": "*i64", "M": "i32", "n_chunks": "i32"},
          row | {"C": chunk, "VALUES": True}, chunk),
+        ("reduce keys", triton_select.reduce_kernel, n | {"source_ptr": "*i64", "out_ptr": "*i64", "M": "i32",
+         "n_chunks": "i32"}, row | {"C": chunk, "VALUES": False}, chunk),
         ("finish", triton_select.finish_kernel, n | {"keys_ptr": "*i64", "count_ptr": "*i32", "indices_ptr": "*i32"},
          row | {"C": C, "COUNTED": True}, C),
     ):  # fmt: skip
@@ -316,6 +345,7 @@ def update_jobs(capability: int, full: bool) -> Iterator[Job]:
         for state in STATES:
             if full or (D, state) not in ((4096, "bfloat16"), (2304, "float32")):
                 yield update_job(capability, D, state)
+    yield update_job(capability, WIDTHS[0], "bfloat16", touched_only=True)
     for aux, adam in ((False, True), (True, False)) if full else ():
         yield update_job(capability, WIDTHS[0], "float32", aux=aux, adam=adam)
     numbers = dict.fromkeys(("scale", "beta1", "beta2", "log_beta1", "log_beta2", "eps"), "fp32")
@@ -327,7 +357,9 @@ def update_jobs(capability: int, full: bool) -> Iterator[Job]:
     )  # fmt: skip
 
 
-def update_job(capability: int, D: int, state: str, *, aux: bool = True, adam: bool = True) -> Job:
+def update_job(
+    capability: int, D: int, state: str, *, aux: bool = True, adam: bool = True, touched_only: bool = False
+) -> Job:
     """`triton_update.update_rows` for rows of width D with bf16 copies of the weights."""
     m, v = STATES[state]
     types = {"g_ptr": "*bf16", "x_ptr": "*bf16", "enc_rows_ptr": "*bf16", "dec_rows_ptr": "*bf16"}
@@ -339,12 +371,12 @@ def update_job(capability: int, D: int, state: str, *, aux: bool = True, adam: b
     types |= dict.fromkeys(("first_latent", "L", "D"), "i32")
     tile = dict(triton_update.tile(D))
     warps, maxnreg = tile.pop("num_warps"), tile.pop("maxnreg")
-    flags = {"HOT": True, "AUX": aux, "ADAM": adam, "TOUCHED_ONLY": False, "STATE": state, "COPY": True}
+    flags = {"HOT": True, "AUX": aux, "ADAM": adam, "TOUCHED_ONLY": touched_only, "STATE": state, "COPY": True}
     flags |= {"CENTRED": True, "STRETCH": triton_update.STRETCH, "CHUNK": triton_backward.CHUNK}
     return job(
-        f"update_rows D={D} {state}" + " no aux" * (not aux) + " signum" * (not adam), capability,
-        triton_update.update_rows, flags | tile, types, warps=warps, maxnreg=maxnreg, divisible=("D",), registers=128,
-        shared=SMALL,
+        f"update_rows D={D} {state}" + " no aux" * (not aux) + " signum" * (not adam) + " touched" * touched_only,
+        capability, triton_update.update_rows, flags | tile, types, warps=warps, maxnreg=maxnreg, divisible=("D",),
+        registers=128, shared=SMALL,
     )  # fmt: skip
 
 

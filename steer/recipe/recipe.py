@@ -81,21 +81,28 @@ class Recipe(Dose):
         """A recipe from its file. Raises SteersmanError, in one line, for what cannot be read and for an unknown key,
         naming near ones; no file that it names is opened yet."""
         path = Path(path)
-        content = parse_yaml(read_text(path, limit=_BYTES), str(path))
+        return cls.parse(read_text(path, limit=_BYTES), str(path), Place(path.parent))
+
+    @classmethod
+    def parse(cls, text: str, where: str, place: Place) -> Self:
+        """A recipe from the text of its file, which errors call `where` and whose paths are read from `place`."""
+        content = parse_yaml(text, where)
         if not isinstance(content, dict):
-            raise SteersmanError(f"{path} must hold a mapping with `edits`, a list")
-        head = typed(content, _File, str(path))
-        place = Place(path.parent)
-        edits = [entry_of(entry, place, f"{path}: edit {i}") for i, entry in enumerate(head.pop("edits", []), 1)]
+            raise SteersmanError(f"{where} must hold a mapping with `edits`, a list")
+        head = typed(content, _File, where)
+        edits = [entry_of(entry, place, f"{where}: edit {i}") for i, entry in enumerate(head.pop("edits", []), 1)]
         if not edits:
-            raise SteersmanError(f"{path} holds no edit: give `edits`, a list")
+            raise SteersmanError(f"{where} holds no edit: give `edits`, a list")
         return cls(edits, **head)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe whole; paths relative to its folder."""
         path = Path(path)
         make_folder(path.parent)
-        place = Place(path.parent)
+        write_text(path, self.to_yaml(Place(path.parent)))
+
+    def to_yaml(self, place: Place) -> str:
+        """The text of its file; paths as `place` writes them."""
         head = {f.name: getattr(self, f.name) for f in dataclasses.fields(_File) if f.name != "edits"}
         kept = {
             f.name: plain(head[f.name])
@@ -110,7 +117,7 @@ class Recipe(Dose):
                 if getattr(entry.options, f.name) != f.default
             }
             kept["edits"].append({entry.name: entry.written(place), **options})
-        write_text(path, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+        return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
     def of(self, lm: LanguageModel) -> "Recipe":
         """The recipe with the model's name and the digest of its chat template recorded."""
