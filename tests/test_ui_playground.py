@@ -311,6 +311,10 @@ def test_dose_target_and_decomposition(engine: Engine) -> None:
     assert not {3, 4} & {one["id"] for one in made["others"]}
     with pytest.raises(SteersmanError, match="out of range"):
         panels.target(engine, {10**9: 1.0})
+    many = {j: 0.1 * j for j in range(10, 25)}
+    names = [panels.target(engine, {**many, 10: weight})["vector"]["name"] for weight in (1.0, 1.5, 1.0)]
+    assert names[0] == names[2] != names[1]
+    assert len(names[0]) < 60
 
     found, _ = panels.taken_apart(engine, SteeringVector.of_feature(engine.sae, 11), "omp", 4)
     assert found["rows"][0]["id"] == 11
@@ -345,6 +349,7 @@ MISTAKES = [
     ({"prompt": "a", "interventions": [{"kind": "vector", "name": "x"}]}, "no vector 'x'"),
     ({"prompt": "a", "interventions": [{"kind": "song"}]}, "kind must be one of"),
     ({"prompt": "a", "interventions": [{"kind": "feature", "id": 3, "sacle": 1}]}, "unknown setting 'sacle'"),
+    ({"prompt": "a", "interventions": [{"kind": "feature", "id": 3, "scope": "1:2+" * 999}]}, "3,996 characters"),
     ({"prompt": "a", "interventions": {}}, "must be a list"),
     ({"prompt": "a", "interventions": [{"kind": "feature", "id": 3}] * 99}, "at most 16"),
     ({"prompt": "a", "generation": {"max_new_tokens": -1}}, "max_new_tokens"),

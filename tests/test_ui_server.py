@@ -19,8 +19,8 @@ from support.commands import fails
 
 from steersman.demo import MODEL_PATH
 from steersman.lm import LanguageModel
-from steersman.sae import SAE, SAEConfig
-from steersman.steer import Steerer
+from steersman.sae import SAE, FeatureLabel, FeatureLabels, SAEConfig
+from steersman.steer import Steerer, SteeringVector
 
 httpx = pytest.importorskip("httpx", reason="no httpx: the playground's server is not tested")
 pytest.importorskip("uvicorn", reason="no uvicorn (extra ui): the playground's server is not tested")
@@ -198,6 +198,33 @@ def test_what_the_page_asks(client: Any) -> None:
     assert len(fired) == 2
     tokens = client.post("/api/activations", json={"text": PROMPT, "watch": [1]}).json()["tokens"]
     assert "".join(token["text"] for token in tokens if not token["special"]) == PROMPT
+
+
+def test_it_starts_with_what_the_flags_name(sae_folder: Path, playground: Playground, tmp_path: Path) -> None:
+    SteeringVector.of_feature(playground.engine.sae, 3).save(tmp_path / "calm.safetensors")
+    SteeringVector.of_feature(playground.engine.sae, 4).save(tmp_path / "in_recipe.safetensors")
+    FeatureLabels({2: FeatureLabel(text="fog")}).save(tmp_path / "labels.jsonl")
+    (tmp_path / "recipe.yaml").write_text(
+        f"scope: all\nedits: [{{features: {{sae: '{sae_folder}', ids: {{7: 2.0}}}}}}, {{vector: in_recipe.safetensors}}]"
+    )
+    (tmp_path / "features.json").write_text('[{"id": 1, "fires_on": [" cat"]}]')
+    given: dict[str, Any] = {name: str(tmp_path / file) for name, file in [
+        ("labels", "labels.jsonl"), ("recipe", "recipe.yaml"), ("features", "features.json"),
+    ]}  # fmt: skip
+    config = UiCommand(
+        model=str(MODEL_PATH), sae=str(sae_folder), vector=(str(tmp_path / "calm.safetensors"),), **given
+    )
+    with TestClient(loaded(config).app, base_url="http://127.0.0.1") as client:  # pyright: ignore[reportArgumentType]
+        about = client.get("/api/about").json()
+        assert [one["name"] for one in about["vectors"]] == ["calm", "in_recipe"]
+        assert [one.get("id", one.get("name")) for one in about["recipe"]["interventions"]] == [7, "in_recipe"]
+        assert about["n_labels"] == 1
+        assert [one["id"] for one in client.get("/api/features?q=fog").json()["features"]] == [2]
+        assert [one["id"] for one in client.get("/api/features?q=CAT").json()["features"]] == [1]
+        (tmp_path / "back.safetensors").write_bytes(client.get("/api/vectors/calm.safetensors").content)
+        assert client.get("/api/vectors/none.safetensors").status_code == 404
+    back, calm = (SteeringVector.load(tmp_path / f"{name}.safetensors") for name in ("back", "calm"))
+    assert torch.equal(back.vector, calm.vector)
 
 
 def test_a_job_is_stopped_and_one_whose_user_left_is_dropped(client: Any, playground: Playground) -> None:

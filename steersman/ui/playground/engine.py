@@ -7,6 +7,7 @@ Shape letters: S tokens, D width, K active latents a token.
 """
 
 import contextvars
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -37,6 +38,8 @@ TOP = 5
 """Strongest features told of every token, beside the watched ones."""
 MADE_VECTORS = 64
 """Vectors made here that are kept; the oldest goes first."""
+LONGEST_NAME = 60
+"""Longest name of one that says its targets."""
 PLAYABLE = tuple(mode for mode in MODES if mode not in RULES or not RULES[mode].thresholds)
 """Modes that need nothing but a strength."""
 
@@ -100,12 +103,18 @@ class Engine:
         self.vectors[name] = KnownVector(vector=vector, path=path.resolve())
         return name
 
-    def keep_vector(self, name: str, vector: SteeringVector, targets: Mapping[int, float]) -> None:
-        """Keep a vector that was made here under a name of its own."""
+    def keep_vector(self, vector: SteeringVector, targets: Mapping[int, float]) -> str:
+        """Keep a vector that was made here, and give the name that it has now; the same targets have the same."""
+        name = "target-" + "+".join(f"{j}x{weight!r}" for j, weight in targets.items())
+        if len(name) > LONGEST_NAME:
+            name = f"target-{len(targets)}-features-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+        while name in self.vectors and self.vectors[name].path is not None:
+            name += "-made"
         made = [known for known, one in self.vectors.items() if one.path is None and known != name]
         for oldest in made[: max(0, len(made) + 1 - MADE_VECTORS)]:
             del self.vectors[oldest]
         self.vectors[name] = KnownVector(vector=vector, path=None, made_of=dict(targets))
+        return name
 
     def vector(self, name: str) -> KnownVector:
         """A vector by its name."""
@@ -192,8 +201,10 @@ class Engine:
         """The events of `sides`, which take turns token by token: see the page's API."""
         batch = self.encode(state.prompt)
         self.lm.check_room(batch.input_ids.shape[1], state.generation.max_new_tokens)
-        runs = [SideRun(self, state, side, batch) for side in sides]
+        runs: list[SideRun] = []
         try:
+            for side in sides:
+                runs.append(SideRun(self, state, side, batch))
             going = list(runs)
             while going and not stopped():
                 for run in list(going):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 STRENGTHS = 9
 """Strengths of one dose-response plot at most."""
 DOSE_TOKENS = 40
+MOST_LOGITS = 1 << 28
+"""Logits of one text at most, of which a few tables are held at once: a gigabyte each."""
 OTHERS = 8
 """Features beside the targets whose predicted effect is shown."""
 DECOMPOSE = tuple(name for name, method in METHODS.items() if not method.reads)
@@ -76,6 +78,8 @@ def dose(
     batch = engine.encode(state.prompt)
     new = min(DOSE_TOKENS, state.generation.max_new_tokens)
     lm.check_room(batch.input_ids.shape[1], new)
+    if (batch.input_ids.shape[1] + new) * int(lm.config.vocab_size) > MOST_LOGITS:
+        raise SteersmanError(f"a prompt of {batch.input_ids.shape[1]} tokens is too long for a dose-response plot")
     rows = engine.lm.encode([state.prompt] * len(strengths), padding_side="left")
     with ExitStack() as stack:
         for steering in engine.steerings(state, (index, strengths)):
@@ -158,8 +162,7 @@ def target(engine: Engine, features: Mapping[int, float]) -> dict[str, Any]:
     weights = feature_rows(features)[0]
     vector = effects.solve(weights)
     engine.steerer.vector(vector)
-    name = "target-" + "+".join(f"{j}x{weight:g}" for j, weight in weights.items())[:80]
-    engine.keep_vector(name, vector, weights)
+    name = engine.keep_vector(vector, weights)
     predicted = effects.predict(vector)
     rows = [
         {

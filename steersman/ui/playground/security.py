@@ -107,7 +107,7 @@ class Guard:
         """Status and message for a request that came by another name, or from another site."""
         host = headers.get("host", "")
         if not self._is_own(host):
-            return 403, f"this server does not answer to the name {host[:100]!r}"
+            return 403, f"this server does not answer to the name {host[:100]!r} (--host-name adds one)"
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             return 403, "requests from other sites are refused"

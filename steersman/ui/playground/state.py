@@ -19,11 +19,18 @@ PLAIN = ("scale", "project_out")
 """Modes whose strength is a plain factor, without a unit."""
 MAX_NEW_TOKENS = 512
 PROMPT_CHARS = 20_000
+SCOPE_CHARS = 500
 MESSAGES = 64
 INTERVENTIONS = 16
 WATCHED = 16
 
 T = TypeVar("T")
+
+
+def _check_dial(strength: float, scope: str) -> None:
+    _finite(strength, "strength")
+    if len(scope) > SCOPE_CHARS:
+        raise SteersmanError(f"scope has {len(scope):,} characters, and at most {SCOPE_CHARS} are read here")
 
 
 def _finite(value: float, what: str) -> None:
@@ -50,7 +57,7 @@ class FeatureDial:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _finite(self.strength, "strength")
+        _check_dial(self.strength, self.scope)
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -73,7 +80,7 @@ class VectorDial:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _finite(self.strength, "strength")
+        _check_dial(self.strength, self.scope)
 
 
 Dial = FeatureDial | VectorDial
