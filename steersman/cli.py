@@ -50,7 +50,7 @@ FILE: Mapping[str, Literal["file", "folder"]] = {"out": "file"}
 
 COMMANDS: dict[str, Command] = {
     "quickstart": Command(
-        "steersman.demo.quickstart:run", "see everything at once on the bundled model", resumes=True, writes=FOLDER
+        "steersman.commands.quickstart:run", "see everything at once on the bundled model", resumes=True, writes=FOLDER
     ),
     "cache": Command(
         "steersman.commands.cache:run", "run a model over text and store its activations", resumes=True, writes=FOLDER
@@ -101,6 +101,7 @@ COMMANDS: dict[str, Command] = {
         "take vectors apart into signed features",
         writes={"out": "file", "plot": "file"},
     ),
+    "completion": Command("steersman.completion:run", "print the completion script of a shell"),
 }
 """Subcommands, of one word or two."""
 

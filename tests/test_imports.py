@@ -20,8 +20,8 @@ MAY_IMPORT = {
     "demo": {"demo", "ui", "train", "steer", "sae", "lm", "kernels", "ground"},
     "commands": {"commands", "demo", "ui", "train", "steer", "sae", "lm", "kernels", "ground"},
 }
-"""Part -> what it may import. `ground` is the modules of `steersman/` itself, of which these two may import all."""
-TOP = ("steersman", "steersman.cli", "steersman.__main__")
+"""Part -> what it may import. `ground` is the modules of `steersman/` itself, of which these may import all."""
+TOP = ("steersman", "steersman.cli", "steersman.completion", "steersman.__main__")
 
 
 def modules() -> dict[str, Path]:

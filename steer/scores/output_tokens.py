@@ -25,7 +25,6 @@ from steersman.sae import SAE
 from steersman.steer.edits import FeatureEdit
 from steersman.steer.steerer import Steerer
 
-
 PASS_LOGITS = 1 << 26
 """Logits of one pass of `token_change`, at most: 256 MiB in fp32."""
 

@@ -1,16 +1,17 @@
 """`steersman cache`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from steersman.commands.options import hook_points
+from steersman.commands.options import PrintOptions, hook_points
 from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.parallel import rank_and_world_size
-from steersman.train import CacheConfig, cache_activations
+from steersman.train import ActivationStore, CacheConfig, cache_activations
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheCommand(CacheConfig):
+class CacheCommand(CacheConfig, PrintOptions):
     """Run a model over text and store its activations at one or several hook points."""
 
     hook: tuple[str, ...] = ()  # a list, so that the flag may be repeated
@@ -27,9 +28,22 @@ def run(config: CacheCommand) -> None:
     store = cache_activations(config=replace(part_of(CacheConfig, config), hook=hooks))
     if rank_and_world_size()[0]:
         return  # only rank 0 prints
-    print(f"{store.path}: {store.n_rows:,} rows of {', '.join(store.hook_names)} from {store.model_name}")
+    config.show(lambda: _lines(store), _record(store))
+
+
+def _record(store: ActivationStore) -> dict[str, Any]:
+    hooks = {hook: {"width": store.width(hook), **asdict(store.stats(hook))} for hook in store.hook_names}
+    for figures in hooks.values():
+        del figures["mean"]  # a number for each dimension
+    return {"path": store.path, "model": store.model_name, "rows": store.n_rows, "hooks": hooks}
+
+
+def _lines(store: ActivationStore) -> str:
+    lines = [f"{store.path}: {store.n_rows:,} rows of {', '.join(store.hook_names)} from {store.model_name}"]
     for hook in store.hook_names:
         stats = store.stats(hook)
-        print(f"  {hook}: width {store.width(hook)}, mean |x| {stats.mean_norm:.4g}, median {stats.median_norm:.4g}")
+        norms = f"mean |x| {stats.mean_norm:.4g}, median {stats.median_norm:.4g}"
+        lines.append(f"  {hook}: width {store.width(hook)}, {norms}")
         if large := stats.large_rows():
-            print(f"    {large}")
+            lines.append(f"    {large}")
+    return "\n".join(lines)

@@ -5,12 +5,13 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from steersman.commands.options import PrintOptions
 from steersman.sae.formats import convert
 from steersman.train.run.checkpoints import checkpoint_to_sae, is_unfinished_run
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertCommand:
+class ConvertCommand(PrintOptions):
     """Write an SAE of any format in one that another library opens; of a run that is not finished, its newest
     checkpoint."""
 
@@ -28,4 +29,5 @@ def run(config: ConvertCommand) -> None:
     """`steersman convert`."""
     source = checkpoint_to_sae(config.source) if is_unfinished_run(config.source) else config.source
     sae = convert(source, config.target, to=config.to, format=config.format)
-    print(f"{config.target}: {sae.cfg.architecture} of {sae.cfg.d_sae:,} features as {config.to}")
+    record = {"path": config.target, "format": config.to, "architecture": sae.cfg.architecture, "d_sae": sae.cfg.d_sae}
+    config.show(lambda: f"{config.target}: {sae.cfg.architecture} of {sae.cfg.d_sae:,} features as {config.to}", record)

@@ -158,6 +158,13 @@ def _examples(data: str | None, positive: str | None, negative: str | None) -> E
     return Examples(positive=sides[0], negative=sides[1])
 
 
+def training_record(sae: SAE, path: Any) -> dict[str, Any]:
+    """What `--json` says of a trained SAE."""
+    metadata = sae.cfg.metadata
+    return {"path": path, "hook": sae.cfg.hook_name, "d_sae": sae.cfg.d_sae, "architecture": sae.cfg.architecture,
+            "heldout": metadata["heldout"], "rows_left_out": metadata.get("rows_left_out") or 0}  # fmt: skip
+
+
 def heldout_line(sae: SAE) -> str:
     """What a trained SAE measured on the rows held out of its training."""
     heldout = sae.cfg.metadata["heldout"]

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, replace
 
-from steersman.commands.options import heldout_line, hook_points
+from steersman.commands.options import PrintOptions, heldout_line, hook_points, training_record
 from steersman.config import part_of
 from steersman.parallel import rank_and_world_size
 from steersman.train import ActivationStore, SweepConfig, train_many
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepCommand(SweepConfig):
+class SweepCommand(SweepConfig, PrintOptions):
     """Train many SAEs on one store, which is read once for all that can share it: one for each combination of what the
     lists say, or those of a file. All other settings are the same for all."""
 
@@ -24,6 +24,6 @@ def run(config: SweepCommand) -> None:
     if rank_and_world_size()[0]:
         return  # only rank 0 prints, of the runs that it had a part in
     width = max(map(len, trained), default=0)
-    for name, sae in trained.items():
-        print(f"{name:<{width}}  {heldout_line(sae)}")
-    print(f"{len(trained)} runs in {config.out}")
+    lines = [f"{name:<{width}}  {heldout_line(sae)}" for name, sae in trained.items()]
+    records = [{"name": name, **training_record(sae, f"{config.out}/{name}")} for name, sae in trained.items()]
+    config.show(lambda: "\n".join([*lines, f"{len(trained)} runs in {config.out}"]), records)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from steersman.commands.options import heldout_line, hook_point, left_out_line
+from steersman.commands.options import PrintOptions, heldout_line, hook_point, left_out_line, training_record
 from steersman.config import parse_yaml, part_of
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
@@ -22,7 +22,7 @@ from steersman.train import (
 
 @renamed_fields(contexts="model_batch_size")
 @dataclass(frozen=True, kw_only=True)
-class TrainCommand(TrainConfig, StreamConfig):
+class TrainCommand(TrainConfig, StreamConfig, PrintOptions):
     """Train an SAE on a store (--store), or straight from a model and text with nothing written (--model, --text,
     --hook). What says how text becomes activations is for the second."""
 
@@ -55,9 +55,9 @@ def run(config: TrainCommand) -> None:
     sae = train_sae(source, settings, config.out)
     if rank_and_world_size()[0]:
         return  # only rank 0 prints
-    print(f"{config.out}: {sae.cfg.d_sae} features at {sae.cfg.hook_name}; held out: {heldout_line(sae)}")
-    if left_out := left_out_line(sae):
-        print(left_out)
+    line = f"{config.out}: {sae.cfg.d_sae} features at {sae.cfg.hook_name}; held out: {heldout_line(sae)}"
+    text = f"{line}\n{left_out_line(sae)}".rstrip()
+    config.show(lambda: text, training_record(sae, config.out))
 
 
 def _source(config: TrainCommand) -> ActivationStore | HookView | Callable[[], ActivationStream]:

@@ -3,12 +3,14 @@
 import dataclasses
 from dataclasses import dataclass
 
+from steersman.commands.options import PrintOptions
+from steersman.commands.vector_show import record
 from steersman.errors import SteersmanError
 from steersman.steer import SteeringVector
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorConvertCommand:
+class VectorConvertCommand(PrintOptions):
     """Convert a vector between safetensors and a GGUF control vector (llama.cpp, repeng), by the files' endings.
 
     llama.cpp takes one as --control-vector-scaled FILE:SCALE, and steers the beginning-of-sequence token too.
@@ -41,4 +43,4 @@ def run(config: VectorConvertCommand) -> None:
     if config.model_type is not None:
         v = dataclasses.replace(v, metadata={**v.metadata, "model_type": config.model_type})
     v.save(config.out)
-    print(f"{v!r}\nwritten to {config.out}")
+    config.show(lambda: f"{v!r}\nwritten to {config.out}", {**record(v), "path": config.out})

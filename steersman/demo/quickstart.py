@@ -87,13 +87,6 @@ PROMPT_WORDS = 8
 """Words of the held-out texts that are given as prompts."""
 
 
-def run(config: QuickstartConfig) -> None:
-    """`steersman quickstart`."""
-    results = quickstart(config)
-    print(summary(results))
-    print(f"\nreport: {Path(config.out) / 'report.html'}   ({results.seconds:.0f} s)")
-
-
 def quickstart(config: QuickstartConfig) -> Results:
     """Run every step and write `report.html`, `results.json` and `features.json` to `config.out`."""
     start = time.monotonic()
@@ -166,11 +159,21 @@ def quickstart(config: QuickstartConfig) -> Results:
         seconds=time.monotonic() - start,
     )
     write_report(results, out / "report.html")
-    figures = {"evaluation": evaluation.to_json(), "concepts": [asdict(c) for c in concepts]}
-    figures |= {"steered": [asdict(s) for s in steered], "targeted": None if targeted is None else asdict(targeted)}
-    figures |= {"contrast": None if contrast is None else contrast.to_dict(), "seconds": results.seconds}
-    write_json(out / "results.json", figures, indent=1, ensure_ascii=False)
+    write_json(out / "results.json", figures(results), indent=1, ensure_ascii=False)
     return results
+
+
+def figures(results: Results) -> dict[str, Any]:
+    """The results for a program."""
+    targeted, contrast = results.targeted, results.contrast
+    return {
+        "evaluation": results.evaluation.to_json(),
+        "concepts": [asdict(concept) for concept in results.concepts],
+        "steered": [asdict(steered) for steered in results.steered],
+        "targeted": None if targeted is None else asdict(targeted),
+        "contrast": None if contrast is None else contrast.to_dict(),
+        "seconds": results.seconds,
+    }
 
 
 def _heldout_texts(store: ActivationStore, config: QuickstartConfig, n: int = 100) -> list[str]:
