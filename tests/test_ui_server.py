@@ -205,7 +205,7 @@ def test_it_starts_with_what_the_flags_name(sae_folder: Path, playground: Playgr
     SteeringVector.of_feature(playground.engine.sae, 4).save(tmp_path / "in_recipe.safetensors")
     FeatureLabels({2: FeatureLabel(text="fog")}).save(tmp_path / "labels.jsonl")
     (tmp_path / "recipe.yaml").write_text(
-        f"scope: all\nedits: [{{features: {{sae: '{sae_folder}', ids: {{7: 2.0}}}}}}, {{vector: in_recipe.safetensors}}]"
+        f"scope: all\nedits:\n- features: {{sae: '{sae_folder}', ids: {{7: 2.0}}}}\n- vector: in_recipe.safetensors\n"
     )
     (tmp_path / "features.json").write_text('[{"id": 1, "fires_on": [" cat"]}]')
     given: dict[str, Any] = {name: str(tmp_path / file) for name, file in [

@@ -227,6 +227,7 @@ def explained_figure(curve: Sequence[float], null: Sequence[float], high: Sequen
     )
     axes.fill_between(count, [max(-1.0, v) for v in null], [max(-1.0, v) for v in high], color="grey", alpha=0.15)
     axes.set(xlabel="features", ylabel="explained variance")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=9, frameon=False)
     axes.grid(alpha=0.25)
     return figure
