@@ -2,6 +2,7 @@
 
 from steersman.steer.analysis.annotations import Annotated, AnnotationTable, annotation_table
 from steersman.steer.analysis.concept_shift import ConceptShift, concept_shift
+from steersman.steer.analysis.find import FindConfig, FoundFeature, FoundFeatures, find_features
 from steersman.steer.analysis.head_search import HeadSearch, coarse_to_fine
 from steersman.steer.analysis.heads import (
     HeadProfile,
@@ -184,7 +185,10 @@ __all__ = [
     "FeatureOutcome",
     "FeatureScores",
     "FeatureSet",
+    "FindConfig",
     "FoundCondition",
+    "FoundFeature",
+    "FoundFeatures",
     "FunctionEdit",
     "Gate",
     "HeadEdit",
@@ -261,6 +265,7 @@ __all__ = [
     "feature_flow",
     "fgaa_targets",
     "find_condition",
+    "find_features",
     "fit_affine",
     "function_vector",
     "generated_tokens",

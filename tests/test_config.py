@@ -21,6 +21,7 @@ from steersman.steer import (
     DecomposeConfig,
     EffectsConfig,
     EvaluationConfig,
+    FindConfig,
     ITIConfig,
     LayerSweepConfig,
     ParticleConfig,

@@ -19,6 +19,7 @@ from steersman.lm.load import local_folder
 from steersman.sae import SAE
 from steersman.steer.methods import Examples, as_examples, read_examples
 from steersman.steer.methods.examples import as_chats
+from steersman.terminal import Painted
 from steersman.text import read_documents
 from steersman.visible import visible
 
@@ -56,7 +57,11 @@ class PrintOptions:
 
     def show(self, text: Callable[[], str], record: Any) -> None:
         """Print the results: as `text()`, or `record` as JSON."""
-        print(as_json(record) if self.json else visible(text(), newline="\n"))
+        if self.json:
+            print(as_json(record))
+            return
+        shown = text()
+        print(shown if isinstance(shown, Painted) else visible(shown, newline="\n"))
 
     def note(self, line: str) -> None:
         """Print a line beside the results, which is none of them."""

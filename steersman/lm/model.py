@@ -1,7 +1,8 @@
 """`LanguageModel`: a transformers model with named hook points that can be read, edited and generated with.
 
 Here it is loaded, copied and shown. The rest is in a module for each part: `model_points` (what it is, hook points),
-`model_text` (tokens and conversations), `model_passes` (capture, edits, logits) and `model_generation`.
+`model_text` (tokens and conversations), `model_passes` (capture, edits, logits), `model_generation` and
+`model_activations` (which features of an SAE fire on a text).
 """
 
 import logging
@@ -19,6 +20,7 @@ from steersman.lm.clock import PassClock
 from steersman.lm.final_norm import find_final_norm
 from steersman.lm.hook_map import HookMap
 from steersman.lm.load import Quantization, load_pretrained
+from steersman.lm.model_activations import ModelActivations
 from steersman.lm.model_generation import ModelGeneration
 from steersman.lm.positions import own_offset
 from steersman.lm.source import check_reads_text, name_in_cache
@@ -31,7 +33,7 @@ log = logging.getLogger(__name__)
 _UNKNOWN: Any = "not looked for"  # a norm; a text, so that copies and pickles know it again
 
 
-class LanguageModel(ModelGeneration):
+class LanguageModel(ModelGeneration, ModelActivations):
     """A transformers model (decoder, or encoder for capture) and its tokenizer.
 
     `model` is set to evaluation mode and used as it is otherwise: with its own weights, dtype and device, and no hook
