@@ -73,7 +73,17 @@ def test_odd_places_are_one_line_before_anything_is_loaded(
 
 def test_every_command_that_writes_is_tried() -> None:
     named = {name for name, command in COMMANDS.items() if not command.writes}
-    assert named == {"plan", "inspect", "vector show", "methods", "ui", "completion"}
+    assert named == {
+        "activations",
+        "completion",
+        "find",
+        "inspect",
+        "methods",
+        "neighbours",
+        "plan",
+        "ui",
+        "vector show",
+    }
 
 
 def test_a_place_that_can_be_written_to_is_left_as_it_was(tmp_path: Path) -> None:

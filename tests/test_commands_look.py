@@ -31,7 +31,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "without.jsonl").write_text("".join(json.dumps({"text": f"w6 w{i} w9"}) + "\n" for i in range(20, 26)))
     direction = sae.W_dec[5].detach().clone()
     SteeringVector.of(direction, hook_name=HOOK, model_name=lm.name).save(folder / "v.safetensors")
-    SteeringVector.of(direction, hook_name="blocks.1.hook_resid_post", model_name=lm.name).save(folder / "elsewhere.safetensors")
+    SteeringVector.of(direction, hook_name="blocks.1.hook_resid_post", model_name=lm.name).save(
+        folder / "elsewhere.safetensors"
+    )
     rows = torch.zeros(40, len(direction))
     rows[:10, 3] = rows[:8, 4] = rows[20:, 5] = 3.0
     ActivationStore.from_tensors([rows], folder / "acts", HOOK, model_name=lm.name, dtype="float32")

@@ -118,6 +118,7 @@ CONFIGS: dict[type[Any], dict[str, Any]] = {
     FeaturesConfig: {},
     EffectsConfig: {},
     EvaluationConfig: {},
+    FindConfig: {},
     SteerConfig: {"feature": ("1=2",), "model": "m", "sae": "s"},
     CalibrateConfig: {},
     DecomposeConfig: {"k": 4},

@@ -11,7 +11,8 @@ from support.word_features import HOOK, word_model, word_sae
 from steersman import SAE, LanguageModel
 from steersman.demo import MODEL_PATH
 from steersman.errors import SteersmanError
-from steersman.lm.activations import Activations, TextActivations, token_texts
+from steersman.lm import Activations, TextActivations
+from steersman.lm.activations import token_texts
 from steersman.sae import FeatureLabel, FeatureLabels
 from steersman.terminal import in_colour
 

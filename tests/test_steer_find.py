@@ -1,5 +1,7 @@
 """Features found from texts that should and should not activate them, and by words."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.word_features import word_model, word_sae
@@ -9,7 +11,7 @@ from steersman.errors import SteersmanError
 from steersman.sae import FeatureLabel, FeatureLabels
 from steersman.steer import FindConfig, FoundFeature, FoundFeatures, find_features
 from steersman.steer.analysis.find import _held_out, _ranked
-from steersman.train.reports.search import search_features
+from steersman.train import WordMatch, search_features
 
 POSITIVE = [f"w{i} w7 w{i + 1} w9" for i in range(20, 28)]
 NEGATIVE = [f"w{i} w6 w{i + 1} w9" for i in range(20, 28)]
@@ -72,7 +74,7 @@ def test_nothing_to_find(lm: LanguageModel, sae: SAE) -> None:
     ],
 )
 def test_refused(
-    lm: LanguageModel, sae: SAE, positive: list[str], negative: list[str], settings: dict[str, int], said: str
+    lm: LanguageModel, sae: SAE, positive: list[str], negative: list[str], settings: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(SteersmanError, match=said):
         find_features(lm, sae, positive, negative, **settings)
@@ -122,6 +124,7 @@ def test_words_are_found_in_labels_then_tokens_then_contexts() -> None:
         (2, ("contexts",)),
         (3, ("promotes",)),
     ]
+    assert isinstance(found[2], WordMatch)
     assert found[2].context == "and« the» Snow fell"
     assert [match.feature for match in search_features("snow ice", FEATURES, labels)] == [9, 1]
     assert [match.feature for match in search_features("the snow", FEATURES)] == [2]  # across the token that fires

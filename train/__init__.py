@@ -7,6 +7,7 @@ from steersman.train.capture.stream import ActivationStream, StreamConfig, strea
 from steersman.train.reports.evaluate import EvaluateConfig, Evaluation, evaluate_sae
 from steersman.train.reports.features import FeatureReport, FeaturesConfig, summarize_features
 from steersman.train.reports.plan import PlanConfig, RunPlan, plan_run
+from steersman.train.reports.search import WordMatch, search_features
 from steersman.train.run.recipe import Recipe, TrainConfig, resolve
 from steersman.train.run.run import train_sae
 from steersman.train.run.sweep import SweepConfig, SweepRun, train_many
@@ -40,11 +41,13 @@ __all__ = [
     "TextSource",
     "TrainConfig",
     "Trainer",
+    "WordMatch",
     "cache_activations",
     "evaluate_sae",
     "open_text",
     "plan_run",
     "resolve",
+    "search_features",
     "stream_activations",
     "summarize_features",
     "train_many",

@@ -1,6 +1,7 @@
 """Reaching into a transformers model: hook points by name, capture, edits with a clock, and generation."""
 
 from steersman.deprecation import moved
+from steersman.lm.activations import Activations, TextActivations
 from steersman.lm.generate import Generation
 from steersman.lm.hooks import HookPoint
 from steersman.lm.layout import Tap
@@ -8,6 +9,15 @@ from steersman.lm.model import LanguageModel
 from steersman.lm.passes import ForwardPass
 from steersman.lm.tokens import TokenBatch
 
-__all__ = ["ForwardPass", "Generation", "HookPoint", "LanguageModel", "Tap", "TokenBatch"]
+__all__ = [
+    "Activations",
+    "ForwardPass",
+    "Generation",
+    "HookPoint",
+    "LanguageModel",
+    "Tap",
+    "TextActivations",
+    "TokenBatch",
+]
 
 __getattr__ = moved(__name__, {"Pass": "steersman.lm.passes:ForwardPass"})
