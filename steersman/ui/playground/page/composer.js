@@ -14,7 +14,6 @@ export function openComposer(about) {
     store.data.mode = "prompt";
   }
   $("max_new_tokens").max = about.limits.max_new_tokens;
-  $("prompt").maxLength = about.limits.prompt_chars;
   for (const radio of document.querySelectorAll("input[name=mode]")) {
     radio.addEventListener("change", () => store.update((data) => (data.mode = radio.value), "mode"));
   }

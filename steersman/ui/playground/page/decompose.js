@@ -2,13 +2,13 @@
 
 import { post } from "./api.js";
 import { $, el, number, select, shown, showError } from "./dom.js";
-import { learn, nameOf, store } from "./state.js";
+import { nameOf, store } from "./state.js";
 import { featureCell, figure, percent, table, worker } from "./tabs.js";
 
 export function openDecompose(about) {
   const error = el("p", { class: "error", hidden: true });
   const choice = el("span");
-  const result = el("div", { class: "result", "aria-live": "polite" });
+  const result = el("div", { class: "result" });
   const { decompose } = store.data;
   if (!about.decompose_methods.includes(decompose.method)) decompose.method = about.decompose_methods.includes("omp") ? "omp" : about.decompose_methods[0];
   const method = select(about.decompose_methods, decompose.method, (to) => store.update((data) => (data.decompose.method = to)), { id: "decompose-method" });
@@ -36,7 +36,6 @@ export function openDecompose(about) {
     const name = of.slice(of.indexOf(" ") + 1);
     const what = kind === "vector" ? { vector: name } : { feature: Number(name) };
     const found = await post("api/decompose", { ...what, method: chosen, k: k.valueAsNumber }, signal);
-    store.update((data) => found.rows.forEach((feature) => learn(data, feature)));
     const columns = [
       ["feature", featureCell, false],
       ["coefficient", (row) => row.coefficient, true],

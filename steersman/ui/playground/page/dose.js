@@ -10,7 +10,7 @@ export function openDose(about) {
   const error = el("p", { class: "error", hidden: true });
   const choice = el("span");
   const strengths = el("input", { type: "text", id: "dose-strengths", inputmode: "text", spellcheck: "false", autocomplete: "off" });
-  const result = el("div", { class: "result", "aria-live": "polite" });
+  const result = el("div", { class: "result" });
   const run = worker("Measure", measure, (problem) => show(problem), { id: "dose-run" });
   strengths.addEventListener("input", () => store.update((data) => (data.dose.strengths = strengths.value)));
   const empty = el("p", { class: "empty", text: "Add a feature or a vector first: this measures what its strengths do to the text." });

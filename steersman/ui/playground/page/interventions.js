@@ -32,7 +32,7 @@ export function addFeature(feature, strength = null) {
 }
 
 export function addVector(name, strength = 1) {
-  add({ kind: "vector", name, scope: about.defaults.scope, strength });
+  add({ kind: "vector", name, scope: about.defaults.scope, strength: Number(strength.toPrecision(4)) });
 }
 
 function add(one, feature = null) {

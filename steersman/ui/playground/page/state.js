@@ -168,9 +168,13 @@ function apiIntervention({ kind, id, name, strength, mode, units, scope, include
   return kind === "feature" ? { kind, id, mode, units, ...place } : { kind, name, ...place };
 }
 
-/** The state of what is on the page now: the prompt, or the chat with what is being written to it. */
+/** The state of what is on the page now: the prompt; or the chat with what is being written to it, else up to its last
+ *  question. */
 export function currentState(data) {
-  return data.mode === "chat" ? apiState(data, messagesOf(data, "steered", data.message)) : apiState(data);
+  if (data.mode !== "chat") return apiState(data);
+  const last = data.talk.at(-1);
+  if (data.message.trim() || !last) return apiState(data, messagesOf(data, "steered", data.message));
+  return apiState(data, messagesOf({ ...data, talk: data.talk.slice(0, -1) }, "steered", last.user));
 }
 
 /** The conversation as one side of the page had it, ending with what the person says `now`. */

@@ -1,8 +1,8 @@
 // The tools under the texts: tabs by the keyboard's rules, and what all of them show.
 
-import { $, el, label, number, percent, shown } from "./dom.js";
+import { $, announce, el, label, number, percent, shown } from "./dom.js";
 import { addFeature } from "./interventions.js";
-import { store } from "./state.js";
+import { labelOf, store } from "./state.js";
 
 const NAMES = ["dose", "target", "decompose", "code"];
 
@@ -38,10 +38,16 @@ export function worker(text, work, error, attributes = {}) {
     controller = new AbortController();
     node.textContent = "Cancel";
     error(null);
+    announce("Working…");
     try {
       await work(controller.signal);
+      announce(`${text}: done, the result is below`);
     } catch (problem) {
-      if (problem.name !== "AbortError") error(problem);
+      if (problem.name === "AbortError") announce("Given up");
+      else {
+        error(problem);
+        announce(problem.message);
+      }
     } finally {
       controller = null;
       node.textContent = text;
@@ -70,6 +76,6 @@ export const figure = ({ src, alt }) => el("img", { class: "figure", src: src.re
 export const featureCell = (feature) =>
   el("span", { class: "feature-cell" },
     el("button", { type: "button", class: "quiet", "aria-label": `Add feature ${feature.id} to steering`, title: "Add to steering", on: { click: () => addFeature(feature) }, text: `#${feature.id}` }),
-    " ", label(feature.label || ""));
+    " ", label(feature.label || labelOf(store.data, feature.id)));
 
 export { number, percent };

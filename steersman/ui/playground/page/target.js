@@ -17,7 +17,7 @@ export function openTarget(about) {
   }
   const error = el("p", { class: "error", hidden: true });
   const rows = el("ul", { class: "plain-list" });
-  const result = el("div", { class: "result", "aria-live": "polite" });
+  const result = el("div", { class: "result" });
   const run = worker("Make the vector", make, (problem) => showError(error, problem), { id: "target-run" });
   const empty = el("p", { class: "empty", text: "Add or watch a feature first: those are offered here as targets." });
   panel.append(intro, empty, rows, el("div", { class: "row" }, run), error, result);
