@@ -96,6 +96,20 @@ from steersman.steer.evaluation import (
     evaluate_steering,
 )
 from steersman.steer.feature_values import parse_features
+from steersman.steer.labels.contexts import words_fired_on
+from steersman.steer.labels.describe import (
+    DescribeConfig,
+    Described,
+    FeatureExamples,
+    describe_features,
+    labelling_cost,
+)
+from steersman.steer.labels.endpoint import LabelEndpoint, LabelEndpointConfig
+from steersman.steer.labels.journal import LabelJournal
+from steersman.steer.labels.neuronpedia import read_neuronpedia, write_neuronpedia
+from steersman.steer.labels.prompts import LabelExample
+from steersman.steer.labels.read import read_labels
+from steersman.steer.labels.tokens import TokenLabelConfig, label_features
 from steersman.steer.measures import CostMeter, generated_tokens, token_kl, token_nll
 from steersman.steer.methods import METHODS, ContrastConfig, action_entropy, contrast, style_vectors
 from steersman.steer.methods.affine import AFFINE_METHODS, AffineConfig, fit_affine
@@ -170,6 +184,8 @@ __all__ = [
     "CostMeter",
     "DecomposeConfig",
     "Decomposition",
+    "DescribeConfig",
+    "Described",
     "Detection",
     "DirectionEdit",
     "Edit",
@@ -181,6 +197,7 @@ __all__ = [
     "Estimate",
     "EvaluationConfig",
     "Feature",
+    "FeatureExamples",
     "FeatureFlow",
     "FeatureOutcome",
     "FeatureScores",
@@ -201,6 +218,10 @@ __all__ = [
     "Imitation",
     "KLControl",
     "KeySentence",
+    "LabelEndpoint",
+    "LabelEndpointConfig",
+    "LabelExample",
+    "LabelJournal",
     "LayerDivergence",
     "LayerSweepConfig",
     "Likelihood",
@@ -238,6 +259,7 @@ __all__ = [
     "TanhSimilarity",
     "TextPair",
     "TokenGate",
+    "TokenLabelConfig",
     "Trace",
     "TrainEditConfig",
     "TrainedEdit",
@@ -259,6 +281,7 @@ __all__ = [
     "contrast",
     "darwin",
     "decompose",
+    "describe_features",
     "detect_concept",
     "edit_from_examples",
     "evaluate_steering",
@@ -275,6 +298,8 @@ __all__ = [
     "heavy_tokens",
     "intervene_on_heads",
     "key_sentences",
+    "label_features",
+    "labelling_cost",
     "layer_divergences",
     "load_labels",
     "load_steering",
@@ -297,6 +322,8 @@ __all__ = [
     "prompted_answers",
     "pruned",
     "psr",
+    "read_labels",
+    "read_neuronpedia",
     "rewarded_answers",
     "ridge_fit",
     "sae_ssv",
@@ -315,6 +342,8 @@ __all__ = [
     "train_edit",
     "verify_effect",
     "vocab_projection",
+    "words_fired_on",
+    "write_neuronpedia",
 ]
 
 # Conveniences of a class whose functions need the class, which declares them.

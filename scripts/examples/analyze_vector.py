@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from steersman import SAE, LanguageModel, SteeringVector, decompose
-from steersman.steer import load_labels, measure_retention, plot_decompositions
+from steersman.steer import measure_retention, plot_decompositions, read_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ def main(args: Config) -> None:
     """Load, decompose, name, check."""
     lm, sae = LanguageModel.load(args.model), SAE.load(args.sae)
     v = SteeringVector.load(args.vector)
-    labels = load_labels(args.labels) if args.labels else None
+    labels = read_labels(args.labels) if args.labels else None
 
     pursuit = decompose(v, sae, method="omp", k=args.features, labels=labels, lm=lm)
     encoder = decompose(v, sae, method="encode", k=args.features, labels=labels, lm=lm)

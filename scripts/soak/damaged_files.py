@@ -38,8 +38,8 @@ from safetensors.torch import save_file
 
 import steersman.config
 import steersman.sae.formats.inspection
-import steersman.steer.decompose.labels
 import steersman.steer.effects.folder
+import steersman.steer.labels.read
 import steersman.steer.methods.examples
 import steersman.train.run.checkpoints
 from steersman import (
@@ -129,7 +129,7 @@ def of_text(path: Path) -> str:
     if "examples" in path.name:
         return digest(str(steersman.steer.methods.examples.read_examples(path)))
     if "labels" in path.name:
-        return digest(sys.modules["steersman.steer.decompose.labels"].load_labels(path))
+        return digest(str(dict(steersman.steer.labels.read.read_labels(path))))
     return digest(read_texts(path))
 
 

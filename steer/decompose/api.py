@@ -27,7 +27,7 @@ from steersman.steer.decompose.base import (
     Sources,
 )
 from steersman.steer.decompose.diagnostics import NullCurves, warnings_of, zero_features
-from steersman.steer.decompose.labels import labels_of
+from steersman.steer.decompose.labels import Labels, labels_of
 from steersman.steer.decompose.record import Decomposition
 from steersman.steer.decompose.terms import Terms, cumulative_ev, jaccard, negative_energy
 from steersman.steer.vectors.vector import VectorLike
@@ -39,7 +39,7 @@ def decompose(
     sae: SAE,
     config: DecomposeConfig | None = None,
     *,
-    labels: Mapping[int, str] | None = None,
+    labels: Labels | None = None,
     lm: LanguageModel | None = None,
     texts: Sequence[str] | None = None,
     positive: Sequence[str] | Activations | None = None,
@@ -57,7 +57,7 @@ def decompose(
     sae: SAE,
     config: DecomposeConfig | None = None,
     *,
-    labels: Mapping[int, str] | None = None,
+    labels: Labels | None = None,
     lm: LanguageModel | None = None,
     texts: Sequence[str] | None = None,
     positive: Sequence[str] | Activations | None = None,
@@ -74,7 +74,7 @@ def decompose(
     sae: SAE,
     config: DecomposeConfig | None = None,
     *,
-    labels: Mapping[int, str] | None = None,
+    labels: Labels | None = None,
     lm: LanguageModel | None = None,
     texts: Sequence[str] | None = None,
     positive: Sequence[str] | Activations | None = None,
@@ -92,7 +92,8 @@ def decompose(
             of the texts' means.
         sae: the SAE, of the vector's model and hook point.
         config: the settings; `**settings` are fields of it, over those of `config`.
-        labels: names of features by id (see `load_labels`). With `lm`, others get the tokens that they promote.
+        labels: names of features by id (see `read_labels`), over those that the SAE carries. With `lm`, others get
+            the tokens that they promote.
         lm: the model; `behaviour` and `contrast` of texts need it.
         texts: for `behaviour`: texts to compare the steered model on.
         positive, negative: for `contrast`: lists of texts, or activations [N, D] (or an iterable of batches).
@@ -201,7 +202,7 @@ def _row(v: Any, index: int | None, sae: SAE, lm: LanguageModel | None, hook: st
     return row
 
 
-def _records(method: Method, problem: Problem, labels: Mapping[int, str] | None) -> Iterator[Decomposition]:
+def _records(method: Method, problem: Problem, labels: Labels | None) -> Iterator[Decomposition]:
     found = method.terms(problem)
     zero, null = zero_features(method, problem), NullCurves(method, problem)
     for v, terms in zip(problem.vectors, found):
@@ -215,7 +216,7 @@ def _record(
     terms: Terms,
     zero: set[int],
     null: Tensor,
-    labels: Mapping[int, str] | None,
+    labels: Labels | None,
 ) -> Decomposition:
     sae, ids = problem.sae, terms.features
     directions = problem.atoms.unit(ids)

@@ -1,44 +1,34 @@
-"""Names for features: given by the user, read from a file, or the tokens that a feature writes."""
+"""Names for the features of a decomposition: given, the SAE's own, or the tokens that a feature writes."""
 
+import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from os import PathLike
 
-from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.lens import logit_lens
-from steersman.reading import read_json
-from steersman.sae import SAE
+from steersman.sae import SAE, FeatureLabel
+from steersman.steer.labels.read import read_labels
+from steersman.steer.labels.words import words_of
 
 _TOKENS = 5
-_LARGEST_FILE = 1 << 28  # features.json has half a kilobyte for each feature
+
+Labels = Mapping[int, str] | Mapping[int, FeatureLabel]
+"""Labels by feature id, as text or as `FeatureLabels`."""
 
 
-def load_labels(path: str | Path) -> dict[int, str]:
-    """Labels by feature id from a JSON file: `{"12": "fog", ...}`, or the list that `steersman features` writes (an
-    entry's `label`, or else the tokens it promotes)."""
-    found = read_json(path, limit=_LARGEST_FILE)
-    try:
-        if isinstance(found, dict):
-            return {int(feature): str(label) for feature, label in found.items()}
-        return {int(entry["id"]): entry.get("label") or _tokens(entry.get("promotes", ())) for entry in found}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SteersmanError(
-            f'{path} holds no feature labels: {{"12": "fog"}} or the features.json of `steersman features` is needed'
-        ) from error
+def load_labels(path: str | PathLike[str]) -> dict[int, str]:
+    """`read_labels`, as a dictionary of texts: the older name of it."""
+    warnings.warn("load_labels is read_labels now", DeprecationWarning, stacklevel=2)
+    return {feature: label.text for feature, label in read_labels(path).items()}
 
 
-def _tokens(tokens: Sequence[str]) -> str:
-    words = [token.strip() for token in tokens[:_TOKENS]]
-    return " ".join(word for word in words if word)
-
-
-def labels_of(
-    features: Sequence[int], sae: SAE, labels: Mapping[int, str] | None, lm: LanguageModel | None
-) -> list[str]:
-    """A label for each of `features`: the one given, else with a model the tokens that its decoder row promotes."""
-    known = dict(labels or {})
+def labels_of(features: Sequence[int], sae: SAE, labels: Labels | None, lm: LanguageModel | None) -> list[str]:
+    """A label for each of `features`: the one given, else the SAE's own, else with a model the tokens that its decoder
+    row promotes."""
+    known = {feature: label.text for feature, label in sae.labels.items()}
+    known |= {j: label if isinstance(label, str) else label.text for j, label in (labels or {}).items()}
     unknown = [feature for feature in dict.fromkeys(features) if feature not in known]
     if lm is not None and unknown:
         writes = logit_lens(lm, sae.W_dec[unknown], _TOKENS)
-        known |= {feature: _tokens(promotes) for feature, (promotes, _) in zip(unknown, writes)}
+        known |= {feature: " ".join(words_of(promotes)) for feature, (promotes, _) in zip(unknown, writes)}
     return [known.get(feature, "") for feature in features]
