@@ -18,7 +18,7 @@ from steersman.files import write_text
 from steersman.reading import parse_json, read_text, shown
 from steersman.sae.config import SAEConfig
 
-__all__ = ["LABELS", "FeatureLabel", "FeatureLabels"]
+__all__ = ["LABELS", "FeatureLabel", "FeatureLabels", "named_feature"]
 
 LABELS = "labels.jsonl"
 """The file beside an SAE."""
@@ -139,6 +139,15 @@ def _about(record: dict[str, Any], where: str) -> dict[str, Any]:
         if name not in ABOUT or not isinstance(value, ABOUT[name]) or isinstance(value, bool):
             raise SteersmanError(f"{where}: {name} is {shown(value)}; the first line names {', '.join(ABOUT)}")
     return record
+
+
+def named_feature(feature: int, label: str) -> str:
+    """A feature as a line calls it.
+
+    >>> named_feature(12, "weather words"), named_feature(13, "")
+    ('feature 12 (weather words)', 'feature 13')
+    """
+    return f"feature {feature} ({label})" if label else f"feature {feature}"
 
 
 def _record(feature: int, label: FeatureLabel) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass
+from steersman.sae.feature_labels import named_feature
 from steersman.steer.edits import FeatureEdit
 
 CHUNK = 256  # tokens encoded densely at a time: [CHUNK, L] fp32 is 64 MiB for 65,536 latents
@@ -31,6 +32,8 @@ class FeatureOutcome:
     """Largest achieved activation."""
     n_tokens: int
     """Steered tokens in rows that name the feature."""
+    label: str = ""
+    """What the SAE's labels say of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +52,10 @@ class EditReport:
     """The other features that moved most: (id, mean signed change over all steered tokens)."""
 
     def __str__(self) -> str:
-        lines = [
-            f"feature {o.feature}: {o.before:.3g} -> {o.achieved:.3g} (asked {o.strength:.3g}; {o.n_tokens} tokens)"
-            for o in self.features
-        ]
+        lines = []
+        for o in self.features:
+            told = f"{o.before:.3g} -> {o.achieved:.3g} (asked {o.strength:.3g}; {o.n_tokens} tokens)"
+            lines.append(f"{named_feature(o.feature, o.label)}: {told}")
         lines.append(f"collateral: {self.moved:.1f} other features moved per token, by {self.moved_amount:.3g} in all")
         return "\n".join(lines)
 
@@ -121,7 +124,16 @@ class Meter:
             self.count.tolist(),
         )
         outcomes = [
-            FeatureOutcome(feature=j, strength=s, before=b, achieved=a, lowest=lo, highest=hi, n_tokens=int(n))
+            FeatureOutcome(
+                feature=j,
+                strength=s,
+                before=b,
+                achieved=a,
+                lowest=lo,
+                highest=hi,
+                n_tokens=int(n),
+                label=self.edit.sae.labels.text(j),
+            )
             for j, s, b, a, lo, hi, n in table
             if n
         ]

@@ -66,6 +66,12 @@ COMMANDS: dict[str, Command] = {
     "activations": Command("steersman.commands.activations:run", "see which features fire on a text"),
     "find": Command("steersman.commands.find:run", "find features by words, by texts or by a direction"),
     "neighbours": Command("steersman.commands.neighbours:run", "see the features nearest others"),
+    "label": Command(
+        "steersman.commands.label:run",
+        "label features: by their tokens, by a language model, from Neuronpedia",
+        resumes=True,
+        writes={"out": "file"},
+    ),
     "scores": Command("steersman.commands.scores:run", "score features, and select those to steer by", writes=FOLDER),
     "plan": Command("steersman.commands.plan:run", "memory, network and time that a training run needs"),
     "steer": Command("steersman.commands.steer:run", "generate text with features turned up or down", writes=FILE),

@@ -38,6 +38,7 @@ SAYS = {
         r"^topk lab lab$",
     ],
     "docs/feature_scores.md": [r"correlation \(Pearson r with the reward", r" \*", "annotation"],
+    "docs/labels.md": ["1 feature: 3 requests", "words for weather"],
     "docs/operators.md": [r"F1 1\.00", r"^\[7, 0\]$"],
     "docs/particles.md": [r"^ there was a [a-z]+ girl named .* (wolf|bear|horse)"],
     "docs/recipes.md": ["tokens steered at most", "chance"],

@@ -35,6 +35,8 @@ class FeatureEffect(NamedTuple):
     """Effect that was measured."""
     standard_error: float
     """Of the measured effect, the unsteered average's error included."""
+    label: str = ""
+    """What the SAE's labels say of it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,10 +83,9 @@ class Verification:
             lines.append(f"specificity: measured {self.specificity:.3f}, predicted {self.predicted_specificity:.3f}")
         lines.append(f"{'':<12} {'feature':>8} {'predicted':>10} {'measured':>10} {'+-':>8}")
         for kind, rows in (("target", self.targets), ("side effect", self.side_effects)):
-            lines += [
-                f"{kind:<12} {r.feature:>8} {r.predicted:>10.4f} {r.measured:>10.4f} {r.standard_error:>8.4f}"
-                for r in rows
-            ]
+            for r in rows:
+                line = f"{kind:<12} {r.feature:>8} {r.predicted:>10.4f} {r.measured:>10.4f} {r.standard_error:>8.4f}"
+                lines.append(f"{line}  {r.label}".rstrip())
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -151,7 +152,7 @@ def verify_effect(
     named = sorted(t.nonzero()[:, 0].tolist(), key=lambda j: -abs(float(t[j])))
 
     def row(j: int) -> FeatureEffect:
-        return FeatureEffect(j, float(predicted[j]), float(measured[j]), float(error[j]))
+        return FeatureEffect(j, float(predicted[j]), float(measured[j]), float(error[j]), sae.labels.text(j))
 
     spread = (measured - measured.mean()).square().sum()
     return Verification(

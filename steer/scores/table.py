@@ -16,7 +16,7 @@ from steersman.errors import SteersmanError, near_names
 from steersman.files import make_folder
 from steersman.lm.origin import Origin
 from steersman.reading import parse_json
-from steersman.sae import SAE
+from steersman.sae import SAE, FeatureLabels
 from steersman.steer.effects.measured import sae_identity
 from steersman.tensor_files import check_format, load_tensors, save_tensors
 
@@ -138,8 +138,10 @@ class FeatureScores(Mapping[str, Column]):
         both for the largest in size. Features that the score does not know, or scores 0, are never among them."""
         return _top(self[name], n, sign)
 
-    def to_text(self, n: int = 10, *, sign: str = "positive") -> str:
-        """A table of the n best features of each score; `*` marks what exceeds the null of the best of all features."""
+    def to_text(self, n: int = 10, *, sign: str = "positive", labels: FeatureLabels | None = None) -> str:
+        """A table of the n best features of each score, with their labels; `*` marks what exceeds the null of the best
+        of all features."""
+        label = FeatureLabels().text if labels is None else labels.text
         lines = [f"{self.d_sae} features at {self.hook_name} of {self.model_name}"]
         for name, column in self.columns.items():
             bar = "no null" if math.isnan(column.null_max) else f"best of all by chance {column.null_max:.3g}"
@@ -148,7 +150,8 @@ class FeatureScores(Mapping[str, Column]):
             for found in self.top(name, n, sign=sign):
                 strength = "" if found.strength is None else f"{found.strength:.4g}"
                 mark = " *" if found.above_null else ""
-                row = f"  {found.feature:>8}  {found.value:>9.4g}  {found.null:>9.3g}  {strength:>9}{mark}"
+                row = f"  {found.feature:>8}  {found.value:>9.4g}  {found.null:>9.3g}  {strength:>9}{mark:<2}"
+                row += f"  {label(found.feature)}"
                 lines.append(row.rstrip())
         return "\n".join(lines)
 

@@ -8,14 +8,14 @@ from steersman.commands.options import ComputeOptions, PrintOptions, as_json, ho
 from steersman.config import part_of
 from steersman.errors import SteersmanError
 from steersman.files import write_json
-from steersman.sae import SAE
+from steersman.sae import SAE, FeatureLabels
 from steersman.steer import (
     DecomposeConfig,
     EffectMap,
     SteeringVector,
     decompose,
-    load_labels,
     measure_retention,
+    read_labels,
 )
 from steersman.steer.decompose import Decomposition, plot_decompositions
 from steersman.steer.decompose.api import check_given
@@ -39,8 +39,9 @@ class DecomposeCommand(DecomposeConfig, ComputeOptions, PrintOptions):
     layer: int | None = None
     """Layer in place of --hook: the state after it, counted from 0; -1, the last, with --model."""
     labels: str | None = None
-    """JSON with feature names: {id: name}, or what `steersman features` wrote; by default features.json in the SAE's
-    folder, else with --model the tokens that each feature promotes."""
+    """Labels of the SAE's features, over those beside it: a labels.jsonl of `steersman label`, an export of
+    Neuronpedia's explanations, JSON as {id: name}, or what `steersman features` wrote; a feature without one is named
+    by features.json in the SAE's folder, else with --model by the tokens that it promotes."""
     model: str | None = None
     """Folder or hub id of the model: for contrast, behaviour and retention."""
     positive: str | None = None
@@ -83,7 +84,8 @@ def run(config: DecomposeCommand) -> None:
     }
     check_given(config.method, named)
     vectors = [SteeringVector.load(path) for path in config.vector]
-    sae, labels = config.load_sae(config.sae), _labels(config)
+    sae = config.load_sae(config.sae, config.labels)
+    labels = _labels(config, sae)
     texts = None if config.text is None else read_texts(config.text, RETENTION_TEXTS)
     given: dict[str, Any] = {
         "texts": texts if config.method == "behaviour" else None,
@@ -117,11 +119,12 @@ def run(config: DecomposeCommand) -> None:
         print(as_json(records))
 
 
-def _labels(config: DecomposeCommand) -> dict[int, str] | None:
-    if config.labels is not None:
-        return load_labels(config.labels)
+def _labels(config: DecomposeCommand, sae: SAE) -> FeatureLabels:
+    """The SAE's labels over what its features.json says of the others."""
     beside = Path(config.sae) / "features.json"
-    return load_labels(beside) if beside.is_file() else None
+    if config.labels is not None or not beside.is_file():
+        return sae.labels
+    return read_labels(beside, sae.cfg).merged(sae.labels)
 
 
 def _activations(path: str, sae: SAE) -> HookView:

@@ -17,6 +17,7 @@ from steersman.kernels import Implementation, using
 from steersman.lm import LanguageModel
 from steersman.lm.load import local_folder
 from steersman.sae import SAE
+from steersman.steer.labels.read import read_labels
 from steersman.steer.methods import Examples, as_examples, read_examples
 from steersman.steer.methods.examples import as_chats
 from steersman.terminal import Painted
@@ -43,9 +44,21 @@ class ComputeOptions:
         """The language model `name`, a folder or hub id."""
         return LanguageModel.load(name, device=self.device, dtype=self.dtype, revision=self.revision, bos=self.bos)
 
-    def load_sae(self, name: str) -> SAE:
-        """The SAE `name`, a folder, file or hub id."""
-        return SAE.load(name, pick_device(self.device))
+    def load_sae(self, name: str, labels: str | None = None) -> SAE:
+        """The SAE `name`, a folder, file or hub id, with the labels in a file over those beside it."""
+        sae = SAE.load(name, pick_device(self.device))
+        if labels is not None:
+            sae.labels = sae.labels.merged(read_labels(labels, sae.cfg)).of(sae.cfg)
+        return sae
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions:
+    """Whose words a command shows for features."""
+
+    labels: str | None = setting(None, identity=False)
+    """Labels of the SAE's features, over those beside it: a labels.jsonl of `steersman label`, an export of
+    Neuronpedia's explanations, or JSON as {id: name}."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from steersman.commands.options import ComputeOptions, PrintOptions, examples_of, on_kernels
+from steersman.commands.options import ComputeOptions, LabelOptions, PrintOptions, examples_of, on_kernels
 from steersman.config import part_of
 from steersman.errors import SteersmanError
+from steersman.sae import FeatureLabels
 from steersman.steer import FeatureScores, ScoreConfig, score_features, select
 from steersman.steer.scores import read_rewarded
 from steersman.steer.scores.base import check_given
@@ -14,7 +15,7 @@ from steersman.text import read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoresCommand(ScoreConfig, ComputeOptions, PrintOptions):
+class ScoresCommand(ScoreConfig, ComputeOptions, LabelOptions, PrintOptions):
     """Score an SAE's features, each score with its null beside it, and select those to steer by."""
 
     model: str
@@ -59,7 +60,9 @@ def run(config: ScoresCommand) -> None:
     texts = None if config.text is None else read_texts(config.text)
     labelled = examples is not None or config.rewarded is not None
     check_given(config.score, {"labelled": labelled, "texts": texts is not None, "saes": len(config.sae) > 1})
-    saes = [config.load_sae(name) for name in config.sae]
+    if config.labels is not None and len(config.sae) > 1:
+        raise SteersmanError("--labels are those of one SAE, and several are scored: put a labels.jsonl beside each")
+    saes = [config.load_sae(name, config.labels) for name in config.sae]
     lm = config.load_model(config.model)
     tables = score_features(
         lm,
@@ -78,10 +81,13 @@ def run(config: ScoresCommand) -> None:
             per_hook=config.per_hook, above_null=config.above_null,
         )  # fmt: skip
     record = {
-        "scores": {table.hook_name: {name: _top(table, name, config) for name in table} for table in tables},
+        "scores": {
+            table.hook_name: {name: _top(table, name, config, sae.labels) for name in table}
+            for table, sae in zip(tables, saes)
+        },
         "selected": None if chosen is None else dict(chosen),
     }
-    shown = [table.to_text(config.top, sign=config.sign) for table in tables]
+    shown = [table.to_text(config.top, sign=config.sign, labels=sae.labels) for table, sae in zip(tables, saes)]
     config.show(lambda: "\n\n".join(shown if chosen is None else [*shown, "selected\n" + chosen.to_text()]), record)
     for table in tables if config.out is not None else []:
         path = Path(config.out or "") / f"{table.hook_name}.safetensors"
@@ -89,5 +95,6 @@ def run(config: ScoresCommand) -> None:
         config.note(f"written to {path}")
 
 
-def _top(table: FeatureScores, name: str, config: ScoresCommand) -> list[dict[str, object]]:
-    return [asdict(found) for found in table.top(name, config.top, sign=config.sign)]
+def _top(table: FeatureScores, name: str, config: ScoresCommand, labels: FeatureLabels) -> list[dict[str, object]]:
+    found = table.top(name, config.top, sign=config.sign)
+    return [{**asdict(one), "label": labels.text(one.feature)} for one in found]

@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 
-from steersman.commands.options import ComputeOptions, PrintOptions, hook_point, on_kernels
+from steersman.commands.options import ComputeOptions, LabelOptions, PrintOptions, hook_point, on_kernels
 from steersman.config import part_of
 from steersman.conversations import Document
 from steersman.errors import SteersmanError
 from steersman.files import write_json
 from steersman.sae import SAE
+from steersman.sae.feature_labels import named_feature
 from steersman.steer import (
     EditSet,
     Recipe,
@@ -29,7 +30,7 @@ Compare = Callable[[SteerConfig, Sequence[Document]], Comparison]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerCommand(SteerConfig, ComputeOptions, PrintOptions):
+class SteerCommand(SteerConfig, ComputeOptions, LabelOptions, PrintOptions):
     """Continue prompts steered, by an SAE's features or by vectors or both, and unsteered, side by side, with what the
     steering cost."""
 
@@ -63,7 +64,7 @@ def run(config: SteerCommand) -> None:
     recipe = None if config.recipe is None else Recipe.load(config.recipe)
     hook = hook_point(config.hook, config.layer, config.model, config.revision)
     settings = replace(part_of(SteerConfig, config), hook=hook)
-    sae = None if config.sae is None or not config.feature else config.load_sae(config.sae)
+    sae = None if config.sae is None or not config.feature else config.load_sae(config.sae, config.labels)
     lines = config.out is not None and Path(config.out).suffix == ".jsonl"
     prompts = settings.apply(config.prompt)
     if config.prompts is not None and not lines:
@@ -105,7 +106,8 @@ def _in_largest_activations(sae: SAE, features: dict[int, float]) -> list[str]:
         return []
     largest = {j: float(sae.feature_stats.max_act[j]) for j in features}
     return [
-        f"feature {j}: strength {strength:g} is {strength / largest[j]:.2g} times its largest activation"
+        f"{named_feature(j, sae.labels.text(j))}: strength {strength:g} is {strength / largest[j]:.2g} times its "
+        "largest activation"
         for j, strength in features.items()
         if largest[j] > 0
     ]

@@ -4,9 +4,11 @@ import json
 import math
 from dataclasses import dataclass
 
-from steersman.commands.options import ComputeOptions, PrintOptions, as_json, on_kernels
+from steersman.commands.options import ComputeOptions, LabelOptions, PrintOptions, as_json, on_kernels
 from steersman.errors import SteersmanError
-from steersman.steer import EffectMap, parse_features
+from steersman.sae import FeatureLabels
+from steersman.sae.feature_labels import named_feature
+from steersman.steer import EffectMap, parse_features, read_labels
 from steersman.steer.effects.fgaa import fgaa_targets
 from steersman.steer.effects.map import WEAK
 from steersman.steer.effects.verify import check_verifiable
@@ -14,7 +16,7 @@ from steersman.text import read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetCommand(ComputeOptions, PrintOptions):
+class TargetCommand(ComputeOptions, LabelOptions, PrintOptions):
     """Make the steering vector that raises chosen features and little else, from an effect map (SAE-TS)."""
 
     effects: str
@@ -74,7 +76,8 @@ def run(config: TargetCommand) -> None:
         )
     targets = parse_features(config.feature) if config.feature else {}
     effect_map = EffectMap.load(config.effects)
-    sae = None if config.sae is None else config.load_sae(config.sae)
+    sae = None if config.sae is None else config.load_sae(config.sae, config.labels)
+    labels = sae.labels if sae is not None else read_labels(config.labels) if config.labels else FeatureLabels()
     if sae is not None:
         effect_map.check_sae(sae)
     texts = [] if config.text is None else read_texts(config.text, 4096)
@@ -89,7 +92,8 @@ def run(config: TargetCommand) -> None:
         sides = [read_texts(str(source), 4096) for source in (config.positive, config.negative)]
         keep = {name: getattr(config, name) for name in ("max_density", "n_positive", "n_negative")}
         targets = fgaa_targets(lm, sae, sides[0], sides[1], **keep)
-        config.note("targets: " + ", ".join(f"{j} ({w:+.3f})" for j, w in targets.items()))
+        told = ", ".join(f"{j} ({w:+.3f}) {labels.text(j)}".rstrip() for j, w in targets.items())
+        config.note(f"targets: {told}")
     if config.rotation:
         assert sae is not None
         vector = effect_map.solve_rotated(targets, sae, min_signal=config.min_signal)
@@ -100,11 +104,17 @@ def run(config: TargetCommand) -> None:
     predicted = effect_map.predict(vector)
     for j in list(targets)[:8]:
         signal = float(effect_map.signal[j])
-        config.note(f"feature {j}: predicted effect {float(predicted[j]):+.4f}, signal {signal:.1f} x noise")
+        told = f"predicted effect {float(predicted[j]):+.4f}, signal {signal:.1f} x noise"
+        config.note(f"{named_feature(j, labels.text(j))}: {told}")
     scale = effect_map.median_scale
     config.note(f"{config.out}: {vector.method}, unit norm; the map's vectors had a median scale of {scale:.4g}")
     effects = {
-        j: {"weight": w, "predicted": float(predicted[j]), "signal": float(effect_map.signal[j])}
+        j: {
+            "weight": w,
+            "predicted": float(predicted[j]),
+            "signal": float(effect_map.signal[j]),
+            "label": labels.text(j),
+        }
         for j, w in targets.items()
     }
     record = {"out": config.out, "method": vector.method, "targets": effects, "median_scale": scale}
