@@ -16,13 +16,10 @@ import torch
 from torch import Tensor
 
 from steersman.lm.lens import lens_tokens
-from steersman.sae.base import SparseCode
-from steersman.sae.features import TopExamples
+from steersman.sae.feature_examples import Stretch, TopExamples
 from steersman.steer.scores.base import Evidence, Score
 from steersman.steer.scores.statistics import null_quantiles
 from steersman.steer.scores.table import Column
-
-_BATCH = 16
 
 
 class InputScore(Score):
@@ -60,7 +57,8 @@ def share_written(examples: Tensor, written: Tensor) -> Tensor:
 def _activating(evidence: Evidence, at: int) -> tuple[Tensor, int]:
     """The ids of the most activating tokens [L, T] of every feature, -1 where there are fewer, and the tokens read."""
     lm, sae, hook, config = evidence.lm, evidence.saes[at], evidence.hooks[at], evidence.config
-    kept, n, texts = TopExamples(sae.cfg.d_sae, config.n_examples, sae.device), 0, list(evidence.texts or [])
+    L, n, texts = sae.cfg.d_sae, 0, list(evidence.texts or [])
+    kept, read = TopExamples(L, config.n_examples, 0, sae.device), Stretch(0, L)
     for start in range(0, len(texts), config.batch_size):
         batch = lm.encode(texts[start : start + config.batch_size], max_length=config.max_length or lm.context_length)
         h = lm.capture(batch.input_ids, batch.attention_mask, hooks=[hook])[hook]
@@ -69,7 +67,7 @@ def _activating(evidence: Evidence, at: int) -> tuple[Tensor, int]:
             counted[:, 0] = False
         ids = batch.input_ids[counted].to(sae.device)
         code = sae.encode_sparse(h[counted].to(sae.device).float())
-        for part in torch.arange(len(ids)).split(_BATCH * 64):
-            kept.add(SparseCode(code.values[part], code.indices[part]), ids[part])
+        read.add(code, ids, torch.zeros_like(ids, dtype=torch.bool))
+        kept.merge(read.entries(large=False), read)  # of each the token, in place of a row
         n += len(ids)
     return kept.rows.cpu(), n
