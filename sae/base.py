@@ -15,12 +15,14 @@ from einops import pack, unpack
 from torch import Tensor, nn
 
 from steersman.errors import SteersmanError, near_names
+from steersman.html import card
 from steersman.kernels import choose
 from steersman.kernels import sparse_decode as differentiable_decode
 from steersman.registry import Registry
 from steersman.sae.config import ARCHITECTURES, SAEConfig
 from steersman.sae.feature_labels import FeatureLabels
 from steersman.sae.input_norm import TokenNorm, token_norm
+from steersman.sae.plots import plot_density
 from steersman.sae.training import Latents, Step, TrainingCode, TrainingState
 
 
@@ -171,6 +173,14 @@ class SAE(nn.Module):
         to = f" -> {cfg.hook_name_out or cfg.out_width}" if cfg.transcoder else ""
         where = f", {cfg.hook_name or 'hook point unknown'}{to} of {cfg.model_name or 'an unknown model'}"
         return f"{type(self).__name__}(d_in={cfg.d_in}, d_sae={cfg.d_sae}{k}{where})"
+
+    def _repr_html_(self) -> str:
+        heldout: dict[str, Any] = self.cfg.metadata.get("heldout") or {}
+        facts = [(f"held out: {name}", value) for name, value in heldout.items() if isinstance(value, int | float)]
+        facts += [("labels", len(self.labels))] if self.labels else []
+        stats = self.feature_stats
+        drawn = [] if stats is None else [(plot_density(stats), "how many features fire on which share of tokens")]
+        return card(repr(self), facts, figures=drawn)
 
     @property
     def dtype(self) -> torch.dtype:

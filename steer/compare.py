@@ -20,6 +20,7 @@ from steersman.config import check_types
 from steersman.conversations import ChatOptions, Document
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
+from steersman.html import card
 from steersman.lm import Generation, LanguageModel
 from steersman.sae import SAE
 from steersman.steer.dose import steered
@@ -118,6 +119,10 @@ class Comparison:
     def __repr__(self) -> str:
         kl = "no text" if self.kl_mean is None else f"KL per token {self.kl_mean:.3g}"
         return f"Comparison({len(self.pairs)} prompts, {self.n_steered} tokens steered, {kl})"
+
+    def _repr_html_(self) -> str:
+        rows = [[pair.prompt, pair.unsteered, pair.steered] for pair in self.pairs]
+        return card(repr(self), tables=[(["prompt", "unsteered", "steered"], rows)])
 
     def to_text(self, width: int = 110) -> str:
         """Texts side by side, with the measures beneath them."""

@@ -6,7 +6,7 @@ names, goes in as plain strings and comes out as text, with control characters w
 """
 
 import base64
-import io
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from steersman.figures import png
 from steersman.visible import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["LEVELS", "Token", "fragment", "level", "picture", "render", "shown", "style"]
+__all__ = ["LEVELS", "Token", "card", "fragment", "level", "picture", "render", "shown", "style"]
 
 FOLDER = Path(__file__).with_name("templates")
 LEVELS = 9
@@ -57,6 +58,19 @@ def fragment(template: str, *folders: Path, **values: Any) -> str:
     """What a notebook shows of `values`: the styles and the template, inside an element of its own."""
     inside = Markup(render(template, *folders, **values))
     return str(Markup("<style>{}</style><div class=steersman>{}</div>").format(style(), inside))
+
+
+def card(
+    title: object,
+    facts: Iterable[tuple[str, object]] = (),
+    *,
+    tables: Sequence[tuple[Sequence[str], Sequence[Sequence[object]]]] = (),
+    text: str = "",
+    figures: "Sequence[tuple[Figure, str]]" = (),
+) -> str:
+    """How an object shows itself in a notebook: its line, facts by name, tables (header, rows), text that keeps its
+    lines, and figures with the words that stand for them."""
+    return fragment("card.html", title=title, facts=list(facts), tables=tables, text=text, figures=figures)
 
 
 @cache
@@ -101,9 +115,7 @@ def level(value: float, largest: float) -> str:
 def picture(source: "Figure | bytes", alt: str) -> Markup:
     """A matplotlib figure, or a PNG file's bytes, inside the page, with the text that stands for it."""
     if not isinstance(source, bytes):
-        png = io.BytesIO()
-        source.savefig(png, format="png", dpi=110)
-        source = png.getvalue()
+        source = png(source)
     return Markup("<img alt='{}' src='data:image/png;base64,{}'>").format(
         escape(alt), base64.b64encode(source).decode()
     )

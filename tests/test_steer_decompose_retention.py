@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.commands import fails
@@ -16,6 +17,7 @@ from steersman import LanguageModel, SteersmanError, TrainConfig, cache_activati
 from steersman.cli import main
 from steersman.demo import CONCEPTS, MODEL_PATH, stories, texts
 from steersman.demo.concept_features import auroc, encode_stories
+from steersman.figures import save_figure
 from steersman.steer import SteeringVector, calibrate, measure_retention, plot_decompositions
 
 HOOK = "blocks.2.hook_resid_post"
@@ -116,12 +118,14 @@ def test_retention_mistakes() -> None:
 def test_the_picture(tmp_path: Path) -> None:
     sae = toy_sae()
     found = [decompose(torch.ones(16), sae, method=method, k=8) for method in ("omp", "lasso", "encode")]
-    png = plot_decompositions(found, tmp_path / "curves.png")
-    assert png.startswith(b"\x89PNG")
-    assert (tmp_path / "curves.png").read_bytes() == png
-    assert plot_decompositions({"a": found[0]}) != png
+    (axes,) = plot_decompositions(found).axes
+    assert [line.get_label() for line in axes.get_lines()][::2][:3] == ["0: omp", "1: lasso", "2: encode"]
+    drawn = np.asarray(axes.get_lines()[0].get_ydata())
+    assert drawn == pytest.approx(found[0].curve.numpy())
+    save_figure(plot_decompositions({"a": found[0]}), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SteersmanError, match="could not be written"):
-        plot_decompositions(found, tmp_path / "nowhere" / "curves.png")
+        save_figure(plot_decompositions(found), tmp_path / "nowhere" / "curves.png")
 
 
 def test_command(bundled: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

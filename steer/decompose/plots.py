@@ -1,17 +1,47 @@
 """A picture of decompositions: explained variance against the number of features, beside that of random directions."""
 
-import io
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from __future__ import annotations
 
-from steersman.files import write_bytes
-from steersman.steer.decompose.record import Decomposition
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Curves(Protocol):
+    """Of a `Decomposition`."""
+
+    @property
+    def method(self) -> str:
+        """Its method."""
+        ...
+
+    @property
+    def curve(self) -> Tensor:
+        """[k], the explained variance with the first 1, 2, ... features."""
+        ...
+
+    @property
+    def null_curve(self) -> Tensor:
+        """[k], the mean of random directions."""
+        ...
+
+    @property
+    def null_high(self) -> Tensor:
+        """[k], the largest of random directions."""
+        ...
+
+    def __len__(self) -> int: ...
+
 
 _LOWEST = -1.0  # an explained variance below this says no more than this does
 
 
-def plot_decompositions(found: Mapping[str, Decomposition] | Sequence[Decomposition], path: str | Path = "") -> bytes:
-    """A PNG of the curves and their nulls, by name; also written to `path` where one is given."""
+def plot_decompositions(found: Mapping[str, Curves] | Sequence[Curves]) -> Figure:
+    """A figure of the curves and their nulls, by name."""
     from matplotlib.figure import Figure
 
     named = found if isinstance(found, Mapping) else {f"{i}: {d.method}": d for i, d in enumerate(found)}
@@ -27,8 +57,4 @@ def plot_decompositions(found: Mapping[str, Decomposition] | Sequence[Decomposit
     axes.plot([], [], color="grey", linestyle=":", label="random directions (mean, up to the largest)")
     axes.set(xlabel="features", ylabel="explained variance")
     axes.legend(fontsize=8)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    if path:
-        write_bytes(path, png.getvalue())
-    return png.getvalue()
+    return figure

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from steersman.html import card
 from steersman.steer.decompose.base import DecomposeConfig
+from steersman.steer.decompose.plots import plot_decompositions
 from steersman.steer.decompose.terms import PathPoint
 
 
@@ -79,6 +81,16 @@ class Decomposition:
             f"Decomposition({self.method}, {len(self)} features {{{first}{more}}}, explained variance "
             f"{self.explained_variance:.3f}{warned})"
         )
+
+    def _repr_html_(self) -> str:
+        columns = zip(self.features.tolist(), self.coefficients.tolist(), self.cosines.tolist(), self.labels)
+        header = ["feature", "coefficient", "cosine", "what it stands for, or promotes"]
+        facts = [("explained variance", self.explained_variance), ("cosine", self.cosine), ("units", self.units)]
+        curve = plot_decompositions({self.method: self})
+        return card(
+            repr(self), facts, tables=[(header, list(columns))], text="\n".join(f"! {w}" for w in self.warnings),
+            figures=[(curve, "explained variance by the number of features, beside that of random directions")],
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.features)

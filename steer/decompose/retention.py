@@ -22,6 +22,7 @@ from torch import Tensor
 
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
+from steersman.html import card
 from steersman.lm import LanguageModel
 from steersman.lm.origin import check_fits
 from steersman.steer.decompose.record import Decomposition
@@ -61,6 +62,9 @@ class Retention:
     """Multiples of the vector that everything is measured at."""
     n_tokens: int
     """Tokens that each figure is over."""
+
+    def _repr_html_(self) -> str:
+        return card(f"Retention over {self.n_tokens:,} tokens", text=self.to_text())
 
     def __getitem__(self, name: str) -> Variant:
         return next(variant for variant in self.variants if variant.name == name)

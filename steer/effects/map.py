@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
+from steersman.html import card
 from steersman.lm.origin import Origin, check_same_origin
 from steersman.sae import SAE
 from steersman.steer.effects import map_file
@@ -161,6 +162,9 @@ class EffectMap:
         r2 = self.provenance.get("r2")
         held = "" if r2 is None else f", held-out R2 {r2:.3f}"
         return f"EffectMap({self.d_in} -> {self.d_sae} features at {self.hook_name} of {self.model_name}{held})"
+
+    def _repr_html_(self) -> str:
+        return card(repr(self), text=self.to_text().partition("\n")[2])
 
     # What it predicts
 

@@ -3,14 +3,19 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from steersman.files import make_folder, write_text, write_whole
+from steersman.figures import save_figure
+from steersman.files import make_folder, write_text
+from steersman.html import card
 from steersman.steer.evaluation.bootstrap import Estimate, bootstrap
 from steersman.steer.evaluation.config import EvaluationConfig
 from steersman.steer.evaluation.forced import slopes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = (
     "word_rate", "judge", "target_rise", "specificity", "side_effects", "margin", "kl", "kl_p95", "nll", "repetition",
@@ -129,6 +134,9 @@ class SteeringEvaluation:
             f"SteeringEvaluation({self.model_name}, {len(self.prompts)} prompts, chosen by {self.objective}: {scales})"
         )
 
+    def _repr_html_(self) -> str:
+        return card(repr(self), text=self.to_text(), figures=[(self.plot(), "every measure over the scale")])
+
     def to_text(self) -> str:
         """Two tables: the chosen scales on unseen prompts with intervals, and the curves."""
         measured = {name for c in self.chosen.values() for name in c.estimates}
@@ -188,10 +196,10 @@ class SteeringEvaluation:
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_text(folder / "evaluation.json", text)
         write_text(folder / "evaluation.txt", self.to_text() + "\n")
-        self.plot(folder / "curves.png")
+        save_figure(self.plot(), folder / "curves.png")
 
-    def plot(self, path: str | Path) -> None:
-        """Draw every measure over the scale, with its interval, arms in colours."""
+    def plot(self) -> "Figure":
+        """A figure of every measure over the scale, with its interval, arms in colours."""
         from matplotlib.figure import Figure
 
         measured = {name for arm in self.arms.values() for p in arm.points for name in (*p.values, *p.forced)}
@@ -216,7 +224,7 @@ class SteeringEvaluation:
             axes.set(title=name, xlabel="scale")
             if i == 0:
                 axes.legend(fontsize=7)
-        write_whole(Path(path), lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+        return figure
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from steersman.conversations import Document
 from steersman.errors import SteersmanError, near_names
 from steersman.files import make_folder
+from steersman.html import card
 from steersman.lm import LanguageModel
 from steersman.lm.hooks import HookName
 from steersman.lm.origin import canonical_hook, same_model
@@ -222,6 +223,12 @@ class SteeringVector:
         parts = ", ".join(f"{hook} {list(direction.shape)}" for hook, direction in self.directions.items())
         known = f"{self.method or 'vector'} for {self.model_name or 'an unnamed model'}"
         return f"SteeringVector({known}, {parts}, norm {self.norm():.4g})"
+
+    def _repr_html_(self) -> str:
+        parts = {hook: (list(d.shape), float(d.norm()), float(d.abs().max())) for hook, d in self.directions.items()}
+        rows = [[hook, str(shape), norm, largest] for hook, (shape, norm, largest) in parts.items()]
+        known = [(k, v if isinstance(v, str | int | float) else json.dumps(v)) for k, v in self.metadata.items()]
+        return card(repr(self), known, tables=[(["hook point", "shape", "norm", "largest entry"], rows)])
 
     # Arithmetic
 

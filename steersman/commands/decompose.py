@@ -7,6 +7,7 @@ from typing import Any
 from steersman.commands.options import ComputeOptions, PrintOptions, as_json, hook_point, on_kernels
 from steersman.config import part_of
 from steersman.errors import SteersmanError
+from steersman.figures import save_figure
 from steersman.files import write_json
 from steersman.sae import SAE, FeatureLabels
 from steersman.steer import (
@@ -109,7 +110,7 @@ def run(config: DecomposeCommand) -> None:
     if config.plot is not None:
         names = {Path(path).stem if len(set(config.vector)) > 1 else config.method: one
                  for path, one in zip(config.vector, found)}  # fmt: skip
-        plot_decompositions(names, config.plot)
+        save_figure(plot_decompositions(names), config.plot)
         config.note(f"curves drawn to {config.plot}")
     if config.out is not None:
         write_json(config.out, records, indent=1, ensure_ascii=False)

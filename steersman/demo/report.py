@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from steersman.demo.results import Results, SteeredTarget
+from steersman.figures import png
 from steersman.files import write_text
 from steersman.steer import plot_decompositions
 from steersman.visible import visible
@@ -185,7 +186,7 @@ def _contrast(results: Results) -> str:
             intro,
             "<div class=pair><div>",
             _table(["feature", "coefficient", "cosine", "what it stands for, or promotes"], rows),
-            f"</div><div>{_picture(plot_decompositions({found.method: found}), 'explained variance')}",
+            f"</div><div>{_picture(png(plot_decompositions({found.method: found})), 'explained variance')}",
             f"<ul class=muted>{warnings}</ul></div></div>",
             _table(["steering with", "norm", "KL per token", "effect kept", "rise of its words"], ways),
         ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
+from steersman.html import card
 from steersman.lm.attached import without_hooks
 from steersman.lm.clock import PassClock
 from steersman.lm.final_norm import find_final_norm
@@ -143,6 +144,17 @@ class LanguageModel(ModelGeneration, ModelActivations):
         return (
             f"LanguageModel({self.name!r}, {self.n_layers} layers, d_model={self.d_model}, {self.dtype}, {self.device})"
         )
+
+    def _repr_html_(self) -> str:
+        tokenizer = self._text.tokenizer if self._text is not None else None
+        facts = [
+            ("architecture", self.model.config.model_type), ("layers", self.n_layers), ("d_model", self.d_model),
+            ("heads", getattr(self.config, "num_attention_heads", "unknown")), ("vocabulary", self.config.vocab_size),
+            ("parameters", sum(p.numel() for p in self.model.parameters())), ("dtype", str(self.dtype)),
+            ("device", str(self.device)),
+            ("chat template", "yes" if getattr(tokenizer, "chat_template", None) else "no"),
+        ]  # fmt: skip
+        return card(f"LanguageModel({self.name!r})", facts)
 
     # Output layer
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from steersman.config import check_types, merged
 from steersman.errors import SteersmanError
+from steersman.html import card
 from steersman.lm import LanguageModel, TokenBatch
 from steersman.lm.origin import canonical_hook, check_sae_fits
 from steersman.progress import progress
@@ -80,6 +81,11 @@ class Evaluation:
     """On activations."""
     loss: SplicedLoss | None
     """On the model's predictions; None without a model."""
+
+    def _repr_html_(self) -> str:
+        parts = self.to_json()
+        figures = parts["reconstruction"] | (parts["loss"] or {})
+        return card("Evaluation", [(k, "not defined" if v is None else v) for k, v in figures.items()])
 
     def to_json(self) -> dict[str, Any]:
         """As `eval --out` writes it."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from steersman.config import check_types, merged
 from steersman.files import write_json
+from steersman.html import card
 from steersman.lm import LanguageModel
 from steersman.lm.lens import logit_lens
 from steersman.lm.origin import check_sae_fits
@@ -28,6 +29,8 @@ BATCH_ROWS = 8192
 
 _NEWLINE = "⏎"
 _TENTH = 9
+SHOWN = 20
+"""Features of a report that a notebook shows."""
 N_EXAMPLES = 30
 """Largest activations kept of each feature, among which contexts are chosen."""
 
@@ -103,6 +106,12 @@ class FeatureReport:
         return (
             f"FeatureReport({len(self.features)} features of {len(self.stats.max_act)}, {self.stats.n_tokens:,} tokens)"
         )
+
+    def _repr_html_(self) -> str:
+        first = sorted(self.features, key=lambda feature: -feature.typical_act)[:SHOWN]
+        rows = [[f.id, f.density, f.max_act, " ".join(f.fires_on), " ".join(f.promotes)] for f in first]
+        header = ["feature", "density", "largest activation", "fires on", "promotes"]
+        return card(repr(self), tables=[(header, rows)])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the features as a JSON list."""

@@ -15,6 +15,7 @@ from steersman.config import check_types
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.files import format_bytes
+from steersman.html import card
 from steersman.kernels.torch_ops import BLOCK_BYTES
 from steersman.kernels.update import PART
 from steersman.parallel import Mesh
@@ -109,6 +110,9 @@ class RunPlan:
     @property
     def network_bytes(self) -> float:
         return sum(self.network.values())
+
+    def _repr_html_(self) -> str:
+        return card("RunPlan", text=self.to_text())
 
     def to_text(self) -> str:
         """The tables as lines."""

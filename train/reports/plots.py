@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from steersman.files import write_bytes
+from steersman.figures import save_figure
 from steersman.sae import FeatureStats
+from steersman.sae.plots import plot_density
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,9 +21,7 @@ def plot_run(metrics: list[dict[str, Any]], stats: FeatureStats, folder: Path) -
     Raises SteersmanError when they cannot be written.
     """
     for name, figure in (("loss.png", plot_loss(metrics)), ("density.png", plot_density(stats))):
-        content = io.BytesIO()
-        figure.savefig(content, dpi=120, format="png")
-        write_bytes(folder / name, content.getvalue())
+        save_figure(figure, folder / name)
 
 
 def plot_loss(metrics: list[dict[str, Any]]) -> Figure:
@@ -38,19 +36,4 @@ def plot_loss(metrics: list[dict[str, Any]]) -> Figure:
     twin = axes.twinx()
     twin.plot(tokens, [100 * line.get("dead_share", np.nan) for line in metrics], color="C1", linewidth=1)
     twin.set_ylabel("dead features (%)", color="C1")
-    return figure
-
-
-def plot_density(stats: FeatureStats) -> Figure:
-    """A figure of how many features fire on which fraction of the tokens; those that never fire are counted above."""
-    from matplotlib.figure import Figure
-
-    density = stats.density.numpy()
-    alive = density[density > 0]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    if len(alive):
-        axes.hist(np.log10(alive), bins=50, color="C0")
-    axes.set(xlabel="log10 of the fraction of tokens", ylabel="features")
-    axes.set_title(f"{len(alive)} of {len(density)} features fired on {stats.n_tokens:,} tokens", fontsize=10)
     return figure

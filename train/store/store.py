@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from steersman.errors import SteersmanError, near_names
+from steersman.files import format_bytes
+from steersman.html import card
 from steersman.lm.origin import Origin, canonical_hook, check_same_origin
 from steersman.sae import SAE
 from steersman.train.store.batch import ActivationBatch, RowInfo, batches_in
@@ -185,6 +187,14 @@ class ActivationStore:
         hooks = ", ".join(f"{hook} [{self.width(hook)}]" for hook in self.hook_names)
         model = self.model_name or "an unknown model"
         return f"ActivationStore({str(self.path)!r}, {self.n_rows:,} rows, {hooks} of {model})"
+
+    def _repr_html_(self) -> str:
+        found = {hook: self.stats(hook) for hook in self.hook_names}
+        rows = [[h, self.width(h), s.mean_norm, s.median_norm, s.large_rows() or "none"] for h, s in found.items()]
+        facts = [("folder", self.path), ("model", self.model_name or "unknown"), ("rows", self.n_rows),
+                 ("dtype", self.manifest.dtype), ("size", format_bytes(self.n_bytes))]  # fmt: skip
+        header = ["hook point", "width", "mean norm", "median norm", "rows of huge norm"]
+        return card("ActivationStore", facts, tables=[(header, rows)])
 
     @property
     def fingerprint(self) -> str:
