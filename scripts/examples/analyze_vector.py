@@ -46,7 +46,7 @@ def main(args: Config) -> None:
     encoder = decompose(v, sae, method="encode", k=args.features, labels=labels, lm=lm)
     for found in (pursuit, encoder):
         print(found.to_text(), end="\n\n")
-    plot_decompositions({"omp": pursuit, "encode": encoder}, args.plot)
+    plot_decompositions({"omp": pursuit, "encode": encoder}).savefig(args.plot, dpi=110)
     print(f"explained variance against the number of features: {args.plot}\n")
 
     if args.text:

@@ -13,7 +13,7 @@ import torch
 from steersman.errors import SteersmanError
 from steersman.lm.hooks import LOGITS
 from steersman.lm.tokens import TokenBatch, bos_tokens
-from steersman.steer import SteeringVector, decompose
+from steersman.steer import SteeringVector, decompose, plot_decompositions
 from steersman.steer.decompose.base import METHODS
 from steersman.steer.edits.feature import feature_rows
 from steersman.steer.measures import distinct, repetition_rate, token_kl, token_nll
@@ -211,26 +211,7 @@ def taken_apart(engine: Engine, what: SteeringVector, method: str, k: int) -> tu
         "cosine": found.cosine,
         "rows": rows,
         "warnings": found.warnings,
-    }, explained_figure(found.curve.tolist(), found.null_curve.tolist(), found.null_high.tolist())
-
-
-def explained_figure(curve: Sequence[float], null: Sequence[float], high: Sequence[float]) -> "Figure":
-    """Explained variance against the number of features, beside that of random directions."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
-    axes = figure.subplots()
-    count = range(1, len(curve) + 1)
-    axes.plot(count, [max(-1.0, v) for v in curve], marker=".", label="this vector")
-    axes.plot(
-        count, [max(-1.0, v) for v in null], linestyle=":", color="grey", label="random directions (mean to largest)"
-    )
-    axes.fill_between(count, [max(-1.0, v) for v in null], [max(-1.0, v) for v in high], color="grey", alpha=0.15)
-    axes.set(xlabel="features", ylabel="explained variance")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=9, frameon=False)
-    axes.grid(alpha=0.25)
-    return figure
+    }, plot_decompositions({found.method: found})
 
 
 def checked_strengths(values: Sequence[Any]) -> list[float]:
