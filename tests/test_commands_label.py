@@ -159,10 +159,12 @@ def test_neuronpedia_in_and_out(label: Label, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "features --store {}/acts --feature 3 --out {out}",
         "scores --score contrast --positive {}/with.txt --negative {}/without.txt",
         "steer --feature 3=50 --prompt w7 --max-new-tokens 2",
         "decompose --vector {}/v.safetensors --method omp --k 2",
+        "activations --text w7",
+        "find --words number --top 20",
+        "neighbours --feature 3",
     ],
     ids=lambda command: command.split()[0],
 )
@@ -177,7 +179,7 @@ def test_labels_stand_where_ids_do(
         "--labels",
         str(tmp_path / "mine.jsonl"),
     ]
-    argv += ["--sae", str(work / "sae")] + (["--model", str(work / "llama")] if "decompose" not in command else [])
+    argv += ["--sae", str(work / "sae")] + ([] if command.split()[0] in ("decompose", "find", "neighbours") else ["--model", str(work / "llama")])
     main(argv)
     printed = capsys.readouterr().out
     assert "the word\\x1b[2J number 3" in printed

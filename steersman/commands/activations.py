@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from steersman.commands.options import ComputeOptions, PrintOptions, on_kernels
+from steersman.commands.options import ComputeOptions, LabelOptions, PrintOptions, on_kernels
 from steersman.conversations import ChatOptions, Document
 from steersman.errors import SteersmanError
 from steersman.lm.activations import Units
@@ -13,7 +13,7 @@ from steersman.text_sources import SUFFIXES
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActivationsCommand(ChatOptions, ComputeOptions, PrintOptions):
+class ActivationsCommand(ChatOptions, ComputeOptions, LabelOptions, PrintOptions):
     """See which features fire on a text: the strongest of the text, and those of each token."""
 
     model: str
@@ -50,7 +50,7 @@ def run(config: ActivationsCommand) -> None:
     texts = [document for text in config.text for document in _documents(text, config)]
     if not texts:
         raise SteersmanError("no text to read: give --text")
-    sae, lm = config.load_sae(config.sae), config.load_model(config.model)
+    sae, lm = config.load_sae(config.sae, config.labels), config.load_model(config.model)
     found = lm.activations(
         sae, texts, units=config.units, include_bos=config.include_bos, batch_size=config.batch_size,
         max_length=config.max_length,

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from steersman.commands.options import ComputeOptions, PrintOptions, examples_of, on_kernels
+from steersman.commands.options import ComputeOptions, LabelOptions, PrintOptions, examples_of, on_kernels
 from steersman.config import part_of
 from steersman.conversations import ChatOptions
 from steersman.errors import SteersmanError
@@ -18,7 +18,7 @@ from steersman.visible import visible
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindCommand(FindConfig, ChatOptions, ComputeOptions, PrintOptions):
+class FindCommand(FindConfig, ChatOptions, ComputeOptions, LabelOptions, PrintOptions):
     """Find features: by words in their labels or contexts, by texts that should and should not activate them, or by a
     direction."""
 
@@ -67,7 +67,7 @@ def run(config: FindCommand) -> None:
 
 
 def _by_words(config: FindCommand, words: str) -> None:
-    sae = config.load_sae(config.sae)
+    sae = config.load_sae(config.sae, config.labels)
     beside = Path(config.sae) / "features.json"
     path = Path(config.features) if config.features is not None else beside if beside.is_file() else None
     if path is None and not sae.labels:
@@ -94,7 +94,7 @@ def _matches(found: Sequence[WordMatch], words: str) -> str:
 def _by_direction(config: FindCommand, path: str) -> None:
     vector = SteeringVector.load(path)
     vector.check_not_zero("finding features by it")
-    sae = config.load_sae(config.sae)
+    sae = config.load_sae(config.sae, config.labels)
     hook = sae.cfg.hook_name
     if len(vector.directions) > 1:
         if hook not in vector.directions:
@@ -114,7 +114,7 @@ def _by_texts(config: FindCommand) -> None:
         raise SteersmanError("--positive needs --negative: texts that should not activate the feature")
     if config.model is None:
         raise SteersmanError("finding by texts needs --model: what reads them")
-    sae, lm = config.load_sae(config.sae), config.load_model(config.model)
+    sae, lm = config.load_sae(config.sae, config.labels), config.load_model(config.model)
     found = find_features(lm, sae, examples.positive, examples.negative, part_of(FindConfig, config))
     config.show(found.to_text, found.to_json() if config.json else None)
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from steersman.commands.find import neighbours_record, neighbours_to_text
-from steersman.commands.options import ComputeOptions, PrintOptions, on_kernels
+from steersman.commands.options import ComputeOptions, LabelOptions, PrintOptions, on_kernels
 from steersman.errors import SteersmanError
 from steersman.sae import SAE, feature_neighbours
 from steersman.sae.neighbours import Sign
@@ -15,7 +15,7 @@ from steersman.visible import visible
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeighboursCommand(ComputeOptions, PrintOptions):
+class NeighboursCommand(ComputeOptions, LabelOptions, PrintOptions):
     """See the features nearest others: by what they write (decoder), by what they read (encoder), and with a store by
     firing on the same tokens (coactivation)."""
 
@@ -43,7 +43,7 @@ def run(config: NeighboursCommand) -> None:
     kinds = config.by or ("decoder", "encoder", *(("coactivation",) if config.store is not None else ()))
     if ("coactivation" in kinds) != (config.store is not None):
         raise SteersmanError("--by coactivation and --store belong together: it counts tokens of the store")
-    sae = config.load_sae(config.sae)
+    sae = config.load_sae(config.sae, config.labels)
     for feature in asked:
         sae.check_feature(feature)
     tables = {

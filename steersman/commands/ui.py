@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from steersman.commands.options import ComputeOptions, hook_point, on_kernels
 from steersman.config import setting
 from steersman.errors import SteersmanError
-from steersman.sae import FeatureLabels
 from steersman.steer import EffectMap, Recipe
 from steersman.ui.playground.security import is_local
 from steersman.ui.playground.serving import address, bound, serve, token_for
@@ -33,7 +32,7 @@ class UiCommand(ComputeOptions):
     sae: str
     """Folder, file or hub id of the SAE."""
     labels: str | None = None
-    """File of feature labels (labels.jsonl), over those beside the SAE."""
+    """File of feature labels, over those beside the SAE: labels.jsonl, or an export of Neuronpedia's explanations."""
     features: str | None = None
     """File that `steersman features` wrote, for contexts and tokens; by default features.json in the SAE's folder."""
     vector: tuple[str, ...] = ()
@@ -84,10 +83,8 @@ def loaded(config: UiCommand, token: str | None = None) -> "Playground":
     from steersman.ui.playground.sharing import state_of
 
     recipe = None if config.recipe is None else Recipe.load(config.recipe)
-    labels = FeatureLabels() if config.labels is None else FeatureLabels.load(config.labels)
     file = Path(config.sae) / "features.json" if config.features is None else Path(config.features)
-    sae = config.load_sae(config.sae)
-    labels.check(sae.cfg, str(config.labels))
+    sae = config.load_sae(config.sae, config.labels)
     options = {name: getattr(config, name) for name in ("device", "dtype", "revision", "bos")}
     usual = ComputeOptions()
     engine = Engine(
@@ -97,7 +94,7 @@ def loaded(config: UiCommand, token: str | None = None) -> "Playground":
         sae_source=config.sae,
         load_options={name: value for name, value in options.items() if value != getattr(usual, name)},
         given_hook=hook_point(config.hook, config.layer, config.model, config.revision),
-        labels=sae.labels.merged(labels),
+        labels=sae.labels,
         effects=None if config.effects is None else EffectMap.load(config.effects),
         effects_source=config.effects or "",
     )
