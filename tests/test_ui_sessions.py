@@ -182,5 +182,14 @@ def test_a_mistake_is_told_where_it_was_made(chromium: Browser, url: str) -> Non
     page.click("#generate")
     page.wait_for_selector("#interventions .error:not([hidden])")
     assert "unknown scope 'nowhere'" in page.inner_text("#interventions .error")
+    page.locator("#interventions .menus select").last.select_option("generation")
+    page.locator("#prompt").evaluate(
+        "node => { node.value = 'fog '.repeat(250_000); node.dispatchEvent(new Event('input')); }"
+    )
+    page.click("#generate")
+    page.wait_for_selector("#prompt-error:not([hidden])")
+    assert "256 kB" in page.inner_text("#prompt-error")
+    page.fill("#search", "1000000000")
+    page.wait_for_selector("#find-count:has-text('no feature')")
     assert page.locator(".run").count() == 0
     session.close()

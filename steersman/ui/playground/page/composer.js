@@ -88,6 +88,10 @@ function arrange(chat) {
 
 /** A field as high as its text, up to a third of the window. */
 function grow(field) {
+  if (field.value.length > 20_000) {
+    field.style.height = `${innerHeight / 3}px`; // not measured: laying out a huge text takes seconds
+    return;
+  }
   field.style.height = "auto";
   field.style.height = `${Math.min(field.scrollHeight + 2, innerHeight / 3)}px`;
 }

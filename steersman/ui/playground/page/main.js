@@ -33,9 +33,11 @@ async function open(about) {
   const name = [about.model, about.hook, about.sae, about.d_sae, about.recipe ? JSON.stringify(about.recipe) : ""];
   const started = store.open(name.join(" "), { generation: about.defaults.generation });
   if (!started && about.recipe) useState(about.recipe);
-  const known = new Set(about.vectors.map((vector) => vector.name));
-  store.data.interventions = store.data.interventions.filter((one) => one.kind === "feature" || known.has(one.name));
+  const held = new Set(about.vectors.map((vector) => vector.name));
+  const gone = store.data.interventions.filter((one) => one.kind === "vector" && !held.has(one.name));
+  store.data.interventions = store.data.interventions.filter((one) => !gone.includes(one));
   openInterventions(about);
+  if (gone.length) showError($("steering-error"), `left out, this server does not hold it: ${gone.map((one) => one.name).join(", ")}`);
   openComposer(about);
   openOutput({ again });
   openFeatures(about);
