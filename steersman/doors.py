@@ -5,6 +5,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from steersman.errors import SteersmanError
+from steersman.reading import shown
 
 
 def whole_number(value: Any, what: str, at_least: int | None = None) -> int:
@@ -25,9 +26,12 @@ def whole_number(value: Any, what: str, at_least: int | None = None) -> int:
 def number(value: Any, what: str) -> float:
     """`value` as a float. Raises SteersmanError unless it is a number (no bool, no string) that is not NaN."""
     value = _single(value)
-    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
-        raise SteersmanError(f"{what} must be a number, got {value!r}")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, Real) and not math.isnan(value):
+            return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        pass
+    raise SteersmanError(f"{what} must be a number, got {shown(value)}")
 
 
 def _single(value: Any) -> Any:

@@ -175,6 +175,8 @@ def test_units(lm: LanguageModel) -> None:
         ({1: 2.0}, {"mode": "scale", "units": "max_act"}, "takes a plain factor"),
         ({1: 2.0}, {"mode": "floor", "threshold": 1.0}, "'floor' has no threshold"),
         ({1: float("nan")}, {}, "strength of feature 1 must be a number, got nan"),
+        ({1: 1e308}, {}, "finite numbers"),
+        ({1: 10**400}, {}, "must be a number"),
         ({1: 1.0}, {"gate": float("inf")}, "gate must be finite"),
         ([{1: 1.0}] * 3, {"gate": [1.0, 0.0]}, "rows disagree: features has 3, gate has 2"),
         ({}, {}, "no feature to steer by"),

@@ -340,8 +340,11 @@ def test_a_vector_that_was_made_here_is_made_again_by_what_is_copied(
 
 MISTAKES = [
     ({"prompt": "a", "interventions": [{"kind": "feature", "id": 10**9}]}, r"interventions\[0\].*out of range"),
-    ({"prompt": "a", "interventions": [{"kind": "feature", "id": 3, "strength": float("nan")}]}, "finite number"),
+    ({"prompt": "a", "interventions": [{"kind": "feature", "id": 3, "strength": float("nan")}]}, "must be a number, got nan"),
     ({"prompt": "a", "interventions": [{"kind": "feature", "id": 3, "strength": "2"}]}, "strength is '2'"),
+    ({"prompt": "a", "interventions": [{"kind": "feature", "id": 3, "strength": 1e308}]}, r"\[0\].*finite number"),
+    ({"prompt": "a", "interventions": [{"kind": "feature", "id": 3, "strength": 10**400}]}, "must be a number"),
+    ({"prompt": "a", "interventions": [{"kind": "vector", "name": "calm", "strength": -1e308}]}, "must be finite"),
     ({"prompt": "a", "interventions": [{"kind": "feature", "id": True}]}, "id is True"),
     ({"prompt": "a", "interventions": [{"kind": "feature", "id": 9, "units": "max_act"}]}, "is dead"),
     ({"prompt": "a", "interventions": [{"kind": "feature", "id": 3, "mode": "mirror"}]}, "mode 'mirror'"),

@@ -135,12 +135,13 @@ class FeatureEdit(DirectionEdit):
         rule = rule_named(self.rule)
         unit = torch.tensor([strength_unit(sae, j, mode, units) for j in named])
         column = {j: m for m, j in enumerate(named)}
-        amount = torch.zeros(len(given), len(named))
+        amount = torch.zeros(len(given), len(named), dtype=torch.float64)
         asked = torch.zeros(len(given), len(named), dtype=torch.bool)
         for r, row in enumerate(given):
             for j, strength in row.items():
                 amount[r, column[j]] = strength * (1.0 if rule.plain else float(unit[column[j]]))
                 asked[r, column[j]] = True
+        amount = amount.float()  # what fp32 cannot hold is infinite, and refused with the rest
         if not bool((torch.isfinite(amount) | (amount == rule.limit)).all()):
             raise SteersmanError("feature strengths must be finite numbers")
         device = sae.W_dec.device

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from steersman.doors import number
 from steersman.errors import SteersmanError
 from steersman.lm.hooks import LOGITS
 from steersman.lm.tokens import TokenBatch, bos_tokens
@@ -216,9 +217,9 @@ def taken_apart(engine: Engine, what: SteeringVector, method: str, k: int) -> tu
 
 def checked_strengths(values: Sequence[Any]) -> list[float]:
     """Strengths as numbers. Raises SteersmanError for none, for one that is no finite number and for one twice."""
-    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
-    if len(numbers) != len(values) or not numbers:
+    found = [number(value, f"strengths[{i}]") for i, value in enumerate(values)]
+    if not found or not all(map(math.isfinite, found)):
         raise SteersmanError("strengths must be finite numbers, at least one")
-    if len(set(numbers)) != len(numbers):
+    if len(set(found)) != len(found):
         raise SteersmanError("strengths hold a number twice")
-    return [float(v) for v in numbers]
+    return found

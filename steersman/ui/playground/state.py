@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from steersman.config import check_types, merged
 from steersman.conversations import is_conversation
-from steersman.doors import whole_number
+from steersman.doors import number, whole_number
 from steersman.errors import SteersmanError
 from steersman.reading import shown
 
@@ -34,7 +34,7 @@ def _check_dial(strength: float, scope: str) -> None:
 
 
 def _finite(value: float, what: str) -> None:
-    if not math.isfinite(value):
+    if not math.isfinite(number(value, what)):
         raise SteersmanError(f"{what} must be a finite number, got {value}")
 
 
