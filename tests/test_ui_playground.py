@@ -72,7 +72,7 @@ def engine(folder: Path) -> Engine:
     effects.save(folder / "map.safetensors")
     made = Engine(
         lm=LanguageModel.load(str(MODEL_PATH)), sae=sae, model_source=str(MODEL_PATH), sae_source=str(folder / "sae"),
-        labels=sae.labels, effects=effects, effects_source=str(folder / "map.safetensors"),
+        effects=effects, effects_source=str(folder / "map.safetensors"),
     )  # fmt: skip
     made.add_vector(folder / "calm.safetensors")
     return made
@@ -196,7 +196,9 @@ def test_tokens_come_with_the_activations_of_the_state_that_the_model_goes_on_fr
     shown = [token["features"] for token in prompt]
     shown += [e.data["features"] for e in sorted(by_name(events, "features"), key=lambda e: e.data["index"])]
     assert len(shown) == len(code) == len(prompt) + 6
-    for features, row in zip(shown, code):
+    assert prompt[0]["special"]
+    assert shown[0] == []  # the BOS
+    for features, row in zip(shown[1:], code[1:]):
         assert features[0]["id"] == 7
         assert features[0]["watched"]
         for one in features:
@@ -246,7 +248,7 @@ SAE_LINE = "features: {sae: SAE, ids: {3: 1.0}"
         ("vector: /etc/passwd", "not loaded"),
         ("direction: {sae: SAE, feature: 3}", "a direction"),
         ("features: {sae: SAE, ids: {99999: 1.0}}", "out of range"),
-        ("features: {sae: SAE, ids: {3: .nan}}", "finite"),
+        ("features: {sae: SAE, ids: {3: .nan}}", "must be a number, got nan"),
         ("nonsense: 1", "unknown key"),
     ],
 )
@@ -286,7 +288,7 @@ def test_what_a_text_activates(engine: Engine) -> None:
     assert [one["id"] for one in found] == code.max(0).values.topk(3).indices.tolist()
     assert found[0]["value"] == pytest.approx(float(code.max()), rel=1e-4)
     tokens = panels.activations(engine, PROMPT, [3], 2)["tokens"]
-    assert [len(token["features"]) for token in tokens] == [3] * len(tokens)
+    assert [len(token["features"]) for token in tokens] == [0] + [3] * (len(tokens) - 1)
 
 
 def test_dose_target_and_decomposition(engine: Engine) -> None:
@@ -340,7 +342,10 @@ def test_a_vector_that_was_made_here_is_made_again_by_what_is_copied(
 
 MISTAKES = [
     ({"prompt": "a", "interventions": [{"kind": "feature", "id": 10**9}]}, r"interventions\[0\].*out of range"),
-    ({"prompt": "a", "interventions": [{"kind": "feature", "id": 3, "strength": float("nan")}]}, "must be a number, got nan"),
+    (
+        {"prompt": "a", "interventions": [{"kind": "feature", "id": 3, "strength": float("nan")}]},
+        "must be a number, got nan",
+    ),
     ({"prompt": "a", "interventions": [{"kind": "feature", "id": 3, "strength": "2"}]}, "strength is '2'"),
     ({"prompt": "a", "interventions": [{"kind": "feature", "id": 3, "strength": 1e308}]}, r"\[0\].*finite number"),
     ({"prompt": "a", "interventions": [{"kind": "feature", "id": 3, "strength": 10**400}]}, "must be a number"),

@@ -94,7 +94,6 @@ def loaded(config: UiCommand, token: str | None = None) -> "Playground":
         sae_source=config.sae,
         load_options={name: value for name, value in options.items() if value != getattr(usual, name)},
         given_hook=hook_point(config.hook, config.layer, config.model, config.revision),
-        labels=sae.labels,
         effects=None if config.effects is None else EffectMap.load(config.effects),
         effects_source=config.effects or "",
     )

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, LanguageModel
+from steersman.lm.activations import token_texts
 from steersman.lm.generate import stop_ids
 from steersman.lm.origin import check_sae_fits
-from steersman.lm.streaming import TextPieces
-from steersman.lm.tokens import TokenBatch
-from steersman.sae import SAE, FeatureLabels
+from steersman.lm.tokens import TokenBatch, bos_tokens
+from steersman.sae import SAE, FeatureLabels, SparseCode
 from steersman.steer import EffectMap, Steerer, SteeringVector
 from steersman.steer.edits.feature import MODES, UNITS
 from steersman.steer.edits.rules import RULES
@@ -74,8 +74,6 @@ class Engine:
     """Arguments of `LanguageModel.load` that were not its defaults."""
     given_hook: str | None = None
     """Hook point of an SAE that records none."""
-    labels: FeatureLabels = field(default_factory=FeatureLabels)
-    """Names of features."""
     vectors: dict[str, KnownVector] = field(default_factory=dict)
     """By name."""
     effects: EffectMap | None = None
@@ -123,6 +121,11 @@ class Engine:
             have = ", ".join(self.vectors) or "none"
             raise SteersmanError(f"no vector {name[:100]!r} here; there are: {have}")
         return known
+
+    @property
+    def labels(self) -> FeatureLabels:
+        """Names of features: those of the SAE."""
+        return self.sae.labels
 
     @property
     def units(self) -> list[str]:
@@ -219,9 +222,12 @@ class Engine:
             for run in runs:
                 run.close()
 
-    def token_features(self, states: Tensor, watch: Sequence[int], top: int = TOP) -> list[list[dict[str, Any]]]:
-        """Of each state [S, D] the watched features, also those that are 0, and its `top` strongest others."""
-        code = self.sae.encode_sparse(states.to(self.sae.device).float())
+    def code(self, states: Tensor) -> SparseCode:
+        """The active features of states [S, D]."""
+        return self.sae.encode_sparse(states.to(self.sae.device).float())
+
+    def token_features(self, code: SparseCode, watch: Sequence[int], top: int = TOP) -> list[list[dict[str, Any]]]:
+        """Of each token's code the watched features, also those that are 0, and the `top` strongest others."""
         found = []
         for values, indices in zip(code.values.tolist(), code.indices.tolist()):
             active = {j: value for value, j in zip(values, indices) if abs(value) > 0}
@@ -232,16 +238,6 @@ class Engine:
 
     def _feature(self, feature: int, value: float, watched: bool) -> dict[str, Any]:
         return {"id": feature, "value": value, "label": self.labels.text(feature), "watched": watched}
-
-    def token_texts(self, ids: Sequence[int]) -> list[tuple[str, bool]]:
-        """The text of each token, which join to the whole, and whether it is a special one."""
-        special = set(self.lm.tokenizer.all_special_ids)
-        pieces = TextPieces(self.lm.tokenizer, [[]], [], len(ids), others_end=False)
-        found = []
-        for token in ids:
-            text = "".join(piece.text for piece in pieces.add([token]))
-            found.append((self.lm.tokenizer.decode([token]), True) if token in special else (text, False))
-        return found
 
 
 def groups(dials: Sequence[Dial]) -> Iterator[list[Dial]]:
@@ -325,10 +321,16 @@ class SideRun:
         self._context.run(self._open.close)
 
     def _prompt(self, states: Tensor) -> list[dict[str, Any]]:
-        return described(self.engine, self.batch.input_ids[0].tolist(), states, self.state.watch)
+        """The tokens of the prompt. The BOS has no features: it is an attention sink in most models."""
+        engine, batch = self.engine, self.batch
+        ids = batch.input_ids[0].tolist()
+        features = engine.token_features(engine.code(states), self.state.watch)
+        is_bos = bos_tokens(batch.input_ids, batch.attention_mask, engine.lm.bos_token_id)[0].tolist()
+        shown = [[] if bos else found for bos, found in zip(is_bos, features)]
+        return described(engine, ids, token_texts(engine.lm.tokenizer, ids), shown)
 
     def _features(self, index: int, state: Tensor) -> Event:
-        found = self.engine.token_features(state[-1:], self.state.watch)[0]
+        found = self.engine.token_features(self.engine.code(state[-1:]), self.state.watch)[0]
         return Event("features", {"side": self.side, "index": index, "features": found})
 
     @torch.no_grad()
@@ -341,13 +343,13 @@ class SideRun:
         return read[self.engine.hook][0]
 
 
-def described(engine: Engine, ids: Sequence[int], states: Tensor, watch: Sequence[int], top: int = TOP) -> list[Any]:
+def described(
+    engine: Engine, ids: Sequence[int], texts: Sequence[str], features: Sequence[list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
     """Tokens with their texts and features, as the page shows them."""
-    texts, features = engine.token_texts(ids), engine.token_features(states, watch, top)
-    return [
-        {"id": token, "text": text, "special": special, "features": found}
-        for token, (text, special), found in zip(ids, texts, features)
-    ]
+    special = set(engine.lm.tokenizer.all_special_ids)
+    rows = zip(ids, texts, features)
+    return [{"id": j, "text": text, "special": j in special, "features": found} for j, text, found in rows]
 
 
 def _in_field(where: str, check: Callable[[], Any]) -> None:

@@ -13,7 +13,8 @@ import torch
 from steersman.doors import number
 from steersman.errors import SteersmanError
 from steersman.lm.hooks import LOGITS
-from steersman.lm.tokens import TokenBatch, bos_tokens
+from steersman.lm.tokens import TokenBatch
+from steersman.sae import SparseCode
 from steersman.steer import SteeringVector, decompose, plot_decompositions
 from steersman.steer.decompose.base import METHODS
 from steersman.steer.edits.feature import feature_rows
@@ -39,35 +40,30 @@ class NotHereError(SteersmanError):
     """This server was started without what the request needs."""
 
 
-@torch.no_grad()
 def activations(engine: Engine, text: Any, watch: Sequence[int], top: int) -> dict[str, Any]:
-    """The tokens of a text or chat, as the model reads it unsteered, with their strongest features."""
-    batch = engine.encode(text)
-    states = engine.lm.capture(batch, hooks=engine.hook)[engine.hook][0]
-    return {"tokens": described(engine, batch.input_ids[0].tolist(), states, watch, top)}
+    """The tokens of a text or chat, as the model reads it unsteered, with their strongest features; of a BOS none."""
+    (read,) = engine.lm.activations(engine.sae, [text], hook=engine.given_hook)
+    features = engine.token_features(SparseCode(read.values, read.indices), watch, top)
+    shown = [found if counted else [] for counted, found in zip(read.counted.tolist(), features)]
+    return {"tokens": described(engine, read.token_ids, read.tokens, shown)}
 
 
-@torch.no_grad()
 def activating(engine: Engine, text: Any, limit: int) -> dict[str, Any]:
     """The features that a text activates most, the BOS left out: where, how strongly, on how many tokens."""
-    batch = engine.encode(text)
-    states = engine.lm.capture(batch, hooks=engine.hook)[engine.hook][0]
-    kept = ~bos_tokens(batch.input_ids, batch.attention_mask, engine.lm.bos_token_id)[0]
-    texts = [text for text, _ in engine.token_texts(batch.input_ids[0].tolist())]
-    places = kept.nonzero()[:, 0].tolist()
-    code = engine.sae.encode_sparse(states[kept].to(engine.sae.device).float())
-    values: dict[int, list[tuple[float, int]]] = {}
-    for place, row, ids in zip(places, code.values.tolist(), code.indices.tolist()):
-        for value, feature in zip(row, ids):
-            if abs(value) > 0:
-                values.setdefault(feature, []).append((value, place))
-    found = []
-    for feature, fired in values.items():
-        value, place = max(fired, key=lambda one: abs(one[0]))
-        about = {"id": feature, "label": engine.labels.text(feature), "value": value, "token": texts[place]}
-        found.append({**about, "mean": sum(v for v, _ in fired) / len(fired), "count": len(fired)})
-    found.sort(key=lambda one: -abs(one["value"]))
-    return {"features": found[:limit]}
+    (read,) = engine.lm.activations(engine.sae, [text], hook=engine.given_hook)
+    return {
+        "features": [
+            {
+                "id": one.feature,
+                "label": one.label,
+                "value": one.value,
+                "token": one.token,
+                "mean": float(read.of(one.feature).sum()) / one.n_tokens,
+                "count": one.n_tokens,
+            }
+            for one in read.top(limit)
+        ]
+    }
 
 
 def dose(
