@@ -74,6 +74,18 @@ def test_a_bos_counts_only_if_asked(lm: LanguageModel, sae: SAE) -> None:
     assert loud.top()[0].value == pytest.approx(8.0)
 
 
+def test_features_that_fire_everywhere_are_left_out_if_asked(lm: LanguageModel, sae: SAE) -> None:
+    assert sae.feature_stats is not None
+    density, sae.feature_stats.density[4] = float(sae.feature_stats.density[4]), 0.9
+    try:
+        (text,) = lm.activations(sae, "w7 w8", max_density=0.5)
+    finally:
+        sae.feature_stats.density[4] = density
+    assert [found.feature for found in text.top()] == [3]
+    with pytest.raises(SteersmanError, match="share of tokens"):
+        lm.activations(sae, "w7", max_density=5.0)
+
+
 def test_units_are_shares_of_the_largest_activation(lm: LanguageModel, sae: SAE) -> None:
     (text,) = lm.activations(sae, "w7", units="max_act")
     assert text.top()[0].value == 1.0

@@ -37,6 +37,7 @@ def test_the_planted_feature_is_found_with_its_scores(lm: LanguageModel, sae: SA
     assert found[0].output is not None
     assert found.output_by_chance is not None
     assert "the word w7" in found.to_text()
+    assert "the word w7" in found._repr_html_()
     assert find_features(lm, sae, NEGATIVE, POSITIVE, output=False)[0].feature == 2
 
 

@@ -136,6 +136,25 @@ class FoundFeatures(Sequence[FoundFeature]):
             lines.append(f"output: best of random directions {self.output_by_chance:.3f}")
         return "\n".join([*lines, f"no output score: {self.no_output}"] if self.no_output else lines)
 
+    def _repr_html_(self) -> str:
+        from steersman.html import fragment
+
+        has_output = self.output_by_chance is not None
+        header = ["feature", "label", "AUROC", "difference", "effect", *(["output"] if has_output else [])]
+        rows = [
+            (
+                str(one.feature),
+                one.label,
+                one.auroc,
+                one.difference,
+                one.effect,
+                "" if one.output is None else one.output,
+            )
+            for one in self
+        ]
+        caption = f"{self.n_positive} positive and {self.n_negative} negative texts"
+        return fragment("table.html", header=header, rows=rows, caption=caption)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)

@@ -29,6 +29,9 @@ class ActivationsCommand(ChatOptions, ComputeOptions, LabelOptions, PrintOptions
     units: Units = "raw"
     """What values are in: raw activations, or max_act, shares of each feature's largest activation in training, which
     compare features of unlike scale."""
+    max_density: float | None = None
+    """Leave out features that fired on a larger share of the tokens in training, such as 0.1: they say little of one
+    text."""
     include_bos: bool = False
     """Count what fires on the BOS too, which in most models says nothing of the text."""
     limit: int = 20
@@ -52,8 +55,8 @@ def run(config: ActivationsCommand) -> None:
         raise SteersmanError("no text to read: give --text")
     sae, lm = config.load_sae(config.sae, config.labels), config.load_model(config.model)
     found = lm.activations(
-        sae, texts, units=config.units, include_bos=config.include_bos, batch_size=config.batch_size,
-        max_length=config.max_length,
+        sae, texts, units=config.units, max_density=config.max_density, include_bos=config.include_bos,
+        batch_size=config.batch_size, max_length=config.max_length,
     )  # fmt: skip
     shown = (config.per_token, config.top)
     config.show(lambda: found.to_text(*shown, colour=in_colour()), found.to_json(*shown) if config.json else None)

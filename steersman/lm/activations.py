@@ -5,7 +5,7 @@ Shape letters: S tokens of a text, K active features a token.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ __all__ = ["Activations", "FeatureValue", "TextActivations", "TopFeature", "toke
 
 Units = Literal["raw", "max_act"]
 """What values are in: activations as they are, or shares of each feature's largest in training."""
+_UNITS = {"raw": "raw activations", "max_act": "shares of each feature's largest activation in training"}
 _LONGEST = 8  # tokens of one character
 
 
@@ -221,11 +222,11 @@ class Activations(Sequence[TextActivations]):
     def _repr_html_(self, n_text: int = 10) -> str:
         from steersman.html import fragment
 
-        return fragment("activations.html", texts=[_shown(text, n_text) for text in self._texts])
+        return fragment("activations.html", texts=[_shown(text, i, n_text) for i, text in enumerate(self._texts, 1)])
 
 
-def _shown(text: TextActivations, n: int) -> dict[str, Any]:
-    """What the template shows of a text."""
+def _shown(text: TextActivations, number: int, n: int) -> dict[str, Any]:
+    """What the template shows of a text, the `number`th."""
     from steersman.html import Token
 
     strongest, per_token = text.top(n), text.per_token(5)
@@ -234,10 +235,15 @@ def _shown(text: TextActivations, n: int) -> dict[str, Any]:
         for token, features in zip(text.tokens, per_token)
     ]
     return {
-        "about": f"{len(text)} tokens at {text.hook_name}, values {text.units}",
+        "about": f"{len(text)} tokens at {text.hook_name}; {_UNITS[text.units]}",
+        "caption": f"strongest features of text {number}",
         "tokens": overall,
         "largest": max((abs(token.value) for token in overall), default=0.0),
-        "top": [(found.feature, found.value, found.n_tokens, found.token, found.label) for found in strongest],
+        "header": ["feature", *(["label"] if text.labels else []), "largest", "tokens", "on"],
+        "top": [
+            [str(one.feature), *([one.label] if text.labels else []), one.value, one.n_tokens, _quoted(one.token)]
+            for one in strongest
+        ],
         "features": [
             (
                 f"feature {found.feature}" + (f": {found.label}" if found.label else ""),
@@ -285,15 +291,23 @@ def labels_of(sae: Any, features: Sequence[int]) -> dict[int, str]:
     return {feature: text for feature, text in found.items() if text}
 
 
-def scale_of(sae: Any, units: Units) -> Tensor | None:
-    """[L] what a value is divided by to be in `units`; None where it is as it is.
+def factors_of(sae: Any, units: Units, max_density: float | None) -> Tensor | None:
+    """[L] what values are multiplied by to be in `units`, 0 for features that are left out; None where they are as they
+    are.
 
-    Raises SteersmanError for unknown units, and for max_act of an SAE without statistics.
+    Raises SteersmanError for unknown units, a density that is none, and an SAE without the statistics that are needed.
     """
-    if units == "raw":
+    if units not in get_args(Units):
+        raise SteersmanError(f"activations are in units {' or '.join(get_args(Units))}, not {units!r}")
+    if max_density is not None and not 0 < max_density <= 1:
+        raise SteersmanError(f"max_density is a share of tokens, above 0 and at most 1, not {max_density}")
+    if units == "raw" and max_density is None:
         return None
-    if units != "max_act":
-        raise SteersmanError(f"activations are in units raw or max_act, not {units!r}")
-    if sae.feature_stats is None:
-        raise SteersmanError("units max_act need the SAE's statistics: run `steersman features` on it first")
-    return sae.feature_stats.max_act.cpu()
+    stats = getattr(sae, "feature_stats", None)
+    if stats is None:
+        raise SteersmanError(
+            "units max_act and max_density need the SAE's statistics: run `steersman features` on it first"
+        )
+    largest, density = stats.max_act.cpu(), stats.density.cpu()
+    factors = torch.where(largest > 0, 1 / largest, 0.0) if units == "max_act" else torch.ones_like(largest)
+    return factors if max_density is None else torch.where(density > max_density, 0.0, factors)

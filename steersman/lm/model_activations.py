@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from steersman.errors import SteersmanError
-from steersman.lm.activations import Activations, TextActivations, Units, labels_of, scale_of, token_texts
+from steersman.lm.activations import Activations, TextActivations, Units, factors_of, labels_of, token_texts
 from steersman.lm.hooks import HookName
 from steersman.lm.model_passes import ModelPasses
 from steersman.lm.model_text import ModelText
@@ -24,6 +24,7 @@ class ModelActivations(ModelText, ModelPasses):
         *,
         hook: HookName | None = None,
         units: Units = "raw",
+        max_density: float | None = None,
         include_bos: bool = False,
         batch_size: int = 16,
         max_length: int | None = None,
@@ -37,18 +38,20 @@ class ModelActivations(ModelText, ModelPasses):
             hook: where to read, for an SAE that records no hook point.
             units: raw activations, or max_act, shares of each feature's largest activation in training, which compare
                 features of unlike scale; a feature that never fired there then counts for nothing.
+            max_density: leave out features that fired on a larger share of the tokens in training, such as 0.1: they
+                say little of one text.
             include_bos: whether features of the BOS count. It is an attention sink in most models: what fires there
                 is strong and says nothing of the text.
             batch_size: texts a pass.
             max_length: cut texts to this many tokens, BOS included.
 
         Raises SteersmanError for an SAE that does not fit this model, a text longer than its context, states that are
-        not finite, and units that the SAE has no statistics for. Inside an edit the edited states are read.
+        not finite, and an SAE without statistics where they are needed. Inside an edit the edited states are read.
 
         >>> [[found.feature for found in text.top(3)] for text in lm.activations(sae, "w7 w8")]  # doctest: +SKIP
         [[3, 4]]
         """
-        where, scale = check_sae_fits(self, sae, hook), scale_of(sae, units)
+        where, factors = check_sae_fits(self, sae, hook), factors_of(sae, units, max_density)
         if batch_size < 1:
             raise SteersmanError(f"batch_size must be at least 1, got {batch_size}")
         given = as_prompts(texts)
@@ -67,8 +70,8 @@ class ModelActivations(ModelText, ModelPasses):
                 kept = counted[row][real].cpu()
                 code = sae.encode_sparse(x)
                 values, indices = code.values.float().cpu(), code.indices.cpu()
-                if scale is not None:
-                    values = torch.where(scale[indices] > 0, values / scale[indices], 0.0)
+                if factors is not None:
+                    values = values * factors[indices]
                 values = torch.where(kept[:, None], values, 0.0)
                 ids = batch.input_ids[row][real].tolist()
                 found.append(
