@@ -97,6 +97,7 @@ from steersman.steer.evaluation import (
 )
 from steersman.steer.feature_values import parse_features
 from steersman.steer.labels.contexts import words_fired_on
+from steersman.steer.labels.dashboard import write_dashboards
 from steersman.steer.labels.describe import (
     DescribeConfig,
     Described,
@@ -343,6 +344,7 @@ __all__ = [
     "verify_effect",
     "vocab_projection",
     "words_fired_on",
+    "write_dashboards",
     "write_neuronpedia",
 ]
 

@@ -156,6 +156,18 @@ def test_neuronpedia_in_and_out(label: Label, tmp_path: Path) -> None:
     assert FeatureLabels.load(tmp_path / "labels.jsonl").text(2) == "word 2"
 
 
+def test_features_go_out_with_their_texts(label: Label, work: Path, tmp_path: Path) -> None:
+    out = ["--to-neuronpedia", str(tmp_path / "np"), "--neuronpedia-id", "toy/0-res", "--feature", "3"]
+    label("--store", str(work / "acts"), "--change-texts", "0", *out)
+    (body,) = json.loads((tmp_path / "np" / "upload" / "batch-0.json").read_text())["features"]
+    assert body["explanations"][0]["text"].startswith("w7")
+    for text in body["activations"]:
+        active = {token.strip() for token, value in zip(text["tokens"], text["values"]) if value > 0}
+        assert active == {"w7"}
+    (page,) = json.loads((tmp_path / "np" / "dashboards" / "batch-0.json").read_text())["features"]
+    assert len(page["activations"]) == len(body["activations"])
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -179,7 +191,8 @@ def test_labels_stand_where_ids_do(
         "--labels",
         str(tmp_path / "mine.jsonl"),
     ]
-    argv += ["--sae", str(work / "sae")] + ([] if command.split()[0] in ("decompose", "find", "neighbours") else ["--model", str(work / "llama")])
+    modelless = command.split()[0] in ("decompose", "find", "neighbours")
+    argv += ["--sae", str(work / "sae"), *([] if modelless else ["--model", str(work / "llama")])]
     main(argv)
     printed = capsys.readouterr().out
     assert "the word\\x1b[2J number 3" in printed

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.label_server import planted_examples
 
 from steersman.errors import SteersmanError
-from steersman.sae import FeatureLabel, FeatureLabels, SAEConfig
-from steersman.steer import read_labels, read_neuronpedia, write_neuronpedia
+from steersman.sae import SAE, FeatureLabel, FeatureLabels, SAEConfig
+from steersman.steer import FeatureExamples, read_labels, read_neuronpedia, write_dashboards, write_neuronpedia
+from steersman.steer.scores import OutputTokens
 
 CFG = SAEConfig(d_in=4, d_sae=8, k=2, hook_name="blocks.6.hook_resid_pre", model_name="gpt2")
 ROW = {"id": "c1", "modelId": "gpt2-small", "layer": "6-res-jb", "index": "3", "authorId": "a",
@@ -80,6 +82,29 @@ def test_what_is_no_export_is_one_error(tmp_path: Path, content: bytes) -> None:
         (tmp_path / name).write_bytes(data)
         with pytest.raises(SteersmanError, match=name):
             read_neuronpedia(tmp_path / name)
+
+
+def test_features_are_written_for_dashboards(tmp_path: Path) -> None:
+    sae, examples = SAE(replace(CFG, d_sae=300)), {j: planted_examples(j, 4) for j in range(299)}
+    examples[299] = FeatureExamples(active=[], inactive=[])
+    tokens = [OutputTokens(feature=j, raised=(" mist", ""), raised_by=(2.0, 1.0), lowered=(" dry",), lowered_by=(-1.0,))
+              for j in range(300)]  # fmt: skip
+    write_dashboards(tmp_path, sae, examples, tokens, LABELS, model_id="GPT2-small", source_id="6-res-jb")
+    files = [json.loads((tmp_path / "dashboards" / f"batch-{n}.json").read_text()) for n in range(3)]
+    assert [len(file["features"]) for file in files] == [128, 128, 44]
+    assert (files[0]["model_id"], files[0]["layer"], files[0]["sae_set"]) == ("GPT2-small", 6, "res-jb")
+    first = files[0]["features"][0]
+    assert first["feature_index"] == 0
+    strongest = first["activations"][0]
+    assert strongest["tokens"][strongest["qualifying_token_index"]] == " fog0"
+    assert strongest["values"][strongest["qualifying_token_index"]] == strongest["bin_max"] == 9.0
+    uploads = [json.loads((tmp_path / "upload" / f"batch-{n}.json").read_text()) for n in range(3)]
+    assert uploads[0]["modelId"] == "gpt2-small"
+    assert sum(len(file["features"]) for file in uploads) == 299, "the site takes no feature without a text"
+    third = uploads[0]["features"][3]
+    assert third["explanations"] == [{"text": LABELS.text(3)}]
+    assert third["topLogits"] == [{"token": " mist", "value": 2.0}]
+    assert len(third["activations"]) == 4
 
 
 def test_sources_are_not_mixed(tmp_path: Path) -> None:

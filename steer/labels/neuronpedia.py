@@ -36,6 +36,8 @@ __all__ = ["read_neuronpedia", "write_neuronpedia"]
 _LONGEST_LINE = 1 << 20
 _MOST_LINES = 1 << 23
 _LARGEST_LIST = 1 << 28
+LONGEST_DESCRIPTION = 512
+"""Characters of a description that the site takes."""
 _SOURCE = "neuronpedia"
 _AUTHOR = "clkht01d40000jv08hvalcvly"
 """Whose the rows are, unless said: the user that SAEDashboard's export names too."""
@@ -170,7 +172,7 @@ def write_neuronpedia(
             "layer": source_id,
             "index": str(feature),
             "authorId": author_id,
-            "description": label.text[:512],
+            "description": label.text[:LONGEST_DESCRIPTION],
             "typeName": kind,
             "explanationModelName": by,
         }

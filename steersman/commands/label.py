@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from steersman.steer import (
     read_neuronpedia,
     vocab_projection,
     words_fired_on,
+    write_dashboards,
     write_neuronpedia,
 )
 from steersman.steer.feature_values import feature_ids
@@ -36,12 +38,13 @@ from steersman.steer.labels.tokens import SOURCES
 from steersman.text import read_texts
 from steersman.train import ActivationStore
 from steersman.train.reports.features import summarize_features
-from steersman.train.reports.label_examples import label_examples
+from steersman.train.reports.label_examples import Examples, label_examples
 
 ANSWERS = "labels.answers.jsonl"
 """Beside the labels: what took long or cost money, for the next run."""
 _CONTEXTS = 12
 _RAISED = 10
+_DASHBOARD, _LOGITS = 20, 10
 _LARGEST = 1 << 30
 
 
@@ -87,7 +90,8 @@ class LabelCommand(TokenLabelConfig, DescribeConfig, ComputeOptions, PrintOption
     from_neuronpedia: str | None = None
     """Export of Neuronpedia's explanations to take labels from: .jsonl, .jsonl.gz, or a folder of batches."""
     to_neuronpedia: str | None = None
-    """Also write the labels as such an export, to this file or folder (needs --neuronpedia-id)."""
+    """Also write the labels as such an export, to this file or folder (needs --neuronpedia-id); into a folder with
+    --store also the features with their texts, as SAEDashboard and Neuronpedia's upload read them."""
     neuronpedia_id: str | None = None
     """Names of the model and the SAE there, as gpt2-small/6-res-jb; by default those that the SAE records."""
     top: int = 20
@@ -106,7 +110,7 @@ def run(config: LabelCommand) -> None:
     known.check(sae.cfg, str(out))
     for feature in ids:
         sae.check_feature(feature)
-    known, described = known.of(sae.cfg), None
+    known, described, lm = known.of(sae.cfg), None, None
     names = _names(config, sae)
     if config.from_neuronpedia is not None:
         found = read_neuronpedia(config.from_neuronpedia, sae.cfg)
@@ -125,7 +129,11 @@ def run(config: LabelCommand) -> None:
         known = _added(known, described.labels, config)
     known.save(out)
     if config.to_neuronpedia is not None and names is not None:
-        write_neuronpedia(known, config.to_neuronpedia, model_id=names[0], source_id=names[1])
+        write_neuronpedia(known, config.to_neuronpedia, **names)
+        if config.store is not None and lm is not None and ".jsonl" not in Path(config.to_neuronpedia).suffixes:
+            shown = {j: _examples(texts, ()) for j, texts in _texts(config, lm, sae, ids, _DASHBOARD, 0).items()}
+            written = vocab_projection(lm, sae, list(shown), n_tokens=_LOGITS)
+            write_dashboards(config.to_neuronpedia, sae, shown, written, known, **names)
     shown = [feature for feature in (ids or known) if feature in known]
     record = [{"feature": j, **asdict(known[j]), "label": known.text(j)} for j in shown]
     for entry in record:
@@ -173,14 +181,14 @@ def _out(config: LabelCommand) -> Path:
     return Path(config.sae) / LABELS
 
 
-def _names(config: LabelCommand, sae: SAE) -> tuple[str, str] | None:
+def _names(config: LabelCommand, sae: SAE) -> dict[str, str] | None:
     if config.to_neuronpedia is None:
         return None
     known = config.neuronpedia_id or sae.cfg.metadata.get("neuronpedia_id")
     model, slash, source = str(known or "").partition("/")
     if not (model and slash and source):
         raise SteersmanError("--to-neuronpedia needs --neuronpedia-id MODEL/SOURCE, as gpt2-small/6-res-jb")
-    return model, source
+    return {"model_id": model, "source_id": source}
 
 
 def _added(known: FeatureLabels, found: FeatureLabels, config: LabelCommand) -> FeatureLabels:
@@ -239,21 +247,10 @@ def _from_endpoint(
     config: LabelCommand, lm: LanguageModel, sae: SAE, ids: list[int], journal: LabelJournal
 ) -> Described:
     settings, endpoint = part_of(DescribeConfig, config), _endpoint(config)
-    wanted = ids or list(range(sae.cfg.d_sae))
     judged = settings.test_examples if settings.scores else 0
-    found = label_examples(
-        sae, ActivationStore.open(config.store or ""), lm, wanted,
-        active=settings.examples + judged, inactive=judged, seed=settings.seed,
-    )  # fmt: skip
-    writes = {one.feature: one.raised for one in vocab_projection(lm, sae, wanted, n_tokens=_RAISED)}
-    examples = {
-        feature: FeatureExamples(
-            active=[LabelExample(*one) for one in texts.active],
-            inactive=[LabelExample(*one) for one in texts.inactive],
-            raised=writes[feature],
-        )
-        for feature, texts in found.items()
-    }
+    found = _texts(config, lm, sae, ids, settings.examples + judged, judged)
+    writes = {one.feature: one.raised for one in vocab_projection(lm, sae, list(found), n_tokens=_RAISED)}
+    examples = {feature: _examples(texts, writes[feature]) for feature, texts in found.items()}
     name = endpoint.model
     cost = labelling_cost(examples, name=name, journal=journal, config=settings)
     config.note(cost.to_text())
@@ -268,6 +265,18 @@ def _from_endpoint(
         )
     with LabelEndpoint(endpoint) as ask:
         return describe_features(ask, examples, name=name, journal=journal, config=settings)
+
+
+def _texts(
+    config: LabelCommand, lm: LanguageModel, sae: SAE, ids: list[int], active: int, inactive: int
+) -> dict[int, Examples]:
+    store, wanted = ActivationStore.open(config.store or ""), ids or list(range(sae.cfg.d_sae))
+    return label_examples(sae, store, lm, wanted, active=active, inactive=inactive, seed=config.seed)
+
+
+def _examples(texts: Examples, raised: Sequence[str]) -> FeatureExamples:
+    active, inactive = ([LabelExample(*one) for one in part] for part in (texts.active, texts.inactive))
+    return FeatureExamples(active=active, inactive=inactive, raised=raised)
 
 
 def _table(labels: FeatureLabels, features: list[int]) -> str:
