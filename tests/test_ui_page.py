@@ -265,7 +265,7 @@ def test_a_phone_in_the_dark(chromium: Browser, served: tuple[StandIn, str], ser
     assert boxes[1] is not None
     assert boxes[1]["y"] >= boxes[0]["y"] + boxes[0]["height"], "one below the other"
     assert page.locator("#generate").is_visible(), "at hand wherever the page is scrolled to"
-    paper = page.evaluate("getComputedStyle(document.querySelector('.card')).backgroundColor")
+    paper = page.evaluate("getComputedStyle(document.querySelector('.panel')).backgroundColor")
     assert sum(map(int, re.findall(r"\d+", paper)[:3])) < 200
     opened.check()
     opened.close()
