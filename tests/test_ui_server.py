@@ -247,6 +247,25 @@ def test_a_job_is_stopped_and_one_whose_user_left_is_dropped(client: Any, playgr
     waits_for(lambda: playground.queue.counts() == (False, 0))
 
 
+def test_a_panel_whose_user_left_is_dropped(
+    client: Any, playground: Playground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def endless(*_given: Any) -> None:
+        stopped = _given[-1]
+        while not stopped():
+            time.sleep(0.01)
+        ended.set()
+
+    monkeypatch.setattr("steersman.ui.playground.panels.dose", endless)
+    asks = {"state": asked(3, 1.0), "intervention": 0, "strengths": [1]}
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/api/dose", json=asks, timeout=0.3)
+    assert ended.wait(10)
+    waits_for(lambda: playground.queue.counts() == (False, 0))
+
+
 def waits_for(condition: Any, seconds: float = 10) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -300,6 +319,10 @@ def test_beyond_this_machine_only_with_the_token(playground: Playground) -> None
     assert token is not None
     assert len(token) > 40
     assert token_for("0.0.0.0") != token
+    with bound("0.0.0.0", 0) as opened:
+        port = opened.getsockname()[1]
+        assert address("0.0.0.0", opened, token) == f"http://{socket.gethostname()}:{port}/?token={token}"
+        assert address("::1", opened, None) == f"http://[::1]:{port}/"
     away = as_seen(playground, "0.0.0.0", token)
     for path, headers in [
         ("/", {}), ("/?token=", {}), (f"/?token={token[:-1]}", {}), (f"/api/queue?token={token}", {}),
@@ -311,10 +334,10 @@ def test_beyond_this_machine_only_with_the_token(playground: Playground) -> None
         assert token not in answer.text
     assert away.post("/api/stop", json={"job": "x"}).status_code == 401
     assert away.get("/api/queue", headers={"authorization": f"Bearer {token}"}).status_code == 200
-    opened = away.get(f"/?token={token}")
-    assert opened.status_code == 200
-    assert token not in opened.text
-    cookie = opened.headers["set-cookie"]
+    page = away.get(f"/?token={token}")
+    assert page.status_code == 200
+    assert token not in page.text
+    cookie = page.headers["set-cookie"]
     assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(cookie.split("; "))
     assert away.get("/api/about").status_code == 200  # the cookie is sent back
     assert away.get("/api/about", headers={"host": "10.0.0.3:8421"}).status_code == 200

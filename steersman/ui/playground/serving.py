@@ -43,7 +43,7 @@ def token_for(host: str, always: bool = False) -> str | None:
 
 def address(host: str, opened: socket.socket, token: str | None) -> str:
     """What to open in a browser."""
-    name = socket.getfqdn() if host in ("0.0.0.0", "::", "") else host
+    name = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
     name = f"[{name}]" if ":" in name else name
     return f"http://{name}:{opened.getsockname()[1]}/" + ("" if token is None else f"?token={token}")
 
