@@ -50,6 +50,8 @@ class Config:
     """What an example is."""
     stories: int = 400
     """Stories that judge."""
+    seed: int = 0
+    """Added to the seeds of the stories: other examples, other judges."""
     least: float = 0.95
     """AUROC from which a feature matches a concept."""
 
@@ -58,7 +60,7 @@ def main(args: Config) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
     lm, sae = LanguageModel.load(MODEL_PATH), SAE.load(args.sae)
-    codes, labels = encode_stories(lm, sae, list(islice(stories(HELDOUT_SEED), args.stories)))
+    codes, labels = encode_stories(lm, sae, list(islice(stories(HELDOUT_SEED + args.seed), args.stories)))
     known = auroc(codes, labels).nan_to_num(nan=0.0)
     names = list(CONCEPTS)
     own = torch.nn.functional.one_hot(known.argmax(1), len(names)).bool() & (known >= args.least)
@@ -68,7 +70,7 @@ def main(args: Config) -> None:
     )
     pool = [
         text
-        for story in islice(stories(EXAMPLES_SEED), 1500)
+        for story in islice(stories(EXAMPLES_SEED + args.seed), 1500)
         for text in ([(story.text, {n for *_, n in story.spans})] if args.kind == "story" else sentences(story))
     ]
     total = torch.zeros(3)
