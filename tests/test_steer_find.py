@@ -1,5 +1,7 @@
 """Features found from texts that should and should not activate them, and by words."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from steersman.sae import FeatureLabel, FeatureLabels
 from steersman.steer import FindConfig, FoundFeature, FoundFeatures, find_features
 from steersman.steer.analysis.find import _held_out, _ranked
 from steersman.train import WordMatch, search_features
+from steersman.train.reports.search import read_feature_records
 
 POSITIVE = [f"w{i} w7 w{i + 1} w9" for i in range(20, 28)]
 NEGATIVE = [f"w{i} w6 w{i + 1} w9" for i in range(20, 28)]
@@ -132,3 +135,20 @@ def test_words_are_found_in_labels_then_tokens_then_contexts() -> None:
     assert search_features("snow", FEATURES, labels, 1) == found[:1]
     with pytest.raises(SteersmanError, match="no words"):
         search_features("  ", FEATURES)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"id": 1},
+        [[1]],
+        [{"id": "1"}],
+        [{"id": 1, "fires_on": [2]}],
+        [{"id": 1, "contexts": [{"token": "a", "after": "b"}]}],
+        [{"id": 1, "contexts": 3}],
+    ],
+)
+def test_a_file_that_holds_no_features_is_refused(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "features.json").write_text(json.dumps(content))
+    with pytest.raises(SteersmanError, match="features.json: not a list of features"):
+        read_feature_records(tmp_path / "features.json")

@@ -11,6 +11,7 @@ from steersman.lm.model_passes import ModelPasses
 from steersman.lm.model_text import ModelText
 from steersman.lm.origin import check_sae_fits
 from steersman.lm.tokens import Prompts, TokenBatch, as_prompts, bos_tokens
+from steersman.progress import progress
 
 
 class ModelActivations(ModelText, ModelPasses):
@@ -56,7 +57,8 @@ class ModelActivations(ModelText, ModelPasses):
             raise SteersmanError(f"batch_size must be at least 1, got {batch_size}")
         given = as_prompts(texts)
         found: list[TextActivations] = []
-        for start in range(0, len(given), batch_size):
+        starts = range(0, len(given), batch_size)
+        for start in progress(starts, desc="reading texts", total=len(starts), unit="batch", shown=len(starts) > 1):
             batch = self.encode(given[start : start + batch_size], max_length=max_length)
             self._check_length(batch, start)
             states = self.capture(batch, hooks=[where])[where]

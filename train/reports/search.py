@@ -59,11 +59,25 @@ def search_features(
 def read_feature_records(path: str | Path) -> list[Mapping[str, Any]]:
     """The features in a file that `steersman features` wrote. Raises SteersmanError where it holds none."""
     value = read_json(path, limit=_LARGEST)
-    if not isinstance(value, list) or not all(
-        isinstance(one, dict) and isinstance(one.get("id"), int) for one in value
-    ):
+    if not isinstance(value, list) or not all(map(_is_feature, value)):
         raise SteersmanError(f"{path}: not a list of features as `steersman features` writes it")
     return value
+
+
+def _is_feature(record: Any) -> bool:
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+    return (
+        isinstance(record, dict)
+        and type(record.get("id")) is int
+        and all(texts(record.get(name, [])) for name in ("fires_on", "promotes"))
+        and isinstance(record.get("contexts", []), list)
+        and all(
+            isinstance(context, dict) and texts([context.get(part) for part in ("before", "token", "after")])
+            for context in record.get("contexts", [])
+        )
+    )
 
 
 def _record(feature: Any) -> Mapping[str, Any]:
