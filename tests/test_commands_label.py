@@ -138,6 +138,15 @@ def test_an_endpoint_that_fails_leaves_what_came_and_code_75(
     assert len(server.requests) - asked == 15, "what was answered is not asked again"
 
 
+def test_an_endpoint_that_refuses_is_a_mistake(
+    work: Path, server: LabelServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answer = lambda messages: (401, {}, "who are you?")
+    argv = ["label", "--sae", str(work / "sae"), "--model", str(work / "llama"), "--out", str(tmp_path / "l.jsonl")]
+    assert "does not take the key" in fails(capsys, *argv, *asking(work, server))
+    assert FeatureLabels.load(tmp_path / "l.jsonl").text(3), "the label of its tokens is there"
+
+
 def test_neuronpedia_in_and_out(label: Label, tmp_path: Path) -> None:
     rows = [{"modelId": "toy", "layer": "0-res", "index": str(j), "description": f"word {j}"} for j in range(3)]
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))

@@ -167,6 +167,17 @@ def test_an_endpoint_that_is_dead_is_asked_a_few_times_only(server: LabelServer)
     assert "questions in a row had no answer, the last: HTTP 503" in found.to_text()
 
 
+def test_a_model_that_answers_nonsense_alone_is_not_asked_for_long(server: LabelServer) -> None:
+    server.answer = lambda messages: "Once upon a time\nthere was a model."
+    many = {feature: planted_examples(feature) for feature in range(40)}
+    with endpoint(server) as ask:
+        found = describe_features(ask, many, name="toy", config=CONFIG, give_up_after=3)
+    assert not found.labels
+    assert len(found.missing) == 40
+    assert len(server.requests) <= 2 * (3 + 1)
+    assert "the answer is not one line: LABEL: a short phrase" in found.to_text()
+
+
 def test_a_score_that_did_not_come_is_missing_and_the_label_stays(server: LabelServer) -> None:
     def answer(messages: Any) -> Any:
         return knowing(messages) if "LABEL" in messages[0]["content"] else "[1, 2, 3]"
@@ -224,6 +235,7 @@ def test_a_refusal_ends_the_asking(server: LabelServer) -> None:
     assert len(server.requests) == 1
     assert set(found.missing) == set(PLANTED)
     assert "no such address or model" in found.to_text()
+    assert "no such address or model" in found.refused
 
 
 def test_no_more_requests_than_allowed(server: LabelServer) -> None:

@@ -21,7 +21,6 @@ from steersman.sae.feature_labels import FeatureLabel, FeatureLabels
 from steersman.steer.labels.endpoint import AnswerMissing, Ask, EndpointRefused
 from steersman.steer.labels.journal import LabelJournal, digest
 from steersman.steer.labels.prompts import (
-    LONGEST,
     LabelExample,
     judging_prompt,
     label_prompt,
@@ -128,6 +127,8 @@ class Described:
     """The labels that came, with the scores that came."""
     missing: Mapping[int, str]
     """Features without a label or a score because a question got no answer, and why: the next run asks again."""
+    refused: str
+    """Why no more was asked, where the endpoint answers nobody as it is asked; empty otherwise."""
     skipped: Mapping[int, str]
     """Features of which nothing, or nothing more, can be asked, and why: they fire nowhere, or in too few texts."""
 
@@ -276,7 +277,10 @@ def describe_features(
                 feature = todo.get_nowait()
             except queue.Empty:
                 return
-            done.put((feature, *_describe(questions, state.watched(ask), examples[feature], name)))
+            try:
+                done.put((feature, *_describe(questions, ask, examples[feature], state)))
+            except Exception as error:  # whatever it is, the others go on, and who waits for this one hears of it
+                done.put((feature, None, f"{type(error).__name__}: {error}"))
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(config.concurrency, len(wanted)))]
     labels: dict[int, FeatureLabel] = {}
@@ -296,7 +300,7 @@ def describe_features(
     finally:
         state.stop("the run was stopped")
     missing, skipped = (dict(sorted(part.items())) for part in (missing, skipped))
-    return Described(labels=FeatureLabels(labels), missing=missing, skipped=skipped)
+    return Described(labels=FeatureLabels(labels), missing=missing, skipped=skipped, refused=state.refused)
 
 
 def _next(done: "queue.SimpleQueue[tuple[int, FeatureLabel | None, str]]") -> tuple[int, FeatureLabel | None, str]:
@@ -308,44 +312,45 @@ def _next(done: "queue.SimpleQueue[tuple[int, FeatureLabel | None, str]]") -> tu
 
 
 class _State:
-    """When to ask no more: the endpoint refused, or nothing came for a while."""
+    """When to ask no more: the endpoint refused, or no question got an answer for a while."""
 
     def __init__(self, give_up_after: int) -> None:
-        self.give_up_after, self.failed, self.reason = give_up_after, 0, ""
+        self.give_up_after, self.failed, self.reason, self.refused = give_up_after, 0, "", ""
         self._guard = threading.Lock()
 
     def stop(self, reason: str) -> None:
         with self._guard:
             self.reason = self.reason or reason
 
-    def watched(self, ask: Ask) -> Ask:
-        def watching(messages: Any) -> str:
-            if self.reason:
-                raise AnswerMissing(f"not asked: {self.reason}")
-            try:
-                answer = ask(messages)
-            except EndpointRefused as error:
-                self.stop(str(error))
-                raise
-            except Exception as error:
-                with self._guard:
-                    self.failed += 1
-                    given_up = self.failed >= self.give_up_after
-                if given_up:
-                    self.stop(f"{self.failed} questions in a row had no answer, the last: {error}")
-                raise
+    def answered(self, question: Callable[[], T]) -> T:
+        """What `question` gives; raises AnswerMissing where it gives nothing, or nothing is asked any more."""
+        if self.reason:
+            raise AnswerMissing(f"not asked: {self.reason}")
+        try:
+            found = question()
+        except EndpointRefused as error:
+            self.refused = self.refused or str(error)
+            self.stop(str(error))
+            raise AnswerMissing(str(error)) from error
+        except AnswerMissing as error:
             with self._guard:
-                self.failed = 0
-            return answer
+                self.failed += 1
+                given_up = self.failed >= self.give_up_after
+            if given_up:
+                self.stop(f"{self.failed} questions in a row had no answer, the last: {error}")
+            raise
+        with self._guard:
+            self.failed = 0
+        return found
 
-        return watching
 
-
-def _describe(questions: _Questions, ask: Ask, examples: FeatureExamples, name: str) -> tuple[FeatureLabel | None, str]:
+def _describe(
+    questions: _Questions, ask: Ask, examples: FeatureExamples, state: _State
+) -> tuple[FeatureLabel | None, str]:
     """The label of one feature, and what is missing of it."""
     try:
-        text = questions.put(ask, questions.for_label(examples), read_label, "one line: LABEL: a short phrase")
-        text = text[:LONGEST]
+        first, wanted = questions.for_label(examples), "one line: LABEL: a short phrase"
+        text = state.answered(lambda: questions.put(ask, first, read_label, wanted))
     except SteersmanError as error:
         return None, str(error)
     verdicts: dict[str, list[tuple[bool, bool]]] = {kind: [] for kind in questions.config.scores}
@@ -355,7 +360,8 @@ def _describe(questions: _Questions, ask: Ask, examples: FeatureExamples, name: 
         texts[kind] += len(part)
         try:
             read = partial(read_verdicts, n=len(part))
-            said = questions.put(ask, messages, read, f"a list of {len(part)} numbers 0 or 1")
+            put = partial(questions.put, ask, messages, read, f"a list of {len(part)} numbers 0 or 1")
+            said = state.answered(put)
         except SteersmanError as error:
             reason = str(error)
             continue
@@ -365,4 +371,4 @@ def _describe(questions: _Questions, ask: Ask, examples: FeatureExamples, name: 
         score = balanced_accuracy(judged) if 2 * len(judged) >= texts[kind] else None
         if score is not None and math.isfinite(score):
             scores[kind] = score
-    return FeatureLabel(text=text, source=name, scores=scores), reason
+    return FeatureLabel(text=text, source=questions.name, scores=scores), reason

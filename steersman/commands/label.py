@@ -142,6 +142,8 @@ def run(config: LabelCommand) -> None:
     config.note(f"{len(known)} of {sae.cfg.d_sae} features have labels in {out}")
     if described is not None:
         config.note(described.to_text())
+        if described.refused:
+            raise SteersmanError(f"{described.refused}; what came is in {out}")
         if described.missing:
             raise UnfinishedError(
                 f"{len(described.missing)} of {len(ids) or sae.cfg.d_sae} features are not labelled or scored in full "
@@ -257,7 +259,7 @@ def _from_endpoint(
     if config.estimate:
         if config.json:
             print(json.dumps(cost._asdict()))
-        return Described(labels=FeatureLabels(), missing={}, skipped={})
+        return Described(labels=FeatureLabels(), missing={}, skipped={}, refused="")
     if cost.requests > config.max_requests:
         raise SteersmanError(
             f"{cost.to_text()}; --max-requests {config.max_requests} allows fewer: name features with --feature, ask "
