@@ -174,6 +174,14 @@ def test_infinite_tokens_make_nan_or_infinity() -> None:
     assert values[[0, 2, 4, 5]].isfinite().all()
 
 
+@pytest.mark.parametrize(("dead", "n_slow"), [(range(125), 3), (range(0, 500, 4), 0)])
+def test_dead_latents_are_slow_only_where_they_fill_the_first_wave(dead: range, n_slow: int) -> None:
+    """Fewer than k live latents among the first 128 give a bound that all later ones exceed."""
+    x, W, b = integers(3, 4, seed=1), integers(500, 4, seed=2), integers(500, seed=3)
+    b[list(dead)] = -1e4
+    assert check(x, W, b, 10) == n_slow
+
+
 @pytest.mark.parametrize("programs", [1, 5])
 def test_rescued_rows_of_several_blocks(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of rows, whose keys lie in their own buffers or, with programs enough, in slots of each program's."""

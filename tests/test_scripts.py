@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").rglob("*.py"))
@@ -69,3 +70,19 @@ for script in {sorted(BARE)}:
     assert "usage" in out.getvalue(), script
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_benchmarks_dead_features_are_few_of_the_encoders_first_wave() -> None:
+    triton_encode = pytest.importorskip("steersman.kernels.triton_encode")
+    spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "scripts/bench/kernels.py")
+    assert spec is not None
+    assert spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    sys.modules["bench_kernels"] = bench  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(bench)
+    finally:
+        del sys.modules["bench_kernels"]
+    dead = bench.spread(1000, 65536, torch.device("cpu"))
+    assert dead.unique().shape == (1000,)
+    assert int((dead < triton_encode.plan(65536, 64).waves[0][1]).sum()) == 16

@@ -242,9 +242,10 @@ class Bench:
     def steps(self, shape: Shape, x: Tensor, moments: Any, gemm_ms: float) -> None:
         """Whole training steps, with and without dead latents."""
         n_dead = min(1000, shape[1] // 2)
-        forms: list[tuple[str, int, bool]] = [("nothing dead", 0, False), (f"{n_dead} dead", n_dead, False)]
+        dead_or_not = (("nothing dead", 0), (f"{n_dead} dead", n_dead))
+        forms = [(name, dead, False) for name, dead in dead_or_not]
         if self.device.type == "cuda":
-            forms.append(("nothing dead, graph", 0, True))
+            forms += [(f"{name}, graph", dead, True) for name, dead in dead_or_not]
         for name, dead, graph in forms:
             self.row(shape, f"step, {moments}, {name}", "steersman", gemm_ms,
                      lambda d=dead, g=graph: step_on(self.trainer(shape, x, moments, d, g).step, x))  # fmt: skip
@@ -267,12 +268,19 @@ class Bench:
         with mock.patch("steersman.train.run.trainer.new_sae", drawn_on_device):
             made = Trainer(config, recipe, stats, SAEConfig(d_in=D, d_sae=L, k=K))
         if n_dead:
+            dead = spread(n_dead, L, x.device)
             with torch.no_grad():
-                made.sae.b_enc[:n_dead] = -1e4  # so that they stay dead
+                made.sae.b_enc[dead] = -1e4  # so that they stay dead
             silent = torch.zeros(L, dtype=torch.int32, device=x.device)
-            silent[:n_dead] = recipe.dead_after_steps + 1
+            silent[dead] = recipe.dead_after_steps + 1
             made.dead_latents.restore(silent)
         return made
+
+
+def spread(n: int, L: int, device: torch.device) -> Tensor:
+    """The ids of n of L latents, evenly spread as features die in training. The first n would be most of the encoder's
+    first wave, which bounds what the others must reach: then every row takes the exact slow path."""
+    return torch.arange(n, device=device) * L // n
 
 
 def step_on(step: Callable[[Tensor], Any], x: Tensor) -> Made:
