@@ -8,10 +8,13 @@ Shape letters: SIZE columns of a tile, one row's.
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 from steersman.kernels import rounding
 
 BLOCK: tl.constexpr = tl.constexpr(rounding.BLOCK)
+SIGN: tl.constexpr = tl.constexpr(-(1 << 31))
+INTERPRETED: tl.constexpr = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
@@ -45,14 +48,13 @@ def from_blocks(codes, exponents, SPAN: tl.constexpr):
     """See `rounding.from_blocks`: codes and each code's exponent, both int32 -> fp32."""
     size = tl.abs(codes)
     short = tl.where(size > 0, size + ((exponents - SPAN) << 3), 0)
-    x = (tl.maximum(short, 0) << 20).to(tl.float32, bitcast=True)
-    return tl.where(codes < 0, -x, x)
+    return ((tl.maximum(short, 0) << 20) | (codes & SIGN)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def nearest(x, DTYPE: tl.constexpr):
-    """x fp32 in another dtype, to nearest, ties to even. Written out for bf16, as Triton's interpreter truncates."""
-    if DTYPE == tl.bfloat16:  # noqa: SIM300
+    """x fp32 in another dtype, to nearest, ties to even. Written out where Triton's interpreter truncates to bf16."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         bits = tl.where((bits & 0x7F800000) != 0x7F800000, rounded, bits)
@@ -70,18 +72,25 @@ def fours(row, d, D, SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_moment(
-    m_ptr, exponents_ptr, places, mask, row, d, D, STATE: tl.constexpr, SPAN: tl.constexpr, SIZE: tl.constexpr
-):
-    """A moment at columns d to d + SIZE - 1 of a row, fp32, in whatever it is kept."""
+def load_moment(m_ptr, exponents_ptr, places, mask, row, d, D, STATE: tl.constexpr, SIZE: tl.constexpr):
+    """A moment at columns d to d + SIZE - 1 of a row as it is kept, and the exponents of its fours, where it has some:
+    what `as_fp32` takes. Apart, so that other loads do not wait for these."""
+    moment = tl.load(m_ptr + places, mask=mask, other=0)
+    exponents = moment
     if STATE == "int8":
-        codes = tl.load(m_ptr + places, mask=mask, other=0).to(tl.int32)
         col, block = fours(row, d, D, SIZE)
-        exponents = tl.load(exponents_ptr + block, mask=col < D, other=0).to(tl.int32)
-        exponents = tl.reshape(tl.broadcast_to(exponents[:, None], [SIZE // 4, 4]), [SIZE])
-        return from_blocks(codes, exponents, SPAN)
+        exponents = tl.load(exponents_ptr + block, mask=col < D, other=0)
+    return moment, exponents
+
+
+@triton.jit
+def as_fp32(moment, exponents, STATE: tl.constexpr, SPAN: tl.constexpr, SIZE: tl.constexpr):
+    """What `load_moment` gave, as fp32 [SIZE]."""
+    if STATE == "int8":
+        exponents = tl.reshape(tl.broadcast_to(exponents.to(tl.int32)[:, None], [SIZE // 4, 4]), [SIZE])
+        return from_blocks(moment.to(tl.int32), exponents, SPAN)
     else:
-        return tl.load(m_ptr + places, mask=mask, other=0.0).to(tl.float32)
+        return moment.to(tl.float32)
 
 
 @triton.jit

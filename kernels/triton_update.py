@@ -29,11 +29,13 @@ from torch import Tensor
 
 from steersman.kernels import reference, triton_backward
 from steersman.kernels.triton_backward import LatentOrder, columns, run_products, sum_run
-from steersman.kernels.triton_rounding import load_moment, mix, nearest, store_moment
+from steersman.kernels.triton_rounding import as_fp32, load_moment, mix, nearest, store_moment
 from steersman.kernels.update import PART, AuxRows, Moments, UpdateRule, UpdateState
 
 STRETCH = 32
 """Latents of a program; a divisor of PART."""
+PAIRS = 4
+"""Pairs whose rows are read together: few latents have many more."""
 SMALLEST: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 """What a norm is at least: the smallest normal number of fp32."""
 WIDEST_HELD = 8192
@@ -58,7 +60,7 @@ def step_sizes(n_steps_ptr, lr_ptr, bias_lr_ptr, log_beta1, log_beta2, ADAM: tl.
 def moved(w, m, v, size, inverse_root, eps, ADAM: tl.constexpr):
     """The weights after a step by moments that have the gradient in them (see `update.apply_rule`)."""
     if ADAM:
-        return w - size * (m / (tl.sqrt_rn(v) * inverse_root + eps))
+        return w - size * (m / (tl.sqrt(v) * inverse_root + eps))
     else:
         return w - size * tl.where(m > 0, 1.0, tl.where(m < 0, -1.0, 0.0))
 
@@ -68,20 +70,22 @@ def step_piece(
     w, grad, m, v, moments, latent, d, mask, row_random, D, size, inverse_root, beta1, beta2, eps,
     ADAM: tl.constexpr, STATE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """See `update.apply_rule`, for one tile of one row: the weights after it; the moments are written."""
+    """See `update.apply_rule`, for one tile of one row: the weights after it. m and v are as `load_piece` gave them;
+    what they become is written."""
     m_ptr, v_ptr, m_exp_ptr, v_exp_ptr = moments
     cols = columns(d, SIZE)
     places = latent * D + cols
     random = cols.to(tl.uint32)
     if STATE != "float32":
         random = mix(row_random + random)
-    m = beta1 * m + (1 - beta1) * grad
+    m = beta1 * as_fp32(m[0], m[1], STATE, 15, SIZE) + (1 - beta1) * grad
     store_moment(m_ptr, m_exp_ptr, m, places, mask, latent, d, D, random, STATE, 15, 127, True, SIZE)
+    second = m
     if ADAM:
-        v = beta2 * v + (1 - beta2) * (grad * grad)
+        second = beta2 * as_fp32(v[0], v[1], STATE, 31, SIZE) + (1 - beta2) * (grad * grad)
         random = random >> 16
-        store_moment(v_ptr, v_exp_ptr, v, places, mask, latent, d, D, random, STATE, 31, 255, False, SIZE)
-    return moved(w, m, v, size, inverse_root, eps, ADAM)
+        store_moment(v_ptr, v_exp_ptr, second, places, mask, latent, d, D, random, STATE, 31, 255, False, SIZE)
+    return moved(w, m, second, size, inverse_root, eps, ADAM)
 
 
 @triton.jit
@@ -91,10 +95,10 @@ def load_piece(w_ptr, moments, latent, d, D, ADAM: tl.constexpr, STATE: tl.const
     cols = columns(d, SIZE)
     places, mask = latent * D + cols, cols < D
     w = tl.load(w_ptr + places, mask=mask, other=0.0)
-    m = load_moment(m_ptr, m_exp_ptr, places, mask, latent, d, D, STATE, 15, SIZE)
+    m = load_moment(m_ptr, m_exp_ptr, places, mask, latent, d, D, STATE, SIZE)
     v = m
     if ADAM:
-        v = load_moment(v_ptr, v_exp_ptr, places, mask, latent, d, D, STATE, 31, SIZE)
+        v = load_moment(v_ptr, v_exp_ptr, places, mask, latent, d, D, STATE, SIZE)
     return w, m, v
 
 
@@ -149,10 +153,10 @@ def load_aux(aux_ptr, slot, d, D, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def store_unit(w_ptr, rows_ptr, w, norm, latent, d, D, COPY: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write a tile of a decoder's row, divided by the row's norm."""
+def store_unit(w_ptr, rows_ptr, w, inverse, latent, d, D, COPY: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write a tile of a decoder's row, times the inverse of the row's norm."""
     cols = columns(d, BLOCK_D)
-    w /= norm
+    w *= inverse
     tl.store(w_ptr + latent * D + cols, w, mask=cols < D)
     if COPY:
         tl.store(rows_ptr + latent * D + cols, nearest(w, rows_ptr.dtype.element_ty), mask=cols < D)
@@ -241,15 +245,15 @@ def update_rows(
                     tl.store(w_dec_ptr + latent * D + cols, w, mask=cols < D)
                     squares += w * w
                 tl.debug_barrier()  # the row is read again, perhaps by other threads than wrote it
-            norm = tl.maximum(tl.sqrt_rn(tl.sum(squares)), SMALLEST)
+            inverse = 1.0 / tl.maximum(tl.sqrt_rn(tl.sum(squares)), SMALLEST)
             if HELD:
                 for piece in tl.static_range(PIECES):
-                    store_unit(w_dec_ptr, dec_rows_ptr, row[piece], norm, latent, piece * BLOCK_D, D, COPY, BLOCK_D)
+                    store_unit(w_dec_ptr, dec_rows_ptr, row[piece], inverse, latent, piece * BLOCK_D, D, COPY, BLOCK_D)
             else:
                 for d in range(0, D, BLOCK_D):
                     cols = columns(d, BLOCK_D)
                     w = tl.load(w_dec_ptr + latent * D + cols, mask=cols < D, other=0.0)
-                    store_unit(w_dec_ptr, dec_rows_ptr, w, norm, latent, d, D, COPY, BLOCK_D)
+                    store_unit(w_dec_ptr, dec_rows_ptr, w, inverse, latent, d, D, COPY, BLOCK_D)
             for d in range(0, D, BLOCK_D):
                 w = encoder_piece(
                     w_enc_ptr, enc_rows_ptr, enc_moments, x_pairs, aux_enc_ptr, slot, latent, d,
@@ -384,15 +388,18 @@ def _log(beta: float) -> float:
 
 
 def tile(D: int) -> dict[str, int]:
-    """The tile of `update_rows` for rows of width D: a thread has four columns of a piece, and up to four pieces of a
-    row. 128 registers leave room for 16 warps on a multiprocessor; unless told, the compiler aims at fewer and spills.
+    """The tile of `update_rows` for rows of width D: a thread has four columns of a piece, and up to five pieces of a
+    row. Of the sizes of a piece the one that leaves the fewest threads idle, the smallest of those: the kernel is bound
+    by its instructions, which idle threads issue too. 128 registers leave room for 16 warps on a multiprocessor; unless
+    told, the compiler aims at fewer and spills.
 
     >>> tile(2304)
-    {'HELD': True, 'PIECES': 3, 'BLOCK_P': 8, 'BLOCK_D': 1024, 'num_warps': 8, 'maxnreg': 128}
+    {'HELD': True, 'PIECES': 5, 'BLOCK_P': 4, 'BLOCK_D': 512, 'num_warps': 4, 'maxnreg': 128}
     """
-    block = min(2048, max(128, triton.next_power_of_2(triton.cdiv(D, 4))))
+    sizes = [size for size in (128, 256, 512, 1024) if 5 * size >= D] + [2048]
+    block = min(sizes, key=lambda size: triton.cdiv(D, size) * size)
     held = D <= WIDEST_HELD
     pieces = triton.cdiv(D, block) if held else 0
     return {
-        "HELD": held, "PIECES": pieces, "BLOCK_P": 8, "BLOCK_D": block, "num_warps": block // 128, "maxnreg": 128
+        "HELD": held, "PIECES": pieces, "BLOCK_P": PAIRS, "BLOCK_D": block, "num_warps": block // 128, "maxnreg": 128,
     }  # fmt: skip

@@ -70,6 +70,13 @@ def test_a_row_too_wide_for_registers_moves_as_any_other(
         assert torch.equal(value, everything(written)[key]), key
 
 
+@pytest.mark.parametrize("D", [512, 768, 1024, 1536, 2048, 2304, 2560, 3072, 4096, 5120, 8192])
+def test_few_threads_are_idle_in_usual_widths(D: int) -> None:
+    tile = triton_update.tile(D)
+    assert tile["PIECES"] * tile["BLOCK_D"] <= 1.125 * D
+    assert tile["BLOCK_D"] == 128 * tile["num_warps"]
+
+
 def test_two_runs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backward, "CHUNK", 8)
     p, rule = problem(2, L=8), UpdateRule(state_dtype="int8")
