@@ -5,14 +5,15 @@ Instructions are counted in the machine code (`compiled.compile_job`), as cycles
 schedulers; compares, selects, maxima and integer logic (FSETP, FMNMX, SEL, ISETP, LOP3) take two, since 16 lanes of a
 scheduler do them, everything else one. A part's time is the larger of arithmetic and traffic plus what neither
 overlaps: epilogues, selections, launches. Rates are what large products and copies reach, not peaks. All of it is
-prediction, to explain measurements and to choose between designs; nothing is measured here.
+prediction, to explain measurements and to choose between designs, but for `ISSUED`, which is measured. Measurements
+stand beside the predictions in `docs/gpu.md`.
 
 Shape letters: N tokens, L latents, D width, K active latents a token, A candidates of the AuxK loss.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -40,6 +41,10 @@ class Gpu:
     launch_ms: float = 0.004
     """Between the end of a kernel and the work of the next."""
 
+
+ISSUED = 1.0
+"""Instructions a nanosecond that a scheduler issues for `triton_update.update_rows`. On an H200, its time and the count
+of its instructions gave 0.9 to 1.25 at the shapes of `SHAPES`, with moments in fp32 and in 8 bits."""
 
 H100 = Gpu(name="H100 SXM", tflops=720.0, bandwidth=3.0, cache=3.6, processors=132, ghz=1.4)
 H200 = Gpu(name="H200", tflops=720.0, bandwidth=4.3, cache=3.6, processors=132, ghz=1.4)
@@ -88,6 +93,11 @@ class Design:
     """Whether the gradients of the values and of b_dec are passes of their own over rows of the weights."""
     update_bytes: dict[str, float]
     """Bytes a pair of an entry of W_enc and one of W_dec that the update moves, by what the moments are kept in."""
+    update_instructions: dict[str, float] = field(default_factory=dict)
+    """Instructions of the update for a latent and 128 columns of both matrices, with no more pairs than are read
+    together, by what the moments are kept in; none: not counted."""
+    pair_instructions: float = 0.0
+    """Those of each further `triton_update.PAIRS` pairs."""
     launches: int
     """Kernels of a step beside those counted by name."""
     aux_always: bool = False
@@ -100,6 +110,8 @@ SHIPPED = Design(
     gather=1.0,
     sums_apart=False,
     update_bytes={"float32": 52.0, "bfloat16": 36.0, "int8": 28.3},
+    update_instructions={"float32": 860.0, "bfloat16": 1030.0, "int8": 1310.0},
+    pair_instructions=260.0,
     launches=22,
 )
 """The kernels of this package."""
@@ -189,7 +201,10 @@ def step(
         # A radix sort of the pairs, four passes over keys and places, each with a few launches.
         "sort by latent": 4 * 24.0 * N * K / copy + 20 * gpu.launch_ms,
         "hot latents": 0.05,  # chunks, of which most are empty
-        "update": design.update_bytes[moments] * L * D / copy + 2 * gathered / (gpu.cache * 1e9),
+        "update": max(
+            design.update_bytes[moments] * L * D / copy + 2 * gathered / (gpu.cache * 1e9),
+            update_instructions(shape, design, moments) / (4 * gpu.processors * ISSUED * 1e6),
+        ),
         "launches": design.launches * gpu.launch_ms,
     }
     if design.sums_apart:
@@ -198,6 +213,18 @@ def step(
     if design.aux_always or n_aux:
         parts["AuxK"] = auxk(shape, 2 * D if design.aux_always else n_aux, gpu)
     return parts
+
+
+def update_instructions(shape: tiles.Shape, design: Design, moments: str) -> float:
+    """Instructions that the warps of the update issue, those of threads past a row's end included."""
+    from steersman.kernels.triton_update import PAIRS, tile
+
+    N, L, D, K = shape
+    if moments not in design.update_instructions:
+        return 0.0
+    warps = math.ceil(D / tile(D)["BLOCK_D"]) * tile(D)["BLOCK_D"] / 128
+    further = max(0.0, N * K / L / PAIRS - 0.5)  # a run ends anywhere in its last few pairs
+    return L * warps * (design.update_instructions[moments] + further * design.pair_instructions)
 
 
 def auxk(shape: tiles.Shape, n_candidates: int, gpu: Gpu) -> float:
