@@ -3,9 +3,11 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
+from support.browser import PHONE, Opened, browser, check_axe, needs_browser, overflows
 from support.word_features import HOOK, word_model, word_sae
 
 from steersman import SAE, LanguageModel
@@ -179,3 +181,22 @@ def test_a_character_of_several_tokens_stands_at_its_last() -> None:
 
     assert token_texts(Bytes(), list("é🙂!".encode())) == ["", "é", "", "", "", "🙂", "!"]
     assert token_texts(Bytes(), list("🙂".encode())[:2]) == ["", "\ufffd"]  # cut off in the middle
+
+
+@needs_browser
+def test_a_notebook_cell_in_a_browser(tmp_path: Path) -> None:
+    cell = Activations([shown(NASTY, label="<img src=x onerror=alert(1)>"), shown(["word"] * 80)])._repr_html_()
+    page = tmp_path / "cell.html"
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>cell</title><meta name="viewport"'
+    page.write_text(f'{head} content="width=device-width"><main><h1>Cell</h1>{cell}</main>', encoding="utf-8")
+    with browser() as chromium:
+        for size, dark in ((PHONE, False), (PHONE, True)):
+            opened = Opened(chromium, page, size, dark)
+            opened.page.click("summary >> nth=0")
+            check_axe(opened.page)
+            assert not overflows(opened.page)
+            assert opened.page.locator(".tokens span[title]").first.get_attribute("title") == (
+                "5:1 <img src=x onerror=alert(1)>"
+            )
+            opened.check()  # nothing of it ran
+            opened.close()

@@ -185,11 +185,7 @@ def find_features(
     texts = labelled_sides(lm, positive, negative)
     labels = torch.tensor([text.label > 0 for text in texts])
     counts = int(labels.sum()), int((~labels).sum())
-    if min(counts) < _FEWEST:
-        raise SteersmanError(
-            f"find needs at least {_FEWEST} texts that should activate the feature and {_FEWEST} that should not, got "
-            f"{counts[0]} and {counts[1]}: about 20 of each say more"
-        )
+    check_sides(*counts)
     pooled = _pooled(lm, sae, hook, texts, config)
     ids, measured = _ranked(pooled, labels, config)
     output, by_chance, missing = _output_scores(lm, sae, ids, config)
@@ -204,6 +200,15 @@ def find_features(
         features=found, n_positive=counts[0], n_negative=counts[1], standard_error=_standard_error(*counts),
         output_by_chance=by_chance, no_output=missing,
     )  # fmt: skip
+
+
+def check_sides(n_positive: int, n_negative: int) -> None:
+    """Raise SteersmanError for too few texts to choose features on one half and to measure them on the other."""
+    if min(n_positive, n_negative) < _FEWEST:
+        raise SteersmanError(
+            f"find needs at least {_FEWEST} texts that should activate the feature and {_FEWEST} that should not, got "
+            f"{n_positive} and {n_negative}: about 20 of each say more"
+        )
 
 
 def _pooled(lm: LanguageModel, sae: SAE, hook: str, texts: Sequence[Labelled], config: FindConfig) -> Tensor:

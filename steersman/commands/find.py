@@ -13,6 +13,7 @@ from steersman.lm.origin import Origin, check_same_origin
 from steersman.sae import SAE, Neighbour, nearest_features
 from steersman.sae.neighbours import Sides, Sign
 from steersman.steer import FindConfig, SteeringVector, find_features
+from steersman.steer.analysis.find import check_sides
 from steersman.train.reports.search import WordMatch, read_feature_records, search_features
 from steersman.visible import visible
 
@@ -112,6 +113,7 @@ def _by_texts(config: FindCommand) -> None:
     examples = examples_of(config.data, config.positive, config.negative, config)
     if examples is None or not examples.negative:
         raise SteersmanError("--positive needs --negative: texts that should not activate the feature")
+    check_sides(len(examples.positive), len(examples.negative))
     if config.model is None:
         raise SteersmanError("finding by texts needs --model: what reads them")
     sae, lm = config.load_sae(config.sae, config.labels), config.load_model(config.model)
