@@ -136,6 +136,9 @@ def test_the_pages_parts_in_front_of_the_real_server(sessions: tuple[Opened, Ope
     page.click("#find-run")
     page.wait_for_selector("#find-count:text('strongest')")
     assert page.locator("#results li.feature").count() > 0
+    body = "{method: 'POST', headers: {'Content-Type': 'application/json'}, body: JSON.stringify({text: 'Once upon'})}"
+    answer = page.evaluate(f"fetch('api/activating', {body}).then(answer => answer.json())")
+    assert {"value", "token", "density", "max_act", "fires_on"} <= set(answer["features"][0])
     page.fill("#prompt", "The dog")
     page.fill("#max_new_tokens", "6")
     page.click("#generate")

@@ -192,7 +192,12 @@ class Playground:
     async def activating(self, request: Request) -> Response:
         held = fields_of(await json_of(request), ("text", "messages", "limit"), "the request")
         text, limit = self._text(held), whole_number(held.get("limit", 20), "limit", 1)
-        return await self._done(request, lambda _job: panels.activating(self.engine, text, min(limit, 200)))
+
+        def found(_job: Job) -> Answer:
+            features = panels.activating(self.engine, text, min(limit, 200))["features"]
+            return {"features": [{**self.catalogue.brief(one["id"]), **one} for one in features]}
+
+        return await self._done(request, found)
 
     async def activations(self, request: Request) -> Response:
         held = fields_of(await json_of(request), ("text", "messages", "watch", "top"), "the request")
