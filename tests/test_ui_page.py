@@ -84,8 +84,8 @@ def tokens(page: Page, side: str) -> Locator:
     return page.locator(f".box.{side} .tok")
 
 
-def text_of(page: Page, side: str) -> str:
-    return page.locator(f".box.{side} .text").last.inner_text()
+def text_of(page: Page, side: str, run: int = -1) -> str:
+    return page.locator(f".box.{side} .text").nth(run).inner_text()
 
 
 def test_search_slide_generate_and_compare(page: Page, server: StandIn) -> None:
@@ -247,6 +247,13 @@ def test_a_reload_loses_nothing_and_tabs_do_not_mix(opened: Opened, server: Stan
     assert text_of(page, "steered") == before
     assert page.get_attribute("#tab-code", "aria-selected") == "true"
     assert tokens(page, "steered").filter(has_text=re.compile("^ snow$")).get_attribute("data-hue") == "0"
+    server.pause = 0.1
+    page.click("#generate")
+    until(page, "document.querySelectorAll('.run:first-child .box.plain .tok').length >= 4")
+    page.reload()
+    page.wait_for_selector("body.ready")
+    assert text_of(page, "plain", run=0).startswith("HiOnce upon")
+    assert "broke off" in page.locator(".box.plain .foot").first.inner_text()
 
 
 def test_a_phone_in_the_dark(chromium: Browser, served: tuple[StandIn, str], server: StandIn) -> None:

@@ -39,7 +39,7 @@ export async function generate() {
   } catch (error) {
     if (error.name !== "AbortError") failed(error);
   }
-  for (const side of Object.values(run.sides)) side.reason ??= running.stopping ? "stopped" : "error";
+  for (const side of Object.values(run.sides)) side.reason ??= running.stopping ? "stopped" : "interrupted";
   running = null;
   buttons();
   const { runs, talk } = store.data;

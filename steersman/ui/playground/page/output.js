@@ -7,7 +7,7 @@ import { swatch } from "./interventions.js";
 import { labelOf, learn, nameOf, store, watched } from "./state.js";
 
 const TITLES = { steered: "Steered", plain: "Unsteered" };
-const ENDS = { stop: "the model ended it", length: "length reached", stopped: "stopped", interrupted: "broke off", error: "failed" };
+const ENDS = { stop: "the model ended it", length: "length reached", stopped: "stopped", interrupted: "broke off" };
 
 const views = new Map(); // id of a run -> {node, ...}
 const tokens = new WeakMap(); // node -> {run, side, token}
