@@ -7,8 +7,7 @@ import torch
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE, SAEConfig
-from steersman.train import ActivationStore
-from steersman.train.reports.coactivation import co_activating
+from steersman.train import ActivationStore, CoActivations, co_activating
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -24,7 +23,7 @@ def test_partners_are_those_that_were_planted(tmp_path: Path) -> None:
         sae.b_enc.zero_()
         sae.b_dec.zero_()
     store = ActivationStore.from_tensors([x], tmp_path / "acts", HOOK, dtype="float32")
-    found = co_activating(sae, store, [1, 0, 5], n=3)
+    found: CoActivations = co_activating(sae, store, [1, 0, 5], n=3)
     assert list(found) == [1, 0, 5]
     assert (found.n_tokens, found.share) == (50, 1.0)
     one, two = found[1]

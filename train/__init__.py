@@ -4,6 +4,7 @@ from steersman.text import TextSource, open_text
 from steersman.train.capture.cache import CacheConfig, cache_activations
 from steersman.train.capture.capture import CaptureConfig
 from steersman.train.capture.stream import ActivationStream, StreamConfig, stream_activations
+from steersman.train.reports.coactivation import CoActivations, co_activating
 from steersman.train.reports.evaluate import EvaluateConfig, Evaluation, evaluate_sae
 from steersman.train.reports.features import FeatureReport, FeaturesConfig, summarize_features
 from steersman.train.reports.plan import PlanConfig, RunPlan, plan_run
@@ -26,6 +27,7 @@ __all__ = [
     "ActivationStream",
     "CacheConfig",
     "CaptureConfig",
+    "CoActivations",
     "EvaluateConfig",
     "Evaluation",
     "FeatureReport",
@@ -43,6 +45,7 @@ __all__ = [
     "Trainer",
     "WordMatch",
     "cache_activations",
+    "co_activating",
     "evaluate_sae",
     "open_text",
     "plan_run",
