@@ -126,7 +126,7 @@ def test_a_full_server_is_left_alone_by_all_questions(server: LabelServer) -> No
 
     server.answer = answer
     with endpoint(server, max_wait=3.0) as ask:
-        describe_features(ask, {1: PLANTED[1]}, name="toy", config=CONFIG, scores=())
+        describe_features(ask, {1: PLANTED[1]}, name="toy", config=CONFIG, test_examples=0)
     assert seen[1] - seen[0] >= 0.95
     server.answer = lambda messages: (429, {"Retry-After": "3600"}, "")
     with endpoint(server) as ask, pytest.raises(AnswerMissing, match="asks to wait 3600 s"):

@@ -37,7 +37,7 @@ class Config:
     """Folder of its store."""
     words: int = 3
     """Words of each side of a label."""
-    texts: int = 8
+    texts: int = 4
     """Texts that features are clamped on."""
     auroc: float = 0.9
     """From which AUROC on a feature reads a concept."""

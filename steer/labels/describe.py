@@ -51,8 +51,8 @@ class DescribeConfig:
     """Texts judged in one request."""
     threshold: float = 0.3
     """Fraction of a text's strongest activation from which on a token is marked."""
-    scores: tuple[str, ...] = KINDS
-    """Scores of each label: detection, fuzzing, both or none."""
+    scores: tuple[str, ...] = ()
+    """Scores of each label, detection or fuzzing; both if none is named, and none without test examples."""
     seed: int = 0
     """Seed of the order of the texts judged, and of the tokens marked at random."""
     concurrency: int = setting(4, identity=False)
@@ -71,6 +71,11 @@ class DescribeConfig:
             if name not in KINDS:
                 raise SteersmanError(f"unknown score {name!r}: there are {' and '.join(KINDS)}")
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The scores that are asked for."""
+        return (self.scores or KINDS) if self.test_examples else ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureExamples:
@@ -86,7 +91,7 @@ class FeatureExamples:
     def split(self, config: DescribeConfig) -> tuple[list[LabelExample], list[LabelExample]]:
         """The texts to make a label of and those to judge it by: each gets every other one, so that both have all
         levels."""
-        shown = list(self.active[::2] if config.scores and config.test_examples else self.active)
+        shown = list(self.active[::2] if config.kinds else self.active)
         return _spread(shown, config.examples), _spread(list(self.active[1::2]), config.test_examples)
 
 
@@ -201,7 +206,7 @@ class _Questions:
         test = examples.split(self.config)[1]
         inactive = list(examples.inactive)[: self.config.test_examples]
         found = []
-        for kind in self.config.scores if test and inactive else ():
+        for kind in self.config.kinds if test and inactive else ():
             shown = judged_texts(kind, test, inactive, self.config.threshold, self.config.seed)
             for start in range(0, len(shown), self.config.per_request):
                 part = shown[start : start + self.config.per_request]
@@ -294,7 +299,7 @@ def describe_features(
                     labels[feature] = label
                 if reason:
                     missing[feature] = reason
-                elif label is not None and len(label.scores) < len(config.scores) and config.test_examples:
+                elif label is not None and len(label.scores) < len(config.kinds):
                     skipped[feature] = "too few texts to judge a label by"
                 bar.update()
     finally:
@@ -353,7 +358,7 @@ def _describe(
         text = state.answered(lambda: questions.put(ask, first, read_label, wanted))
     except SteersmanError as error:
         return None, str(error)
-    verdicts: dict[str, list[tuple[bool, bool]]] = {kind: [] for kind in questions.config.scores}
+    verdicts: dict[str, list[tuple[bool, bool]]] = {kind: [] for kind in questions.config.kinds}
     texts: Counter[str] = Counter()
     reason = ""
     for kind, part, messages in questions.for_scores(text, examples):

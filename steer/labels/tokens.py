@@ -35,8 +35,9 @@ _TOGETHER = 16
 class TokenLabelConfig:
     """How labels are made of tokens."""
 
-    sources: tuple[str, ...] = SOURCES
-    """What labels are made from, of what is given: contexts (the input side), vocab and change (the output side)."""
+    sources: tuple[str, ...] = ()
+    """What labels are made from, of what is given: contexts (the input side), vocab, change (the output side); all if
+    none is named."""
     words: int = 3
     """Words of each side that a label shows, at most."""
     n_tokens: int = 20
@@ -101,6 +102,7 @@ def label_features(
     ids = list(range(sae.cfg.d_sae)) if features is None else [int(feature) for feature in features]
     for feature in ids:
         sae.check_feature(feature)
+    sources = config.sources or SOURCES
     clarity = row_clarity(lm, sae, ids, config)
     run = digest(sae_identity(sae)["hash"], lm.digest(), list(texts), config.n_tokens, config.max_length)
     found: dict[int, FeatureLabel] = {}
@@ -108,12 +110,12 @@ def label_features(
         for start in range(0, len(ids), _TOGETHER):
             part = ids[start : start + _TOGETHER]
             by_row = {one.feature: one.raised for one in vocab_projection(lm, sae, part, n_tokens=config.n_tokens)}
-            clamps = bool(texts) and "change" in config.sources
+            clamps = bool(texts) and "change" in sources
             changed = _changed(lm, sae, part, texts, hook, config, journal, run) if clamps else {}
             for feature in part:
-                raised = {"vocab": by_row[feature]} if clarity[feature] >= 1 and "vocab" in config.sources else {}
+                raised = {"vocab": by_row[feature]} if clarity[feature] >= 1 and "vocab" in sources else {}
                 raised |= {"change": changed[feature]} if feature in changed else {}
-                reads = (fires_on or {}).get(feature, ()) if "contexts" in config.sources else ()
+                reads = (fires_on or {}).get(feature, ()) if "contexts" in sources else ()
                 sides = both_sides(reads, list(raised.values()), max(5, config.words))
                 if text := sides.text(config.words):
                     scores = {"output_clarity": clarity[feature]} if config.null_directions else {}

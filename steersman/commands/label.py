@@ -65,7 +65,7 @@ class LabelCommand(TokenLabelConfig, DescribeConfig, ComputeOptions, PrintOption
     """Feature ids to label; all of them if none are given."""
     text: str | None = None
     """File, folder or dataset id of text to clamp features on; by default what they fire on."""
-    change_texts: int = 8
+    change_texts: int = 4
     """Texts that each feature is clamped on, a forward pass of each; 0 leaves the change of the logits out."""
     out: str | None = None
     """File of labels to write, and to go on from; by default labels.jsonl in the SAE's folder."""
@@ -249,7 +249,7 @@ def _from_endpoint(
     config: LabelCommand, lm: LanguageModel, sae: SAE, ids: list[int], journal: LabelJournal
 ) -> Described:
     settings, endpoint = part_of(DescribeConfig, config), _endpoint(config)
-    judged = settings.test_examples if settings.scores else 0
+    judged = settings.test_examples
     found = _texts(config, lm, sae, ids, settings.examples + judged, judged)
     writes = {one.feature: one.raised for one in vocab_projection(lm, sae, list(found), n_tokens=_RAISED)}
     examples = {feature: _examples(texts, writes[feature]) for feature, texts in found.items()}
