@@ -10,9 +10,9 @@ from torch import Tensor
 
 from steersman.sae.base import SparseCode
 
-LEVELS_PER_OCTAVE, LEVELS = 2, 10
-"""Levels of the samples: half an octave each, the uppermost ten that a feature reaches, so down to 1/32 of its
-largest activation."""
+LEVELS_PER_OCTAVE, LEVELS = 3, 15
+"""Levels of the samples: a third of an octave each, the uppermost fifteen that a feature reaches, so down to 1/32 of
+its largest activation."""
 
 
 class Entries(NamedTuple):
@@ -145,9 +145,9 @@ class TopExamples(Kept):
 class LevelSamples(Kept):
     """Activations drawn at random of each level of every feature, so that those below the largest can be seen too.
 
-    A level is half an octave of magnitude. Which levels a feature reaches is known only at the end, so the lists are a
-    ring: level l is kept in list l modulo `LEVELS`, and an activation of a higher level replaces those of a lower one
-    there. Within a level the entries with the largest random keys are kept: a uniform sample without replacement.
+    A level is a third of an octave of magnitude. Which levels a feature reaches is known only at the end, so the lists
+    are a ring: level l is kept in list l modulo `LEVELS`, and an activation of a higher level replaces those of a lower
+    one there. Within a level the entries with the largest random keys are kept: a uniform sample without replacement.
     """
 
     def __init__(self, n_latents: int, per_level: int, unit: float, width: int, device: torch.device):

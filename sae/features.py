@@ -25,13 +25,13 @@ class Details:
     """What `summarize_features` keeps of every feature beside its largest activations. With the defaults about 3 kB a
     feature."""
 
-    reach: int = 12
+    reach: int = 10
     """Rows on each side of a kept token on which the feature's activation is kept too."""
     per_level: int = 2
-    """Activations drawn at random of each of the ten half octaves below the largest."""
+    """Activations drawn at random of each of fifteen levels, a third of an octave each, below the largest."""
     bins: int = 40
     """Bins of the histogram."""
-    partners: int = 8
+    partners: int = 6
     """Features that fire with it."""
     max_pairs: int = MAX_PAIRS
     """Pairs of features counted, beyond which tokens are drawn: see `steersman.sae.coactivation`."""

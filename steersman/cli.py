@@ -62,7 +62,11 @@ COMMANDS: dict[str, Command] = {
         "steersman.commands.sweep:run", "train many SAEs from one reading of a store", resumes=True, writes=FOLDER
     ),
     "eval": Command("steersman.commands.eval:run", "measure an SAE: reconstruction, effect on the model", writes=FILE),
-    "features": Command("steersman.commands.features:run", "see what each feature fires on and writes", writes=FILE),
+    "features": Command(
+        "steersman.commands.features:run",
+        "see what each feature fires on and writes; or a site of them",
+        writes={"out": "file", "html": "folder"},
+    ),
     "activations": Command("steersman.commands.activations:run", "see which features fire on a text"),
     "find": Command("steersman.commands.find:run", "find features by words, by texts or by a direction"),
     "neighbours": Command("steersman.commands.neighbours:run", "see the features nearest others"),

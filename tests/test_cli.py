@@ -15,7 +15,9 @@ from support.commands import fails
 from steersman.cli import COMMANDS, main, usage
 from steersman.demo import MODEL_PATH, texts
 from steersman.errors import SteersmanError
-from steersman.sae import SAE, SAEConfig
+from steersman.sae import SAE, FeatureLabel, FeatureLabels, SAEConfig
+from steersman.steer import FeatureScores
+from steersman.steer.scores import Column
 from steersman.train import ActivationStore
 
 MODEL = str(MODEL_PATH)
@@ -127,6 +129,31 @@ def test_features_are_read_where_they_fit(
     shutil.rmtree(acts)
     cache(501)
     assert "written to" in features()
+
+
+def test_a_site_is_written_and_written_again_without_a_pass(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae, site = tmp_path / "sae", tmp_path / "site"
+    shutil.copytree(work / "run", sae, ignore=shutil.ignore_patterns("features*", "checkpoints"))
+    column = Column(values=torch.arange(128.0), null=torch.zeros(128), null_max=0.0, unit="u", n=1, level=0.9)
+    table = FeatureScores.of({"output": column}, model_name=MODEL, hook_name=HOOK, sae=SAE.load(sae))
+    table.save(tmp_path / "scores.safetensors")
+    flags = _features(sae, work / "acts", "--html", str(site))
+    main([*flags, "--scores", str(tmp_path / "scores.safetensors")])
+    assert f"open {site / 'index.html'}" in capsys.readouterr().out
+    assert "<dt>output score<dd>12<" in (site / "features" / "12.html").read_text().replace("</div>", "<")
+    FeatureLabels({12: FeatureLabel(text="rainy words")}).save(sae / "labels.jsonl")
+    monkeypatch.setattr(ActivationStore, "batches", lambda *_, **__: pytest.fail("a pass"))
+    main(flags)
+    assert "feature 12   rainy words   density" in capsys.readouterr().out
+    assert "<h1>Feature 12 <bdi>rainy words</bdi></h1>" in (site / "features" / "12.html").read_text()
+    main([*flags[: flags.index("--html")], "--json"])
+    assert json.loads(capsys.readouterr().out)[0]["label"] == "rainy words"
+    with_scores = ["--scores", str(tmp_path / "scores.safetensors")]
+    assert "give --html too" in fails(capsys, *_features(sae, work / "acts", *with_scores))
+    (site / "mine.txt").write_text("mine")
+    assert "mine.txt is no part of the site" in fails(capsys, *flags)
 
 
 def _features(sae: Path, acts: Path, *flags: str) -> list[str]:

@@ -82,10 +82,10 @@ def test_samples_cover_all_levels_and_no_row_of_huge_norm() -> None:
         drawn = details.sample_values[feature][details.sample_rows[feature] >= 0]
         assert set(drawn.tolist()) <= set(active.tolist())
         assert len(set(details.sample_rows[feature].tolist()) - {-1}) == len(drawn)
-        level = ((active / (3.0 / 8**0.5)).log2() * 2).floor()
-        of_drawn = ((drawn / (3.0 / 8**0.5)).log2() * 2).floor()
-        for one in level.unique()[-10:]:
-            if one > level.max() - 10:
+        level = ((active / (3.0 / 8**0.5)).log2() * 3).floor()
+        of_drawn = ((drawn / (3.0 / 8**0.5)).log2() * 3).floor()
+        for one in level.unique()[-15:]:
+            if one > level.max() - 15:
                 assert int((of_drawn == one).sum()) == min(2, int((level == one).sum()))
 
 

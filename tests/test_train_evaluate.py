@@ -14,7 +14,7 @@ from steersman.sae.features import Rows
 from steersman.sae.features import summarize_features as summarize_rows
 from steersman.train import ActivationStore, HookView, TrainConfig, cache_activations, train_sae
 from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae, spliced_loss
-from steersman.train.reports.features import Feature, FeaturesConfig, _described, features_to_text, summarize_features
+from steersman.train.reports.features import Feature, FeaturesConfig, described, features_to_text, summarize_features
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
 
@@ -184,8 +184,8 @@ def test_contexts_end_where_the_model_stopped_reading(lm: LanguageModel, tmp_pat
         identity = SAE(SAEConfig(d_in=128, d_sae=128, k=1, hook_name=acts.hook_name))
         with torch.no_grad():
             identity.W_enc.copy_(torch.eye(128))
-        described = _described(identity, acts, lm, summarize_rows(identity, [Rows(x, torch.arange(6))], 1.0), [3], 1)
-        (context,) = described[0].contexts
-        assert described[0].fires_on == [" the"]
+        found = described(identity, acts, lm, summarize_rows(identity, [Rows(x, torch.arange(6))], 1.0), [3], 1)
+        (context,) = found[0].contexts
+        assert found[0].fires_on == [" the"]
         assert (context.before.strip(), context.after.strip()) == ("" if known else "the fog and", "fox ran")
         assert context.position == int(positions[3]) * known

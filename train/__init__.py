@@ -5,6 +5,7 @@ from steersman.train.capture.cache import CacheConfig, cache_activations
 from steersman.train.capture.capture import CaptureConfig
 from steersman.train.capture.stream import ActivationStream, StreamConfig, stream_activations
 from steersman.train.reports.coactivation import CoActivations, co_activating
+from steersman.train.reports.detailed import DetailedReport, FeatureDetail, detail_features
 from steersman.train.reports.evaluate import EvaluateConfig, Evaluation, evaluate_sae
 from steersman.train.reports.features import FeatureReport, FeaturesConfig, summarize_features
 from steersman.train.reports.plan import PlanConfig, RunPlan, plan_run
@@ -28,8 +29,10 @@ __all__ = [
     "CacheConfig",
     "CaptureConfig",
     "CoActivations",
+    "DetailedReport",
     "EvaluateConfig",
     "Evaluation",
+    "FeatureDetail",
     "FeatureReport",
     "FeaturesConfig",
     "HookView",
@@ -46,6 +49,7 @@ __all__ = [
     "WordMatch",
     "cache_activations",
     "co_activating",
+    "detail_features",
     "evaluate_sae",
     "open_text",
     "plan_run",
