@@ -1,6 +1,7 @@
 """The quickstart end to end, small; and the measures it reports."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,10 @@ def test_quickstart_makes_a_report(tmp_path: Path) -> None:
     assert "data:image/png;base64" in report
     assert "src='http" not in report
     assert str(results.concepts[0].concept) in report
+    clearest = next(match for match in results.concepts if match.auroc >= 0.95)
+    page = tmp_path / "out" / "site" / "features" / f"{clearest.feature}.html"
+    assert f'href="site/features/{clearest.feature}.html"' in report
+    assert re.search("<h1>Feature [0-9]+ <bdi>", page.read_text()), "it is not called by its concept"
     figures = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(figures["steered"]) == 1
     contrast = results.contrast
@@ -58,8 +63,9 @@ def test_sae_ts_and_direction_push_equally_hard() -> None:
     assert len(plain.texts) == 3
     assert "SAE-TS" in found.to_text()
     shown = _targeting(SimpleNamespace(targeted=found))  # pyright: ignore[reportArgumentType]
-    assert f"feature {found.feature}, which fires" in shown
-    assert shown.count("<p>") == 1 + 2 * 3
+    assert shown is not None
+    assert f"feature {found.feature}, which fires" in shown["intro"]
+    assert len(shown["pairs"]) == 3
 
 
 def test_quickstart_runs_on_another_text(tmp_path: Path) -> None:

@@ -28,13 +28,21 @@ from steersman.errors import SteersmanError
 from steersman.files import write_json
 from steersman.lm import LanguageModel
 from steersman.progress import progress
-from steersman.sae import SAE
+from steersman.sae import SAE, FeatureLabel, FeatureLabels
 from steersman.steer import Steerer
 from steersman.steer.measures import token_nll
 from steersman.text import open_text
-from steersman.train import ActivationStore, TrainConfig, cache_activations, train_sae
+from steersman.train import (
+    ActivationStore,
+    FeatureReport,
+    TrainConfig,
+    cache_activations,
+    detail_features,
+    train_sae,
+)
 from steersman.train.reports.evaluate import evaluate_sae
-from steersman.train.reports.features import Feature, summarize_features
+from steersman.train.reports.features import Feature
+from steersman.ui.site import check_site, write_site
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +55,7 @@ class QuickstartConfig:
     """See features, steer by them and read a report: on the bundled model, or on --model with --text."""
 
     out: str = "quickstart"
-    """Folder for the store, the SAE and report.html. Run again, it resumes where it stopped."""
+    """Folder for the store, the SAE, report.html and the site of features. Run again, it resumes where it stopped."""
     model: str | None = None
     """Folder or hub id of a model; the bundled one if not given."""
     text: str | None = None
@@ -87,14 +95,22 @@ PROMPT_WORDS = 8
 """Words of the held-out texts that are given as prompts."""
 
 
+SITE = "site"
+"""Folder of the site of features, beside the report."""
+CLEAR = 0.95
+"""AUROC from which a feature is called by the concept whose words it tells from others."""
+
+
 def quickstart(config: QuickstartConfig) -> Results:
-    """Run every step and write `report.html`, `results.json` and `features.json` to `config.out`."""
+    """Run every step and write `report.html`, the site of its features, `results.json` and `features.json` to
+    `config.out`."""
     start = time.monotonic()
     bundled = config.model is None
     if not bundled and config.text is None:
         raise SteersmanError("--model needs --text: the text to read it on")
     device = pick_device(config.device)
     out = Path(config.out)
+    check_site(out / SITE)
 
     log.info("[1/8] loading the model and caching activations")
     lm = LanguageModel.load(config.model or str(MODEL_PATH), device=device)
@@ -114,9 +130,9 @@ def quickstart(config: QuickstartConfig) -> Results:
     evaluation = evaluate_sae(sae, store, lm, unseen)
 
     log.info("[4/8] reading its features")
-    summarized = summarize_features(sae, store, lm)
-    features = summarized.features
-    summarized.save(out / "features.json")
+    detailed = detail_features(sae, store, lm)
+    features = detailed.features
+    FeatureReport(features=features, stats=detailed.stats).save(out / "features.json")
 
     log.info("[5/8] naming features")
     concepts = match_concepts(lm, sae, list(islice(stories(HELDOUT_SEED), 400))) if config.text is None else []
@@ -158,9 +174,22 @@ def quickstart(config: QuickstartConfig) -> Results:
         contrast=contrast,
         seconds=time.monotonic() - start,
     )
-    write_report(results, out / "report.html")
+    labels = concept_labels(concepts)
+    write_site(detailed, out / SITE, name=str(out / "sae"), labels=labels)
+    write_report(results, out / "report.html", labels, site=SITE)
     write_json(out / "results.json", figures(results), indent=1, ensure_ascii=False)
     return results
+
+
+def concept_labels(concepts: Sequence[ConceptFeature]) -> FeatureLabels:
+    """The features that tell a concept's words clearly, called by the concept, the clearest of several."""
+    clear = [match for match in concepts if match.auroc >= CLEAR]
+    return FeatureLabels(
+        {
+            match.feature: FeatureLabel(text=match.concept, source="grammar", scores={"auroc": match.auroc})
+            for match in sorted(clear, key=lambda match: match.auroc)
+        }
+    )
 
 
 def figures(results: Results) -> dict[str, Any]:
