@@ -149,7 +149,7 @@ def _targeting(results: Results) -> dict[str, Any] | None:
     return {
         "name": name,
         "intro": intro,
-        "header": ["", "norm", "KL per token", f"words of {name} per 100", "nats per token"],
+        "header": ["vector", "norm", "KL per token", f"words of {name} per 100", "nats per token"],
         "rows": [[way.name, way.norm, way.kl, way.rate, way.nll] for way in targeted.ways],
         "names": (plain.name, optimised.name),
         "pairs": _pairs(list(zip(plain.texts, optimised.texts))[:4], targeted.target.words),
@@ -169,7 +169,7 @@ def _contrast(results: Results) -> dict[str, Any] | None:
         f"at equal norm keeps {kept['reconstruction, equal norm'].retained:.2f} of its effect on the next token."
     )
     return {
-        "name": f"{contrast.concept} less {contrast.against}",
+        "name": visible(f"{contrast.concept} less {contrast.against}"),
         "intro": intro,
         "terms": list(zip(found.features.tolist(), found.coefficients.tolist(), found.cosines.tolist(), found.labels)),
         "figure": plot_decompositions({found.method: found}),
