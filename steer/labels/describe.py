@@ -43,7 +43,7 @@ _LISTED = 20
 class DescribeConfig:
     """What is asked about each feature."""
 
-    examples: int = 20
+    shown_examples: int = 20
     """Texts in which it fires that the model is shown for a label, from all levels of activation."""
     test_examples: int = 20
     """Other texts in which it fires that a label is judged by, and as many in which it does not."""
@@ -62,7 +62,7 @@ class DescribeConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("examples", "per_request", "concurrency", "give_up_after"):
+        for name in ("shown_examples", "per_request", "concurrency", "give_up_after"):
             if getattr(self, name) < 1:
                 raise SteersmanError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.test_examples < 0 or not 0 <= self.threshold <= 1:
@@ -92,7 +92,7 @@ class FeatureExamples:
         """The texts to make a label of and those to judge it by: each gets every other one, so that both have all
         levels."""
         shown = list(self.active[::2] if config.kinds else self.active)
-        return _spread(shown, config.examples), _spread(list(self.active[1::2]), config.test_examples)
+        return _spread(shown, config.shown_examples), _spread(list(self.active[1::2]), config.test_examples)
 
 
 def _spread(examples: list[LabelExample], n: int) -> list[LabelExample]:

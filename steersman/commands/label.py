@@ -250,7 +250,7 @@ def _from_endpoint(
 ) -> Described:
     settings, endpoint = part_of(DescribeConfig, config), _endpoint(config)
     judged = settings.test_examples
-    found = _texts(config, lm, sae, ids, settings.examples + judged, judged)
+    found = _texts(config, lm, sae, ids, settings.shown_examples + judged, judged)
     writes = {one.feature: one.raised for one in vocab_projection(lm, sae, list(found), n_tokens=_RAISED)}
     examples = {feature: _examples(texts, writes[feature]) for feature, texts in found.items()}
     name = endpoint.model
