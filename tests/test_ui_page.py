@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.browser import PHONE, Opened, browser, check_axe, needs_browser, overflows
-from support.playground_stand_in import HOSTILE, WORDS, StandIn, standing_in
+from support.playground_stand_in import HOSTILE, StandIn, standing_in
 
 from steersman.visible import visible
 
@@ -45,7 +45,7 @@ def server(served: tuple[StandIn, str]) -> StandIn:
 @pytest.fixture
 def opened(chromium: Browser, served: tuple[StandIn, str], server: StandIn) -> Iterator[Opened]:
     page = Opened(chromium, served[1])
-    page.page.set_default_timeout(5000)
+    page.page.set_default_timeout(30_000)
     page.page.wait_for_selector("body.ready")
     yield page
     page.check()
@@ -74,7 +74,7 @@ def finished(page: Page) -> None:
 
 def until(page: Page, expression: str) -> None:
     """Wait until some JavaScript is true; playwright's own `wait_for_function` needs what the page's rules forbid."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while not page.evaluate(expression):
         assert time.monotonic() < end, f"still not true: {expression}"
         page.wait_for_timeout(20)
@@ -179,16 +179,17 @@ def test_a_chat_goes_on_from_each_sides_own_replies(page: Page, server: StandIn)
 
 
 def test_a_queue_is_shown_and_stopping_works(page: Page, server: StandIn) -> None:
-    server.pause = 0.15
+    server.hold = "queue"
     page.fill("#prompt", "Once")
     page.click("#generate")
     until(page, "document.querySelector('#progress').textContent === '1 job ahead of yours'")
-    until(page, "document.querySelectorAll('.box.plain .tok').length >= 3")
+    server.hold = 4
+    until(page, "document.querySelectorAll('.box.plain .tok').length === 5")  # the prompt's, and four
     page.press("#prompt", "Escape")
     finished(page)
     assert "stopped" in page.inner_text(".box.plain .foot")
-    assert tokens(page, "plain").count() < len(WORDS)
-    server.pause = 0
+    assert tokens(page, "plain").count() == 5
+    server.hold = ""
     generate(page)
     assert "length reached" in page.locator(".box.plain .foot").first.inner_text()
 
@@ -247,9 +248,9 @@ def test_a_reload_loses_nothing_and_tabs_do_not_mix(opened: Opened, server: Stan
     assert text_of(page, "steered") == before
     assert page.get_attribute("#tab-code", "aria-selected") == "true"
     assert tokens(page, "steered").filter(has_text=re.compile("^ snow$")).get_attribute("data-hue") == "0"
-    server.pause = 0.1
+    server.hold = 4
     page.click("#generate")
-    until(page, "document.querySelectorAll('.run:first-child .box.plain .tok').length >= 4")
+    until(page, "document.querySelectorAll('.run:first-child .box.plain .tok').length === 5")
     page.reload()
     page.wait_for_selector("body.ready")
     assert text_of(page, "plain", run=0).startswith("HiOnce upon")

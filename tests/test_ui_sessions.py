@@ -70,7 +70,7 @@ def chromium() -> Iterator[Browser]:
 def sessions(chromium: Browser, url: str) -> Iterator[tuple[Opened, Opened]]:
     both = Opened(chromium, url), Opened(chromium, url)
     for one in both:
-        one.page.set_default_timeout(20_000)
+        one.page.set_default_timeout(60_000)
         one.page.wait_for_selector("body.ready")
     yield both
     for one in both:
@@ -170,7 +170,7 @@ def test_the_pages_parts_in_front_of_the_real_server(sessions: tuple[Opened, Ope
 def test_a_mistake_is_told_where_it_was_made(chromium: Browser, url: str) -> None:
     session = Opened(chromium, url)
     page = session.page
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     page.wait_for_selector("body.ready")
     steer(page, 3, 1.0)
     page.fill("#prompt", PROMPT)
@@ -187,7 +187,7 @@ def test_a_mistake_is_told_where_it_was_made(chromium: Browser, url: str) -> Non
     assert "unknown scope 'nowhere'" in page.inner_text("#interventions .error")
     page.locator("#interventions .menus select").last.select_option("generation")
     page.locator("#prompt").evaluate(
-        "node => { node.value = 'fog '.repeat(250_000); node.dispatchEvent(new Event('input')); }"
+        "node => { node.value = 'fog '.repeat(75_000); node.dispatchEvent(new Event('input')); }"
     )
     page.click("#generate")
     page.wait_for_selector("#prompt-error:not([hidden])")

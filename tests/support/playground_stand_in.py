@@ -71,7 +71,7 @@ class StandIn:
 
     def reset(self) -> None:
         self.asked.clear()
-        self.pause = 0.0
+        self.hold: int | str = ""
         self.fail = ""
         self.words: dict[str, list[str]] = {"steered": WORDS, "plain": WORDS}
         self.stopped: set[str] = set()
@@ -103,7 +103,7 @@ class StandIn:
             return f"event: {name}\ndata: {json.dumps({'job': job, **data})}\n\n"
 
         yield event("queued", ahead=1)
-        await asyncio.sleep(self.pause)
+        await self._held("queue", job)
         yield event("queued", ahead=0) + ": still here\n\n" + event("start")
         if self.fail:
             yield event("error", message=self.fail)
@@ -114,7 +114,7 @@ class StandIn:
         length = body["state"]["generation"]["max_new_tokens"]
         made = dict.fromkeys(body["sides"], 0)
         for index in range(length):
-            await asyncio.sleep(self.pause)
+            await self._held(index, job)
             if job in self.stopped:
                 break
             for side in body["sides"]:
@@ -128,6 +128,11 @@ class StandIn:
             text = "".join(self.words[side][:count])
             yield event("end", side=side, reason=reason, text=text, tokens_per_second=9.5)
         yield event("done")
+
+    async def _held(self, here: int | str, job: str) -> None:
+        """Waits while a test holds jobs in the queue, or before a token, unless the job is stopped."""
+        while self.hold == here and job not in self.stopped:
+            await asyncio.sleep(0.01)
 
     def find(self, query: dict[str, str]) -> dict[str, Any]:
         found = [feature(i) for i in range(20) if query.get("q", "") in f"{i} {LABELS.get(i, '')}"]
