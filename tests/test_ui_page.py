@@ -233,6 +233,10 @@ def test_a_reload_loses_nothing_and_tabs_do_not_mix(opened: Opened, server: Stan
     generate(page, "Once upon\na time")
     before = text_of(page, "steered")
     page.click("#tab-code")
+    until(
+        page, "Object.values(sessionStorage).some(kept => kept.includes('1.75') && kept.includes('\"panel\":\"code\"'))"
+    )
+    page.evaluate("Storage.prototype.setItem = () => {}")  # as if it were to end without a word
     other = opened.context.new_page()
     other.goto(page.url)
     other.wait_for_selector("body.ready")
