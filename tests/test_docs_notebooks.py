@@ -1,4 +1,4 @@
-"""The notebooks of the documentation run from top to bottom, each in a kernel of its own, in one folder as a reader would."""
+"""The notebooks of the documentation run from top to bottom, each in a kernel of its own, in one folder."""
 
 import os
 from pathlib import Path
