@@ -224,6 +224,25 @@ def test_stopping_ends_within_a_token_and_leaves_nothing(engine: Engine) -> None
     assert count_hooks(engine.lm.model) == 0
 
 
+def test_the_plain_text_of_a_prompt_is_written_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(engine, asked([FEATURE], "One day", max_new_tokens=6))
+    streams: list[Any] = []
+    stream = engine.lm.stream
+    monkeypatch.setattr(engine.lm, "stream", lambda *given, **how: streams.append(given) or stream(*given, **how))
+    second = run(engine, asked([SECOND], "One day", max_new_tokens=6))
+    assert len(streams) == 1
+    plain = [[e for e in events if e.data["side"] == "plain"] for events in (first, second)]
+    assert [e.data for e in plain[0][:-1]] == [e.data for e in plain[1][:-1]]
+    assert texts(first)["plain"] == texts(second)["plain"]
+    for other in (
+        asked([], "One day", max_new_tokens=7), asked([], "One night", max_new_tokens=6),
+        asked([], "One day", max_new_tokens=6, temperature=0.5), asked([], "One day", max_new_tokens=6, seed=1),
+    ):  # fmt: skip
+        before = len(streams)
+        run(engine, other, ["plain"])
+        assert len(streams) == before + 1
+
+
 def test_recipes_go_round_and_open_in_the_command_line(engine: Engine, tmp_path: Path) -> None:
     state = state_from({**asked(CASES["all"], temperature=0.5, seed=3).record(), "watch": [1, 2]})
     text = sharing.recipe_of(engine, state).to_yaml(sharing.Elsewhere())

@@ -8,6 +8,7 @@ Shape letters: S tokens, D width, K active latents a token.
 
 import contextvars
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -36,6 +37,8 @@ from steersman.ui.playground.state import Dial, FeatureDial, State
 SIDES = ("steered", "plain")
 TOP = 5
 """Strongest features told of every token, beside the watched ones."""
+PLAIN_TEXTS = 16
+"""Plain texts that are kept, to be told again beside other steered ones; the oldest goes first."""
 MADE_VECTORS = 64
 """Vectors made here that are kept; the oldest goes first."""
 LONGEST_NAME = 60
@@ -86,6 +89,7 @@ class Engine:
         self.lm.check_decoder()
         self.hook = check_sae_fits(self.lm, self.sae, self.given_hook)
         self.steerer = Steerer(self.lm)
+        self._plain: dict[str, list[Event]] = {}
         if self.effects is not None:
             self.effects.check_sae(self.sae)
         for known in self.vectors.values():
@@ -201,19 +205,31 @@ class Engine:
         return self.lm.encode([prompt], padding_side="left")
 
     def generate(self, state: State, sides: Sequence[str], stopped: Stopped) -> Iterator[Event]:
-        """The events of `sides`, which take turns token by token: see the page's API."""
+        """The events of `sides`, which take turns token by token: see the page's API.
+
+        The plain text of a prompt is written once: while only interventions change, it is told again.
+        """
+        plain = _plain_key(state)
+        if "plain" in sides and plain in self._plain:
+            yield from self._plain[plain]
+            sides = [side for side in sides if side != "plain"]
         batch = self.encode(state.prompt)
         self.lm.check_room(batch.input_ids.shape[1], state.generation.max_new_tokens)
         runs: list[SideRun] = []
+        told: list[Event] = []
         try:
             for side in sides:
                 runs.append(SideRun(self, state, side, batch))
             going = list(runs)
             while going and not stopped():
                 for run in list(going):
-                    yield from run.step()
+                    for event in run.step():
+                        told += [event] if run.side == "plain" else []
+                        yield event
                     if run.reason:
                         going.remove(run)
+                        if run.side == "plain":
+                            self._keep_plain(plain, told)
                     if stopped():
                         break
             for run in going:
@@ -221,6 +237,13 @@ class Engine:
         finally:
             for run in runs:
                 run.close()
+
+    def _keep_plain(self, key: str, told: Sequence[Event]) -> None:
+        """Keep what was told of a plain text that came to its end, without its speed."""
+        *before, end = told
+        self._plain[key] = [*before, Event(end.name, {**end.data, "tokens_per_second": None})]
+        while len(self._plain) > PLAIN_TEXTS:
+            self._plain.pop(next(iter(self._plain)))
 
     def code(self, states: Tensor) -> SparseCode:
         """The active features of states [S, D]."""
@@ -341,6 +364,12 @@ class SideRun:
         assert text is not None
         read = self.engine.lm.capture(text.batch, hooks=self.engine.hook, prompt_length=text.prompt_length)
         return read[self.engine.hook][0]
+
+
+def _plain_key(state: State) -> str:
+    """What a plain text follows from."""
+    record = state.record()
+    return json.dumps({name: record[name] for name in record if name != "interventions"})
 
 
 def described(
