@@ -180,6 +180,7 @@ def test_features_go_out_with_their_texts(label: Label, work: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "command",
     [
+        "features --store {}/acts --feature 3 --out {out}",
         "scores --score contrast --positive {}/with.txt --negative {}/without.txt",
         "steer --feature 3=50 --prompt w7 --max-new-tokens 2",
         "decompose --vector {}/v.safetensors --method omp --k 2",

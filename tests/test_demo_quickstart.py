@@ -10,6 +10,7 @@ import torch
 
 from steersman.demo.quickstart import QuickstartConfig, quickstart
 from steersman.errors import SteersmanError
+from steersman.sae import SAE
 
 
 def test_quickstart_makes_a_report(tmp_path: Path) -> None:
@@ -31,6 +32,10 @@ def test_quickstart_makes_a_report(tmp_path: Path) -> None:
     page = tmp_path / "out" / "site" / "features" / f"{clearest.feature}.html"
     assert f'href="site/features/{clearest.feature}.html"' in report
     assert re.search("<h1>Feature [0-9]+ <bdi>", page.read_text()), "it is not called by its concept"
+    labels = SAE.load(tmp_path / "out" / "sae").labels
+    assert labels.text(clearest.feature) == clearest.concept
+    assert {one.id for one in results.features if one.contexts} <= set(labels), "every feature that fires has a label"
+    assert steered.label == labels.text(steered.feature) != ""
     figures = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(figures["steered"]) == 1
     contrast = results.contrast

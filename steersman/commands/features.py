@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from steersman.commands.options import ComputeOptions, PrintOptions, on_kernels
+from steersman.commands.options import ComputeOptions, LabelOptions, PrintOptions, on_kernels
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.origin import check_sae_fits
@@ -22,7 +22,7 @@ from steersman.ui.site import ScoreColumn, check_site, write_site
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesCommand(ComputeOptions, PrintOptions):
+class FeaturesCommand(ComputeOptions, LabelOptions, PrintOptions):
     """See what features fire on and which tokens they promote, from one pass over a store; the same again is read from
     the file that it wrote."""
 
@@ -59,7 +59,7 @@ def run(config: FeaturesCommand) -> None:
         check_site(config.html)
     elif config.scores is not None:
         raise SteersmanError("--scores is for the site: give --html too")
-    sae, store = config.load_sae(config.sae), ActivationStore.open(config.store)
+    sae, store = config.load_sae(config.sae, config.labels), ActivationStore.open(config.store)
     scores = None if config.scores is None else _score_columns(config.scores, sae)
     hook = store.hook_of(sae)
     lm = config.load_model(config.model)

@@ -29,7 +29,8 @@ from steersman.files import write_json
 from steersman.lm import LanguageModel
 from steersman.progress import progress
 from steersman.sae import SAE, FeatureLabel, FeatureLabels
-from steersman.steer import Steerer
+from steersman.sae.feature_labels import LABELS, named_feature
+from steersman.steer import Steerer, label_features, words_fired_on
 from steersman.steer.measures import token_nll
 from steersman.text import open_text
 from steersman.train import (
@@ -136,6 +137,8 @@ def quickstart(config: QuickstartConfig) -> Results:
 
     log.info("[5/8] naming features")
     concepts = match_concepts(lm, sae, list(islice(stories(HELDOUT_SEED), 400))) if config.text is None else []
+    sae.labels = _labels(lm, sae, features, concepts)
+    sae.labels.save(out / "sae" / LABELS)
     if concepts:
         targets = _concept_targets(lm, sae, concepts)
     else:
@@ -174,11 +177,20 @@ def quickstart(config: QuickstartConfig) -> Results:
         contrast=contrast,
         seconds=time.monotonic() - start,
     )
-    labels = concept_labels(concepts)
-    write_site(detailed, out / SITE, name=str(out / "sae"), labels=labels)
-    write_report(results, out / "report.html", labels, site=SITE)
+    write_site(detailed, out / SITE, name=str(out / "sae"), labels=sae.labels)
+    write_report(results, out / "report.html", sae.labels, site=SITE)
     write_json(out / "results.json", figures(results), indent=1, ensure_ascii=False)
     return results
+
+
+def _labels(
+    lm: LanguageModel, sae: SAE, features: Sequence[Feature], concepts: Sequence[ConceptFeature]
+) -> FeatureLabels:
+    """A label for every feature: what somebody wrote into the file, the concept of the grammar, or the tokens that it
+    fires on and writes."""
+    written = {feature: label for feature, label in sae.labels.items() if not label.source}
+    by_tokens = label_features(lm, sae, fires_on=words_fired_on(asdict(feature) for feature in features))
+    return by_tokens.merged(concept_labels(concepts)).merged(written)
 
 
 def concept_labels(concepts: Sequence[ConceptFeature]) -> FeatureLabels:
@@ -263,6 +275,7 @@ def steer_towards(
         SteeredTarget(
             target=target,
             feature=feature,
+            label=sae.labels.text(feature),
             strength=strength,
             doses=dose_response(lm, sae, feature, target.words, prompts, config),
         )
@@ -329,7 +342,8 @@ def summary(results: Results) -> str:
     for steered in results.steered:
         plain, best = steered.doses[0], steered.dose
         lines.append("")
-        lines.append(f"{steered.target.name}: feature {steered.feature} at {best.strength:g} x its maximum")
+        feature = named_feature(steered.feature, steered.label)
+        lines.append(f"{steered.target.name}: {feature} at {best.strength:g} x its maximum")
         lines.append(f"  its words: {plain.rate:.1f} -> {best.rate:.1f} per 100 words")
         lines.append(f"  nats per token under the unsteered model: {plain.nll:.2f} -> {best.nll:.2f}")
         lines.append(f"  unsteered  {plain.texts[0]}")

@@ -32,6 +32,8 @@ class SteeredTarget:
     """What was steered towards."""
     feature: int
     """The candidate chosen, on texts of its own."""
+    label: str = ""
+    """What the SAE's labels say of it."""
     strength: float
     """The strength chosen on the same texts."""
     doses: list[Dose]

@@ -6,7 +6,6 @@ Shape letters: L latents, W rows of a stretch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from steersman.lm import LanguageModel
 from steersman.lm.origin import check_sae_fits
-from steersman.progress import progress
+from steersman.lm.pieces import Pieces
 from steersman.sae import SAE
-from steersman.sae.features import Details, Rows, summarize_features
-from steersman.train.reports.features import BATCH_ROWS, N_EXAMPLES
-from steersman.train.store.statistics import LARGE_NORM_RATIO
+from steersman.sae.features import Details
+from steersman.train.reports.contexts import REACH, around, token_contexts
+from steersman.train.reports.features import read_features
 from steersman.train.store.store import ActivationStore
 
 _STRETCHES = 512
@@ -47,7 +46,7 @@ def label_examples(
     *,
     active: int = 40,
     inactive: int = 20,
-    reach: int = 12,
+    reach: int = REACH,
     seed: int = 0,
 ) -> dict[int, Examples]:
     """Up to `active` texts in which each of `features` fires and `inactive` ones in which it does not, of at most
@@ -57,22 +56,16 @@ def label_examples(
     check_sae_fits(lm, sae, hook)
     for feature in features:
         sae.check_feature(feature)
-    bar = progress(
-        store.batches(BATCH_ROWS, hook=hook, split="all", shuffle=False, drop_last=False),
-        desc="reading features", total=store.n_batches(BATCH_ROWS, split="all", drop_last=False), unit="batch",
-    )  # fmt: skip
-    median = store.stats(hook).median_norm
-    rows = (Rows(batch.x, batch.rows) for batch in bar)
-    details = Details(reach=reach, per_level=4, partners=1, max_pairs=1)
-    summary = summarize_features(sae, rows, median, N_EXAMPLES, LARGE_NORM_RATIO * median or float("inf"), details)
+    summary = read_features(sae, store, Details(reach=reach, per_level=4, partners=1, max_pairs=1))
     kept: Any = summary.details
-    drawn = _drawn(sae, store, hook, lm, reach, seed)
+    pieces = Pieces(lm.tokenizer)
+    drawn = _drawn(sae, store, hook, pieces, reach, seed)
     found = {}
     for feature in features:
         largest = zip(summary.example_rows[feature].tolist(), kept.example_windows[feature])
         sampled = zip(kept.sample_rows[feature].tolist(), kept.sample_windows[feature])
         chosen = _apart(list(largest), list(sampled), active, reach)
-        texts = [_stretch(store, lm, row, window, reach) for row, window in chosen]
+        texts = _stretches(pieces, store, chosen, reach)
         silent = [(tokens, (0.0,) * len(tokens)) for tokens, on in drawn if feature not in on]
         order = torch.randperm(len(silent), generator=torch.Generator().manual_seed(seed + feature)).tolist()
         found[feature] = Examples(active=_strongest(texts), inactive=[silent[i] for i in order[:inactive]])
@@ -97,43 +90,28 @@ def _apart(
     return chosen
 
 
-def _stretch(store: ActivationStore, lm: LanguageModel, row: int, window: Tensor, reach: int) -> Stretch:
-    """The text around a row and the activations [W] on it."""
-    tokens, low, high = _around(store, lm, row, reach)
-    return tokens, tuple(window[low - row + reach : high - row + reach].float().abs().tolist())
-
-
-def _around(store: ActivationStore, lm: LanguageModel, row: int, reach: int) -> tuple[tuple[str, ...], int, int]:
-    """The tokens around a row that the model read together with it, and their first and last row but one."""
-    start, stop = max(0, row - reach), min(store.n_rows, row + reach + 1)
-    info = store.tokens(start, stop)
-    documents, positions = info.doc_ids.tolist(), info.positions.tolist()
-    known = any(positions)
-
-    def joined(i: int) -> bool:
-        return documents[i] == documents[i + 1] and (not known or positions[i] < positions[i + 1])
-
-    low = high = row - start
-    while low > 0 and joined(low - 1):
-        low -= 1
-    while high + 1 < len(documents) and joined(high):
-        high += 1
-    ids = info.token_ids[low : high + 1].tolist()
-    texts = [lm.tokenizer.decode(ids[:n]) for n in range(len(ids) + 1)]  # each token as it stands behind the others
-    whole = [after[len(before) :] if after.startswith(before) else "" for before, after in pairwise(texts)]
-    return tuple(whole), start + low, start + high + 1
+def _stretches(pieces: Pieces, store: ActivationStore, chosen: list[tuple[int, Tensor]], reach: int) -> list[Stretch]:
+    """The texts around rows and the activations [W] on them."""
+    if not chosen:
+        return []
+    rows, windows = torch.tensor([row for row, _ in chosen]), torch.stack([window for _, window in chosen]).float()
+    contexts = token_contexts(pieces, windows[:, reach], windows, around(store, rows, reach))
+    return [
+        (tuple(token.text for token in one.tokens), tuple(abs(token.value) for token in one.tokens)) for one in contexts
+    ]
 
 
 def _drawn(
-    sae: SAE, store: ActivationStore, hook: str, lm: LanguageModel, reach: int, seed: int
+    sae: SAE, store: ActivationStore, hook: str, pieces: Pieces, reach: int, seed: int
 ) -> list[tuple[tuple[str, ...], set[int]]]:
     """Stretches drawn from the store: their tokens, and the features that fire somewhere in them."""
     rows = torch.randint(0, store.n_rows, (_STRETCHES,), generator=torch.Generator().manual_seed(seed)).unique()
-    drawn = []
-    for row in rows.tolist():
-        tokens, low, high = _around(store, lm, row, reach)
+    found, drawn = around(store, rows, reach), []
+    for i, row in enumerate(rows.tolist()):
+        low, high = int(found.low[i]), int(found.high[i])
         if high - low >= min(_SMALLEST, 2 * reach + 1):
-            x = store.activations(torch.arange(low, high), hook)
+            x = store.activations(torch.arange(row - reach + low, row - reach + high), hook)
             code = sae.encode_sparse(x.to(sae.device).float())
+            tokens = tuple(piece.text for piece in pieces(found.ids[i, low:high].tolist()))
             drawn.append((tokens, set(code.indices[code.active].tolist())))
     return drawn
