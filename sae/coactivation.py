@@ -24,6 +24,7 @@ MAX_PAIRS = 150_000_000
 """Pairs of features on single tokens that are counted: 150 000 tokens of 32 active features. They take seconds to count
 and four bytes of memory for each active feature of a token."""
 _BLOCK_PAIRS = 4_000_000
+_SPARSE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +144,15 @@ class CoActivity:
     def _fill(self, table: CoActiveTable, asked: np.ndarray, owner: np.ndarray, partners: np.ndarray, n: int) -> None:
         """Count the pairs of rows of the table and the features that fired beside theirs."""
         L = len(self.counts)
-        pairs, together = np.unique(owner * L + partners, return_counts=True)
-        row, other = pairs // L, pairs % L
+        first, span = int(owner[0]), int(owner[-1] - owner[0] + 1) * L
+        keys = (owner - first) * L + partners
+        if span <= _SPARSE * len(keys):  # counting in place is faster than sorting, which needs no place
+            together = np.bincount(keys, minlength=span)
+            pairs = np.flatnonzero(together)
+            together = together[pairs]
+        else:
+            pairs, together = np.unique(keys, return_counts=True)
+        row, other = pairs // L + first, pairs % L
         real = asked[row] != other
         row, other, together = row[real], other[real], together[real] / self.share
         counts = self.counts.numpy()

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import pytest
 import torch
 from support.helpers import make_sae
 
+from steersman.sae import coactivation
 from steersman.sae.base import SparseCode
 from steersman.sae.coactivation import CoActivity
 from steersman.sae.features import Details, FeatureDetails, FeatureSummary, Rows, summarize_features
@@ -102,7 +104,10 @@ def test_the_histogram_holds_every_activation_within_a_bin() -> None:
         assert int(off.max()) <= 2 + 0.05 * len(active)
 
 
-def test_partners_equal_the_counts_of_the_dense_code() -> None:
+@pytest.mark.parametrize("sparse", [0, 10**6])  # by sorting, by counting in place
+def test_partners_equal_the_counts_of_the_dense_code(sparse: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coactivation, "_SPARSE", sparse)
+    monkeypatch.setattr(coactivation, "_BLOCK_PAIRS", 500)
     F, _, details = detailed(partners=6)
     on = F > 0
     on[::97] = False
