@@ -22,7 +22,7 @@ from steersman.sae.metrics import FeatureSums, large_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Details:
-    """What `summarize_features` keeps of every feature beside its largest activations. With the defaults about 3 kB a
+    """What `summarize_features` keeps of every feature beside its largest activations. With the defaults about 4 kB a
     feature."""
 
     reach: int = 10

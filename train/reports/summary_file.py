@@ -1,6 +1,6 @@
 """What a pass over a store found of an SAE's features, in full, as a file: a site is written again without the pass.
 
-`features.safetensors` beside the SAE, about 3 kB a feature; its header says which SAE, store, model and settings it
+`features.safetensors` beside the SAE, about 4 kB a feature; its header says which SAE, store, model and settings it
 follows from, as `features.source.json` does for `features.json`.
 """
 
