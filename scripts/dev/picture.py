@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import torch
 import tyro
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from steersman import SAE, LanguageModel, Steerer, SteeringVector
@@ -38,7 +39,7 @@ OTHER = [
     "He wrote the lyrics of the album",
 ]
 PROMPT = "The most important thing about my day is"
-WIDTH = 80
+WIDTH = 64
 """Characters of a line."""
 COLOUR, INK, GREY = "#e8710a", "#1f2328", "#6e7781"
 
@@ -114,7 +115,7 @@ def draw_text(axes: Axes, top: float, title: str, tokens: list[str], values: lis
                 x, y, word = 0.0, y + 1.35, word.lstrip()
             if value > 0:
                 strength = min(1.0, 0.15 + 0.85 * value / scale)
-                box = plt.Rectangle((x, y - 0.6), len(word), 1.2, color=COLOUR, alpha=0.75 * strength, linewidth=0)
+                box = Rectangle((x, y - 0.6), len(word), 1.2, color=COLOUR, alpha=0.75 * strength, linewidth=0)
                 axes.add_patch(box)
             ink = GREY if token == PROMPT else INK
             axes.text(x, y, word, fontsize=9.2, family="DejaVu Sans Mono", color=ink, va="center")
@@ -134,7 +135,7 @@ def main(settings: Settings) -> None:
     scale = max(value for f in found.values() for row in f.values for value in row)
 
     mpl.rcParams.update({"svg.hashsalt": "steersman", "axes.spines.top": False})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.3), width_ratios=(2.15, 1), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.5), width_ratios=(2.15, 1), layout="constrained")
     left.set_axis_off()
     top = 0.0
     for strength in settings.shown:
