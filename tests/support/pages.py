@@ -9,6 +9,9 @@ comments, on lines of their own, say otherwise:
     <!-- starts from: tutorial -->   the folder holds what that page of docs/ leaves; `quickstart` is the command's
 
 A block of text directly behind one that runs is in what the page prints, whitespace apart; `...` stands for anything.
+Processors sum in different orders, and an SAE that is trained on another is another in its last digits, so this is
+held where arithmetic is that of the processor on which the pages were written (`ARITHMETIC`). Elsewhere the lines are
+held with their numbers and other words left open.
 """
 
 import itertools
@@ -19,16 +22,21 @@ import selectors
 import shlex
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^( *)(`{3,})([\w-]*)(.*)$")
 NOT_RUN = re.compile(r"<!-- not run: (\S.*?) -->")
 STARTS_FROM = re.compile(r"^<!-- starts from: (\w+) -->$", flags=re.MULTILINE)
+ARITHMETIC = "0cf8b21e"
+"""What `arithmetic` says where the outputs that pages show were made."""
 LIMIT = 240.0
 """Seconds that one page may take."""
 
@@ -122,6 +130,28 @@ class Ran(NamedTuple):
     folder: Path
     printed: str
     commands: Mapping[str, str]
+
+
+@cache
+def arithmetic() -> str:
+    """Eight digits that are the same on processors whose sums have the same bits, in what a small model computes."""
+    generator = torch.Generator().manual_seed(0)
+    x, W = torch.randn(48, 160, generator=generator), torch.randn(520, 160, generator=generator)
+    h = torch.nn.functional.layer_norm(x @ W.T, (520,))
+    parts = [h, torch.softmax(h, dim=1), torch.nn.functional.silu(h), h.norm(dim=1), h.double() @ h.double().T, x.sum()]
+    bits = zlib.crc32(b"".join(part.contiguous().numpy().tobytes() for part in parts))
+    return f"{bits:08x}"
+
+
+def printed_somewhere(text: str, printed: str, *, exact: bool) -> bool:
+    """Whether `text` is in what was printed: word for word, or, where not `exact`, line by line by the words of letters
+    alone with which each line begins."""
+    if exact:
+        parts = (r"\s+".join(map(re.escape, part.split())) for part in text.split("..."))
+        return re.search(r"\s*.*?\s*".join(parts), printed, flags=re.DOTALL) is not None
+    heads = [re.match(r"\s*((?:[A-Za-z]+\s+)*)", line) for line in text.splitlines()]
+    words = [head[1].split()[:2] for head in heads if head]
+    return all(re.search(r"\s+".join(some), printed) for some in words if some)
 
 
 def pages() -> list[Page]:
