@@ -122,7 +122,7 @@ def test_earlier_concept_decides_later_words(model, tokenizer):
 def test_its_name_loads_it_unless_a_folder_here_is_called_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named, placed = LanguageModel.load("steersman-demo"), LanguageModel.load(str(MODEL_PATH))
-    assert (named.name, named.digest) == (placed.name, placed.digest)
+    assert (named.name, named.digest()) == (placed.name, placed.digest())
     (tmp_path / "steersman-demo").mkdir()
     with pytest.raises(SteersmanError, match=r"holds no config\.json"):
         LanguageModel.load("steersman-demo")

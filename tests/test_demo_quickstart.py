@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from steersman.demo import quickstart as demo
 from steersman.demo.quickstart import QuickstartConfig, quickstart
 from steersman.errors import SteersmanError
 from steersman.sae import SAE
 
 
-def test_quickstart_makes_a_report(tmp_path: Path) -> None:
+def test_quickstart_makes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "STRENGTHS", (0.0, 1.0))
     config = QuickstartConfig(
         out=str(tmp_path / "out"), tokens=40_000, d_sae=256, targets=1, samples=4, max_new_tokens=12, effect_vectors=0
     )

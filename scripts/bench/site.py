@@ -8,7 +8,6 @@ of a pass that encodes the rows of the store and nothing else, of `detail_featur
 `write_site`; bytes and files of the site; first paint of its index page where there is a Chromium and playwright.
 """
 
-import argparse
 import cProfile
 import json
 import pstats
@@ -16,14 +15,32 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 
 from steersman import SAE, ActivationStore, LanguageModel, SAEConfig
 from steersman.train import detail_features
 from steersman.ui.site import write_site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    store: str
+    """Folder of the store."""
+    model: str
+    """Its model."""
+    d_sae: int = 16384
+    """Features."""
+    k: int = 32
+    """Active features a token."""
+    out: str = ""
+    """Folder of the site; a temporary one if none is named."""
+    profile: bool = False
+    """Print where the time went on standard error."""
 
 
 def wide_sae(store: ActivationStore, d_sae: int, k: int) -> SAE:
@@ -69,8 +86,9 @@ class Clock:
         return {name: round(now - then, 1) for name, now, then in zip(("clock", "processor"), self.times, before)}
 
 
-def main(args: argparse.Namespace) -> dict[str, Any]:
+def main(args: Config) -> dict[str, Any]:
     store, lm = ActivationStore.open(args.store), LanguageModel.load(args.model, device="cpu")
+    out = Path(args.out or tempfile.mkdtemp() + "/site")
     sae = wide_sae(store, args.d_sae, args.k)
     clock = Clock()
     for batch in store.batches(8192, split="all", shuffle=False, drop_last=False):
@@ -78,9 +96,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     passed = clock()
     report = detail_features(sae, store, lm)
     detailed = clock()
-    index = write_site(report, args.out, name=f"an SAE of {args.d_sae} features")
+    index = write_site(report, out, name=f"an SAE of {args.d_sae} features")
     written = clock()
-    files = [file for file in Path(args.out).rglob("*") if file.is_file()]
+    files = [file for file in out.rglob("*") if file.is_file()]
     return {
         "d_sae": args.d_sae, "k": args.k, "rows": store.n_rows, "pass_s": passed, "detail_features_s": detailed,
         "write_site_s": written, "megabytes": round(sum(file.stat().st_size for file in files) / 1e6, 1),
@@ -90,14 +108,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--d-sae", type=int, default=16384)
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--out", default=tempfile.mkdtemp() + "/site")
-    parser.add_argument("--profile", action="store_true", help="print where the time went on standard error")
-    given = parser.parse_args()
+    given = tyro.cli(Config, description=__doc__)
     profile = cProfile.Profile()
     if given.profile:
         profile.enable()
