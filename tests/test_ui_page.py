@@ -324,7 +324,7 @@ def test_tools(page: Page, server: StandIn) -> None:
     asked = server.asked_last("dose")
     assert (asked["intervention"], asked["strengths"], len(asked["state"]["interventions"])) == (1, [0, 1, 2.5], 2)
     assert page.get_attribute("#panel-dose .figure", "alt") == "KL and loss over strength"
-    assert page.evaluate("document.querySelector('.figure').naturalWidth") > 0
+    page.wait_for_function("document.querySelector('.figure').naturalWidth > 0")
     page.fill("#dose-strengths", "a lot")
     page.click("#dose-run")
     assert "strengths are numbers" in page.inner_text("#panel-dose .error")

@@ -151,7 +151,7 @@ def test_the_pages_parts_in_front_of_the_real_server(sessions: tuple[Opened, Ope
     page.click("#tab-decompose")
     page.click("#decompose-run")
     page.wait_for_selector("#panel-decompose table")
-    assert page.evaluate("[...document.querySelectorAll('.figure')].every(image => image.naturalWidth > 0)")
+    page.wait_for_function("[...document.querySelectorAll('.figure')].every(image => image.naturalWidth > 0)")
     check_axe(page)
     page.click("#tab-code")
     page.wait_for_selector("#panel-code pre:has-text('st.features(sae')")
