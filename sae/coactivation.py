@@ -138,7 +138,8 @@ class CoActivity:
             here = np.concatenate(entries)
             partners = active[_ranges(starts[here], lengths[here])].astype(np.int64)
             owner = np.repeat(np.repeat(rows, [len(entry) for entry in entries]), lengths[here])
-            self._fill(table, asked, owner, partners, n)
+            if len(owner):  # none of these features fires
+                self._fill(table, asked, owner, partners, n)
         return table
 
     def _fill(self, table: CoActiveTable, asked: np.ndarray, owner: np.ndarray, partners: np.ndarray, n: int) -> None:

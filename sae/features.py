@@ -110,7 +110,7 @@ def summarize_features(
     width = 0 if details is None else 2 * reach + 1
     examples, of_large = TopExamples(L, n_examples, width, device), TopExamples(L, n_examples, 0, device)
     samples = LevelSamples(L, details.per_level, unit, width, device) if details is not None else None
-    activity = CoActivity(L, max_pairs=details.max_pairs) if details is not None else None
+    activity = None if details is None else CoActivity(L, None if details.partners else (), details.max_pairs)
     levels, sums, stretch = Levels(L, unit, device), FeatureSums(L, device), Stretch(reach, L)
 
     def merge() -> None:

@@ -33,5 +33,6 @@ def test_partners_are_those_that_were_planted(tmp_path: Path) -> None:
     assert two.cosine == pytest.approx(10 / (40 * 10) ** 0.5)
     assert [partner.feature for partner in found[0]] == [1], "what fires on the sink alone is no partner"
     assert found[5] == []
+    assert co_activating(sae, store, [5])[5] == [], "nothing that was asked for fires"
     with pytest.raises(SteersmanError, match="feature 8 is out of range"):
         co_activating(sae, store, [8])

@@ -12,6 +12,7 @@ from steersman.lm.pieces import Pieces
 from steersman.sae.features import Details
 from steersman.train import ActivationStore, DetailedReport, FeatureDetail, detail_features
 from steersman.train.reports.features import read_features
+from steersman.train.reports.label_examples import label_examples
 from steersman.train.reports.summary_file import load_summary, save_summary
 
 
@@ -126,3 +127,14 @@ def test_tokens_that_share_a_character_are_one_piece() -> None:
     assert [(piece.start, piece.stop) for piece in found] == [(0, 1), (1, 3), (3, 7), (7, 8), (8, 9)]
     (broken,) = Pieces(Bytes())([0xF0])
     assert broken.text == "\ufffd"
+
+
+def test_examples_for_a_label_are_texts_in_which_the_feature_fires_and_others(site: Planted) -> None:
+    found = label_examples(site.sae, site.store, site.lm, [3, 125], active=6, inactive=4)
+    assert len(found[3].active) == 6
+    strongest = [max(values) for _, values in found[3].active]
+    assert strongest == sorted(strongest, reverse=True)
+    assert strongest[0] == pytest.approx(float(site.dense[:, 3].max()), rel=1e-3)
+    assert all(max(values) == 0 for _, values in found[3].inactive)
+    assert found[125].active == [], "it never fires"
+    assert len(found[125].inactive) == 4

@@ -56,7 +56,7 @@ def label_examples(
     check_sae_fits(lm, sae, hook)
     for feature in features:
         sae.check_feature(feature)
-    summary = read_features(sae, store, Details(reach=reach, per_level=4, partners=1, max_pairs=1))
+    summary = read_features(sae, store, Details(reach=reach, per_level=4, partners=0))
     kept: Any = summary.details
     pieces = Pieces(lm.tokenizer)
     drawn = _drawn(sae, store, hook, pieces, reach, seed)
