@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.browser import PHONE, Opened, browser, check_axe, needs_browser, overflows
+from support.browser import PHONE, Opened, browser, check_axe, needs_browser, overflows, until
 from support.playground_stand_in import HOSTILE, StandIn, standing_in
 
 from steersman.visible import visible
@@ -70,14 +69,6 @@ def generate(page: Page, prompt: str = "Once") -> None:
 def finished(page: Page) -> None:
     page.wait_for_selector("#stop[aria-disabled=true]")
     until(page, "document.querySelector('#progress').textContent === ''")
-
-
-def until(page: Page, expression: str) -> None:
-    """Wait until some JavaScript is true; playwright's own `wait_for_function` needs what the page's rules forbid."""
-    end = time.monotonic() + 30
-    while not page.evaluate(expression):
-        assert time.monotonic() < end, f"still not true: {expression}"
-        page.wait_for_timeout(20)
 
 
 def tokens(page: Page, side: str) -> Locator:
@@ -324,7 +315,7 @@ def test_tools(page: Page, server: StandIn) -> None:
     asked = server.asked_last("dose")
     assert (asked["intervention"], asked["strengths"], len(asked["state"]["interventions"])) == (1, [0, 1, 2.5], 2)
     assert page.get_attribute("#panel-dose .figure", "alt") == "KL and loss over strength"
-    page.wait_for_function("document.querySelector('.figure').naturalWidth > 0")
+    until(page, "document.querySelector('.figure').naturalWidth > 0")
     page.fill("#dose-strengths", "a lot")
     page.click("#dose-run")
     assert "strengths are numbers" in page.inner_text("#panel-dose .error")
@@ -341,6 +332,8 @@ def test_tools(page: Page, server: StandIn) -> None:
     page.click("#decompose-run")
     page.wait_for_selector("#panel-decompose table")
     assert server.asked_last("decompose") == {"feature": 1, "method": "omp", "k": 4}
+    page.click("#tab-code")
+    page.wait_for_selector("#panel-code a[href='api/vectors/target-1.safetensors']")
     with page.expect_download() as download:
         page.click("#recipe-save")
     assert Path(download.value.path()).read_text() == "edits: []\n"

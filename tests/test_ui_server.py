@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 from support.commands import fails
+from support.playground import HOOK, PROMPT, demo_sae, served
 
 from steersman.demo import MODEL_PATH
 from steersman.lm import LanguageModel
-from steersman.sae import SAE, FeatureLabel, FeatureLabels, SAEConfig
+from steersman.sae import SAE, FeatureLabel, FeatureLabels
 from steersman.steer import Steerer, SteeringVector
 
 httpx = pytest.importorskip("httpx", reason="no httpx: the playground's server is not tested")
@@ -31,18 +32,12 @@ from starlette.testclient import TestClient  # noqa: E402
 from steersman.commands.ui import UiCommand, loaded  # noqa: E402
 from steersman.ui.playground.app import Playground  # noqa: E402
 from steersman.ui.playground.security import CSP, MAX_BODY  # noqa: E402
-from steersman.ui.playground.serving import address, bound, server_of, token_for  # noqa: E402
-
-HOOK = "blocks.2.hook_resid_post"
-PROMPT = "Once upon a time"
+from steersman.ui.playground.serving import address, bound, token_for  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def sae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ui") / "sae"
-    config = SAEConfig(d_in=128, d_sae=32, k=4, hook_name=HOOK, model_name="steersman-demo")
-    SAE(config, torch.Generator().manual_seed(0)).save(folder)
-    return folder
+    return demo_sae(tmp_path_factory.mktemp("ui") / "sae")
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +48,8 @@ def playground(sae_folder: Path) -> Playground:
 @pytest.fixture(scope="module")
 def url(playground: Playground) -> Iterator[str]:
     """A real server on a free port."""
-    opened = bound("127.0.0.1", 0)
-    server = server_of(playground)
-    thread = threading.Thread(target=lambda: server.run(sockets=[opened]))
-    thread.start()
-    yield address("127.0.0.1", opened, None)
-    server.should_exit = True
-    thread.join(10)
-    assert not thread.is_alive()
+    with served(playground) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +187,17 @@ def test_what_the_page_asks(client: Any) -> None:
     assert len(fired) == 2
     tokens = client.post("/api/activations", json={"text": PROMPT, "watch": [1]}).json()["tokens"]
     assert "".join(token["text"] for token in tokens if not token["special"]) == PROMPT
+
+
+def test_a_vector_that_was_made_here_is_named_beside_the_code_and_can_be_fetched(
+    client: Any, playground: Playground
+) -> None:
+    name = playground.engine.keep_vector(SteeringVector.of_feature(playground.engine.sae, 5), {5: 1.0})
+    state = asked(3, 9.0)
+    state["interventions"].append({"kind": "vector", "name": name, "strength": 2.0})
+    assert client.post("/api/code", json={"state": state}).json()["files"] == [name]
+    assert client.post("/api/recipe/save", json={"state": state}).json()["files"] == [name]
+    assert client.get(f"/api/vectors/{name}.safetensors").status_code == 200
 
 
 def test_it_starts_with_what_the_flags_name(sae_folder: Path, playground: Playground, tmp_path: Path) -> None:

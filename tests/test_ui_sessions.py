@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from support.browser import Opened, browser, check_axe, needs_browser
+from support.browser import Opened, browser, check_axe, needs_browser, until
+from support.playground import PROMPT, demo_sae, served
 
 from steersman.demo import MODEL_PATH
 from steersman.lm import LanguageModel
-from steersman.sae import SAE, FeatureLabel, FeatureLabels, SAEConfig
+from steersman.sae import SAE, FeatureLabel, FeatureLabels
 from steersman.steer import Recipe, Steerer
 
 pytest.importorskip("uvicorn", reason="no uvicorn (extra ui): the playground was not tested in a browser")
 pytest.importorskip("starlette", reason="no starlette (extra ui): the playground was not tested in a browser")
 
 from steersman.commands.ui import UiCommand, loaded
-from steersman.ui.playground.serving import address, bound, server_of, token_for
+from steersman.ui.playground.serving import token_for
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 pytestmark = needs_browser
-HOOK = "blocks.2.hook_resid_post"
-PROMPT = "Once upon a time"
 LABELS = {3: "<b>bold</b>\u202e שלום\x1b[2J", 5: "five 🌊"}
 
 
@@ -38,12 +35,8 @@ def lm() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("page") / "sae"
-    config = SAEConfig(d_in=128, d_sae=32, k=4, hook_name=HOOK, model_name="steersman-demo")
-    sae = SAE(config, torch.Generator().manual_seed(0))
-    sae.labels = FeatureLabels({j: FeatureLabel(text=text, source="test") for j, text in LABELS.items()})
-    sae.save(folder)
-    return folder
+    labels = FeatureLabels({j: FeatureLabel(text=text, source="test") for j, text in LABELS.items()})
+    return demo_sae(tmp_path_factory.mktemp("page") / "sae", labels)
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +44,8 @@ def url(folder: Path) -> Iterator[str]:
     """A real server, which asks for a token."""
     token = token_for("127.0.0.1", always=True)
     playground = loaded(UiCommand(model=str(MODEL_PATH), sae=str(folder)), token)
-    socket = bound("127.0.0.1", 0)
-    server = server_of(playground)
-    thread = threading.Thread(target=lambda: server.run(sockets=[socket]))
-    thread.start()
-    yield address("127.0.0.1", socket, token)
-    server.should_exit = True
-    thread.join(10)
+    with served(playground, token) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +139,8 @@ def test_the_pages_parts_in_front_of_the_real_server(sessions: tuple[Opened, Ope
     page.click("#tab-decompose")
     page.click("#decompose-run")
     page.wait_for_selector("#panel-decompose table")
-    page.wait_for_function("[...document.querySelectorAll('.figure')].every(image => image.naturalWidth > 0)")
+    until(page, "document.querySelectorAll('.figure').length === 2")
+    until(page, "[...document.querySelectorAll('.figure')].every(image => image.naturalWidth > 0)")
     check_axe(page)
     page.click("#tab-code")
     page.wait_for_selector("#panel-code pre:has-text('st.features(sae')")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,3 +94,11 @@ def check_axe(page: Page) -> None:
 def overflows(page: Page) -> bool:
     """Whether the page is wider than its window, so that a phone scrolls it sideways."""
     return bool(page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"))
+
+
+def until(page: Page, expression: str) -> None:
+    """Wait until some JavaScript is true; playwright's own `wait_for_function` needs what the page's rules forbid."""
+    end = time.monotonic() + 30
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"still not true: {expression}"
+        page.wait_for_timeout(20)

@@ -167,7 +167,7 @@ class StandIn:
             "dose": lambda: self.dose(body["strengths"]),
             "target": self.target,
             "decompose": lambda: self.decompose(body["method"]),
-            "code": lambda: {"python": f"# {HOSTILE}", "command": "steersman steer", "files": []},
+            "code": lambda: {"python": f"# {HOSTILE}", "command": "steersman steer", "files": ["target-1"]},
             "recipe/save": lambda: {"recipe": "edits: []\n", "files": []},
             "recipe/load": self.load,
         }

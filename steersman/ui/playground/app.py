@@ -283,7 +283,7 @@ class Playground:
         state = self._state(fields_of(await json_of(request), ("state",), "the request"))
         await run_in_threadpool(self.engine.check, state)
         python, command = sharing.python_of(self.engine, state), sharing.command_of(self.engine, state)
-        return told({"python": python, "command": command, "files": []})
+        return told({"python": python, "command": command, "files": sharing.files_of(self.engine, state)})
 
     async def save_recipe(self, request: Request) -> Response:
         state = self._state(fields_of(await json_of(request), ("state",), "the request"))

@@ -25,7 +25,7 @@ export function openRecipe() {
 
   function fill(found) {
     for (const [kind, one] of Object.entries(blocks)) one.text.textContent = found[kind];
-    const links = found.files.flatMap((name) => [" ", el("a", { href: `api/vectors/${encodeURIComponent(name.replace(/\.safetensors$/, ""))}.safetensors`, download: true, text: shown(name) })]);
+    const links = found.files.flatMap((name) => [" ", el("a", { href: `api/vectors/${encodeURIComponent(name)}.safetensors`, download: true, text: shown(name) })]);
     files.replaceChildren(...(links.length ? ["Vectors made here, to lie beside it:", ...links] : []));
   }
 
