@@ -48,7 +48,6 @@ function setNumber(name) {
   const field = $(name);
   const value = field.value === "" && name === "top_p" ? null : field.valueAsNumber;
   const wrong = value !== null && !Number.isFinite(value);
-  field.toggleAttribute("aria-invalid", false);
   if (wrong) field.setAttribute("aria-invalid", "true");
   else field.removeAttribute("aria-invalid");
   showError($("settings-error"), wrong ? `${field.labels[0].textContent.trim()} must be a number` : null);

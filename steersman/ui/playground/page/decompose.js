@@ -1,9 +1,9 @@
 // A vector, or a feature's direction, as signed features of the SAE.
 
 import { post } from "./api.js";
-import { $, el, number, select, shown, showError } from "./dom.js";
+import { $, el, number, percent, select, shown, showError } from "./dom.js";
 import { nameOf, store } from "./state.js";
-import { featureCell, figure, percent, table, worker } from "./tabs.js";
+import { featureCell, figure, table, worker } from "./tabs.js";
 
 export function openDecompose(about) {
   const error = el("p", { class: "error", hidden: true });

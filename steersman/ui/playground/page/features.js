@@ -85,7 +85,7 @@ async function byWords(offset = 0) {
 
 async function byText(given) {
   if (given.text?.trim() === "") return showError($("find-error"), "write a text first");
-  const found = await ask((signal) => post("api/activating", { ...given, limit: about.limits.activating ?? 20 }, signal));
+  const found = await ask((signal) => post("api/activating", given, signal));
   if (found) fill(found.features, found.features.length ? "strongest first" : "no feature is active on this text");
 }
 

@@ -1,6 +1,6 @@
 // The tools under the texts: tabs by the keyboard's rules, and what all of them show.
 
-import { $, announce, el, label, number, percent, shown } from "./dom.js";
+import { $, announce, el, label, number, shown } from "./dom.js";
 import { addFeature } from "./interventions.js";
 import { labelOf, store } from "./state.js";
 
@@ -77,5 +77,3 @@ export const featureCell = (feature) =>
   el("span", { class: "feature-cell" },
     el("button", { type: "button", class: "quiet", "aria-label": `Add feature ${feature.id} to steering`, title: "Add to steering", on: { click: () => addFeature(feature) }, text: `#${feature.id}` }),
     " ", label(feature.label || labelOf(store.data, feature.id)));
-
-export { number, percent };
