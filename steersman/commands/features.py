@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from steersman.commands.options import ComputeOptions, LabelOptions, PrintOptions, on_kernels
 from steersman.errors import SteersmanError
@@ -69,7 +69,7 @@ def run(config: FeaturesCommand) -> None:
     out = Path(config.out) if config.out is not None else Path(config.sae) / "features.json"
     source = source_of(sae, store, lm, config.contexts)
     stored = load_features(out, source) if sae.feature_stats is not None else None
-    report = None if config.html is None else _in_full(config, sae, store, lm, out)
+    report = None if config.html is None else _in_full(config, sae, store, lm, out, {**source, "contexts": 0}, stored)
     described = stored or (_found(config, sae, store, lm) if report is None else report.features)
     if stored is None:
         save_features(out, described, source)
@@ -97,16 +97,20 @@ def _found(config: FeaturesCommand, sae: SAE, store: ActivationStore, lm: Langua
     return report.features
 
 
-def _in_full(config: FeaturesCommand, sae: SAE, store: ActivationStore, lm: LanguageModel, out: Path) -> DetailedReport:
-    """All features in full: from what a pass left beside the list of features, or from a pass."""
-    kept, source = out.with_suffix(".safetensors"), source_of(sae, store, lm, 0)
+def _in_full(
+    config: FeaturesCommand, sae: SAE, store: ActivationStore, lm: LanguageModel, out: Path, source: dict[str, Any],
+    described: list[Feature] | None,
+) -> DetailedReport:  # fmt: skip
+    """All features in full: from what a pass left beside the list of features, or from a pass. `described` is what is
+    known of them in short, where it is."""
+    kept = out.with_suffix(".safetensors")
     summary = load_summary(kept, source)
     if summary is None:
         summary = read_features(sae, store, Details())
         save_summary(kept, summary, source)
     if sae.feature_stats is None:
         save_statistics(summary.stats, Path(config.sae))
-    return detailed(sae, store, lm, summary, config.contexts)
+    return detailed(sae, store, lm, summary, config.contexts, described)
 
 
 def _score_columns(path: str, sae: SAE) -> dict[str, ScoreColumn]:

@@ -5,14 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.sae.coactivation import MAX_PAIRS, CoActive, CoActivity
 from steersman.sae.metrics import large_rows
-from steersman.train.store.statistics import LARGE_NORM_RATIO
+from steersman.train.reports.features import every_row
 from steersman.train.store.store import ActivationStore
-
-_BATCH_ROWS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +49,8 @@ def co_activating(
     for feature in features:
         sae.check_feature(feature)
     activity = CoActivity(sae.cfg.d_sae, features, max_pairs)
-    limit = LARGE_NORM_RATIO * store.stats(hook).median_norm or float("inf")
-    batches = store.batches(_BATCH_ROWS, hook=hook, split="all", shuffle=False, drop_last=False)
-    total = store.n_batches(_BATCH_ROWS, split="all", drop_last=False)
-    for batch in progress(batches, desc="co-activation", total=total, unit="batch"):
+    limit = store.stats(hook).large_norm
+    for batch in every_row(store, hook, "co-activation"):
         x = batch.x.to(sae.device)
         activity.add(sae.encode_sparse(x), large_rows(x, limit))
     table = activity.nearest(features, n)

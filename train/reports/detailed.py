@@ -197,12 +197,13 @@ def detail_features(
 
 
 def detailed(
-    sae: SAE, store: ActivationStore, lm: LanguageModel, summary: FeatureSummary, contexts: int = 5
-) -> DetailedReport:
-    """The report of a pass that kept details."""
+    sae: SAE, store: ActivationStore, lm: LanguageModel, summary: FeatureSummary, contexts: int = 5,
+    features: list[Feature] | None = None,
+) -> DetailedReport:  # fmt: skip
+    """The report of a pass that kept details; `features` is what is known of them in short, where it is."""
     assert summary.details is not None
     return DetailedReport(
-        features=described(sae, store, lm, summary, list(range(sae.cfg.d_sae)), contexts),
+        features=features or described(sae, store, lm, summary, list(range(sae.cfg.d_sae)), contexts),
         stats=summary.stats,
         details=summary.details,
         model_name=lm.name,

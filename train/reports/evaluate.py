@@ -25,7 +25,6 @@ from steersman.sae import SAE
 from steersman.sae.metrics import Reconstruction, defined, large_rows, measure_prediction
 from steersman.train.reports.features import BATCH_ROWS
 from steersman.train.store.batch import ActivationBatch
-from steersman.train.store.statistics import LARGE_NORM_RATIO
 from steersman.train.store.store import ActivationStore
 
 
@@ -158,7 +157,7 @@ def _read_and_wanted(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of rows of one hook point, or of two side by side: what is read, what is to be given for it, which are large."""
     widths = [store.width(hook) for hook in hooks]
-    norms = [LARGE_NORM_RATIO * store.stats(hook).median_norm or float("inf") for hook in hooks]
+    norms = [store.stats(hook).large_norm for hook in hooks]
     for batch in batches:
         parts = batch.x.split(widths, dim=1)
         large = torch.stack([large_rows(part, norm) for part, norm in zip(parts, norms)]).any(0)

@@ -1,6 +1,7 @@
 """Features a person can read: the contexts they fire on and the words they write, from a store and its model."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from steersman.sae.features import Details, FeatureSummary, Rows
 from steersman.sae.features import summarize_features as summarize_rows
 from steersman.train.reports.contexts import around, plain_contexts, spread
 from steersman.train.reports.feature import Context, Feature, features_to_text
-from steersman.train.store.statistics import LARGE_NORM_RATIO
+from steersman.train.store.batch import ActivationBatch
 from steersman.train.store.store import ActivationStore
 
 __all__ = ["Context", "Feature", "FeatureReport", "FeaturesConfig", "features_to_text", "summarize_features"]
@@ -96,15 +97,19 @@ def summarize_features(
     return FeatureReport(features=described(sae, store, lm, summary, ids, config.contexts), stats=summary.stats)
 
 
+def every_row(store: ActivationStore, hook: str, desc: str) -> Iterable[ActivationBatch]:
+    """All rows of a hook point in the order of the text, with a bar."""
+    batches = store.batches(BATCH_ROWS, hook=hook, split="all", shuffle=False, drop_last=False)
+    total = store.n_batches(BATCH_ROWS, split="all", drop_last=False)
+    return progress(batches, desc=desc, total=total, unit="batch")
+
+
 def read_features(sae: SAE, store: ActivationStore, details: Details | None = None) -> FeatureSummary:
     """The one pass over all rows of the store, in the order of the text."""
     hook = store.hook_of(sae)
-    batches = store.batches(BATCH_ROWS, hook=hook, split="all", shuffle=False, drop_last=False)
-    total = store.n_batches(BATCH_ROWS, split="all", drop_last=False)
-    bar = progress(batches, desc="features", total=total, unit="batch")
-    rows = (Rows(batch.x, batch.rows) for batch in bar)
-    median = store.stats(hook).median_norm
-    return summarize_rows(sae, rows, median, N_EXAMPLES, LARGE_NORM_RATIO * median or float("inf"), details)
+    rows = (Rows(batch.x, batch.rows) for batch in every_row(store, hook, "features"))
+    stats = store.stats(hook)
+    return summarize_rows(sae, rows, stats.median_norm, N_EXAMPLES, stats.large_norm, details)
 
 
 def described(

@@ -71,7 +71,7 @@ def _is_feature(record: Any) -> bool:
     return (
         isinstance(record, dict)
         and type(record.get("id")) is int
-        and all(texts(record.get(name, [])) for name in ("fires_on", "promotes"))
+        and all(texts(record.get(name, [])) for name in ("fires_on", "promotes", "suppresses"))
         and isinstance(record.get("contexts", []), list)
         and all(
             isinstance(context, dict) and texts([context.get(part) for part in ("before", "token", "after")])

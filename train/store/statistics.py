@@ -43,6 +43,11 @@ class ActivationStats:
     all_rows: bool = False
     """Whether the figures are over all rows there are, so that none is longer than `max_norm`."""
 
+    @property
+    def large_norm(self) -> float:
+        """The norm above which a row is large; infinite where the median is 0."""
+        return LARGE_NORM_RATIO * self.median_norm or math.inf
+
     def large_rows(self) -> str:
         """What to tell of the large rows in one line; nothing where there are none.
 
