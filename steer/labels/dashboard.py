@@ -9,7 +9,6 @@ Comparisons with neurons and histograms, which SAEDashboard has room for, are le
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -60,10 +59,9 @@ def write_dashboards(
     known = [feature for feature in examples if feature in tokens]
     density = {j: 0.0 if sae.feature_stats is None else float(sae.feature_stats.density[j]) for j in known}
     layer, _, name = source_id.partition("-")
-    hook = re.match(r"blocks\.(\d+)\.", sae.cfg.hook_name)
     about = {
         "model_id": model_id,
-        "layer": int(layer) if layer.isdigit() else int(hook[1]) if hook else 0,
+        "layer": int(layer) if layer.isdigit() else sae.cfg.hook_layer or 0,
         "sae_set": name if layer.isdigit() else source_id,
         "sae_id_suffix": None,
     }

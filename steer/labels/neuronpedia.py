@@ -75,8 +75,8 @@ def _check_page(model: str, source: str, cfg: SAEConfig, path: str) -> None:
     known = cfg.metadata.get("neuronpedia_id")
     if isinstance(known, str) and known.casefold() != f"{model}/{source}".casefold():
         raise SteersmanError(f"{path} explains {model}/{source}, and this SAE is {known}")
-    layer, own = re.match(r"\d+(?=-)", source), re.match(r"blocks\.(\d+)\.", cfg.hook_name)
-    if layer is not None and own is not None and int(layer[0]) not in (int(own[1]), int(own[1]) + _pre(cfg)):
+    layer, own = re.match(r"\d+(?=-)", source), cfg.hook_layer
+    if layer is not None and own is not None and int(layer[0]) not in (own, own + _pre(cfg)):
         raise SteersmanError(f"{path} explains layer {layer[0]} ({source}), and this SAE is at {cfg.hook_name}")
 
 

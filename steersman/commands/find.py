@@ -2,10 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from steersman.commands.options import ComputeOptions, LabelOptions, PrintOptions, examples_of, on_kernels
+from steersman.commands.options import (
+    ComputeOptions,
+    LabelOptions,
+    PrintOptions,
+    examples_of,
+    features_file,
+    on_kernels,
+)
 from steersman.config import part_of
 from steersman.conversations import ChatOptions
 from steersman.errors import SteersmanError
@@ -69,8 +75,7 @@ def run(config: FindCommand) -> None:
 
 def _by_words(config: FindCommand, words: str) -> None:
     sae = config.load_sae(config.sae, config.labels)
-    beside = Path(config.sae) / "features.json"
-    path = Path(config.features) if config.features is not None else beside if beside.is_file() else None
+    path = features_file(config.sae, config.features)
     if path is None and not sae.labels:
         raise SteersmanError(
             f"{config.sae} has neither labels nor contexts to search: run `steersman features` on it, or name the file "

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from steersman.commands.options import ComputeOptions, PrintOptions, on_kernels
+from steersman.commands.options import ComputeOptions, PrintOptions, features_file, on_kernels
 from steersman.config import part_of, setting
 from steersman.errors import SteersmanError, UnfinishedError
 from steersman.files import check_place
@@ -39,6 +39,7 @@ from steersman.text import read_texts
 from steersman.train import ActivationStore
 from steersman.train.reports.features import summarize_features
 from steersman.train.reports.label_examples import Examples, label_examples
+from steersman.visible import visible
 
 ANSWERS = "labels.answers.jsonl"
 """Beside the labels: what took long or cost money, for the next run."""
@@ -232,8 +233,8 @@ def _entries(config: LabelCommand, sae: SAE, lm: LanguageModel) -> list[dict[str
     if config.store is not None:
         report = summarize_features(sae, ActivationStore.open(config.store), lm, contexts=_CONTEXTS)
         return [asdict(feature) for feature in report.features]
-    path = Path(config.features) if config.features is not None else Path(config.sae) / "features.json"
-    if config.features is None and not path.is_file():
+    path = features_file(config.sae, config.features)
+    if path is None:
         config.note("without --store or --features labels are of what features write alone")
         return []
     found = read_json(path, limit=_LARGEST)
@@ -286,5 +287,5 @@ def _table(labels: FeatureLabels, features: list[int]) -> str:
     for feature in features:
         scores = labels[feature].scores
         told = "  ".join(f"{name} {scores[name]:.2f}" for name in ("detection", "fuzzing") if name in scores)
-        lines.append(f"{feature:>8}  {labels.text(feature)}" + (f"   ({told})" if told else ""))
+        lines.append(f"{feature:>8}  {visible(labels.text(feature))}" + (f"   ({told})" if told else ""))
     return "\n".join(lines)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -181,6 +182,12 @@ def training_record(sae: SAE, path: Any) -> dict[str, Any]:
     metadata = sae.cfg.metadata
     return {"path": path, "hook": sae.cfg.hook_name, "d_sae": sae.cfg.d_sae, "architecture": sae.cfg.architecture,
             "heldout": metadata["heldout"], "rows_left_out": metadata.get("rows_left_out") or 0}  # fmt: skip
+
+
+def features_file(sae: str, given: str | None = None) -> Path | None:
+    """The file of features that is named, else features.json beside the SAE; None where there is none."""
+    beside = Path(sae) / "features.json"
+    return Path(given) if given is not None else beside if beside.is_file() else None
 
 
 def heldout_line(sae: SAE) -> str:

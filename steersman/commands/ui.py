@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steersman.commands.options import ComputeOptions, hook_point, on_kernels
+from steersman.commands.options import ComputeOptions, features_file, hook_point, on_kernels
 from steersman.config import setting
 from steersman.errors import SteersmanError
 from steersman.steer import EffectMap, Recipe
@@ -83,7 +83,6 @@ def loaded(config: UiCommand, token: str | None = None) -> "Playground":
     from steersman.ui.playground.sharing import state_of
 
     recipe = None if config.recipe is None else Recipe.load(config.recipe)
-    file = Path(config.sae) / "features.json" if config.features is None else Path(config.features)
     sae = config.load_sae(config.sae, config.labels)
     options = {name: getattr(config, name) for name in ("device", "dtype", "revision", "bos")}
     usual = ComputeOptions()
@@ -102,5 +101,5 @@ def loaded(config: UiCommand, token: str | None = None) -> "Playground":
     start = None if recipe is None else state_of(engine, recipe, may_open=True)
     if start is not None:
         engine.check(start)
-    catalogue = Catalogue(engine, file if config.features is not None or file.is_file() else None)
+    catalogue = Catalogue(engine, features_file(config.sae, config.features))
     return Playground(engine, catalogue, start=start, host=config.host, token=token, names=config.host_name)

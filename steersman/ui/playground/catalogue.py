@@ -7,15 +7,15 @@ from typing import Any
 
 from steersman.errors import SteersmanError
 from steersman.lm.lens import logit_lens
-from steersman.reading import one_error, read_json
+from steersman.reading import one_error
 from steersman.sae.neighbours import feature_neighbours
+from steersman.train.reports.search import read_feature_records
 from steersman.ui.playground.engine import Engine
 
 SORTS = ("match", "density", "max_act", "id")
 NEIGHBOURS = 8
 MOST = 200
 """Features of one answer."""
-_LARGEST_FILE = 1 << 30
 
 
 class Catalogue:
@@ -114,7 +114,7 @@ class Catalogue:
 
 
 def _read(file: Path, d_sae: int) -> dict[int, dict[str, Any]]:
-    content = read_json(file, limit=_LARGEST_FILE)
+    content = read_feature_records(file)
     with one_error(file):
         found = {int(entry["id"]): _described(entry) for entry in content}
     if found and not (min(found) >= 0 and max(found) < d_sae):

@@ -22,7 +22,7 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, LanguageModel
 from steersman.lm.activations import token_texts
-from steersman.lm.generate import stop_ids
+from steersman.lm.generate import end_tokens
 from steersman.lm.origin import check_sae_fits
 from steersman.lm.tokens import TokenBatch, bos_tokens
 from steersman.sae import SAE, FeatureLabels, SparseCode
@@ -32,7 +32,7 @@ from steersman.steer.edits.rules import RULES
 from steersman.steer.scope import Scope
 from steersman.steer.steering import Steering
 from steersman.ui.playground.queue import Event
-from steersman.ui.playground.state import Dial, FeatureDial, State
+from steersman.ui.playground.state import Dial, FeatureDial, State, named
 
 SIDES = ("steered", "plain")
 TOP = 5
@@ -161,9 +161,9 @@ class Engine:
         if state.is_chat and self.no_chat:
             raise SteersmanError(self.no_chat)
         for i, feature in enumerate(state.watch):
-            _in_field(f"state.watch[{i}]", lambda feature=feature: self.sae.check_feature(feature))
+            named(f"state.watch[{i}]", lambda feature=feature: self.sae.check_feature(feature))
         for i, dial in enumerate(state.interventions):
-            _in_field(f"state.interventions[{i}]", lambda dial=dial: self._check_dial(dial, state.is_chat))
+            named(f"state.interventions[{i}]", lambda dial=dial: self._check_dial(dial, state.is_chat))
         self.steerings(state)
 
     def _check_dial(self, dial: Dial, chat: bool) -> None:
@@ -297,7 +297,7 @@ class SideRun:
         self._open = ExitStack()
         self._context = contextvars.copy_context()
         self._stream = engine.lm.stream(batch, **state.generation.settings())
-        self._stops = set(stop_ids(engine.lm.model.generation_config.eos_token_id))
+        self._stops = set(end_tokens(engine.lm, {}))
         self._context.run(self._enter)
 
     def _enter(self) -> None:
@@ -379,10 +379,3 @@ def described(
     special = set(engine.lm.tokenizer.all_special_ids)
     rows = zip(ids, texts, features)
     return [{"id": j, "text": text, "special": j in special, "features": found} for j, text, found in rows]
-
-
-def _in_field(where: str, check: Callable[[], Any]) -> None:
-    try:
-        check()
-    except SteersmanError as error:
-        raise SteersmanError(f"{where}: {error}") from None
