@@ -33,6 +33,7 @@ from steersman.sae.formats.saelens import CONFIG
 from steersman.sealed import seal, unseal
 from steersman.tensor_files import check_tensors, save_tensors
 from steersman.train.run.host_copies import HostCopies
+from steersman.train.run.inputs import restored_inputs
 
 STATE = "state.json"
 _FOLDER = re.compile(r"step_(\d{8,})")
@@ -268,6 +269,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         _whole(state.get("step"))
         and isinstance(state.get("sae"), dict)
         and all(isinstance(state.get(name, 1.0), int | float) for name in ("scale", "scale_out"))
+        and isinstance(state.get("inputs", ""), str)
         and isinstance(axes, dict)
         and all(axis in (0, 1) for axis in axes.values())
         and isinstance(files, list)
@@ -361,5 +363,5 @@ def checkpoint_to_sae(path: str | Path) -> SAE:
         for name, value in sae.state_dict().items():
             value.copy_(tensors.get(f"ema.{state_key(name)}", tensors[f"sae.{name}"]))
         sae.normalize_decoder()
-        sae.fold_scales(state["scale"], state.get("scale_out", state["scale"]))
+        restored_inputs(sae.cfg, state, tensors).fold(sae)
     return sae

@@ -130,7 +130,7 @@ class Run:
                 say_large_rows(hook, stats, self.config.max_norm_ratio)
         if not self.checkpoints.steps():
             parts = ordinary_stats(self.source, self.config, self.recipe, parts)
-        self.trainer = Trainer(self.config, self.recipe, parts[0], self.cfg, self.ranks, parts[-1])
+        self.trainer = Trainer(self.config, self.recipe, parts, self.cfg, self.ranks)
         if self.trainer.resume(self.checkpoints):
             log.info("%s: resuming from step %d of %d", self.folder.path, self.n_steps_done, self.recipe.n_steps)
         else:
@@ -179,7 +179,7 @@ class Run:
         """
         ranks, rows, cfg = self.ranks, self.recipe.batch_size, self.cfg
         left_out = self.trainer.large_rows.total() if self.trainer.large_rows.active else 0
-        local, split, parts = self.trainer.finish(), self.trainer.split, self._stats()
+        local, split, parts = self.trainer.finish(), self.trainer.inputs.split, self._stats()
         ratio = self.config.max_norm_ratio or LARGE_NORM_RATIO
         limits = [(len(stats.mean), largest_ordinary(stats, ratio)) for stats in parts]
         whole = local if ranks.mesh.world_size == 1 else WholeSAE(local, cfg, ranks.latent)

@@ -11,6 +11,7 @@ Shape letters: N tokens of a batch, L latents of this rank, D width.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from steersman.train.mesh.latents import new_sae
 from steersman.train.run.checkpoints import Checkpoints, latent_dim, state_key
 from steersman.train.run.dead_latents import DeadLatents
 from steersman.train.run.graph import GraphedStep
+from steersman.train.run.inputs import Inputs, make_inputs, restored_inputs
 from steersman.train.run.large_rows import LargeRows, largest_ordinary
 from steersman.train.run.optim import FusedUpdater, Updater, make_updater
 from steersman.train.run.recipe import Recipe, TrainConfig, adam_eps
@@ -44,14 +46,14 @@ class Trainer:
         self,
         config: TrainConfig,
         recipe: Recipe,
-        stats: ActivationStats,
+        stats: ActivationStats | Sequence[ActivationStats],
         cfg: SAEConfig,
         ranks: Ranks | None = None,
-        target_stats: ActivationStats | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
-        """`stats` has the means of the rows that are trained on (see `large_rows.ordinary_stats`); `cfg` is that of the
-        whole SAE; `ranks` the job's, this process alone if not given. `target_stats` are those of what a transcoder
-        predicts."""
+        """`stats` has the means of the rows that are trained on (see `large_rows.ordinary_stats`), for each hook point
+        in the order of their columns where there are several; `cfg` is that of the whole SAE; `ranks` the job's, this
+        process alone if not given; `inputs` what rows are to the SAE, by default what the configuration asks for."""
         self.config, self.recipe, self.cfg = config, recipe, cfg
         self.ranks = ranks or Ranks(Mesh())
         self.held = self.ranks.mesh.local_latents(cfg.d_sae)
@@ -59,16 +61,15 @@ class Trainer:
         self.owned = self.ranks.mesh.owned_latents(cfg.d_sae)
         """First and end latent that this rank moves."""
         self.device = pick_device(config.device)
-        read = [stats] if target_stats is None or not cfg.transcoder else [stats, target_stats]
+        parts = [stats] if isinstance(stats, ActivationStats) else list(stats)
         self.labelled = bool(SAE.architectures[cfg.architecture].supervised)
         """Whether rows come with their label as a last column."""
-        limits = _limits(read, config.max_norm_ratio) + ([(1, math.inf)] if self.labelled else [])
+        limits = _limits(parts, config.max_norm_ratio) + ([(1, math.inf)] if self.labelled else [])
         self.large_rows = LargeRows(limits, self.ranks.data, self.device)
-        target_stats = target_stats or stats
-        self.scale, self.scale_out = _unit_variance(stats), _unit_variance(target_stats)
+        self.inputs = inputs or make_inputs(cfg, config, parts)
         self.sae = new_sae(cfg, config.seed, self.ranks).to(self.device)
         with torch.no_grad():
-            self.sae.b_dec.copy_(target_stats.mean * self.scale_out)
+            self.sae.b_dec.copy_(self.inputs.scaled_target(self.inputs.target_mean(parts)))
         self.updater: Updater = make_updater(
             self.sae, config, recipe.lr, self.ranks, adam_eps(recipe.batch_size * cfg.out_width)
         )
@@ -101,17 +102,9 @@ class Trainer:
         """The rows of a batch, and their labels [N] where it has those as its last column."""
         return (rows[:, :-1], rows[:, -1]) if self.labelled else (rows, None)
 
-    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What of rows [N, D] is input and what is target: of an SAE both are all of it, of a transcoder its two hook
-        points. The one place that knows it."""
-        width = self.cfg.d_in
-        return (rows[:, :width], rows[:, width:]) if self.cfg.transcoder else (rows, rows)
-
     def scaled(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """`split` as the SAE sees it while training: fp32, on the device, unit variance per dimension."""
-        x, target = self.split(rows.to(self.device, non_blocking=True).float())
-        scaled = x * self.scale
-        return scaled, scaled if target is x else target * self.scale_out
+        """Input and target of rows [N, D] as the SAE sees them while training: fp32, on the device."""
+        return self.inputs.scaled(rows.to(self.device, non_blocking=True).float())
 
     @torch.no_grad()
     def fit_encoder_scale(self, rows: Tensor) -> None:
@@ -148,9 +141,10 @@ class Trainer:
     def _take_step(self, rows: Tensor) -> None:
         """What the device does in a step, in `grad_accumulation` parts."""
         sae, config = self.sae, self.config
-        scale = self.scale if self.updater.scales else 1.0
+        in_updater = self.updater.scales and self.inputs.is_scale
+        scale = self.inputs.scale if in_updater else 1.0
         rows, labels = self.without_labels(rows.to(self.device, non_blocking=True))
-        x, target = self.split(rows.to(self.device, non_blocking=True)) if self.updater.scales else self.scaled(rows)
+        x, target = self.inputs.split(rows) if in_updater else self.scaled(rows)
         fired = torch.zeros(sae.cfg.d_sae, device=self.device)
         aux = self.dead_latents.aux_term()
         state = TrainingState(step=self.n_steps_done, n_steps=self.recipe.n_steps, aux=aux, config=config)
@@ -217,7 +211,7 @@ class Trainer:
         tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         tensors |= self.updater.state()
         tensors |= {f"ema.{state_key(name)}": value for name, value in self.ema.items()}
-        tensors |= {**self.dead_latents.state(), "sums": sums[: len(_SUMS)]}
+        tensors |= self.inputs.tensors() | self.dead_latents.state() | {"sums": sums[: len(_SUMS)]}
         tensors |= {f"sums.{name}": value for name, value in zip(self.summed[len(_SUMS) :], sums[len(_SUMS) :])}
         tensors["rng"] = torch.get_rng_state()
         if self.large_rows.active:
@@ -245,9 +239,7 @@ class Trainer:
         tensors = self._state()
         axes = {name: latent_dim(self.sae, name, tensor) for name, tensor in tensors.items()}
         state = {"step": self.n_steps_done, "sae": self.cfg.record() | {"metadata": self.cfg.metadata}}
-        state |= {"scale": self.scale, "axes": {name: axis for name, axis in axes.items() if axis is not None}}
-        if self.cfg.transcoder:
-            state["scale_out"] = self.scale_out
+        state |= self.inputs.record() | {"axes": {name: axis for name, axis in axes.items() if axis is not None}}
         if self.n_steps_summed != self.n_steps_done % self.config.log_every:  # since `log_every` was changed
             state["steps_summed"] = self.n_steps_summed
         checkpoints.save(self.n_steps_done, tensors, self.owned, state)
@@ -279,7 +271,7 @@ class Trainer:
         self.sums = sums.to(self.device)
         if "rows_left_out" in tensors and self.ranks.mesh.data_index == 0:
             self.large_rows.n_replaced.copy_(tensors["rows_left_out"])
-        self.scale, self.scale_out = state["scale"], state.get("scale_out", state["scale"])
+        self.inputs = restored_inputs(self.cfg, state, tensors)
         self.n_steps_done = state["step"]
         log_every = state["sae"]["metadata"].get("training", {}).get("log_every", self.config.log_every)
         self.n_steps_summed = state.get("steps_summed", self.n_steps_done % log_every)
@@ -293,7 +285,7 @@ class Trainer:
         if self.ema:
             self.updater.share_weights()
         self.sae.normalize_decoder()
-        self.sae.fold_scales(self.scale, self.scale_out)
+        self.inputs.fold(self.sae)
         return self.sae
 
 
@@ -303,15 +295,6 @@ def _limits(parts: list[ActivationStats], ratio: float | None) -> list[tuple[int
     return [
         (len(stats.mean), math.inf if stats.all_rows and stats.max_norm <= limit else limit) for stats, limit in limits
     ]
-
-
-def _unit_variance(stats: ActivationStats) -> float:
-    """What activations are multiplied by to have unit variance per dimension."""
-    variance = stats.mean_squared_norm - float(stats.mean.double().square().sum())
-    # Mean and norms are kept in float32: rows that are all the same differ from their mean by a few of its last digits.
-    if not (math.isfinite(variance) and variance > 8 * torch.finfo(torch.float32).eps * stats.mean_squared_norm):
-        raise SteersmanError("the activations do not vary: there is nothing for an SAE to learn from them")
-    return math.sqrt(len(stats.mean) / variance)
 
 
 def _of_held(name: str) -> bool:
