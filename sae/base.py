@@ -21,6 +21,7 @@ from steersman.kernels import sparse_decode as differentiable_decode
 from steersman.registry import Registry
 from steersman.sae.config import ARCHITECTURES, SAEConfig
 from steersman.sae.feature_labels import FeatureLabels
+from steersman.sae.fused import FusedBatch, Gradients
 from steersman.sae.input_norm import TokenNorm, token_norm
 from steersman.sae.plots import plot_density
 from steersman.sae.training import Latents, Step, TrainingCode, TrainingState
@@ -106,7 +107,7 @@ class SAE(nn.Module):
     whole_batch: ClassVar[bool] = False
     """Whether training selects over the whole batch, which can then not be split into parts."""
     fused: ClassVar[bool] = False
-    """Whether its loss is the squared error with AuxK and nothing else, as the fused update computes it."""
+    """Whether it says its gradients itself, in `fused_gradients`, so that the fused update trains it."""
     signed: ClassVar[bool] = False
     """Whether activations may be negative."""
     supervised: ClassVar[str] = ""
@@ -234,6 +235,10 @@ class SAE(nn.Module):
         code = self.encode_training(x)
         residual = target - self.decode_training(code)
         return Step(code, {"squared_error": residual.square().sum()})
+
+    def fused_gradients(self, batch: FusedBatch) -> tuple[Step, Gradients]:
+        """The losses of `training_step`, and their gradients without autograd: see `sae/fused.py`."""
+        raise NotImplementedError  # each architecture that is `fused` defines it
 
     def after_step(self, step: Step, state: TrainingState) -> None:
         """What the architecture keeps of a step, such as a threshold. Called once for each step, without gradients."""

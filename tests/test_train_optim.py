@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import architectures  # noqa: F401 - registers them
 from support.stopping import stopped_before
 from support.training import mixture, trainer_of
 from torch import Tensor
@@ -68,6 +69,24 @@ def test_auxk_reaches_the_encoder_of_silent_features_in_the_fused_update() -> No
         moved[coefficient] = ((trainer.sae.W_enc[:, :10] - before) != 0).any(dim=0)[silent]
     assert not moved[0.0].any()
     assert moved[0.25].any()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adam_touched", "signum"])
+def test_further_parameters_are_moved_beside_the_fused_pass(optimizer: Any) -> None:
+    """By the gradients that the architecture says, as autograd would move them; and their state goes on elsewhere."""
+    config = replace(CONFIG, architecture="counting_topk", optimizer=optimizer)
+    fused, errors = train(replace(config, fused_update=True), 20)
+    ordinary, want = train(config, 20)
+    assert errors == pytest.approx(want, rel=1e-3)
+    level = fused.sae.get_parameter("level")
+    assert (level > 0.1).any()
+    torch.testing.assert_close(level, ordinary.sae.get_parameter("level"), rtol=1e-3, atol=1e-4)
+    state = fused.updater.state()
+    assert ("rule.level.v" in state) == (optimizer != "signum")
+    ordinary.updater.restore(state)
+    fused.updater.restore(ordinary.updater.state())
+    for name, value in fused.updater.state().items():
+        assert torch.equal(value, state[name]), name
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from steersman.kernels import AuxRows
 from steersman.sae.base import SAE
+from steersman.sae.fused import FusedBatch, Gradients
 from steersman.sae.training import AuxTerm, Step, TrainingState
 
 
@@ -22,6 +23,19 @@ class AuxKSAE(SAE):
             loss = aux.weight * auxk_loss(self, x, residual, aux.candidates, aux.alive, aux.k, aux.width)
             losses["aux"], logged["aux"] = aux.coefficient * loss, loss.detach()
         return Step(code, losses, logged)
+
+    @torch.no_grad()
+    def fused_gradients(self, batch: FusedBatch) -> tuple[Step, Gradients]:
+        weights, aux = batch.weights, batch.state.aux
+        code = self.encode_training(batch.x, weights.enc_rows)
+        residual, squares, dots = batch.decoded(code, self.latents)
+        losses, logged, aux_rows = {"squared_error": squares.sum()}, {}, None
+        if aux is not None:
+            weight = aux.weight * (aux.coefficient / batch.n_values)
+            loss, aux_rows = auxk_gradients(self, weights.enc_rows, weights.dec_rows, batch.x, residual, aux, weight)
+            logged["aux"] = aux.weight * loss
+            losses["aux"] = aux.coefficient * logged["aux"]
+        return Step(code, losses, logged), Gradients(residual, -2 / batch.n_values, dots, aux_rows)
 
 
 def auxk_loss(

@@ -8,6 +8,8 @@ from steersman.kernels.torch_ops import largest_of_code
 from steersman.sae import SAEConfig
 from steersman.sae.architectures.elementwise import chosen
 from steersman.sae.architectures.relu import ReLUSAE
+from steersman.sae.architectures.topk import TopKSAE
+from steersman.sae.fused import FusedBatch, Gradients
 from steersman.sae.training import Step, TrainingCode, TrainingState
 
 _SMALL = 1e-3
@@ -49,3 +51,30 @@ class GainedReLU(PAnnealedReLU):
         bias = None if bias is None else self.latents.uses(bias)
         values, order = with_gradient(x, self.W_enc.T, self.b_enc, bias, values, indices)
         return TrainingCode(values * self.log_gain[order.indices].exp(), order)
+
+
+class CountingTopK(TopKSAE):
+    """TopK with a parameter [L] that learns how often each latent fires, and says its gradient itself."""
+
+    name, saelens_name = "counting_topk", "topk"
+
+    def __init__(self, cfg: SAEConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__(cfg, generator)
+        self.level = nn.Parameter(torch.zeros(cfg.d_sae))
+
+    def _missing(self, code: TrainingCode) -> Tensor:
+        """What the level of each latent lacks to how often it fired, [L]."""
+        counts = torch.zeros_like(self.level.detach())
+        counts.scatter_add_(0, code.order.indices.flatten().long(), code.active.flatten().float())
+        return self.level - counts
+
+    def training_step(self, x: Tensor, target: Tensor, state: TrainingState) -> Step:
+        step = super().training_step(x, target, state)
+        return Step(step.code, {**step.losses, "level": self._missing(step.code).square().sum()}, step.logged)
+
+    def fused_gradients(self, batch: FusedBatch) -> tuple[Step, Gradients]:
+        step, gradients = super().fused_gradients(batch)
+        missing = self._missing(step.code).detach()
+        level = 2 * missing / batch.n_values
+        losses = {**step.losses, "level": missing.square().sum()}
+        return Step(step.code, losses, step.logged), gradients._replace(further={"level": level})

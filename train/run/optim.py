@@ -11,8 +11,8 @@ optimiser state is never held twice.
 Shape letters: N tokens, L latents, D width, K active latents a token.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,10 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.kernels import UpdateRule, UpdateState, choose, ops
 from steersman.kernels.operands import versions
-from steersman.kernels.torch_ops import scaled
-from steersman.kernels.update import PART, StepSizes, move_b_dec, update_matrix, update_vector
+from steersman.kernels.update import PART, StepSizes, apply_rule, move_b_dec, update_matrix, update_vector
 from steersman.parallel import Mesh, Ranks
 from steersman.sae import SAE
-from steersman.sae.architectures.auxk import auxk_gradients
+from steersman.sae.fused import FusedBatch, Gradients
 from steersman.sae.training import Step, TrainingCode, TrainingState
 from steersman.train.run.checkpoints import PARAMETERS, state_key
 from steersman.train.run.recipe import TrainConfig
@@ -260,9 +259,11 @@ def _like(parameter: Tensor, moved: Tensor, value: Tensor) -> Tensor:
 
 def _adam_of_rule(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {}
-    for name in PARAMETERS:
-        moments = {"exp_avg": tensors[f"rule.{name}.m"], "exp_avg_sq": tensors[f"rule.{name}.v"]}
-        for kind, moment in moments.items():
+    for key, m in tensors.items():
+        name = key.removeprefix("rule.").removesuffix(".m")
+        if key != f"rule.{name}.m":
+            continue
+        for kind, moment in {"exp_avg": m, "exp_avg_sq": tensors[f"rule.{name}.v"]}.items():
             found[f"adam.{state_key(name)}.{kind}"] = moment.T if name == "W_enc" else moment
         found[f"adam.{state_key(name)}.step"] = tensors["rule.n_steps"][0].float()
     return found
@@ -270,36 +271,65 @@ def _adam_of_rule(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _rule_of_adam(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {"rule.n_steps": tensors["adam.0.step"].reshape(1).int()}
-    for name in PARAMETERS:
-        for kind, moment in {"exp_avg": "m", "exp_avg_sq": "v"}.items():
-            value = tensors[f"adam.{state_key(name)}.{kind}"]
-            found[f"rule.{name}.{moment}"] = value.T if name == "W_enc" else value
+    for key, value in tensors.items():
+        kind, _, of = key.partition(".")
+        of, _, moment = of.rpartition(".")
+        if kind == "adam" and moment != "step":
+            name = PARAMETERS[int(of)] if of.isdigit() else of
+            found[f"rule.{name}.{_MOMENTS[moment]}"] = value.T if name == "W_enc" else value
     return found
 
 
+_MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}
+"""What a rule calls the moments of `torch.optim.Adam`."""
+
+
 class _WithRule:
-    """What updaters with a `kernels.UpdateRule` share: the rule and its state, which holds the SAE's own weights."""
+    """What updaters with a `kernels.UpdateRule` share: the rule and its state, which holds the SAE's own weights.
+
+    Parameters beyond the four of every architecture (thresholds, gates) are moved beside those by the plain form of the
+    same rule: matrices at the rate of the weights, vectors at that of the biases, with moments in fp32. Under a
+    touched-only rule an entry that belongs to a latent moves where it has a gradient.
+    """
 
     def _start(self, sae: SAE, config: TrainConfig, operands: torch.dtype, ranks: Ranks, eps: float) -> None:
-        further = parameters_of(sae).keys() - set(PARAMETERS)
-        if further:
-            raise SteersmanError(
-                f"optimizer={config.optimizer} with state_dtype={config.state_dtype} cannot train "
-                f"{', '.join(sorted(further))} of {sae.name}: use optimizer=adam and state_dtype=float32"
-            )
         beta1, beta2 = config.betas
         self.rule = UpdateRule(name=config.optimizer, beta1=beta1, beta2=beta2, eps=eps, state_dtype=config.state_dtype)
-        W_enc, W_dec, b_enc, b_dec = (parameter.detach() for parameter in parameters_of(sae).values())
+        parameters = {name: parameter.detach() for name, parameter in parameters_of(sae).items()}
+        W_enc, W_dec, b_enc, b_dec = (parameters.pop(name) for name in PARAMETERS)
         first, _ = ranks.mesh.local_latents(sae.whole_cfg.d_sae)
         self.state_of_rule = UpdateState.of(W_enc.T, W_dec, b_enc, b_dec, self.rule, operands, first)
+        self._further = parameters
+        self._further_moments = {
+            name: {kind: torch.zeros_like(parameter) for kind in ("m", "v")[: 1 + self.rule.adam]}
+            for name, parameter in parameters.items()
+        }
+        self._of_latents = {name for name in parameters if sae.latent_dim(name) is not None}
+
+    def _move_further(self, gradients: Mapping[str, Tensor], sizes: StepSizes) -> None:
+        """Move the further parameters by the gradients of their names."""
+        for name, parameter in self._further.items():
+            grad, moments = gradients.get(name), self._further_moments[name]
+            grad = torch.zeros_like(parameter) if grad is None else grad
+            size = sizes.weights if parameter.dim() > 1 else sizes.biases
+            new = apply_rule(parameter, grad, moments["m"], moments.get("v"), self.rule, size, sizes.inverse_root)
+            moving = grad != 0 if self.rule.touched_only and name in self._of_latents else None
+            for old, fresh in zip((parameter, *moments.values()), new):
+                if fresh is not None:
+                    old.copy_(fresh if moving is None else torch.where(moving, fresh, old))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The state's own tensors, by name."""
+        further = {f"{name}.{kind}": m for name, each in self._further_moments.items() for kind, m in each.items()}
+        return self.state_of_rule.state() | further
 
     def state(self) -> dict[str, Tensor]:
-        return {f"rule.{name}": value for name, value in self.state_of_rule.state().items()}
+        return {f"rule.{name}": value for name, value in self._tensors().items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         if "adam.0.step" in tensors:
             tensors = _rule_of_adam(tensors)
-        for name, value in self.state_of_rule.state().items():
+        for name, value in self._tensors().items():
             value.copy_(tensors[f"rule.{name}"])
         self.state_of_rule.refresh()
 
@@ -313,7 +343,8 @@ class RuleUpdater(_WithRule, _DenseGradients):
 
     def _move(self) -> None:
         state, rule = self.state_of_rule, self.rule
-        W_enc, W_dec, b_enc, b_dec = (_gradient(parameter) for parameter in self.parameters.values())
+        gradients = {name: _gradient(parameter) for name, parameter in self.parameters.items()}
+        W_enc, W_dec, b_enc, b_dec = (gradients[name] for name in PARAMETERS)
         state.n_steps.add_(1)
         rate = torch.full((1,), self.lr, device=state.n_steps.device)
         sizes = StepSizes.of(rule, state.n_steps, rate, rate * self.config.bias_lr_ratio)
@@ -327,11 +358,13 @@ class RuleUpdater(_WithRule, _DenseGradients):
         moving = touched if rule.touched_only else None
         update_vector(state.b_enc, b_enc, state.moments["b_enc"], moving, rule, sizes.biases, sizes.inverse_root)
         update_vector(state.b_dec, b_dec, state.moments["b_dec"], None, rule, sizes.biases, sizes.inverse_root)
+        self._move_further(gradients, sizes)
 
 
 class FusedUpdater(_WithRule):
     """Gradients, optimiser and normalisation in one pass of the kernels: no dense gradient, no autograd.
 
+    What the gradients are the architecture says (`SAE.fused_gradients`, `sae/fused.py`): here they reach the weights.
     Products read bf16 copies of the weights on a GPU, which the pass writes as it goes, and the weights themselves on a
     CPU. A batch comes in one part, and nothing waits for the device.
 
@@ -350,7 +383,7 @@ class FusedUpdater(_WithRule):
         self._start(sae, config, self.operands, ranks, eps)
         self.lr, self.bias_lr = (torch.zeros(1, device=sae.device) for _ in range(2))
         self._versions: tuple[int, ...] = ()
-        self._gradients: tuple[Any, ...] | None = None
+        self._taken: tuple[Tensor, TrainingCode, Gradients] | None = None
 
     def set_rate(self, lr: float) -> None:
         """See `Updater`. Written to the device, where a CUDA graph reads it. Rows that products read are made again
@@ -368,49 +401,36 @@ class FusedUpdater(_WithRule):
 
     @torch.no_grad()
     def backward(self, x: Tensor, target: Tensor, n_values: int, state: TrainingState, scale: float = 1.0) -> Step:
-        sae, weights, aux = self.sae, self.state_of_rule, state.aux
-        centred = ops.centre(x, scale, None if sae.input_bias is None else weights.b_dec, self.operands)
-        code = sae.encode_training(centred, weights.enc_rows)
-        values, indices = code.values, code.order.indices
-        residual, squares, dots = self._decoded(code, target, scale)
-        losses, logged, aux_rows = {"squared_error": squares.sum()}, {}, None
-        if aux is not None:
-            weight = aux.weight * (aux.coefficient / n_values)
-            loss, aux_rows = auxk_gradients(sae, weights.enc_rows, weights.dec_rows, centred, residual, aux, weight)
-            logged["aux"] = aux.weight * loss
-            losses["aux"] = aux.coefficient * logged["aux"]
-        # The gradient of the reconstruction is -2 residual / n_values.
-        self._gradients = residual, -2 / n_values, centred, values, indices, dots, aux_rows
-        return Step(code, losses, logged)
-
-    def _decoded(self, code: TrainingCode, target: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """See `reference.decode_and_dots`."""
-        values, indices = code.values, code.order.indices
-        W_dec, b_dec = self.state_of_rule.dec_rows, self.state_of_rule.b_dec
-        if self._latent.size == 1:
-            return ops.decode_and_dots(values, indices, W_dec, b_dec, target, scale, self.operands)
-        part = choose(values.device).sparse_decode(values, indices, W_dec)
-        residual = scaled(target, scale) - self._latent.all_reduce_sum_(part).add_(b_dec)
-        dots = code.order.get().value_gradient(residual, W_dec)
-        return residual.to(self.operands), residual.square().sum(dim=1), dots
+        weights = self.state_of_rule
+        bias = None if self.sae.input_bias is None else weights.b_dec
+        batch = FusedBatch(
+            x=ops.centre(x, scale, bias, self.operands), target=target, scale=scale, n_values=n_values,
+            weights=weights, state=state,
+        )  # fmt: skip
+        step, gradients = self.sae.fused_gradients(batch)
+        self._taken = batch.x, step.code, gradients
+        return step
 
     @torch.no_grad()
     def step(self) -> None:
         """Take the gradients of what `backward` was given and move the weights by them."""
-        assert self._gradients is not None, "backward comes before step"
-        state, centred, residual, scale = self.state_of_rule, self.sae.input_bias is not None, *self._gradients[:2]
-        parts = None
+        assert self._taken is not None, "backward comes before step"
+        state, centred, (x, code, gradients) = self.state_of_rule, self.sae.input_bias is not None, self._taken
+        residual, scale, parts = gradients.residual, gradients.scale, None
         if centred and self._latent.size > 1:
             parts = residual.new_empty(-(-len(state.W_enc) // PART), residual.shape[1], dtype=torch.float32)
         ops.backward_update(
-            state, self.rule, self.lr, self.bias_lr, *self._gradients, centred_by_b_dec=centred,
-            signed=self.sae.signed, parts=parts,
+            state, self.rule, self.lr, self.bias_lr, residual, scale, x, code.values, code.order.indices,
+            gradients.dots, gradients.aux, centred_by_b_dec=centred, signed=self.sae.signed, parts=parts,
         )  # fmt: skip
         if parts is not None:
             move = getattr(choose(residual.device), "move_b_dec", move_b_dec)
             every = self._latent.all_gather(parts).flatten(0, 1)
             move(state, self.rule, self.lr, self.bias_lr, residual, scale, every)
-        self._gradients = None
+        if self._further:
+            sizes = StepSizes.of(self.rule, state.n_steps, self.lr, self.bias_lr)
+            self._move_further(gradients.further, sizes)
+        self._taken = None
         self._weights_changed()
 
     def replayed(self) -> None:

@@ -160,8 +160,7 @@ class TrainConfig:
             ),
             (
                 not self.fused_update or kind.fused,
-                f"the fused update has only the squared error and AuxK, and {self.architecture} has a loss of its own: "
-                "use fused_update=False",
+                f"{self.architecture} has a loss of its own: use fused_update=False",
             ),
             (
                 not kind.whole_batch or self.grad_accumulation == 1,
