@@ -28,6 +28,8 @@ STREAM: dict[str, Any] = {
     "hook": "model.layers.1", "buffer_rows": 512, "heldout_rows": 300, "context_length": 16, "batch_size": 4,
     "large": 300.0,
 }  # fmt: skip
+TRANSCODER = replace(CONFIG, hook_out="model.layers.1")
+TWO_HOOKS = {"hook": ("blocks.1.hook_resid_pre", "model.layers.1")}
 NAME = "sae_weights.safetensors"
 
 
@@ -45,15 +47,36 @@ def alone(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def transcoder(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("transcoder") / "run"
+    assert run_ranks(1, train_from_stream, text, STREAM | TWO_HOOKS, TRANSCODER, str(out))[0][0] == "done"
+    return out
+
+
 @pytest.mark.parametrize(
-    ("n", "model_ranks", "latent"),
-    [(2, 1, None), (3, 2, None), (3, 1, 1), (3, 1, 2), (2, 0, None), (2, 0, 1), (4, 0, 2), (4, 2, None)],
+    ("n", "model_ranks", "latent"), [(2, 1, None), (3, 2, None), (3, 1, 1), (2, 0, None), (4, 0, 2), (4, 2, None)]
 )
 def test_the_sae_is_that_of_one_process(
     n: int, model_ranks: int, latent: int | None, text: str, alone: Path, tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, model_ranks=model_ranks, latent_shards=latent)
-    found = run_ranks(n, train_from_stream, text, STREAM, config, str(tmp_path / "run"))
+    _check_as_alone(n, STREAM, replace(CONFIG, model_ranks=model_ranks, latent_shards=latent), text, alone, tmp_path)
+
+
+@pytest.mark.parametrize(("n", "model_ranks", "latent"), [(3, 1, 2), (2, 0, 1)])
+def test_the_transcoder_is_that_of_one_process(
+    n: int, model_ranks: int, latent: int, text: str, transcoder: Path, tmp_path: Path
+) -> None:
+    config = replace(TRANSCODER, model_ranks=model_ranks, latent_shards=latent)
+    _check_as_alone(n, STREAM | TWO_HOOKS, config, text, transcoder, tmp_path)
+    assert SAE.load(tmp_path / "run").cfg.hook_name_out == "blocks.1.hook_resid_post"
+
+
+def _check_as_alone(
+    n: int, stream: dict[str, Any], config: TrainConfig, text: str, alone: Path, tmp_path: Path
+) -> None:
+    model_ranks = config.model_ranks
+    found = run_ranks(n, train_from_stream, text, stream, config, str(tmp_path / "run"))
     assert [ended for ended, *_ in found] == ["done"] * n
     passes = [made for *_, made in found]
     assert passes[: n - model_ranks] == [0] * (n - model_ranks) or not model_ranks

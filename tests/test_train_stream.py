@@ -17,6 +17,7 @@ from steersman.train import (
     stream_activations,
     train_sae,
 )
+from steersman.train.store.batch import HooksSideBySide
 
 DOCUMENTS = word_documents(250, shortest=0)
 OPTIONS: dict[str, Any] = {
@@ -57,6 +58,34 @@ def test_it_gives_the_rows_that_a_store_of_the_same_text_holds(lm: LanguageModel
     assert torch.equal(torch.cat([batch.doc_ids for batch in batches]), info.doc_ids + first)
     assert (stream.hook_name, stream.model_name, stream.d_in, stream.dtype) == (HOOK, "llama", 16, torch.float32)
     assert stream.n_batches(64, drop_last=False) == len(batches)
+
+
+def test_several_hook_points_stand_side_by_side_and_come_from_one_pass(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks, texts = ("blocks.0.hook_mlp_post", HOOK), DOCUMENTS[:60]
+    alone = [stream_of(lm, texts, hook=hook, buffer_rows=128) for hook in hooks]
+    expected = [list(stream.batches(32, seed=2, start=1)) for stream in alone]
+    made = passes(monkeypatch)
+    stream = stream_of(lm, texts, hook=(hooks[0], "model.layers.1"), buffer_rows=128)
+    found = list(stream.batches(32, seed=2, start=1))
+    n_passes = len(made)
+    for both, parts in zip(found, zip(*expected)):
+        assert torch.equal(both.x, torch.cat([part.x for part in parts], dim=1))
+        assert torch.equal(both.rows, parts[0].rows)
+    made.clear()
+    list(stream_of(lm, texts, buffer_rows=128).batches(32, seed=2, start=1))
+    assert n_passes == len(made)
+    assert isinstance(stream, HooksSideBySide)
+    assert (stream.hooks, stream.hook_name, stream.d_in) == (hooks, "+".join(hooks), stream.width(hooks[0]) + 16)
+    for hook, one in zip(hooks, alone):
+        assert torch.equal(stream.stats(hook).mean, one.stats().mean)
+    assert stream.stats().mean_squared_norm == sum(one.stats().mean_squared_norm for one in alone)
+    assert stream.fingerprint not in {one.fingerprint for one in alone}
+    with pytest.raises(SteersmanError, match="side by side, not model.layers.1 alone"):
+        stream.batches(32, hook="model.layers.1")
+    with pytest.raises(SteersmanError, match=r"gives .*, not blocks.0.hook_resid_post"):
+        stream.stats("blocks.0.hook_resid_post")
 
 
 def test_settings_come_from_a_configuration_with_overrides(lm: LanguageModel) -> None:
@@ -198,7 +227,7 @@ def test_the_fingerprint_changes_with_text_and_settings(lm: LanguageModel) -> No
         ({"context_length": 64}, "context_length 64"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"texts": []}, "list of texts is empty"),
-        ({"hook": ("model.layers.0", "model.layers.1")}, "a stream gives one hook point, not 2"),
+        ({"hook": ("model.layers.1", "blocks.1.hook_resid_post")}, "one or several different hook points"),
         ({"buffer_row": 600}, "unknown setting 'buffer_row'; near it: buffer_rows"),
     ],
 )

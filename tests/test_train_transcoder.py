@@ -9,7 +9,7 @@ import torch
 from support.ranks import run_ranks
 from support.sharded_jobs import train
 from support.stopping import stopped_before
-from support.training import HOOK, assert_equal_weights, assert_same_sae, weight_bytes
+from support.training import assert_equal_weights, assert_same_sae, weight_bytes
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE, SAEConfig
@@ -18,7 +18,7 @@ from steersman.train.run.checkpoints import checkpoint_to_sae
 from steersman.train.store.manifest import Manifest
 from steersman.train.store.writer import StoreWriter
 
-OUT = "blocks.0.hook_mlp_out"
+IN, OUT = "blocks.0.hook_mlp_in", "blocks.0.hook_mlp_out"
 CONFIG = TrainConfig(
     d_sae=64, k=4, hook_out=OUT, batch_size=128, tokens=128 * 60, seed=3, device="cpu", checkpoint_every=20,
     timeout_seconds=20,
@@ -38,10 +38,10 @@ def pairs(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     x, y = pairs(20_000)
     out = tmp_path_factory.mktemp("data") / "acts"
-    manifest = Manifest(model_name="m", dtype="float32", hooks={HOOK: 16, OUT: 10}, config={})
+    manifest = Manifest(model_name="m", dtype="float32", hooks={IN: 16, OUT: 10}, config={})
     writer = StoreWriter.begin(out, manifest, shard_rows=5000)
     rows = np.arange(len(x))
-    writer.append({HOOK: x, OUT: y}, rows % 50, rows // 7, rows)
+    writer.append({IN: x, OUT: y}, rows % 50, rows // 7, rows)
     writer.finish()
     return ActivationStore.open(out)
 
@@ -50,7 +50,7 @@ def test_a_transcoder_predicts_the_other_hook_point(store: ActivationStore, tmp_
     """In the units of both, although it was trained on inputs and targets of unit variance."""
     sae = train_sae(store, replace(CONFIG, tokens=128 * 400), tmp_path / "run")
     assert (sae.cfg.transcoder, sae.cfg.out_width) == (True, 10)
-    assert (sae.cfg.hook_name, sae.cfg.hook_name_out) == (HOOK, OUT)
+    assert (sae.cfg.hook_name, sae.cfg.hook_name_out) == (IN, OUT)
     x, y = pairs(2000, seed=1)
     fvu = float((sae(x) - y).square().sum() / (y - y.mean(0)).square().sum())
     assert fvu < 0.3
@@ -82,7 +82,7 @@ def test_it_resumes_to_the_same_bytes_and_its_checkpoints_are_transcoders(
     whole = train_sae(store, config, tmp_path / "whole")
     with stopped_before(30):
         train_sae(store, config, tmp_path / "cut")
-    cut = train_sae(HookView(store, HOOK), config, tmp_path / "cut")
+    cut = train_sae(HookView(store, IN), config, tmp_path / "cut")
     assert weight_bytes(tmp_path / "whole") == weight_bytes(tmp_path / "cut")
     x, _ = pairs(500, seed=2)
     one_step_before = checkpoint_to_sae(tmp_path / "whole" / "checkpoints" / "step_00000030")(x)
@@ -101,13 +101,17 @@ def test_two_ranks_give_the_transcoder_of_one_process(latent: int, store: Activa
 def test_a_source_without_the_other_hook_point_is_refused(store: ActivationStore, tmp_path: Path) -> None:
     with pytest.raises(SteersmanError, match="holds no hook point 'blocks.9.hook_mlp_out'; it has"):
         train_sae(store, replace(CONFIG, hook_out="blocks.9.hook_mlp_out"), tmp_path / "run")
-    with pytest.raises(SteersmanError, match="needs a store that holds it beside one other"):
-        train_sae(HookView(store, [HOOK, OUT]), CONFIG, tmp_path / "run")
+    with pytest.raises(SteersmanError, match=f"needs it beside one other hook point, and the source has {IN}, {OUT}"):
+        train_sae(HookView(store, [IN, OUT]), replace(CONFIG, hook_out="blocks.0.hook_resid_post"), tmp_path / "run")
+    with pytest.raises(SteersmanError, match=f"hook_out = {OUT} is what is read: a transcoder predicts another"):
+        train_sae(HookView(store, OUT), CONFIG, tmp_path / "run")
+    with pytest.raises(SteersmanError, match=f"hook_out = {IN} comes before {OUT} in the model"):
+        train_sae(HookView(store, OUT), replace(CONFIG, hook_out=IN), tmp_path / "run")
     with pytest.raises(SteersmanError, match="trains no transcoder: use fused_update=False"):
         train_sae(store, replace(CONFIG, fused_update=True), tmp_path / "run")
 
 
 def test_hook_points_side_by_side_are_one_input(store: ActivationStore, tmp_path: Path) -> None:
-    sae = train_sae(HookView(store, [HOOK, OUT]), replace(CONFIG, hook_out=None), tmp_path / "run")
+    sae = train_sae(HookView(store, [IN, OUT]), replace(CONFIG, hook_out=None), tmp_path / "run")
     assert sae.cfg.d_in == 26
     assert not sae.cfg.transcoder

@@ -75,7 +75,8 @@ def _source(config: TrainCommand) -> ActivationStore | HookView | Callable[[], A
     if not (config.model and config.text and hook):
         raise SteersmanError("nothing to train on: give --store, or --model with --text and --hook or --layer")
     settings: dict[str, Any] = {name: getattr(config, name) for name in _STREAMED}
-    stream = StreamConfig(**settings | {"hook": hook, "device": config.device, "batch_size": config.model_batch_size})
+    hooks = hook if config.hook_out is None else (hook, config.hook_out)
+    stream = StreamConfig(**settings | {"hook": hooks, "device": config.device, "batch_size": config.model_batch_size})
     return lambda: stream_activations(config=stream)
 
 

@@ -78,6 +78,25 @@ def canonical_hook(name: HookName) -> str:
     return f"{stem}.{KINDS[kind][0]}" if re.fullmatch(r"blocks\.\d+", stem) and kind in KINDS else name
 
 
+def runs_before(a: HookName, b: HookName) -> bool | None:
+    """Whether the first of two hook points is reached earlier in the pass than the second, by their names alone; None
+    where these do not tell.
+
+    >>> runs_before("blocks.2.hook_mlp_in", "blocks.2.hook_mlp_out"), runs_before("logits", "blocks.1.hook_resid_post")
+    (True, None)
+    """
+    places = []
+    for name in map(canonical_hook, (a, b)):
+        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        if found is None or found[2] not in _KINDS_IN_ORDER:
+            return None
+        places.append((int(found[1]), _KINDS_IN_ORDER.index(found[2])))
+    return places[0] < places[1]
+
+
+_KINDS_IN_ORDER = [name for name, _ in KINDS.values()]
+
+
 def check_fits(
     lm: HookedModel, *, what: str, model_name: str, hook_name: str, width: int | None, hook: HookName | None = None
 ) -> str:

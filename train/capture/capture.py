@@ -40,7 +40,7 @@ class CaptureConfig(ChatOptions):
     """Which activations of which model over which text: what caching and streaming share."""
 
     hook: str | tuple[str, ...]
-    """Hook point or points, such as blocks.2.hook_resid_post or model.layers.2. A stream gives one."""
+    """Hook point or points, such as blocks.2.hook_resid_post or model.layers.2."""
     model: str | None = None
     """Folder or hub id of the model; not needed when a loaded model is given."""
     text: str | None = None

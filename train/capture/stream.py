@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -26,6 +26,7 @@ from steersman.train.store.statistics import (
     StatsSums,
     nonfinite_error,
     row_norms,
+    stats_side_by_side,
 )
 
 _HELDOUT_FRACTION = 0.05
@@ -56,7 +57,8 @@ class StreamConfig(CaptureConfig):
 def stream_activations(
     lm: LanguageModel | None = None, texts: Any = None, config: StreamConfig | None = None, **overrides: Any
 ) -> "ActivationStream":
-    """Activations of one hook point to train on, made while they are read, with nothing written.
+    """Activations to train on, made while they are read, with nothing written. Those of several hook points come from
+    one forward pass and stand side by side in each row, as in a `HookView`.
 
     Args:
         lm: a loaded model; loaded as `config` says if not given.
@@ -65,13 +67,14 @@ def stream_activations(
         overrides: fields of `StreamConfig`, over those of `config`.
 
     Raises:
-        SteersmanError: as `cache_activations` does before it starts, and for more than one hook point.
+        SteersmanError: as `cache_activations` does before it starts.
     """
     return ActivationStream(lm, texts, config, **overrides)
 
 
 class ActivationStream:
-    """Activations of one hook point made while they are read; to a trainer it reads like an `ActivationStore`.
+    """Activations made while they are read; to a trainer it reads like an `ActivationStore`, of several hook points
+    like a `HookView`.
 
     Rows go through a buffer of `buffer_rows`: it is filled, permuted, its first half given out and refilled. The order
     is fixed by (seed, epoch, batch size). Rows are on the model's device. The first documents, `heldout_rows` rows of
@@ -84,8 +87,6 @@ class ActivationStream:
         """See `stream_activations`."""
         config = merged(StreamConfig, config, overrides)
         self.config, self._capture = config, Capture.open(lm, texts, config)
-        if len(hooks := self._capture.settings.hooks) > 1:
-            raise SteersmanError(f"a stream gives one hook point, not {len(hooks)} ({', '.join(hooks)}); cache them")
         self._skip_bad = config.on_nonfinite == "skip"
         expected, wanted = self._capture.expected_rows(), config.heldout_rows
         self._heldout_rows = wanted if expected is None else min(wanted, int(expected * _HELDOUT_FRACTION))
@@ -108,14 +109,27 @@ class ActivationStream:
         self._part, self._n_parts = part, n_parts
 
     @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hook points by their canonical names, in the order in which their activations stand side by side."""
+        return self._capture.settings.hooks
+
+    @property
     def hook_name(self) -> str:
-        """The hook point, by its canonical name."""
-        return self._capture.settings.hooks[0]
+        """The hook point, by its canonical name; of several their names joined by "+"."""
+        return "+".join(self.hooks)
 
     @property
     def hook_names(self) -> list[str]:
-        """The hook point in a list, as a store gives its own."""
-        return [self.hook_name]
+        """The hook points in a list, as a store gives its own."""
+        return list(self.hooks)
+
+    def resolve_hook(self, hook: str) -> str:
+        """The canonical name of a hook point of the model."""
+        return self._capture.lm.resolve_hook(hook)
+
+    def width(self, hook: str) -> int:
+        """Width of one of the hook points."""
+        return self._capture.lm.hook_width(hook)
 
     @property
     def buffer_rows(self) -> int:
@@ -129,8 +143,8 @@ class ActivationStream:
 
     @property
     def d_in(self) -> int:
-        """Width D of the hook point."""
-        return self._capture.lm.hook_width(self.hook_name)
+        """Width D of a row: that of the hook point, or the sum of those of several."""
+        return sum(map(self.width, self.hooks))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,17 +191,21 @@ class ActivationStream:
         return text.digest_after(_LOOKED_AT - 1)
 
     def stats(self, hook: str | None = None) -> ActivationStats:
-        """Statistics of the first `buffer_rows` rows of the training split; runs the model over them once."""
-        self._check_hook(hook)
-        return self._stats
+        """Statistics of the first `buffer_rows` rows of the training split, of one of the hook points or of the rows as
+        they are (see `stats_side_by_side`); runs the model over them once."""
+        if hook is None:
+            return stats_side_by_side(list(self._stats.values()))
+        return self._stats[self._known(hook)]
 
     @cached_property
-    def _stats(self) -> ActivationStats:
-        sums = StatsSums(self.d_in)
+    def _stats(self) -> dict[str, ActivationStats]:
+        widths = [self.width(hook) for hook in self.hooks]
+        sums = {hook: StatsSums(width) for hook, width in zip(self.hooks, widths)}
         with closing(self._train_rows(self.buffer_rows, n_parts=1)) as rows:
             for part in rows:
-                sums.add(part.x, row_norms(part.x))
-        return replace(sums.stats(), all_rows=False)
+                for total, x in zip(sums.values(), part.x.split(widths, dim=1)):
+                    total.add(x, row_norms(x))
+        return {hook: replace(total.stats(), all_rows=False) for hook, total in sums.items()}
 
     def n_batches(
         self, batch_size: int, *, split: str = "train", heldout_fraction: float = 0.05, drop_last: bool = True
@@ -234,7 +252,8 @@ class ActivationStream:
         model runs only over what is still in the buffer then (with on_nonfinite="skip", over all of it). Each rank runs
         the model itself and takes its part of each batch. Nothing is prefetched: the model is the slower part.
         """
-        self._check_hook(hook)
+        if hook is not None and (self._known(hook),) != self.hooks:
+            raise SteersmanError(f"this stream gives {self.hook_name} side by side, not {hook} alone")
         if not 0 <= rank < world_size or batch_size % world_size:
             raise SteersmanError(f"batch_size {batch_size} must divide among world_size {world_size} ranks from 0 on")
         whole = self.whole_batches(
@@ -272,9 +291,11 @@ class ActivationStream:
             stages = self._in_order(start * batch_size)
         return self._cut(stages, batch_size, drop_last)
 
-    def _check_hook(self, hook: str | None) -> None:
-        if hook is not None and self._capture.lm.resolve_hook(hook) != self.hook_name:
+    def _known(self, hook: str) -> str:
+        name = self.resolve_hook(hook)
+        if name not in self.hooks:
             raise SteersmanError(f"this stream gives {self.hook_name}, not {hook}")
+        return name
 
     def _check_split(self, split: str) -> str:
         if split not in ("train", "heldout"):
@@ -384,22 +405,28 @@ class ActivationStream:
                 columns = [np.zeros_like(positions), batch.input_ids[kept], batch.doc_ids[kept], positions]
                 info = np.stack([*columns, np.full(n, part if wanted else -1)], 1).astype(np.int64)
                 if wanted and part == self._part:
-                    source = self._capture.run(batch).activations[self.hook_name]
-                    x, info = self._finite(source.to(self.dtype), source, info)
+                    x, info = self._finite(self._capture.run(batch).activations, info)
                 else:
                     x = torch.empty(0, self.d_in, dtype=self.dtype, device=self._capture.lm.device)
                 info[:, 0] = np.arange(row, row + len(info))
                 row += len(info)
                 yield StreamRows(x, info, self._part)
 
-    def _finite(self, x: torch.Tensor, source: torch.Tensor, info: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        finite = torch.isfinite(row_norms(x)).cpu().numpy()
-        if finite.all():
+    def _finite(self, found: Mapping[str, torch.Tensor], info: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """The activations of the hook points side by side in the type of the rows, and which rows they are: all, or
+        those that are finite at every hook point."""
+        parts = {hook: found[hook].to(self.dtype) for hook in self.hooks}
+        finite = {hook: torch.isfinite(row_norms(x)).cpu().numpy() for hook, x in parts.items()}
+        first, *others = parts.values()
+        x = torch.cat([first, *(part.to(first.device) for part in others)], dim=1) if others else first
+        every = np.logical_and.reduce(list(finite.values()))
+        if every.all():
             return x, info
         if not self._skip_bad:
-            bad = int(np.argmin(finite))
+            bad = int(np.argmin(every))
             token, document, position = (int(value) for value in info[bad, 1:4])
             text, dtype = self._capture.show_token(token), self.config.rows_dtype
-            raise nonfinite_error(self.hook_name, source[bad], dtype, token, text, position, document)
-        index = np.flatnonzero(finite)
+            hook = next(hook for hook, good in finite.items() if not good[bad])
+            raise nonfinite_error(hook, found[hook][bad], dtype, token, text, position, document)
+        index = np.flatnonzero(every)
         return x[torch.from_numpy(index).to(x.device)], info[index]

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steersman.errors import LostRankError, PreemptedError, SteersmanError
+from steersman.lm.hooks import several_hooks
 from steersman.parallel import RankGroup, comm_errors, process_group, rank_and_world_size, use_local_accelerator
 from steersman.train.capture.capture import in_background
 from steersman.train.capture.stream import ActivationStream
@@ -36,7 +37,7 @@ from steersman.train.capture.stream_rows import StreamRows, batch_of
 from steersman.train.mesh.preemption import Preemption
 from steersman.train.mesh.wires import Wire, from_gpu_to_gpu, gpu_of
 from steersman.train.store.batch import ActivationBatch, ActivationSource, batches_in
-from steersman.train.store.statistics import ActivationStats
+from steersman.train.store.statistics import ActivationStats, stats_side_by_side
 
 _FACTS, _BUSY, _FAILED, _END = -1, -2, -3, -4
 """What stands in the head of a message in place of a number of rows."""
@@ -263,27 +264,29 @@ def _send(wire: Wire, tensor: Tensor, trainer: int) -> Callable[[], Any]:
 class _Facts:
     """What trainers must know of a stream; its numbers from one model rank are enough."""
 
-    hook_name: str
+    names: dict[str, str]
+    """What the hook points were called when the stream was asked for -> their canonical names."""
+    widths: dict[str, int]
+    """Those of the hook points, by their canonical names, in their order."""
     model_name: str
-    d_in: int
     dtype: torch.dtype
     fingerprint: str
     contents: dict[str, str]
     rows: dict[str, int | None]
-    stats: ActivationStats | None
+    stats: dict[str, ActivationStats]
 
 
 def _facts_of(stream: ActivationStream, all_of_them: bool) -> _Facts:
     rows = {split: stream.n_batches(1, split=split) for split in ("train", "heldout")} if all_of_them else {}
     return _Facts(
-        hook_name=stream.hook_name,
+        names=dict(zip(several_hooks(stream.config.hook), stream.hooks)),
+        widths={hook: stream.width(hook) for hook in stream.hooks},
         model_name=stream.model_name,
-        d_in=stream.d_in,
         dtype=stream.dtype,
         fingerprint=stream.fingerprint,
         contents=stream.contents() if all_of_them else {},
         rows=rows,
-        stats=stream.stats() if all_of_them else None,
+        stats={hook: stream.stats(hook) for hook in stream.hooks} if all_of_them else {},
     )
 
 
@@ -334,9 +337,22 @@ class RemoteStream:
         return found[0]
 
     @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hook points, by their canonical names."""
+        return tuple(self._facts.widths)
+
+    @property
     def hook_name(self) -> str:
-        """The hook point, by its canonical name."""
-        return self._facts.hook_name
+        """That of the stream."""
+        return "+".join(self.hooks)
+
+    def resolve_hook(self, hook: str) -> str:
+        """The canonical name of one of the hook points; any other as it is."""
+        return self._facts.names.get(hook, hook)
+
+    def width(self, hook: str) -> int:
+        """Width of one of the hook points."""
+        return self._facts.widths[hook]
 
     @property
     def model_name(self) -> str:
@@ -345,8 +361,8 @@ class RemoteStream:
 
     @property
     def d_in(self) -> int:
-        """Width D of the hook point."""
-        return self._facts.d_in
+        """Width D of a row."""
+        return sum(self._facts.widths.values())
 
     @property
     def fingerprint(self) -> str:
@@ -357,10 +373,10 @@ class RemoteStream:
         """Those of the stream."""
         return self._facts.contents
 
-    def stats(self) -> ActivationStats:
+    def stats(self, hook: str | None = None) -> ActivationStats:
         """Those of the stream."""
-        assert self._facts.stats is not None
-        return self._facts.stats
+        found = self._facts.stats
+        return stats_side_by_side(list(found.values())) if hook is None else found[self.resolve_hook(hook)]
 
     def n_batches(
         self, batch_size: int, *, split: str = "train", heldout_fraction: float = 0.05, drop_last: bool = True

@@ -34,15 +34,24 @@ class SharedStream:
     def __init__(self, stream: ActivationStream, ranks: Ranks) -> None:
         self._stream, self._ranks = stream, ranks
         self.hook_name, self.model_name, self.d_in = stream.hook_name, stream.model_name, stream.d_in
+        self.hooks = stream.hooks
         self.fingerprint = stream.fingerprint
 
     def contents(self) -> dict[str, str]:
         """Those of the stream."""
         return self._stream.contents()
 
-    def stats(self) -> ActivationStats:
+    def resolve_hook(self, hook: str) -> str:
+        """As of the stream."""
+        return self._stream.resolve_hook(hook)
+
+    def width(self, hook: str) -> int:
+        """As of the stream."""
+        return self._stream.width(hook)
+
+    def stats(self, hook: str | None = None) -> ActivationStats:
         """Those of the stream, for which every rank runs the model over all of its rows."""
-        return self._stream.stats()
+        return self._stream.stats(hook)
 
     def n_batches(self, batch_size: int, **reading: Any) -> int | None:
         """As of the stream."""

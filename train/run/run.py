@@ -22,6 +22,7 @@ from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.files import check_place
 from steersman.kernels import using
+from steersman.lm.origin import runs_before
 from steersman.parallel import Mesh, Ranks, rank_and_world_size, use_local_accelerator
 from steersman.progress import progress
 from steersman.sae import SAE, SAEConfig
@@ -39,7 +40,7 @@ from steersman.train.run.metrics_log import MetricsLogger
 from steersman.train.run.recipe import Recipe, TrainConfig, as_recorded, resolve, tokens_of
 from steersman.train.run.run_folder import RunFolder, record_in
 from steersman.train.run.trainer import Trainer
-from steersman.train.store.batch import ActivationSource, HasContents
+from steersman.train.store.batch import ActivationSource, HasContents, HooksSideBySide
 from steersman.train.store.statistics import LARGE_NORM_RATIO, ActivationStats
 from steersman.train.store.store import ActivationStore
 from steersman.train.store.view import HookView
@@ -58,22 +59,27 @@ class Run:
         """
         config = _with_what_is_labelled(as_recorded(config, record_in(out)), source, ranks)
         self.config, self.ranks, self.device = config, ranks or Ranks(Mesh()), pick_device(config.device)
-        hook = source.hook_name
-        self.source = source if config.hook_out is None else _with_target(source, config.hook_out)
+        self.source, hook, d_in, what = source, source.hook_name, source.d_in, {}
+        if config.hook_out is not None:
+            beside = self.source = with_target(source, config.hook_out)
+            hook, out = beside.hooks
+            config = self.config = replace(config, hook_out=out)
+            d_in = beside.width(hook)
+            what = {"transcoder": True, "d_out": beside.width(out), "hook_name_out": out, "apply_b_dec_to_input": False}
         rows = _rows(source, config)
         with using(config.kernels, self.device):
-            self.recipe = resolve(config, source.d_in, rows)
+            self.recipe = resolve(config, d_in, rows)
         data = {"hook_name": hook, "model_name": source.model_name, "fingerprint": source.fingerprint}
         data |= source.contents() if isinstance(source, HasContents) else {}
         cfg = SAEConfig(
-            d_in=source.d_in,
+            d_in=d_in,
             d_sae=config.d_sae,
             k=config.k,
             architecture=config.architecture,
             options=config.options,
             hook_name=hook,
             model_name=source.model_name,
-            **self._transcoder(),
+            **what,
         )
         record = {"training": config.record(), "recipe": asdict(self.recipe), "data": data}
         self.folder, tokens = RunFolder(out), tokens_of(config, rows)
@@ -93,17 +99,9 @@ class Run:
         """Let other processes have the folder."""
         self.folder.close()
 
-    def _transcoder(self) -> dict[str, Any]:
-        """What of an SAE's configuration makes a transcoder of it."""
-        out = self.config.hook_out
-        if not isinstance(self.source, HookView) or out is None:
-            return {}
-        width = self.source.store.width(out)
-        return {"transcoder": True, "d_out": width, "hook_name_out": out, "apply_b_dec_to_input": False}
-
     def _stats(self) -> list[ActivationStats]:
         """Statistics of what is read and, of a transcoder, of what is predicted."""
-        if isinstance(self.source, HookView) and self.cfg.transcoder:
+        if isinstance(self.source, HooksSideBySide) and self.cfg.transcoder:
             return [self.source.stats(hook) for hook in (self.cfg.hook_name, self.cfg.hook_name_out)]
         return [self.source.stats()]
 
@@ -264,13 +262,30 @@ def _with_what_is_labelled(config: TrainConfig, source: ActivationSource, ranks:
     return replace(config, architecture=plain, options={})
 
 
-def _with_target(source: ActivationSource, hook_out: str) -> HookView:
-    """The source with the hook point that is to be predicted beside its own."""
-    if isinstance(source, HookView) and len(source.hooks) == 1:
-        return HookView(source.store, [*source.hooks, hook_out])
+def with_target(source: ActivationSource, hook_out: str) -> HooksSideBySide:
+    """The source with two hook points side by side: what a transcoder reads and, `hook_out`, what it predicts.
+
+    Raises a SteersmanError where the source does not have both, or where what is predicted does not come later in the
+    model than what is read."""
     if isinstance(source, ActivationStore):
-        return HookView(source, [source.hook_name, hook_out])
-    raise SteersmanError(f"hook_out = {hook_out} needs a store that holds it beside one other hook point")
+        source = HookView(source, source.hook_name)
+    if not isinstance(source, HooksSideBySide):
+        raise SteersmanError(f"hook_out = {hook_out} needs a store or stream that has it beside what is read")
+    hook_out, read = source.resolve_hook(hook_out), source.hooks[0]
+    if hook_out == read:
+        raise SteersmanError(f"hook_out = {hook_out} is what is read: a transcoder predicts another hook point")
+    if runs_before(hook_out, read):
+        raise SteersmanError(
+            f"hook_out = {hook_out} comes before {read} in the model: a transcoder predicts what follows"
+        )
+    if isinstance(source, HookView) and len(source.hooks) == 1:
+        return HookView(source.store, [read, hook_out])
+    if source.hooks[1:] != (hook_out,):
+        raise SteersmanError(
+            f"hook_out = {hook_out} needs it beside one other hook point, and the source has "
+            f"{', '.join(source.hooks)}: give hook=({read!r}, {hook_out!r})"
+        )
+    return source
 
 
 def _rows(source: ActivationSource, config: TrainConfig) -> int | None:

@@ -1,8 +1,8 @@
 """What a store knows about the sizes of its activations, gathered while they are written."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,6 +60,26 @@ class ActivationStats:
         rows = f"{self.n_large:,} rows ({100 * self.n_large / self.n_rows:.2g} %)"
         held = f"{100 * self.large_share:.3g} % of the squared norm"
         return f"{rows} have norms above {LARGE_NORM_RATIO:g} x the median and hold {held}"
+
+
+def stats_side_by_side(parts: Sequence[ActivationStats]) -> ActivationStats:
+    """Statistics of the rows of several hook points side by side, from those of each.
+
+    They hold the exact mean and mean squared norm. What their norms are follows only if the norms of the parts do not
+    vary, for which the mean and median norm given are right. Of large rows only the largest norm is known.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return replace(
+        parts[0],
+        mean=torch.cat([part.mean for part in parts]),
+        mean_norm=math.hypot(*(part.mean_norm for part in parts)),
+        median_norm=math.hypot(*(part.median_norm for part in parts)),
+        mean_squared_norm=sum(part.mean_squared_norm for part in parts),
+        max_norm=math.hypot(*(part.max_norm for part in parts)),
+        n_large=0,
+        large_share=0.0,
+    )
 
 
 def row_norms(x: torch.Tensor) -> torch.Tensor:

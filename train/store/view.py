@@ -1,15 +1,11 @@
 """Some hook points of a store as something to train on."""
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-import torch
-
 from steersman.train.store.batch import ActivationBatch
-from steersman.train.store.statistics import ActivationStats
+from steersman.train.store.statistics import ActivationStats, stats_side_by_side
 from steersman.train.store.store import ActivationStore
 
 
@@ -33,25 +29,18 @@ class HookView:
         return f"HookView({', '.join(self.hooks)} of {self.store})"
 
     def stats(self, hook: str | None = None) -> ActivationStats:
-        """Statistics of one of the hook points, or of the rows side by side.
+        """Statistics of one of the hook points, or of the rows side by side (see `stats_side_by_side`)."""
+        if hook is not None:
+            return self.store.stats(hook)
+        return stats_side_by_side([self.store.stats(one) for one in self.hooks])
 
-        Those of rows side by side hold the exact mean and mean squared norm. What their norms are follows only if the
-        norms of the parts do not vary, for which the mean and median norm given are right. Of large rows only the
-        largest norm is known.
-        """
-        if hook is not None or len(self.hooks) == 1:
-            return self.store.stats(hook or self.hook_name)
-        parts = [self.store.stats(hook) for hook in self.hooks]
-        return replace(
-            parts[0],
-            mean=torch.cat([part.mean for part in parts]),
-            mean_norm=math.hypot(*(part.mean_norm for part in parts)),
-            median_norm=math.hypot(*(part.median_norm for part in parts)),
-            mean_squared_norm=sum(part.mean_squared_norm for part in parts),
-            max_norm=math.hypot(*(part.max_norm for part in parts)),
-            n_large=0,
-            large_share=0.0,
-        )
+    def width(self, hook: str) -> int:
+        """Width of one of the hook points."""
+        return self.store.width(hook)
+
+    def resolve_hook(self, hook: str) -> str:
+        """The name under which the store has a hook point, as it is given."""
+        return hook
 
     @property
     def has_labels(self) -> bool:
