@@ -63,7 +63,7 @@ def test_it_gives_the_rows_that_a_store_of_the_same_text_holds(lm: LanguageModel
 def test_several_hook_points_stand_side_by_side_and_come_from_one_pass(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hooks, texts = ("blocks.0.hook_mlp_post", HOOK), DOCUMENTS[:60]
+    hooks, texts = ("blocks.0.mlp.hook_post", HOOK), DOCUMENTS[:60]
     alone = [stream_of(lm, texts, hook=hook, buffer_rows=128) for hook in hooks]
     expected = [list(stream.batches(32, seed=2, start=1)) for stream in alone]
     made = passes(monkeypatch)

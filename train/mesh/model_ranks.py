@@ -279,7 +279,7 @@ class _Facts:
 def _facts_of(stream: ActivationStream, all_of_them: bool) -> _Facts:
     rows = {split: stream.n_batches(1, split=split) for split in ("train", "heldout")} if all_of_them else {}
     return _Facts(
-        names=dict(zip(several_hooks(stream.config.hook), stream.hooks)),
+        names={str(name): hook for name, hook in zip(several_hooks(stream.config.hook), stream.hooks)},
         widths={hook: stream.width(hook) for hook in stream.hooks},
         model_name=stream.model_name,
         dtype=stream.dtype,

@@ -62,10 +62,10 @@ class Run:
         self.source, hook, d_in, what = source, source.hook_name, source.d_in, {}
         if config.hook_out is not None:
             beside = self.source = with_target(source, config.hook_out)
-            hook, out = beside.hooks
-            config = self.config = replace(config, hook_out=out)
-            d_in = beside.width(hook)
-            what = {"transcoder": True, "d_out": beside.width(out), "hook_name_out": out, "apply_b_dec_to_input": False}
+            hook, target = beside.hooks
+            config = self.config = replace(config, hook_out=target)
+            d_in, d_out = beside.width(hook), beside.width(target)
+            what = {"transcoder": True, "d_out": d_out, "hook_name_out": target, "apply_b_dec_to_input": False}
         rows = _rows(source, config)
         with using(config.kernels, self.device):
             self.recipe = resolve(config, d_in, rows)
