@@ -11,10 +11,12 @@ from steersman.sae.architectures.relu import ReLUSAE
 from steersman.sae.architectures.supervised_topk import SupervisedTopKSAE
 from steersman.sae.architectures.topk import TopKSAE
 from steersman.sae.base import SAE, FeatureStats, SparseCode
+from steersman.sae.compare import SAEComparison, compare_saes
 from steersman.sae.config import SAEConfig
 from steersman.sae.feature_labels import FeatureLabel, FeatureLabels
 from steersman.sae.formats import load
 from steersman.sae.formats.saelens import save
+from steersman.sae.matching import FeatureMatching, Unmatched
 from steersman.sae.metrics import Reconstruction, measure_reconstruction
 from steersman.sae.neighbours import Nearest, Neighbour, feature_neighbours, nearest_features
 from steersman.sae.training import AuxTerm, Latents, Step, TrainingCode, TrainingState
@@ -30,6 +32,7 @@ __all__ = [
     "BatchTopKSAE",
     "FeatureLabel",
     "FeatureLabels",
+    "FeatureMatching",
     "FeatureStats",
     "GatedSAE",
     "GroupMaxSAE",
@@ -40,6 +43,7 @@ __all__ = [
     "Neighbour",
     "ReLUSAE",
     "Reconstruction",
+    "SAEComparison",
     "SAEConfig",
     "SparseCode",
     "Step",
@@ -47,8 +51,10 @@ __all__ = [
     "TopKSAE",
     "TrainingCode",
     "TrainingState",
+    "Unmatched",
     "auxk_gradients",
     "auxk_loss",
+    "compare_saes",
     "feature_neighbours",
     "measure_reconstruction",
     "nearest_features",

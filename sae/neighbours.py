@@ -63,7 +63,7 @@ def feature_neighbours(
     >>> feature_neighbours(SAE(SAEConfig(d_in=4, d_sae=8, k=2)), [3], n=2).features.shape
     torch.Size([1, 2])
     """
-    rows = _unit_rows(sae, by)
+    rows = unit_rows(sae, by)
     for feature in features or ():
         sae.check_feature(feature)
     ids = torch.arange(len(rows)) if features is None else torch.tensor(list(features), dtype=torch.int64)
@@ -78,7 +78,7 @@ def nearest_features(
 
     Raises SteersmanError for a direction of another width, of zeros or with entries that are not finite.
     """
-    rows = _unit_rows(sae, by)
+    rows = unit_rows(sae, by)
     given = torch.atleast_2d(directions.detach()).to(rows.device).float()
     if given.ndim != 2 or given.shape[1] != rows.shape[1]:
         raise SteersmanError(
@@ -89,7 +89,7 @@ def nearest_features(
     return _nearest(torch.nn.functional.normalize(given, dim=1), rows, None, n, sign)
 
 
-def _unit_rows(sae: SAE, by: str) -> Tensor:
+def unit_rows(sae: SAE, by: str) -> Tensor:
     """[L, D] fp32: the decoder or encoder rows at length 1; a row of zeros stays one."""
     if by not in get_args(Sides):
         raise SteersmanError(f"rows are compared by {' or '.join(get_args(Sides))}, not by {by!r}")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from steersman.lm import LanguageModel as LanguageModel
     from steersman.sae import SAE as SAE
     from steersman.sae import SAEConfig as SAEConfig
+    from steersman.sae import compare_saes as compare_saes
     from steersman.steer import Edit as Edit
     from steersman.steer import EffectMap as EffectMap
     from steersman.steer import Steerer as Steerer
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "lm": ("LanguageModel",),
-    "sae": ("SAE", "SAEConfig"),
+    "sae": ("SAE", "SAEConfig", "compare_saes"),
     "train": (
         "ActivationStore",
         "TrainConfig",
@@ -67,6 +68,7 @@ __all__ = [
     "__version__",
     "cache_activations",
     "collect_effects",
+    "compare_saes",
     "decompose",
     "evaluate_sae",
     "evaluate_steering",

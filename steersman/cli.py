@@ -70,6 +70,9 @@ COMMANDS: dict[str, Command] = {
     "activations": Command("steersman.commands.activations:run", "see which features fire on a text"),
     "find": Command("steersman.commands.find:run", "find features by words, by texts or by a direction"),
     "neighbours": Command("steersman.commands.neighbours:run", "see the features nearest others"),
+    "compare": Command(
+        "steersman.commands.compare:run", "see which features of several SAEs are the same", writes=FILE
+    ),
     "label": Command(
         "steersman.commands.label:run",
         "label features: by their tokens, by a language model, from Neuronpedia",

@@ -18,6 +18,7 @@ NEEDS = {
     "sweep": ["--store", "s", "--d-sae", "8", "--k", "2"],
     "eval": ["--sae", "a", "--store", "s"],
     "features": ["--sae", "a", "--store", "s", "--model", "m"],
+    "compare": ["a", "b"],
     "label": ["--sae", "a", "--model", "m"],
     "steer": ["--model", "m", "--sae", "a", "--feature", "1"],
     "convert": ["a", "--to", "saelens"],

@@ -1,4 +1,4 @@
-"""`steersman activations`, `find` and `neighbours`."""
+"""`steersman activations`, `find`, `neighbours` and `compare`."""
 
 import json
 from pathlib import Path
@@ -91,6 +91,19 @@ def test_neighbours(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(first["decoder"]) == len(first["encoder"]) == 2
 
 
+def test_compare(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "found.json"
+    shown = printed(f"compare {work}/sae {work}/bare {work}/sae --out {out}", capsys)
+    assert shown.startswith("A  ")
+    assert "A B 1.000 1.000 1.000" in " ".join(shown.split())
+    named = json.loads(printed(f"compare {work}/sae {work}/bare --store {work}/acts --json", capsys))
+    assert ([sae["name"] for sae in named["saes"]], named["by"]) == (["sae", "bare"], "activations")
+    assert all(pair["mcc"] == pytest.approx(1.0) for pair in json.loads(out.read_text())["pairs"])
+    silent = [one["feature"] for one in named["pairs"][0]["unmatched"][0]]
+    assert silent
+    assert not {3, 4, 5} & set(silent), "these fire on the store's rows"
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -105,6 +118,9 @@ def test_neighbours(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("find --sae {}/sae --vector {}/elsewhere.safetensors", "blocks.1.hook_resid_post"),
         ("neighbours --sae {}/sae --feature 99", "out of range"),
         ("neighbours --sae {}/sae --feature 3 --by coactivation", "--store belong together"),
+        ("compare {}/sae", "two SAEs or more"),
+        ("compare {}/sae {}/bare --by activations", "rows of a store"),
+        ("compare {}/sae {}/sae {}/nothing", "nothing"),
     ],
 )
 def test_mistakes_get_one_line(work: Path, argv: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
