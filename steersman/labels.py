@@ -1,19 +1,63 @@
-"""Labels of text: of a whole document, or of each of its tokens.
+"""What is known of a document beside its text, which travels with it, as a string that holds it: labels and tokens.
 
-A label is 1, 0, or -1 where nothing is known. It travels with its document, as a string that holds it.
+A label is 1, 0, or -1 where nothing is known, of a whole document or of each of its tokens.
 """
 
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from steersman.errors import SteersmanError
 from steersman.reading import shown
 
-__all__ = ["UNLABELLED", "Label", "LabelledText", "parse_label"]
+__all__ = [
+    "UNLABELLED",
+    "Label",
+    "LabelledText",
+    "TextTokens",
+    "TokenizedText",
+    "parse_label",
+    "tokens_of",
+    "with_tokens",
+]
 
 UNLABELLED = -1
 
 Label = int | tuple[int, ...]
 """Of a document, or of each of its tokens."""
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """The tokens of a document, where they were found before it is put into contexts."""
+
+    ids: np.ndarray
+    """[n] int64."""
+    kept: np.ndarray | None = None
+    """[n] bool: which of them may become rows; None: all."""
+
+
+class TokenizedText(str):
+    """A document that brings its tokens."""
+
+    tokens: TextTokens
+
+    def __new__(cls, text: str, tokens: TextTokens) -> "TokenizedText":
+        made = super().__new__(cls, text)
+        made.tokens = tokens
+        return made
+
+
+def tokens_of(document: str) -> TextTokens | None:
+    """The tokens that a document brings, if it does."""
+    return document.tokens if isinstance(document, TokenizedText | LabelledText) else None
+
+
+def with_tokens(document: str, tokens: TextTokens) -> str:
+    """The document with its tokens, and with its label where it has one."""
+    text = TokenizedText(document, tokens)
+    return LabelledText(text, document.label) if isinstance(document, LabelledText) else text
 
 
 class LabelledText(str):
@@ -25,10 +69,13 @@ class LabelledText(str):
     """
 
     label: Label
+    tokens: TextTokens | None = None
 
     def __new__(cls, text: str, label: Label) -> "LabelledText":
         made = super().__new__(cls, text)
         made.label = label
+        if isinstance(text, TokenizedText):
+            made.tokens = text.tokens
         return made
 
 

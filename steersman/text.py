@@ -1,7 +1,8 @@
 """Documents from wherever they are, numbered, so that reading can start again at any of them."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import filterfalse, islice
 from pathlib import Path
 from typing import Any, Protocol, cast, get_args, runtime_checkable
@@ -9,6 +10,7 @@ from typing import Any, Protocol, cast, get_args, runtime_checkable
 from steersman.conversations import ChatOptions, Document, is_blank, is_conversation
 from steersman.errors import SteersmanError, near_names
 from steersman.reading import check_regular
+from steersman.text_mixture import Measure, MixedText, Mixture
 from steersman.text_sources import (
     SUFFIXES,
     FileText,
@@ -22,7 +24,7 @@ from steersman.text_sources import (
     only_text,
 )
 
-__all__ = ["TextSource", "open_text", "read_documents", "read_texts"]
+__all__ = ["Mixture", "TextSource", "open_text", "read_documents", "read_texts"]
 
 
 @runtime_checkable
@@ -56,6 +58,7 @@ def open_text(
     on_bad_text: OnBadText = "error",
     write: Write | None = None,
     label_column: str | None = None,
+    measure: Measure | None = None,
 ) -> TextSource:
     """Text from any of these, as a `TextSource`:
 
@@ -67,9 +70,12 @@ def open_text(
     - a Hugging Face dataset, as "id", "id:config" or "id:config:split" (an empty config is the default one, the split
       is "train" unless named), streamed rather than downloaded if `streaming`;
     - a function of the document's number: endless text, made on demand;
+    - a `Mixture` of any of these by weight, or a mapping of their names to weights;
     - a `TextSource`, returned as it is.
 
     A conversation is what `write` makes of it, which is given all documents; without it one is no document.
+
+    Weights are shares of what `measure` says that documents are long; without it, of characters.
 
     With a `label_column`, documents are `LabelledText`s where their record has that column: lines of .jsonl, rows of
     .parquet and of datasets, and in a list mappings with the text and the label.
@@ -89,6 +95,13 @@ def open_text(
         raise SteersmanError(f"on_bad_text {on_bad_text!r} is none of {', '.join(get_args(OnBadText))}")
     if isinstance(source, TextSource):
         return source
+    if isinstance(source, Mixture | Mapping):
+        open_one = partial(
+            open_text, text_column=text_column, streaming=streaming, txt_documents=txt_documents,
+            on_bad_text=on_bad_text, write=write, label_column=label_column, measure=measure,
+        )  # fmt: skip
+        mixture = source if isinstance(source, Mixture) else Mixture.of_weights(source)
+        return MixedText.open(mixture, open_one, measure)
     how = How(on_bad_text, write or only_text, text_column, label_column)
     if isinstance(source, str | os.PathLike):
         return _open_named(str(source), text_column, streaming, txt_documents, how)
@@ -99,7 +112,8 @@ def open_text(
             raise SteersmanError("the list of texts is empty; give at least one document")
         return ListedText([source] if is_conversation(source) else source, how)
     raise SteersmanError(
-        f"text must be a list of strings, a path, a dataset id or a function of a number, not {type(source).__name__}"
+        "text must be a list of strings, a path, a dataset id, a mixture of those or a function of a number, not "
+        f"{type(source).__name__}"
     )
 
 

@@ -110,3 +110,46 @@ def test_documents_are_texts_or_conversations(tmp_path: Path) -> None:
     assert read_documents(file) == ["w1", [{"role": "user", "content": "w2"}]]
     with pytest.raises(SteersmanError, match=r"line 2: 'messages' is a conversation"):
         read_texts(file)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("roles", [("assistant",), ("user", "system"), ("last_user",)])
+def test_only_the_rows_of_the_roles_asked_for_are_stored(
+    lm: LanguageModel, tmp_path: Path, no_progress: None, packing: bool, roles: tuple[str, ...]
+) -> None:
+    talks = [*TALKS, talk("w1", "w2 w3", "w4", "w5")]
+    how: dict[str, Any] = {"packing": packing, "context_length": 12}
+    every, _ = cached(lm, talks, tmp_path / "all", **how)
+    ids, config = cached(lm, talks, tmp_path / "some", roles=roles, **how)
+    want = []
+    for one in talks:  # whose each token is, as `encode_chat` says; one a row is cut at the length of a context
+        batch = lm.encode_chat(one)
+        mask = torch.stack([batch.mask(role)[0] for role in roles]).any(0)
+        want += batch.input_ids[0, : None if packing else 12][mask[: None if packing else 12]].tolist()
+    assert ids == want
+    assert len(ids) < len(every)
+    assert config["roles"] == "+".join(sorted(roles))
+    whole, some = (cache_activations(out=str(tmp_path / name), lm=lm, texts=talks, hook=HOOK, tokens=None,
+                                     exclude_bos=False, activation_dtype="float32", roles=given, **how)
+                   for name, given in (("all", ()), ("some", roles)))  # fmt: skip
+    info, kept = whole.tokens(0, whole.n_rows), some.tokens(0, some.n_rows)
+    places = {(int(d), int(p)): i for i, (d, p) in enumerate(zip(info.doc_ids, info.positions))}
+    if not packing:  # the rows are those of whole conversations: the others' tokens were read
+        rows = torch.tensor([places[int(d), int(p)] for d, p in zip(kept.doc_ids, kept.positions)])
+        torch.testing.assert_close(some.activations(torch.arange(some.n_rows)), whole.activations(rows))
+
+
+def test_roles_that_cannot_be(lm: LanguageModel, tmp_path: Path, no_progress: None) -> None:
+    for roles, message in [
+        (("asistant",), r"roles: 'asistant' is none of assistant, user, system, thinking, last_user or role:NAME"),
+        (("turn:0",), "roles: 'turn:0' is none of"),
+        (("thinking",), "has no markers of thinking"),
+    ]:
+        with pytest.raises(SteersmanError, match=message):
+            cached(lm, TALKS, tmp_path / "a", roles=roles)
+    with pytest.raises(SteersmanError, match=r"document 1 is plain text, which has no roles"):
+        cached(lm, [TALKS[0], "w1 w2"], tmp_path / "b", roles=("assistant",))
+    ids, _ = cached(lm, ["w1 w2", TALKS[1]], tmp_path / "c", roles=("assistant",), on_bad_text="skip")
+    assert ids == [
+        i for i, role in zip(*(expected(lm, TALKS[1:2]), lm.encode_chat(TALKS[1]).roles[0])) if role == "assistant"
+    ]

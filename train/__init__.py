@@ -1,6 +1,6 @@
 """Text to tokens to activations to a store to a trained SAE, on one process or many."""
 
-from steersman.text import TextSource, open_text
+from steersman.text import Mixture, TextSource, open_text
 from steersman.train.capture.cache import CacheConfig, cache_activations
 from steersman.train.capture.capture import CaptureConfig
 from steersman.train.capture.stream import ActivationStream, StreamConfig, stream_activations
@@ -36,6 +36,7 @@ __all__ = [
     "FeatureReport",
     "FeaturesConfig",
     "HookView",
+    "Mixture",
     "PlanConfig",
     "Recipe",
     "RowInfo",

@@ -18,12 +18,15 @@ class CacheCommand(CacheConfig, PrintOptions):
     """Hook point, such as blocks.2.hook_resid_post or model.layers.2; several are stored side by side."""
     layer: tuple[int, ...] = ()
     """Layer in place of a hook point: the state after it, counted from 0; -1 is the last."""
+    text: tuple[str, ...] = ()
+    """File, folder or dataset id (see `open_text`). Several, each as NAME=WEIGHT, are mixed: weights are their shares
+    of the tokens."""
 
 
 def run(config: CacheCommand) -> None:
     """`steersman cache`."""
     hooks = hook_points(config.hook, config.layer, config.model, config.revision)
-    if config.model is None or config.text is None or not hooks:
+    if config.model is None or not config.text or not hooks:
         raise SteersmanError("nothing to cache: give --model, --text and --hook or --layer")
     store = cache_activations(config=replace(part_of(CacheConfig, config), hook=hooks))
     if rank_and_world_size()[0]:

@@ -38,6 +38,9 @@ class TrainCommand(TrainConfig, StreamConfig, PrintOptions):
     """Layer in place of --hook: the state after it, counted from 0; -1, the last, where a model is read."""
     model_batch_size: int = StreamConfig.batch_size
     """Without a store: contexts of a forward pass (the batch size of `steersman cache`)."""
+    text: tuple[str, ...] = ()
+    """File, folder or dataset id (see `open_text`). Several, each as NAME=WEIGHT, are mixed: weights are their shares
+    of the tokens."""
     option: tuple[str, ...] = ()
     """Setting of the architecture's own, as name=value; may be repeated."""
 
@@ -65,7 +68,7 @@ def _source(config: TrainCommand) -> ActivationStore | HookView | Callable[[], A
         if config.model or config.text:
             raise SteersmanError("give either --store, or --model with --text and --hook, not both")
         for name, default in (_STREAMED | {"model_batch_size": StreamConfig.batch_size}).items():
-            if name != "batch_size" and getattr(config, name) != default:
+            if name not in ("batch_size", "text") and getattr(config, name) != default:
                 flag = f"--{name.replace('_', '-')}"
                 raise SteersmanError(f"{flag} is for training straight from a model: a store's rows are there already")
         store = ActivationStore.open(config.store)

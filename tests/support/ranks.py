@@ -5,9 +5,12 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
+
+import pytest
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -38,6 +41,15 @@ def _enter(rank: int, n: int, port: int, out: Connection, job: Callable[..., Any
         out.send_bytes(pickle.dumps((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")))
     finally:
         out.close()
+
+
+@contextmanager
+def as_rank(rank: int, n: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The block runs as rank `rank` of n, in this process."""
+    with monkeypatch.context() as patch:
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n}.items():
+            patch.setenv(name, str(value))
+        yield
 
 
 def start_ranks(n: int, job: Callable[..., Any], *args: Any) -> list[tuple[Any, Connection]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, Self
 
@@ -16,14 +17,16 @@ from steersman.config import check_types
 from steersman.conversations import ChatOptions, Document, is_blank
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
-from steersman.labels import LabelledText
+from steersman.labels import LabelledText, TextTokens, TokenizedText
 from steersman.lm import LanguageModel
+from steersman.lm.chat_spans import PARTS, ChatPart, ChatRow, ChatSpans
 from steersman.lm.load import Quantization, parse_dtype
 from steersman.lm.tokens import bos_tokens, writing_of
 from steersman.text import TextSource, open_text
+from steersman.text_mixture import StoppingStrategy, named_texts
 from steersman.text_sources import MESSAGES, OnBadText, TxtDocuments
 from steersman.threads import usable_cores
-from steersman.train.capture.contexts import ContextBatch, context_batches
+from steersman.train.capture.contexts import ContextBatch, context_batches, documents_with_tokens
 from steersman.train.capture.text_digest import DigestedText
 from steersman.train.store.shards import DTYPES, check_choices
 
@@ -43,8 +46,15 @@ class CaptureConfig(ChatOptions):
     """Hook point or points, such as blocks.2.hook_resid_post or model.layers.2."""
     model: str | None = None
     """Folder or hub id of the model; not needed when a loaded model is given."""
-    text: str | None = None
-    """File, folder or dataset id (see `open_text`); not needed when texts are given."""
+    text: str | tuple[str, ...] | None = None
+    """File, folder or dataset id (see `open_text`); not needed when texts are given. Several, each as NAME=WEIGHT, are
+    mixed: weights are their shares of the tokens."""
+    stopping_strategy: StoppingStrategy = "first_exhausted"
+    """Where a mixture of texts ends: with the first text that has no further document when it is its turn, or when all
+    have ended once (all_exhausted), until when those that end begin again."""
+    roles: tuple[str, ...] = ()
+    """Of conversations, the parts whose tokens become rows, named as scopes: assistant, user, system, role:NAME,
+    thinking or last_user; the other tokens are read and left out. None: all."""
     context_length: int | None = None
     """Tokens of a context, BOS included; the smaller of 256 and the model's limit if not given."""
     packing: bool = True
@@ -179,8 +189,8 @@ class Capture:
     text: DigestedText
     settings: CaptureSettings
     chat: Mapping[str, str] = field(default_factory=dict)
-    """Where chats are read, under "chat_template" the digest of the template, and under "system" the message before
-    each."""
+    """Where chats are read, under "chat_template" the digest of the template, under "system" the message before each,
+    and under "roles" whose tokens become rows."""
 
     @classmethod
     def open(
@@ -211,23 +221,25 @@ class Capture:
                 tensor_parallel=tensor_parallel,
                 bos=config.bos,
             )
-        if texts is None and config.text is None:
+        texts = named_texts(config.text, config.stopping_strategy) if texts is None else texts
+        if texts is None:
             raise SteersmanError("no text given: pass texts, or set text to a file, folder or dataset id")
-        if config.chat or config.system is not None:
+        if config.chat or config.system is not None or config.roles:
             _ = lm.chat_template  # there is none: said before anything is read
         write = _Writer(lm, config)
+        settings = capture_settings(lm, config, labelled=label_column is not None)
         text = open_text(
-            config.text if texts is None else texts,
+            texts,
             text_column=config.text_column,
             streaming=config.streaming,
             txt_documents=config.txt_documents,
             on_bad_text=config.on_bad_text,
             write=write,
             label_column=label_column,
+            measure=partial(_measured, lm, settings),
         )
         if label_column is not None:
             _check_labels(text, label_column)
-        settings = capture_settings(lm, config, labelled=label_column is not None)
         return cls(lm, DigestedText(text), settings, write.about(text))
 
     def rows(self, cursor: Mapping[str, int] | None = None) -> Generator[CapturedRows]:
@@ -243,7 +255,7 @@ class Capture:
         """The forward batches of the text from `cursor` on, tokenized in another thread ahead of their use."""
         batches = context_batches(
             self.text,
-            self._tokenize,
+            partial(_tokenize, self.lm),
             context_length=self.settings.context_length,
             batch_size=self.settings.batch_size,
             packing=self.settings.packing,
@@ -251,12 +263,15 @@ class Capture:
             pad_id=self.lm.pad_token_id or 0,
             cursor=cursor,
             labelled=self.settings.labelled,
+            choosing="roles" in self.chat,
         )
         return in_background(batches, side_executor(self.lm, "steersman-text"), ahead=4)
 
     def kept(self, batch: ContextBatch) -> np.ndarray:
         """Which tokens of a batch become rows: all but padding and those left out, [B, S] bool."""
         kept, first = batch.doc_ids >= 0, self.settings.left_out_first
+        if batch.chosen is not None:
+            kept &= batch.chosen
         if self.settings.excluded:
             kept &= ~np.isin(batch.input_ids, [i for i in self.settings.excluded if i != first])
         if first is not None:
@@ -294,48 +309,78 @@ class Capture:
         characters = sum(map(len, sample))
         if not characters:
             return 0
-        tokens = sum(map(len, self._tokenize(sample)))
-        return math.ceil(total * tokens / characters)
+        measured = _measured(self.lm, self.settings, iter(sample))
+        return math.ceil(total * sum(n for _, n in measured) / characters)
 
     def show_token(self, token: int) -> str:
         """The text of one token."""
         return str(self.lm.tokenizer.decode([token]))
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text without special tokens."""
-        return self.lm.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+
+def _tokenize(lm: LanguageModel, texts: list[str]) -> list[list[int]]:
+    """Ids of each text without special tokens."""
+    return lm.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _measured(lm: LanguageModel, settings: CaptureSettings, documents: Iterator[str]) -> Iterator[tuple[str, int]]:
+    """See `documents_with_tokens`."""
+    limit = None if settings.packing else settings.context_length - (settings.bos_id is not None)
+    return documents_with_tokens(documents, partial(_tokenize, lm), settings.bos_id, limit)
 
 
 class _Writer:
-    """Writes documents out: conversations, and texts that are to be a user's message, by the chat template."""
+    """Writes documents out: conversations, and texts that are to be a user's message, by the chat template. Where some
+    roles alone are asked for, documents bring their tokens, and which of them are of those."""
 
     def __init__(self, lm: LanguageModel, config: CaptureConfig) -> None:
         self._lm, self._config, self._used = lm, config, False
+        self._parts = [_part(lm, name) for name in config.roles]
 
     def __call__(self, document: Document, where: str) -> str:
         document = document if is_blank(document) else self._config.apply_to(document)
         if isinstance(document, str):
+            if self._parts and document.strip():
+                raise SteersmanError(
+                    f"{where} is plain text, which has no roles: give conversations, chat=True for texts that are a "
+                    "user's messages, or leave out roles"
+                )
             return document
         self._used = True
         try:
             template = self._lm.chat_template
         except SteersmanError as error:
             raise SteersmanError(f"{where} is a conversation, and {error}") from error
-        return writing_of(document).render(template, document, f"{where}: ")
+        if not self._parts:
+            return writing_of(document).render(template, document, f"{where}: ")
+        row = ChatRow(template, document, writing_of(document), f"{where}: ")
+        spans = ChatSpans([row])
+        kept = torch.stack([spans.table(part, torch.device("cpu"))[0] for part in self._parts]).any(0)
+        return TokenizedText(row.text, TextTokens(np.array(row.ids, dtype=np.int64), kept.numpy()))
 
     def about(self, text: TextSource) -> dict[str, str]:
         """The template that chats are written by, if the text is of chats, which its first document tells."""
         config = self._config
-        if not (config.chat or config.system is not None or config.text_column == MESSAGES):
+        if not (config.chat or config.system is not None or config.roles or config.text_column == MESSAGES):
             if getattr(text, "remote", False):
                 return {}
             next(text.documents(), None)
             if not self._used:
                 return {}
         found = {"chat_template": self._lm.chat_template.digest}
-        return found if config.system is None else {**found, "system": config.system}
+        found |= {} if config.system is None else {"system": config.system}
+        return found | ({"roles": "+".join(sorted(set(config.roles)))} if config.roles else {})
+
+
+def _part(lm: LanguageModel, role: str) -> ChatPart:
+    """The part of conversations that `roles` names. Raises SteersmanError for what the template has not."""
+    part = ChatPart.parse(role)
+    if part is None or part.kind == "turn":
+        raise SteersmanError(f"roles: {role!r} is none of {', '.join(PARTS)} or role:NAME")
+    if part.kind == "role":
+        lm.chat_template.check_role(part.role)
+    if part.kind == "thinking":
+        _ = lm.chat_template.think_markers
+    return part
 
 
 def _check_labels(text: TextSource, label_column: str) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from steersman.errors import SteersmanError
-from steersman.labels import UNLABELLED, LabelledText
+from steersman.labels import UNLABELLED, LabelledText, TextTokens, TokenizedText, tokens_of, with_tokens
 from steersman.text import TextSource
 from steersman.train.capture.text_digest import DigestedText
 
@@ -48,6 +48,8 @@ class ContextBatch:
     """The text's digest after each document of the batch, where `DigestedText` knows it."""
     labels: np.ndarray | None = None
     """Label of each token [B, S] int8, -1 where there is none, as at BOS and padding; None unless labels are read."""
+    chosen: np.ndarray | None = None
+    """Which tokens may become rows [B, S] bool, where documents say it of theirs; BOS and padding do not."""
 
     @property
     def full(self) -> bool:
@@ -70,16 +72,18 @@ def context_batches(
     pad_id: int,
     cursor: Mapping[str, int] | None = None,
     labelled: bool = False,
+    choosing: bool = False,
 ) -> Iterator[ContextBatch]:
     """The contexts of `text` in batches of `batch_size`, from `cursor` (a batch's own) or the first document on.
 
-    `tokenize` gives the ids of texts without special tokens. Batches are the same whatever cursor reading started from.
+    `tokenize` gives the ids of texts without special tokens; documents that bring their tokens are not given to it.
+    With `choosing`, they say which of them become rows. Batches are the same whatever cursor reading started from.
     Raises `SteersmanError` when a text read from its start has no tokens at all.
     """
     place = {"document": 0, "token": 0} if cursor is None else cursor
     needed = None if packing else context_length
     documents = _tokenized(text, tokenize, place["document"], bos_id, needed)
-    builder = _Builder(context_length, batch_size, bos_id, pad_id, place, labelled=labelled)
+    builder = _Builder(context_length, batch_size, bos_id, pad_id, place, labelled=labelled, choosing=choosing)
     batches = builder.packed(documents) if packing else builder.one_a_row(documents)
     first = next(batches, None)
     if first is None:
@@ -124,6 +128,8 @@ class Tokens(NamedTuple):
     """Whether the document ends with them."""
     labels: np.ndarray
     """Their labels [n] int8, -1 where there is none."""
+    chosen: np.ndarray | None = None
+    """Which of them may become rows [n] bool; None: all."""
 
 
 def _tokenized(
@@ -132,13 +138,8 @@ def _tokenized(
     """The tokens of the documents that have any, piece by piece; of each document only pieces that hold its first
     `needed` tokens, if not None. A BOS written in the text itself is taken off."""
     empty = 0
-    for group in _groups(text, start):
-        if len(group) > 1 or len(group[0][1]) <= PIECE_CHARACTERS:
-            parts = zip(group, tokenize([str(document) for _, document in group]))
-            found = (_whole(number, document, ids, bos_id) for (number, document), ids in parts)
-        else:
-            found = _long_document(*group[0], tokenize, bos_id, needed)
-        for tokens in found:
+    for group in _groups(text.documents(start), start):
+        for tokens in _tokens_of_group(group, tokenize, bos_id, needed):
             if len(tokens.ids) or tokens.first:
                 yield tokens
             else:
@@ -147,11 +148,46 @@ def _tokenized(
         log.warning("%s: %d documents are empty and were passed over", text.name, empty)
 
 
-def _groups(text: TextSource, start: int) -> Iterator[list[tuple[int, str]]]:
+def _tokens_of_group(
+    group: list[tuple[int, str]], tokenize: Tokenize, bos_id: int | None, needed: int | None
+) -> Iterator[Tokens]:
+    if len(group) == 1 and len(group[0][1]) > PIECE_CHARACTERS and tokens_of(group[0][1]) is None:
+        yield from _long_document(*group[0], tokenize, bos_id, needed)
+        return
+    unread = [str(document) for _, document in group if tokens_of(document) is None]
+    read = iter(tokenize(unread) if unread else ())
+    for number, document in group:
+        known = tokens_of(document)
+        known = TextTokens(np.asarray(next(read), dtype=np.int64)) if known is None else known
+        yield _whole(number, document, known, bos_id)
+
+
+def documents_with_tokens(
+    documents: Iterator[str], tokenize: Tokenize, bos_id: int | None, limit: int | None
+) -> Iterator[tuple[str, int]]:
+    """Documents that bring the tokens of which contexts are made, each with how many of its first `limit` tokens (None:
+    of all) may become rows."""
+    for group in _groups(documents, 0):
+        parts = _tokens_of_group([(number, _unlabelled(text)) for number, text in group], tokenize, bos_id, None)
+        for _, document in group:
+            found = [next(parts)]
+            while not found[-1].last:
+                found.append(next(parts))
+            ids, chosen = np.concatenate([part.ids for part in found]), found[0].chosen
+            n = len(ids[:limit]) if chosen is None else int(chosen[:limit].sum())
+            yield with_tokens(document, TextTokens(ids, chosen)), n
+
+
+def _unlabelled(document: str) -> str:
+    tokens = tokens_of(document)
+    return str(document) if tokens is None else TokenizedText(str(document), tokens)
+
+
+def _groups(documents: Iterator[str], start: int) -> Iterator[list[tuple[int, str]]]:
     """Documents with their numbers, as many at a time as are tokenized in one call; one that is long comes alone."""
     group: list[tuple[int, str]] = []
     characters = 0
-    for number, document in enumerate(text.documents(start), start):
+    for number, document in enumerate(documents, start):
         if group and (len(document) > PIECE_CHARACTERS or characters + len(document) > _CHARACTERS_AT_ONCE):
             yield group
             group, characters = [], 0
@@ -180,10 +216,11 @@ def _long_document(
         first, piece = first + len(ids), following
 
 
-def _whole(number: int, document: str, ids: Sequence[int], bos_id: int | None) -> Tokens:
+def _whole(number: int, document: str, tokens: TextTokens, bos_id: int | None) -> Tokens:
     """A document that was tokenized in one piece."""
-    found = _ids(ids, bos_id)
-    return Tokens(number, 0, found, True, _labels(number, document, 0, len(found), ended=True))
+    found = _ids(tokens.ids, bos_id)
+    chosen = None if tokens.kept is None else tokens.kept[len(tokens.ids) - len(found) :]
+    return Tokens(number, 0, found, True, _labels(number, document, 0, len(found), ended=True), chosen)
 
 
 def _labels(number: int, document: str, first: int, n: int, *, ended: bool) -> np.ndarray:
@@ -200,7 +237,7 @@ def _labels(number: int, document: str, first: int, n: int, *, ended: bool) -> n
     return np.asarray(label[first : first + n], dtype=np.int8)
 
 
-def _ids(ids: Sequence[int], bos_id: int | None) -> np.ndarray:
+def _ids(ids: Sequence[int] | np.ndarray, bos_id: int | None) -> np.ndarray:
     return np.asarray(ids[1:] if len(ids) and ids[0] == bos_id else ids, dtype=np.int64)
 
 
@@ -216,8 +253,9 @@ class _Builder:
         cursor: Mapping[str, int],
         *,
         labelled: bool = False,
+        choosing: bool = False,
     ) -> None:
-        self._labelled = labelled
+        self._labelled, self._choosing = labelled, choosing
         self._shape = (batch_size, context_length)
         self._prefix = [] if bos_id is None else [bos_id]
         self._pad_id = pad_id
@@ -227,18 +265,27 @@ class _Builder:
         self._ids = np.full(self._shape, self._pad_id, dtype=np.int64)
         self._docs = np.full(self._shape, -1, dtype=np.int64)
         self._labels = np.full(self._shape if self._labelled else (0, 0), UNLABELLED, dtype=np.int8)
+        self._chosen = np.zeros(self._shape if self._choosing else (0, 0), dtype=bool)
         self._lengths = np.zeros(self._shape[0], dtype=np.int64)
         self._row = 0
         self._cursor = dict(cursor)
 
-    def _put(self, document: int, ids: Sequence[int] | np.ndarray, labels: np.ndarray | None = None) -> int:
-        """Write as many of `ids` as fit in the present row, with their labels; returns how many."""
+    def _put(
+        self,
+        document: int,
+        ids: Sequence[int] | np.ndarray,
+        labels: np.ndarray | None = None,
+        chosen: np.ndarray | None = None,
+    ) -> int:
+        """Write as many of `ids` as fit in the present row, with what is known of them; returns how many."""
         column = int(self._lengths[self._row])
         n = min(len(ids), self._shape[1] - column)
         self._ids[self._row, column : column + n] = ids[:n]
         self._docs[self._row, column : column + n] = document
         if self._labelled and labels is not None:
             self._labels[self._row, column : column + n] = labels[:n]
+        if self._choosing and chosen is not None:
+            self._chosen[self._row, column : column + n] = chosen[:n]
         self._lengths[self._row] += n
         return n
 
@@ -251,6 +298,7 @@ class _Builder:
             doc_ids=self._docs[:n_rows, :longest],
             cursor=self._cursor,
             labels=self._labels[:n_rows, :longest] if self._labelled else None,
+            chosen=self._chosen[:n_rows, :longest] if self._choosing else None,
         )
         self._clear(cursor)
         return batch
@@ -258,7 +306,7 @@ class _Builder:
     def packed(self, documents: Iterator[Tokens]) -> Iterator[ContextBatch]:
         at, at_start = self._cursor["token"], self._cursor["token"] == 0
         resumed = self._cursor["document"]
-        for number, first, tokens, last, labels in documents:
+        for number, first, tokens, last, labels, chosen in documents:
             if not first:  # a document begins; the first one where the cursor says
                 at = at if number == resumed else 0
                 at_start, resumed = at == 0, -1
@@ -266,7 +314,8 @@ class _Builder:
                 if at_start or not self._lengths[self._row]:
                     self._put(number, self._prefix)
                     at_start = False
-                n = self._put(number, tokens[at - first :], labels[at - first :])
+                of_rows = None if chosen is None else chosen[at - first :]
+                n = self._put(number, tokens[at - first :], labels[at - first :], of_rows)
                 at_start = n == 0 and at == 0  # BOS took the row's last place: the document starts in the next row
                 at += n
                 if self._lengths[self._row] == self._shape[1]:
@@ -279,10 +328,10 @@ class _Builder:
             yield self._batch(rows, self._cursor)
 
     def one_a_row(self, documents: Iterator[Tokens]) -> Iterator[ContextBatch]:
-        for number, first, tokens, last, labels in documents:
+        for number, first, tokens, last, labels, chosen in documents:
             if not first:
                 self._put(number, self._prefix)
-            self._put(number, tokens, labels)
+            self._put(number, tokens, labels, chosen)
             self._row += last
             if self._row == self._shape[0]:
                 yield self._batch(self._row, {"document": number + 1, "token": 0})
