@@ -55,7 +55,7 @@ def transcoder(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("n", "model_ranks", "latent"), [(2, 1, None), (3, 2, None), (3, 1, 1), (2, 0, None), (4, 0, 2), (4, 2, None)]
+    ("n", "model_ranks", "latent"), [(2, 1, None), (3, 1, 1), (4, 0, 2), (4, 2, None)]
 )
 def test_the_sae_is_that_of_one_process(
     n: int, model_ranks: int, latent: int | None, text: str, alone: Path, tmp_path: Path
@@ -97,7 +97,7 @@ def test_activations_may_travel_on_a_wire_of_their_own(text: str, alone: Path, t
     assert (tmp_path / "run" / NAME).read_bytes() == (alone / NAME).read_bytes()
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_rank_ends_the_job_and_the_next_one_ends_with_the_same_bytes(
     victim: int, text: str, alone: Path, tmp_path: Path
 ) -> None:

@@ -25,9 +25,12 @@ def main(args: argparse.Namespace) -> None:
         print("  ".join(f"{name:<{wide.get(name, 10)}}" for name in names))
     n_wrong = 0
     for capability in args.capabilities:
+        seen = set()
         for job in shipped(capability, args.full):
-            if args.only not in job.name:
+            kernel = job.kernel.fn.__name__
+            if args.only not in job.name or (args.one_each and kernel in seen):
                 continue
+            seen.add(kernel)
             got = compile_job(job, disassemble=bool(args.count))
             wrong = problems(job, got)
             n_wrong += bool(wrong)
@@ -53,6 +56,7 @@ if __name__ == "__main__":
     )  # fmt: skip
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--full", action=switch, default=False, help="also fp32 operands, measured tiles, more K")
+    parser.add_argument("--one-each", action=switch, default=False, help="of each kernel only its first form and tile")
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
     parser.add_argument(
         "--count", nargs="*", default=(), help="beginnings of machine instructions to count, such as LDG.E.128"
