@@ -54,9 +54,7 @@ def transcoder(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    ("n", "model_ranks", "latent"), [(2, 1, None), (3, 1, 1), (4, 0, 2), (4, 2, None)]
-)
+@pytest.mark.parametrize(("n", "model_ranks", "latent"), [(2, 1, None), (3, 1, 1), (4, 0, 2), (4, 2, None)])
 def test_the_sae_is_that_of_one_process(
     n: int, model_ranks: int, latent: int | None, text: str, alone: Path, tmp_path: Path
 ) -> None:
