@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from einops import pack, unpack
@@ -108,6 +108,8 @@ class SAE(nn.Module):
     """Whether training selects over the whole batch, which can then not be split into parts."""
     fused: ClassVar[bool] = False
     """Whether it says its gradients itself, in `fused_gradients`, so that the fused update trains it."""
+    target_l0: ClassVar[Literal["", "optional", "required"]] = ""
+    """Whether training reads `TrainConfig.target_l0`, how many features are to be active a token on average."""
     signed: ClassVar[bool] = False
     """Whether activations may be negative."""
     supervised: ClassVar[str] = ""
@@ -217,6 +219,18 @@ class SAE(nn.Module):
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The code of x [N, D] at inference: values [N, K] fp32 and indices [N, K] int32."""
         raise NotImplementedError  # each architecture defines it
+
+    def prepare_training(self, config: Any) -> None:
+        """Make parameters and buffers that only training has, before a run with these settings (a `TrainConfig`)
+        begins or resumes."""
+
+    def begin_training(self, x: Tensor, config: Any) -> None:
+        """Choose what is chosen by data, from the first batch x [N, D] of a run, while the biases are still zero.
+        Called without gradients; sums over tokens and latents that other ranks may hold go through `self.latents`."""
+
+    def scale_code(self, factor: Tensor) -> None:
+        """Multiply every activation by `factor` (a scalar) in place, without gradients, while the biases are zero."""
+        self.W_enc.mul_(factor)
 
     def encode_training(self, x: Tensor, W_enc: Tensor | None = None) -> TrainingCode:
         """The code of x [N, D] while training, with gradients.

@@ -23,6 +23,9 @@ class TrainingCode(NamedTuple):
     """The indices [N, K] and their sort, shared by all gradients of the step."""
     min_selected: Tensor | None = None
     """The smallest selected value (a scalar), where the architecture learns a threshold from it."""
+    candidates: Tensor | None = None
+    """[N, K]: the pre-activations of all entries, where some that are not active have a gradient too; 0 where an entry
+    is none of a latent."""
 
     @property
     def active(self) -> Tensor:
@@ -109,6 +112,10 @@ class Latents:
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of a penalty (a scalar) of every rank's latents; backward passes the gradient on as it is."""
+        return value
+
+    def over_batch(self, value: Tensor) -> Tensor:
+        """The sum of a number over every rank's latents and every replica's rows, without gradients."""
         return value
 
     def keep_topk(self, values: Tensor, k: int) -> Tensor | None:

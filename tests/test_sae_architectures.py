@@ -2,6 +2,7 @@
 other."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -157,12 +158,60 @@ def test_a_name_belongs_to_one_class() -> None:
     assert type(unnamed(SAEConfig(d_in=4, d_sae=8, k=2))) is unnamed
 
 
-@pytest.mark.parametrize("name", ["jumprelu", "gated", "matryoshka", "groupmax"])
+@pytest.mark.parametrize("name", ["gated", "matryoshka", "groupmax"])
 def test_what_cannot_be_trained_says_what_can(name: str) -> None:
     sae = make_sae(name)
     assert not sae.trainable
     with pytest.raises(SteersmanError, match=f"training of '{name}' SAEs is not supported; use one of .*topk"):
         sae.training_step(seeded(2, 8), seeded(2, 8), TrainingState())
+
+
+# Gradients against a dense definition
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a run's settings a training step reads."""
+
+    target_l0: float | None = None
+
+
+def dense_jumprelu(sae: SAE, x: Tensor, config: Settings) -> Tensor:
+    """The loss with the pseudo-derivatives of arXiv 2407.14435, eqs. 11 and 12, over all pre-activations."""
+    theta, width, wanted = sae.threshold, sae.options["bandwidth"], config.target_l0
+    assert isinstance(theta, Tensor)
+    assert wanted is not None
+    Z = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    above = (theta < Z).float()
+    near = ((Z - theta).abs() < width / 2).float().detach() / width
+    moved = theta - theta.detach()
+    code = Z * above - theta.detach() * near * moved
+    l0 = (above - near * moved).sum() / len(x)
+    error = (x - code @ sae.W_dec - sae.b_dec).square().sum()
+    return error + sae.options["l0_coefficient"] * x.numel() * (l0 / wanted - 1).square()
+
+
+DENSE = {"jumprelu": (dense_jumprelu, Settings(target_l0=3.0), {"bandwidth": 0.6, "l0_coefficient": 0.7})}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_gradients_are_those_of_the_dense_definition(name: str) -> None:
+    loss, config, options = DENSE[name]
+    sae, x = make_sae(name, options=options), seeded(50, 8)
+    with torch.no_grad():
+        sae.prepare_training(config)
+        sae.begin_training(x, config)
+        sae.scale_code(torch.tensor(0.9))
+    wanted = loss(sae, x, config)
+    wanted.backward()
+    gradients = {of: parameter.grad for of, parameter in sae.named_parameters()}
+    sae.zero_grad()
+    step = sae.training_step(x, x, TrainingState(config=config))
+    step.loss.backward()
+    torch.testing.assert_close(step.loss, wanted, rtol=1e-5, atol=1e-5)
+    for of, parameter in sae.named_parameters():
+        assert bool((gradients[of] != 0).any()), of
+        torch.testing.assert_close(parameter.grad, gradients[of], rtol=1e-4, atol=1e-4)
 
 
 # The old name

@@ -117,8 +117,8 @@ def test_wrong_inputs() -> None:
         sae.check_feature(64)
     with pytest.raises(SteersmanError, match="no feature statistics"):
         sae.is_dead(0)
-    with pytest.raises(SteersmanError, match="training of 'jumprelu'"):
-        make_sae("jumprelu").encode_training(torch.randn(2, 8))
+    with pytest.raises(SteersmanError, match="training of 'groupmax'"):
+        make_sae("groupmax").encode_training(torch.randn(2, 8))
     untrained = SAE(SAEConfig(d_in=8, d_sae=16, k=2, architecture="batch_topk"))
     with pytest.raises(SteersmanError, match="no threshold yet"):
         untrained.encode(torch.randn(2, 8))

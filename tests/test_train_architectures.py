@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,21 @@ CONFIG = TrainConfig(
     d_sae=64, architecture="p_annealed_relu", batch_size=128, tokens=128 * 60, seed=3, device="cpu",
     checkpoint_every=20, timeout_seconds=20, options={"sparsity": 0.05},
 )  # fmt: skip
-KINDS = ["p_annealed_relu", "gained_relu"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "p_annealed_relu": {"options": {"sparsity": 0.05}},
+    "gained_relu": {"options": {"sparsity": 0.05}},
+    "jumprelu": {"target_l0": 3.0},
+    "abs_topk": {"k": 4},
+}
+KINDS = ["p_annealed_relu", "gained_relu", "jumprelu"]
+PENALTIES = {"jumprelu": ("l0_penalty", "aux"), "p_annealed_relu": ("sparsity",), "gained_relu": ("sparsity",)}
+"""What of the log is part of the loss beside the unexplained variance."""
+
+
+def config_of(kind: str, **others: Any) -> TrainConfig:
+    return replace(CONFIG, **({"architecture": kind, "options": {}} | SETTINGS[kind] | others))
+
+
 MODULES = ("support.architectures",)
 
 
@@ -33,15 +48,18 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_trains_logs_its_losses_and_comes_back_from_disk(kind: str, store: ActivationStore, tmp_path: Path) -> None:
-    config = replace(CONFIG, architecture=kind, tokens=128 * 300)
+    config = config_of(kind, tokens=128 * 300)
     sae = train_sae(store, config, tmp_path / "run")
     lines = logged(tmp_path / "run")
     assert lines[-1]["fvu"] < 0.6 * lines[0]["fvu"]
     assert lines[-1]["l0"] < lines[0]["l0"], "the penalty makes the code sparse"
     for line in lines:
-        assert line["loss"] == pytest.approx(line["fvu"] + line["sparsity"], rel=1e-5)
+        penalty = sum(line[name] * (config.aux_coefficient if name == "aux" else 1) for name in PENALTIES[kind])
+        assert line["loss"] == pytest.approx(line["fvu"] + penalty, rel=1e-5)
     assert type(sae) is SAE.architectures[kind]
-    assert sae.cfg.options == {"sparsity": 0.05}
+    assert sae.cfg.options == config.options
+    if config.target_l0 is not None:
+        assert sae.cfg.metadata["heldout"]["l0"] == pytest.approx(config.target_l0, rel=0.05)
     x = mixture(500, seed=2)
     loaded = SAE.load(tmp_path / "run")
     assert_equal_weights(sae, loaded)
@@ -64,7 +82,7 @@ def test_a_coefficient_changes_with_the_progress_of_the_run() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_resumes_to_the_same_bytes(kind: str, store: ActivationStore, tmp_path: Path) -> None:
-    config = replace(CONFIG, architecture=kind, ema=0.9)
+    config = config_of(kind, ema=0.9)
     train_sae(store, config, tmp_path / "whole")
     with stopped_before(43):
         train_sae(store, config, tmp_path / "cut")
@@ -76,11 +94,10 @@ def test_it_resumes_to_the_same_bytes(kind: str, store: ActivationStore, tmp_pat
     assert type(averaged) is SAE.architectures[kind]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "abs_topk"])
+@pytest.mark.parametrize("kind", ["gained_relu", "jumprelu", "abs_topk"])
 @pytest.mark.parametrize("latent", [2, 1], ids=["shards", "replicas"])
 def test_two_ranks_give_the_sae_of_one_process(kind: str, latent: int, store: ActivationStore, tmp_path: Path) -> None:
-    k, options = (4, {}) if kind == "abs_topk" else (0, CONFIG.options)
-    config = replace(CONFIG, architecture=kind, k=k, options=options, dead_after=512)
+    config = config_of(kind, dead_after=512)
     train_sae(store, config, tmp_path / "one")
     sharded = replace(config, latent_shards=latent)
     args = (MODULES, str(store.path), sharded, str(tmp_path / "two"))

@@ -40,7 +40,12 @@ def test_a_batch_is_never_larger_than_the_data() -> None:
     ("fields", "message"),
     [
         ({"k": 65}, "k = 65 must lie between 1 and d_sae = 64"),
-        ({"architecture": "jumprelu"}, "cannot train 'jumprelu'"),
+        ({"architecture": "groupmax"}, "cannot train 'groupmax'"),
+        ({"architecture": "jumprelu", "k": 0}, "jumprelu needs target_l0"),
+        ({"architecture": "jumprelu", "target_l0": 8.0}, "jumprelu reads no k: target_l0 says"),
+        ({"architecture": "jumprelu", "k": 0, "target_l0": 64.5}, "target_l0 = 64.5 .* at most d_sae = 64"),
+        ({"architecture": "jumprelu", "k": 0, "target_l0": 0.0}, "target_l0 = 0.0 must lie above 0"),
+        ({"target_l0": 8.0}, "topk does not read target_l0: it has k"),
         ({"lr": 0.0}, "lr = 0.0"),
         ({"tokens": 0}, "tokens = 0"),
         ({"batch_size": 0}, "batch_size = 0"),

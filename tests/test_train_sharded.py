@@ -24,6 +24,7 @@ CONFIGS = {
     "few dead": replace(CONFIG, dead_after=256, k_aux=100, k=2, d_sae=128),
     "many dead": replace(CONFIG, dead_after=256, k_aux=2, k=2, d_sae=768),
     "batch_topk": replace(CONFIG, architecture="batch_topk", dead_after=256, k=2),
+    "jumprelu": replace(CONFIG, architecture="jumprelu", k=0, target_l0=2.5, dead_after=256),
     "ema, clipping, parts": replace(CONFIG, ema=0.9, grad_clip=0.05, grad_accumulation=2),
 }
 STEPS = 8
@@ -55,7 +56,7 @@ def test_every_mesh_gives_what_one_process_gives(n: int, latent: int, alone: dic
 def joined(key: str, parts: list[Tensor], data: int, latent: int) -> Tensor:
     """The whole of a tensor from the parts of all ranks; what several ranks hold must be the same bits on each."""
     name, _, kind = key.partition(".")
-    if name == "b_dec" or name == "threshold":
+    if name == "b_dec" or not parts[0].ndim:
         assert all(torch.equal(part, parts[0]) for part in parts), key
         return parts[0]
     grid = [parts[d * latent : (d + 1) * latent] for d in range(data)]

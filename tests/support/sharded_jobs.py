@@ -18,6 +18,8 @@ from steersman.parallel import Mesh, Ranks
 from steersman.sae import SAE
 from steersman.train import TrainConfig, Trainer
 from steersman.train.mesh.selection import keep_batch_topk, keep_topk
+from steersman.train.run.checkpoints import state_key
+from steersman.train.run.optim import parameters_of
 from support.training import mixture, trainer_of
 
 
@@ -38,18 +40,15 @@ def trained(config: TrainConfig, rows: Tensor, n_steps: int, ranks: Ranks | None
         trainer.step(part(step))
         metrics.append(trainer.read_metrics())
     sae = trainer.sae
-    names = ("W_enc", "W_dec", "b_enc", "b_dec")
-    found = {name: getattr(sae, name).detach().clone() for name in names}
+    found = {name: parameter.detach().clone() for name, parameter in parameters_of(sae).items()}
     state = trainer.updater.state()
     if "rule.n_steps" in state:
         found |= {name.removeprefix("rule."): value.clone() for name, value in state.items()}
     else:
-        found |= {f"{name}.adam": state[f"adam.{i}.exp_avg_sq"] for i, name in enumerate(names)}
+        found |= {f"{name}.adam": state[f"adam.{state_key(name)}.exp_avg_sq"] for name in list(found)}
     found |= {f"{name}.ema": average for name, average in trainer.ema.items()}
-    found |= {
-        "silent_steps": trainer.dead_latents.silent_steps,
-        "threshold": getattr(sae, "threshold", torch.zeros(())),
-    }
+    found |= {name: buffer.clone() for name, buffer in sae.named_buffers()}
+    found["silent_steps"] = trainer.dead_latents.silent_steps
     return {"state": found, "metrics": metrics}
 
 

@@ -67,6 +67,10 @@ class ShardedLatents(Latents):
     def total(self, value: Tensor) -> Tensor:
         return self.sum(value)
 
+    def over_batch(self, value: Tensor) -> Tensor:
+        summed = self._latent.all_reduce_sum_(value.detach().clone().reshape(1))
+        return self._data.all_reduce_sum_(summed).reshape(value.shape)
+
     def keep_topk(self, values: Tensor, k: int) -> Tensor | None:
         return None if self._latent.size == 1 else keep_topk(values, k, self._latent)
 

@@ -41,6 +41,9 @@ class TrainConfig:
     """Active features a token: exactly (topk, abs_topk), on average (batch_topk), or not used."""
     architecture: str = "topk"
     """The SAE's architecture: the name of one of `SAE.architectures` that is trainable."""
+    target_l0: float | None = None
+    """How many features are to be active a token, on average over the batch, where that is no fixed number: jumprelu
+    needs it; relu and gated then find the coefficient of their penalty by themselves."""
     hook_out: str | None = None
     """Hook point of the store that is to be predicted, which makes it a transcoder; None: the activations that are
     read."""
@@ -133,6 +136,7 @@ class TrainConfig:
                 not kind.uses_k or 1 <= self.k <= self.d_sae,
                 f"k = {self.k} must lie between 1 and d_sae = {self.d_sae}",
             ),
+            *self._checks_of_l0(kind),
             (self.batch_size is None or self.batch_size >= 1, f"batch_size = {self.batch_size} must be at least 1"),
             (self.tokens is None or self.tokens >= 1, f"tokens = {self.tokens} must be at least 1"),
             (self.lr is None or 0 < self.lr < 1, f"lr = {self.lr} must lie between 0 and 1"),
@@ -171,6 +175,24 @@ class TrainConfig:
             if not ok:
                 raise SteersmanError(message)
 
+    def _checks_of_l0(self, kind: type[SAE]) -> list[tuple[bool, str]]:
+        target, required = self.target_l0, kind.target_l0 == "required"
+        return [
+            (
+                target is not None or not required,
+                f"{self.architecture} needs target_l0: how many features are to be active a token, on average",
+            ),
+            (not (required and self.k), f"{self.architecture} reads no k: target_l0 says how many features are active"),
+            (
+                target is None or bool(kind.target_l0),
+                f"{self.architecture} does not read target_l0" + (": it has k" if kind.uses_k else ""),
+            ),
+            (
+                target is None or 0 < target <= self.d_sae,
+                f"target_l0 = {target} must lie above 0 and be at most d_sae = {self.d_sae}",
+            ),
+        ]
+
     def record(self) -> dict[str, Any]:
         """The settings as files hold them: under the names that they always had, without those of the layout."""
         return {
@@ -182,7 +204,7 @@ class TrainConfig:
 
 _ON_DISK = {"architecture": "activation"}
 """Fields that files know by another name."""
-_RECORDED_IF_SET = ("options", "hook_out")
+_RECORDED_IF_SET = ("options", "hook_out", "target_l0")
 _UNRECORDED = ("latent_shards", "model_ranks", "timeout_seconds", "extend")
 _NO_IDENTITY = {field.name for field in fields(TrainConfig) if not field.metadata.get("identity", True)}
 

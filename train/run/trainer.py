@@ -68,6 +68,7 @@ class Trainer:
         self.large_rows = LargeRows(limits, self.ranks.data, self.device)
         self.inputs = inputs or make_inputs(cfg, config, parts)
         self.sae = new_sae(cfg, config.seed, self.ranks).to(self.device)
+        self.sae.prepare_training(config)
         with torch.no_grad():
             self.sae.b_dec.copy_(self.inputs.scaled_target(self.inputs.target_mean(parts)))
         self.updater: Updater = make_updater(
@@ -115,12 +116,13 @@ class Trainer:
         """
         rows, _ = self.without_labels(self.large_rows.replaced(rows.to(self.device)))
         sae, (x, target) = self.sae, self.scaled(rows)
+        sae.begin_training(x, self.config)
         centred = target - sae.b_dec
         rebuilt = sae.decode_training(sae.encode_training(x)) - sae.b_dec
         products = torch.stack([(centred * rebuilt).sum(), rebuilt.square().sum()])
         along, squared = self.ranks.data.all_reduce_sum_(products)
         factor = along / squared
-        sae.W_enc.mul_(torch.where(factor.isfinite() & (factor > 0), factor, torch.ones_like(factor)))
+        sae.scale_code(torch.where(factor.isfinite() & (factor > 0), factor, torch.ones_like(factor)))
         self.large_rows.n_replaced.zero_()  # no step yet
 
     def step(self, rows: Tensor) -> None:
