@@ -1,12 +1,12 @@
 """How well scores order two classes: the area under the ROC curve.
 
-Shape letters: T samples, L scores, C labels.
+Shape letters: T samples, L scores, C labels, B sets of weights.
 """
 
 import torch
 from torch import Tensor
 
-__all__ = ["auroc"]
+__all__ = ["auroc", "weighted_auroc"]
 
 _BLOCK = 1 << 22  # entries ranked at once
 
@@ -28,6 +28,26 @@ def auroc(scores: Tensor, labels: Tensor) -> Tensor:
     result = torch.cat(sums) if sums else torch.empty(0, labels.shape[1], dtype=torch.float64)
     above = result - positives * (positives + 1) / 2
     return above / (positives * (T - positives))
+
+
+def weighted_auroc(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """AUROC of one score where samples count with weights, for several sets of them: scores [T], labels bool [T],
+    weights [T, B] of 0 and above -> [B] float64. With weights that count how often a sample was drawn it is the AUROC
+    of the draw. NaN where no sample of one side has a weight.
+
+    >>> scores, labels = torch.tensor([0.0, 1.0, 1.0, 3.0]), torch.tensor([False, False, True, True])
+    >>> weighted_auroc(scores, labels, torch.tensor([[1.0, 0.0], [1.0, 2.0], [1.0, 1.0], [1.0, 0.0]])).tolist()
+    [0.875, 0.5]
+    """
+    values, group = scores.unique(return_inverse=True)
+    weights = weights.double()
+    sums = [
+        torch.zeros(len(values), weights.shape[1], dtype=torch.float64).index_add_(0, group[side], weights[side])
+        for side in (labels, ~labels)
+    ]
+    positive, negative = sums
+    below = negative.cumsum(0) - negative / 2
+    return (positive * below).sum(0) / (positive.sum(0) * negative.sum(0))
 
 
 def _mean_ranks(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steersman.ranking import auroc
+from steersman.ranking import auroc, weighted_auroc
 from steersman.steer.methods.diagnostics import Projections
 
 G = torch.Generator().manual_seed(0)
@@ -22,6 +22,17 @@ def test_it_is_the_share_of_pairs_in_the_right_order() -> None:
     order = torch.randperm(60, generator=G)
     assert torch.equal(auroc(scores[order], labels[order]), got)
     assert auroc(scores, torch.zeros(60, 1, dtype=torch.bool)).isnan().all()
+
+
+def test_weights_that_count_repeat_the_samples() -> None:
+    """Weighting a sample by 2 is having it twice, and by 0 leaving it out."""
+    scores, labels = torch.randint(0, 5, (50,), generator=G).float(), torch.rand(50, generator=G) > 0.6
+    counts = torch.randint(0, 3, (50, 4), generator=G)
+    got = weighted_auroc(scores, labels, counts.float())
+    for draw in range(4):
+        drawn = torch.arange(50).repeat_interleave(counts[:, draw])
+        assert float(got[draw]) == pytest.approx(float(auroc(scores[drawn, None], labels[drawn, None])))
+    assert weighted_auroc(scores, labels, labels[:, None].float()).isnan().all()
 
 
 def test_a_vector_and_a_feature_are_scored_alike() -> None:
