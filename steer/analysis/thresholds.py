@@ -80,8 +80,9 @@ class Threshold:
     """F1 of the positive side, on the numbers it was drawn from."""
 
 
-def best_threshold(positive: Tensor, negative: Tensor) -> Threshold:
-    """The line with the largest F1 of the positive side, in either direction; of equal ones the one with most room.
+def best_threshold(positive: Tensor, negative: Tensor, *, only_above: bool = False) -> Threshold:
+    """The line with the largest F1 of the positive side, in either direction unless `only_above`; of equal ones the one
+    with most room.
 
     >>> best_threshold(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1.0]))
     Threshold(value=2.0, above=True, f1=1.0)
@@ -90,16 +91,17 @@ def best_threshold(positive: Tensor, negative: Tensor) -> Threshold:
     label = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).double()
     found: Threshold | None = None
     best = (-1.0, -1.0)
-    for above in (True, False):
+    for above in (True,) if only_above else (True, False):
         order = values.argsort(descending=above, stable=True)
         x, y = values[order], label[order]
-        hits, taken = y.cumsum(0), torch.arange(1, len(y) + 1)
-        f1 = 2 * hits / (taken + len(positive))
-        room = torch.cat([(x[:-1] - x[1:]).abs(), torch.ones(1)])
-        for i in range(len(x) - 1):
-            if float(room[i]) > 0 and (float(f1[i]), float(room[i])) > best:
-                best = float(f1[i]), float(room[i])
-                found = Threshold(value=float(x[i] + x[i + 1]) / 2, above=above, f1=float(f1[i]))
+        room = (x[:-1] - x[1:]).abs()
+        f1 = 2 * y.cumsum(0)[:-1] / (torch.arange(1, len(y)) + len(positive))
+        f1 = torch.where(room > 0, f1, -1.0)
+        widest = torch.where(f1 == f1.max(), room, -1.0) if len(room) else room
+        i = int((widest == widest.max()).nonzero()[0]) if len(room) else -1
+        if i >= 0 and float(room[i]) > 0 and (float(f1[i]), float(room[i])) > best:
+            best = float(f1[i]), float(room[i])
+            found = Threshold(value=float(x[i] + x[i + 1]) / 2, above=above, f1=float(f1[i]))
     if found is None:
         raise SteersmanError("the two sides read the same number everywhere: no threshold tells them")
     return found

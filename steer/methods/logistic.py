@@ -5,7 +5,7 @@ Minimises, for states z centred and scaled to unit variance per dimension on ave
     mean over sides of mean log(1 + exp(-y (w . z + b))) + l2 |w|^2 / 2
 
 with both sides weighing the same however many samples they have. Several problems with the same labels (the heads of a
-layer) are solved at once.
+layer) are solved at once. One wide problem is better solved without second derivatives (L-BFGS, Liu and Nocedal 1989).
 
 Shape letters: N samples, P problems, D width.
 """
@@ -22,6 +22,7 @@ from steersman.errors import SteersmanError
 NEWTON_STEPS = 30
 TOLERANCE = 1e-9  # of the decrease that a Newton step promises, relative to the loss
 HALVINGS = 20
+GRADIENT_STEPS = 200
 
 Chunks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Samples x [n, P, D] and their sides [n] bool, part by part; called once for each pass over them."""
@@ -40,9 +41,10 @@ class Logistic(NamedTuple):
         return torch.einsum("npd,pd->np", x.double(), self.weight) + self.bias
 
 
-def fit_logistic(chunks: Chunks, *, l2: float) -> Logistic:
+def fit_logistic(chunks: Chunks, *, l2: float, by_gradients: bool = False) -> Logistic:
     """The minimum, for every problem; of one whose states are all the same, a weight of 0.
 
+    `by_gradients` needs no D x D matrix, and so is faster for one wide problem; it comes near the minimum.
     Raises SteersmanError where a side has no sample, or no problem has states that differ.
     """
     n, counts = 0, torch.zeros(2, dtype=torch.float64)
@@ -60,7 +62,7 @@ def fit_logistic(chunks: Chunks, *, l2: float) -> Logistic:
         raise SteersmanError("all states are the same: there is nothing to regress on")
     scale = torch.where(scale > 0, scale, 1.0)
     problem = _Problem(chunks, centre, scale, 0.5 / counts, l2)
-    w = problem.minimum()
+    w = problem.near_minimum() if by_gradients else problem.minimum()
     weight = w[:, :-1] / scale[:, None]
     return Logistic(weight, w[:, -1] - (weight * centre).sum(1))
 
@@ -93,6 +95,38 @@ class _Problem(NamedTuple):
             w = w - size[:, None] * step
             loss, gradient, hessian = self.at(w, derivatives=True)
         return w
+
+    def near_minimum(self) -> Tensor:
+        """[P, D + 1], the bias last, from gradients alone."""
+        w = self.centre.new_zeros(len(self.centre), self.centre.shape[1] + 1).requires_grad_()
+        steps = torch.optim.LBFGS(
+            [w], max_iter=GRADIENT_STEPS, tolerance_change=TOLERANCE, line_search_fn="strong_wolfe"
+        )
+
+        def loss() -> Tensor:
+            value, w.grad = self.slope(w.detach())
+            return value.sum()
+
+        steps.step(loss)
+        return w.detach()
+
+    def slope(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss [P] and gradient [P, D + 1] over all samples."""
+        penalty = torch.full_like(w, self.l2)
+        penalty[:, -1] = 0
+        loss, gradient = 0.5 * (penalty * w * w).sum(1), penalty * w
+        weight = w[:, :-1] / self.scale[:, None]  # w . z = weight . (x - centre)
+        offset = w[:, -1] - (weight * self.centre).sum(1)
+        for x, positive in self.chunks():
+            y, of_side = positive.double() * 2 - 1, self.per_side[positive.long()]
+            columns = x.double().transpose(0, 1)  # [P, n, D]
+            margin = y * ((columns @ weight[..., None])[..., 0] + offset[:, None])
+            loss = loss + F.softplus(-margin) @ of_side
+            pull = of_side * y * torch.sigmoid(-margin)  # [P, n]
+            total = pull.sum(1, keepdim=True)
+            along = ((pull[:, None] @ columns)[:, 0] - total * self.centre) / self.scale[:, None]
+            gradient = gradient - torch.cat([along, total], 1)
+        return loss, gradient
 
     def at(self, w: Tensor, *, derivatives: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Loss [P], gradient [P, D + 1] and Hessian [P, D + 1, D + 1] over all samples."""

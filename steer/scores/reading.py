@@ -29,13 +29,19 @@ _TOKENS = 256  # encoded at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelled:
-    """One text as token ids, which of them count, and its label."""
+class Counted:
+    """One text as token ids, and which of them count."""
 
     tokens: tuple[int, ...]
     """Token ids, the BOS included."""
     first: int
     """Index of the first token that counts: the first of the answer, or the first after the BOS."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled(Counted):
+    """One text, and its label."""
+
     label: float
     """1 and 0 for two classes, or a reward."""
 
@@ -50,12 +56,21 @@ def labelled_sides(lm: LanguageModel, positive: ExamplesLike, negative: Examples
     ]
 
 
-def _labelled(lm: LanguageModel, example: Example, label: float, where: str) -> Labelled:
+def counted(lm: LanguageModel, example: Example, where: str) -> Counted:
+    """The tokens of an example: of a prompt and its answer those of the answer count, of a text all but the BOS.
+
+    Raises SteersmanError, which names `where` it is, for one without a token that counts.
+    """
     tokens = lm.token_ids(example.text, bos=True)
     first = prompt_tokens(lm, example, where) if example.prompt else int(lm.bos_token_id is not None)
     if first >= len(tokens):
         raise SteersmanError(f"{where} has no token that counts")
-    return Labelled(tokens=tuple(tokens), first=first, label=label)
+    return Counted(tokens=tuple(tokens), first=first)
+
+
+def _labelled(lm: LanguageModel, example: Example, label: float, where: str) -> Labelled:
+    text = counted(lm, example, where)
+    return Labelled(tokens=text.tokens, first=text.first, label=label)
 
 
 def rewarded_generation(text: Generation, rewards: Sequence[float] | Tensor) -> list[Labelled]:
@@ -116,16 +131,15 @@ def read_rewarded(lm: LanguageModel, path: str | Path) -> list[Labelled]:
 
 
 @torch.no_grad()
-def codes_of(
+def states_of(
     lm: LanguageModel,
-    saes: Sequence[SAE],
     hooks: Sequence[str],
-    texts: Sequence[Labelled],
+    texts: Sequence[Counted],
     *,
     batch_size: int = 16,
     max_length: int | None = None,
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """For each text its number and, for each SAE, the codes [tokens that count, L] fp32 of its tokens.
+    """For each text its number and, for each hook point, the states [tokens that count, D] fp32 on the model's device.
 
     Raises SteersmanError for a state that is not finite, and for a text that the cut leaves no token of.
     """
@@ -138,13 +152,34 @@ def codes_of(
             last = int(batch.lengths[row])
             if last <= text.first:
                 raise SteersmanError(f"text {start + row} has no token left that counts: it is cut to {last} tokens")
-            found = []
-            for sae, hook in zip(saes, hooks):
-                h = states[hook][row, text.first : last].to(sae.device).float()
+            found = [states[hook][row, text.first : last].float() for hook in hooks]
+            for hook, h in zip(hooks, found):
                 if not bool(h.isfinite().all()):
                     raise SteersmanError(f"{lm.name} gives NaN or infinite states at {hook} on text {start + row}")
-                found.append(torch.cat([sae.encode(chunk) for chunk in h.split(_TOKENS)]))
             yield start + row, found
+
+
+def codes_of(
+    lm: LanguageModel,
+    saes: Sequence[SAE],
+    hooks: Sequence[str],
+    texts: Sequence[Counted],
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """For each text its number and, for each SAE, the codes [tokens that count, L] fp32 of its tokens.
+
+    Raises SteersmanError as `states_of` does.
+    """
+    for i, states in states_of(lm, hooks, texts, batch_size=batch_size, max_length=max_length):
+        yield (
+            i,
+            [
+                torch.cat([sae.encode(chunk) for chunk in h.to(sae.device).split(_TOKENS)])
+                for sae, h in zip(saes, states)
+            ],
+        )
 
 
 def pooled_sums(
