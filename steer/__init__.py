@@ -116,6 +116,11 @@ from steersman.steer.methods import METHODS, ContrastConfig, action_entropy, con
 from steersman.steer.methods.affine import AFFINE_METHODS, AffineConfig, fit_affine
 from steersman.steer.methods.head_vectors import ITIConfig, function_vector, intervene_on_heads
 from steersman.steer.presets import PRESETS, Preset, preset
+from steersman.steer.probing.absorption import LabelAbsorption
+from steersman.steer.probing.config import ProbingConfig
+from steersman.steer.probing.labels import read_labelled
+from steersman.steer.probing.probe import probe_features
+from steersman.steer.probing.report import LabelProbe, ProbedFeatures
 from steersman.steer.recipe import Recipe
 from steersman.steer.scale_search import ScaleSearch, search_scale
 from steersman.steer.scope import Scope
@@ -219,10 +224,12 @@ __all__ = [
     "Imitation",
     "KLControl",
     "KeySentence",
+    "LabelAbsorption",
     "LabelEndpoint",
     "LabelEndpointConfig",
     "LabelExample",
     "LabelJournal",
+    "LabelProbe",
     "LayerDivergence",
     "LayerSweepConfig",
     "Likelihood",
@@ -237,7 +244,9 @@ __all__ = [
     "Preset",
     "Probe",
     "ProbeLoss",
+    "ProbedFeatures",
     "ProbedSides",
+    "ProbingConfig",
     "Projection",
     "PromoteReport",
     "Read",
@@ -316,6 +325,7 @@ __all__ = [
     "percentile_limits",
     "plot_decompositions",
     "preset",
+    "probe_features",
     "probe_heads",
     "probe_sides",
     "profile_heads",
@@ -323,6 +333,7 @@ __all__ = [
     "prompted_answers",
     "pruned",
     "psr",
+    "read_labelled",
     "read_labels",
     "read_neuronpedia",
     "rewarded_answers",

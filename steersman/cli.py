@@ -69,6 +69,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "activations": Command("steersman.commands.activations:run", "see which features fire on a text"),
     "find": Command("steersman.commands.find:run", "find features by words, by texts or by a direction"),
+    "probe": Command("steersman.commands.probe:run", "see what few features tell about labelled texts", writes=FILE),
     "neighbours": Command("steersman.commands.neighbours:run", "see the features nearest others"),
     "compare": Command(
         "steersman.commands.compare:run", "see which features of several SAEs are the same", writes=FILE

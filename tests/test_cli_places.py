@@ -27,6 +27,7 @@ NEEDS = {
     "vector sweep": ["--data", "d", "--model", "m"],
     "vector convert": ["--vector", "v"],
     "bake": ["--model", "m", "--vector", "v"],
+    "probe": ["--model", "m", "--sae", "a", "--data", "d.jsonl"],
     "scores": ["--model", "m", "--sae", "a", "--score", "contrast"],
     "evaluate": ["--model", "m", "--vector", "v", "--prompts", "p"],
     "effects": ["--model", "m", "--sae", "a", "--text", "t.txt"],

@@ -27,6 +27,7 @@ from steersman.steer import (
     LabelEndpointConfig,
     LayerSweepConfig,
     ParticleConfig,
+    ProbingConfig,
     ScoreConfig,
     SteerConfig,
     TokenLabelConfig,
@@ -133,6 +134,7 @@ CONFIGS: dict[type[Any], dict[str, Any]] = {
     ITIConfig: {},
     LayerSweepConfig: {},
     ParticleConfig: {},
+    ProbingConfig: {},
     ScoreConfig: {},
     TrainEditConfig: {},
 }

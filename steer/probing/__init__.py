@@ -1,0 +1,1 @@
+"""What features tell about labelled texts: sparse probes, absorption and splitting."""
