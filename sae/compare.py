@@ -22,7 +22,7 @@ Shape letters: L, M features of two SAEs, D width.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any, Literal, get_args
 
 from steersman.errors import SteersmanError
@@ -39,6 +39,18 @@ MAX_PAIRS = 1 << 28
 """Pairs of features up to which the assignment problem is solved: 2 GiB of similarities."""
 SHOWN = 10
 """Unmatched features of each SAE that a table shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A feature on its way through several SAEs."""
+
+    sae: int
+    """Which of the SAEs, in their order."""
+    feature: int
+    """Its id there."""
+    similarity: float
+    """How much it is like the one that it was found from; 1 for the one that was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +87,46 @@ class SAEComparison:
         for (i, j), one in self.matchings.items():
             rows[i][j] = rows[j][i] = one.mcc
         return rows
+
+    def along(self, feature: int, start: int = 0) -> list[Step]:
+        """The table read along the order in which the SAEs were given, such as that of their layers: a feature of SAE
+        `start`, in each SAE after it the feature most like the one before, and before it likewise (the flow of a
+        feature through layers, arXiv 2502.03032; with nulls and to steer by it: `steersman.steer.feature_flow`).
+
+        Raises SteersmanError for an SAE or a feature that is not there.
+        """
+        if not 0 <= start < len(self.names):
+            raise SteersmanError(f"there is no SAE {start}: there are 0 to {len(self.names) - 1}")
+        n = self.n_features(start)
+        if not 0 <= feature < n:
+            raise SteersmanError(f"feature {feature} is out of range: {self.names[start]} has features 0 to {n - 1}")
+        return [
+            *reversed(self._following(feature, range(start, -1, -1))[1:]),
+            *self._following(feature, range(start, len(self.names))),
+        ]
+
+    def _following(self, feature: int, order: Sequence[int]) -> list[Step]:
+        """The feature in the first SAE of the order, and in each next one the feature most like the one before."""
+        found = [Step(sae=order[0], feature=feature, similarity=1.0)]
+        for here, there in pairwise(order):
+            one, side = self.matchings[min(here, there), max(here, there)], int(there < here)
+            at = found[-1].feature
+            similarity = float(one.similarity[side][at])
+            found.append(Step(sae=there, feature=int(one.nearest[side][at]), similarity=similarity))
+        return found
+
+    def n_features(self, i: int) -> int:
+        """How many features SAE i has."""
+        (pair, one), *_ = ((pair, one) for pair, one in self.matchings.items() if i in pair)
+        return len(one.nearest[pair.index(i)])
+
+    def along_to_text(self, steps: Sequence[Step]) -> str:
+        """A line for each SAE: the feature, how much it is like the one it was found from, and its label."""
+        lines = [
+            (self.names[one.sae], str(one.feature), _figure(one.similarity), self.labels[one.sae].text(one.feature))
+            for one in steps
+        ]
+        return _aligned([("", "feature", "similarity", "label"), *lines])
 
     def to_json(self) -> dict[str, Any]:
         """All figures, with every unmatched feature."""
@@ -118,18 +170,25 @@ class SAEComparison:
         wide = max(map(len, self.names))
         lines = [f"{name:<{wide}}  {about}" for name, about in zip(self.names, self.about)]
         for what, head, rows in self._tables(shown):
-            cells = [head, *([str(cell) for cell in row] for row in rows)]
-            widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-            right = [[f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:])] for row in cells]
-            if head[-1] == "label":
-                right = [[*row[:-1], cells[number][-1]] for number, row in enumerate(right)]
-            lines += ["", what]
-            lines += ["  ".join([f"{row[0]:<{widths[0]}}", *rest]).rstrip() for row, rest in zip(cells, right)]
+            lines += ["", what, _aligned([head, *([str(cell) for cell in row] for row in rows)])]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         tables = [(head, rows) for _, head, rows in self._tables(SHOWN)]
         return card(repr(self), list(zip(self.names, self.about)), tables=tables)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns two spaces apart, those of numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    left = {0, *(column for column, name in enumerate(rows[0]) if name == "label")}
+    lines = [
+        "  ".join(
+            f"{cell:<{w}}" if column in left else f"{cell:>{w}}" for column, (cell, w) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _figure(value: float | None) -> str:

@@ -106,14 +106,19 @@ class ReconstructionSums:
         n = torch.tensor(len(centred), dtype=torch.float64, device=centred.device)
         self.scalars[4:] += torch.stack([n, error.square().sum(), centred.square().sum()])
 
+    def density(self) -> Tensor:
+        """[L] float64: the fraction of the tokens on which each feature was active."""
+        return self.counts / max(1, self.n_tokens)
+
     def result(self) -> Reconstruction:
+        """The metrics. Raises SteersmanError for too few tokens."""
         if self.n_tokens < 2:
             raise SteersmanError(f"{self.n_tokens} tokens are too few to measure a variance; evaluate on more")
         error, squares, cosine, ratio, n_large, large_error, large_squares = self.scalars.tolist()
         fvu = _fvu(error, squares, self.sum[0], self.n_tokens)
         n_ordinary = self.n_tokens - int(n_large)
         ordinary = _fvu(error - large_error, squares - large_squares, self.sum[0] - self.sum[1], n_ordinary)
-        density = self.counts / self.n_tokens
+        density = self.density()
         return Reconstruction(
             fvu=fvu,
             fvu_ordinary=ordinary if n_large else fvu,
@@ -126,6 +131,38 @@ class ReconstructionSums:
             n_tokens=self.n_tokens,
             n_large=int(n_large),
         )
+
+
+class GroupedSums:
+    """Squared error and variance of rows by groups, the variance around the mean of all of them: the figure of all is
+    the mean of the groups', weighted by their variance."""
+
+    def __init__(self, n_groups: int, d_in: int, device: torch.device) -> None:
+        self.sum = torch.zeros(n_groups, d_in, dtype=torch.float64, device=device)
+        self.scalars = torch.zeros(3, n_groups, dtype=torch.float64, device=device)
+        """Rows, squared error, squared centred norm."""
+        self.shift: Tensor | None = None
+
+    def add(self, x: Tensor, x_hat: Tensor, group: Tensor) -> None:
+        """Add N tokens: x and x_hat [N, D], and their groups [N] int64."""
+        if not len(x):
+            return
+        x = x.float()
+        if self.shift is None:
+            self.shift = x.mean(dim=0)
+        centred = (x - self.shift).double()
+        error = (x - x_hat.float()).double().square().sum(dim=1)
+        self.sum.index_add_(0, group, centred)
+        of_rows = torch.stack([torch.ones_like(error), error, centred.square().sum(dim=1)])
+        self.scalars.index_add_(1, group, of_rows)
+
+    def result(self) -> list[tuple[int, float]]:
+        """Of each group its number of rows and their FVU; NaN where they do not vary."""
+        n, error, squares = self.scalars
+        mean = self.sum.sum(dim=0) / n.sum().clamp_min(1)
+        variance = squares - 2 * self.sum @ mean + n * mean.square().sum()
+        fvu = torch.where(variance > 0, error / variance, float("nan"))
+        return [(int(rows), value) for rows, value in zip(n.tolist(), fvu.tolist())]
 
 
 def _fvu(error: float, squares: float, total: Tensor, n_tokens: int) -> float:
@@ -151,16 +188,10 @@ def measure_reconstruction(sae: SAE, batches: Iterable[Tensor], max_norm: float 
     """
     if sae.cfg.transcoder:
         sae.check_residual("measuring the reconstruction of activations by themselves")
-    return measure_prediction(sae, ((x, x, large_rows(x, max_norm)) for x in batches))
-
-
-@torch.no_grad()
-def measure_prediction(sae: SAE, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Reconstruction:
-    """The same of any SAE or transcoder, over batches of what it reads x [N, D], what it is to give for that [N, D_out]
-    and which rows are large, [N] bool."""
     sums = ReconstructionSums(sae.cfg.out_width, sae.cfg.d_sae, sae.device)
-    for x, target, large in batches:
-        sums.add(target.to(sae.device), *sae.reconstruct(x.to(sae.device)), large.to(sae.device))
+    for x in batches:
+        x = x.to(sae.device)
+        sums.add(x, *sae.reconstruct(x), large_rows(x, max_norm))
     return sums.result()
 
 

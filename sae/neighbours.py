@@ -89,12 +89,49 @@ def nearest_features(
     return _nearest(torch.nn.functional.normalize(given, dim=1), rows, None, n, sign)
 
 
+class Crowding(NamedTuple):
+    """How alike an SAE's features are to one another."""
+
+    mean_abs: float
+    """Mean |cosine| over all pairs of features: lowest near the right L0, where features mix least (c_dec of arXiv
+    2508.16560). In D dimensions random rows have sqrt(2 / (pi D)), about."""
+    nearest: float
+    """Mean over the features of the largest cosine to another; of a signed code the largest |cosine|."""
+
+
+@torch.no_grad()
+def crowding(sae: SAE, *, by: Sides = "decoder", max_rows: int = 16_384) -> Crowding:
+    """How alike the features of an SAE are to one another, in blocks; of more than `max_rows` features those drawn with
+    a fixed seed, each compared with all.
+
+    >>> from steersman.sae import SAEConfig
+    >>> crowding(SAE(SAEConfig(d_in=64, d_sae=128, k=2))).mean_abs < 0.15
+    True
+    """
+    rows = unit_rows(sae, by)
+    L = len(rows)
+    ids = torch.arange(L) if max_rows >= L else torch.randperm(L, generator=torch.Generator().manual_seed(0))[:max_rows]
+    total = torch.zeros(2, dtype=torch.float64, device=rows.device)
+    for part in ids.to(rows.device).split(max(1, _ENTRIES // max(1, L))):
+        cosines = rows[part] @ rows.T
+        size = cosines.abs().scatter_(1, part[:, None], 0.0)
+        largest = size if sae.signed else cosines.scatter_(1, part[:, None], -1.0)
+        total += torch.stack([size.double().sum(), largest.amax(dim=1).double().sum()])
+    mean_abs, nearest = (total / torch.tensor([max(1, L - 1), 1]).to(total) / len(ids)).tolist()
+    return Crowding(mean_abs, nearest)
+
+
 def unit_rows(sae: SAE, by: str) -> Tensor:
     """[L, D] fp32: the decoder or encoder rows at length 1; a row of zeros stays one."""
     if by not in get_args(Sides):
         raise SteersmanError(f"rows are compared by {' or '.join(get_args(Sides))}, not by {by!r}")
     rows = sae.W_dec if by == "decoder" else sae.W_enc.T
     return torch.nn.functional.normalize(rows.detach().float(), dim=1)
+
+
+def nearest_rows(asked: Tensor, rows: Tensor, n: int) -> Nearest:
+    """The `n` unit rows [L, D] of largest cosine to each of the unit rows `asked` [F, D]."""
+    return _nearest(asked, rows, None, n, "positive")
 
 
 def _nearest(asked: Tensor, rows: Tensor, own: Tensor | None, n: int, sign: str) -> Nearest:

@@ -61,7 +61,12 @@ COMMANDS: dict[str, Command] = {
     "sweep": Command(
         "steersman.commands.sweep:run", "train many SAEs from one reading of a store", resumes=True, writes=FOLDER
     ),
-    "eval": Command("steersman.commands.eval:run", "measure an SAE: reconstruction, effect on the model", writes=FILE),
+    "eval": Command(
+        "steersman.commands.eval:run",
+        "measure an SAE: reconstruction, features, effect on the model",
+        resumes=True,
+        writes={"out": "file", "baselines": "folder"},
+    ),
     "features": Command(
         "steersman.commands.features:run",
         "see what each feature fires on and writes; or a site of them",

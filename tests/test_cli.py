@@ -208,6 +208,7 @@ WITH_MODEL = ["--sae", "{run}", "--store", "{acts}", "--model", MODEL]
         (["cache", "--model", "{other}", "--text", "{text}", "--hook", HOOK, "--out", "{other}"], "{other}"),
         (["eval", "--sae", "{acts}", "--store", "{acts}"], "holds no SAE"),
         (["eval", *WITH_MODEL], "--model needs --text"),
+        (["eval", "--sae", "{run}", "--store", "{acts}", "--tokens", "5"], "--tokens are for --baseline random"),
         (["features", *WITH_MODEL, "--feature", "128"], "128 is out of range"),
         ([*STEER, "--feature", "128=1"], "feature 128"),
         ([*STEER, "--feature", "x=1"], "feature 'x=1' is not of the form id or id=value"),

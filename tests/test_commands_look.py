@@ -96,6 +96,8 @@ def test_compare(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     shown = printed(f"compare {work}/sae {work}/bare {work}/sae --out {out}", capsys)
     assert shown.startswith("A  ")
     assert "A B 1.000 1.000 1.000" in " ".join(shown.split())
+    along = json.loads(printed(f"compare {work}/sae {work}/bare --feature 3 --json", capsys))["along"]
+    assert [(one["feature"], one["label"]) for one in along] == [(3, "the word w7"), (3, "")]
     named = json.loads(printed(f"compare {work}/sae {work}/bare --store {work}/acts --json", capsys))
     assert ([sae["name"] for sae in named["saes"]], named["by"]) == (["sae", "bare"], "activations")
     assert all(pair["mcc"] == pytest.approx(1.0) for pair in json.loads(out.read_text())["pairs"])

@@ -114,6 +114,19 @@ def test_three_saes_and_too_many_pairs(rows: torch.Tensor) -> None:
     assert large.to_json()["pairs"][0]["mcc"] is None
 
 
+def test_a_feature_is_followed_through_saes_in_their_order(rows: torch.Tensor) -> None:
+    found = compare_saes(sae_of(rows), sae_of(rows.flip(0)), sae_of(rows.roll(5, 0)))
+    assert [(step.sae, step.feature) for step in found.along(7)] == [(0, 7), (1, M - 8), (2, 12)]
+    assert [(step.sae, step.feature) for step in found.along(12, start=2)] == [(0, 7), (1, M - 8), (2, 12)]
+    middle = found.along(M - 8, start=1)
+    assert [(step.sae, step.feature) for step in middle] == [(0, 7), (1, M - 8), (2, 12)]
+    assert all(step.similarity == pytest.approx(1.0) for step in middle)
+    assert found.along_to_text(middle).splitlines()[2] == "B       52       1.000"
+    for feature, start in ((M, 0), (0, 3)):
+        with pytest.raises(SteersmanError, match="out of range|no SAE 3"):
+            found.along(feature, start)
+
+
 class Rows:
     """A store of two hook points, as far as comparing needs one."""
 

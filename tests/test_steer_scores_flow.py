@@ -60,6 +60,13 @@ def test_orthogonal_dictionaries_come_from_nowhere_and_both_sources_make_it_mixe
     assert set(feature_flow([sae_at(RES0, q[:L]), sae_at(RES1, q[:L])], threshold=1.1).origins(RES1)) == {"nowhere"}
 
 
+def test_a_layer_without_an_sae_is_passed_over() -> None:
+    saes, _ = planted()
+    far = sae_at("blocks.3.hook_resid_post", saes[0].W_dec.detach())
+    (edge,) = feature_flow([far, saes[0]]).trace("blocks.3.hook_resid_post", 4)
+    assert (edge.source_hook, edge.source) == (RES0, 4)
+
+
 def test_the_null_is_what_unrelated_rows_reach() -> None:
     g = torch.Generator().manual_seed(1)
     a, b = torch.randn(L, D, generator=g), torch.randn(L, D, generator=g)
@@ -121,7 +128,10 @@ def test_coactivation_stands_beside_the_cosine_and_factor_1_changes_nothing(lm: 
     with chosen.steer(Steerer(lm), saes):
         assert torch.equal(lm.logits(ids), base)
     with flow.feature_set(RES1, 2, 3.0).steer(Steerer(lm), saes):
-        assert not torch.equal(lm.logits(ids), base)
+        apart = lm.logits(ids)
+    assert not torch.equal(apart, base)
+    with flow.steer(Steerer(lm), RES1, 2, 3.0):
+        assert torch.equal(lm.logits(ids), apart)
     first, second = score_features(lm, saes, "flow")
     assert bool(first["flow"].values.isnan().all())
     assert float(second["flow"].values.min()) > 0.99

@@ -25,6 +25,7 @@ CONFIGS = {
     "many dead": replace(CONFIG, dead_after=256, k_aux=2, k=2, d_sae=768),
     "batch_topk": replace(CONFIG, architecture="batch_topk", dead_after=256, k=2),
     "jumprelu": replace(CONFIG, architecture="jumprelu", k=0, target_l0=2.5, dead_after=256),
+    "soft decoder": replace(CONFIG, frozen="soft_decoder", lr=0.08, warmup=0.0),
     "ema, clipping, parts": replace(CONFIG, ema=0.9, grad_clip=0.05, grad_accumulation=2),
 }
 STEPS = 8
@@ -51,6 +52,9 @@ def test_every_mesh_gives_what_one_process_gives(n: int, latent: int, alone: dic
     assert any(m["aux"] > 0 for m in alone["few dead"]["metrics"])
     assert max(m["dead_share"] for m in alone["many dead"]["metrics"]) * 768 > 64, "more than the candidates"
     assert float(alone["batch_topk"]["state"]["threshold"]) > 0
+    first, _ = initial_rows(SAEConfig(d_in=16, d_sae=64, k=4), CONFIG.seed, 0, 64)
+    kept = torch.cosine_similarity(alone["soft decoder"]["state"]["W_dec"], first)
+    assert float(kept.min()) == pytest.approx(0.8, abs=1e-5), "the edge was reached"
 
 
 def joined(key: str, parts: list[Tensor], data: int, latent: int) -> Tensor:

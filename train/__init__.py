@@ -4,9 +4,10 @@ from steersman.text import Mixture, TextSource, open_text
 from steersman.train.capture.cache import CacheConfig, cache_activations
 from steersman.train.capture.capture import CaptureConfig
 from steersman.train.capture.stream import ActivationStream, StreamConfig, stream_activations
+from steersman.train.reports.baselines import random_baselines
 from steersman.train.reports.coactivation import CoActivations, co_activating
 from steersman.train.reports.detailed import DetailedReport, FeatureDetail, detail_features
-from steersman.train.reports.evaluate import EvaluateConfig, Evaluation, evaluate_sae
+from steersman.train.reports.evaluate import Dictionary, EvaluateConfig, Evaluation, FrequencyBucket, evaluate_sae
 from steersman.train.reports.features import FeatureReport, FeaturesConfig, summarize_features
 from steersman.train.reports.plan import PlanConfig, RunPlan, plan_run
 from steersman.train.reports.search import WordMatch, search_features
@@ -30,11 +31,13 @@ __all__ = [
     "CaptureConfig",
     "CoActivations",
     "DetailedReport",
+    "Dictionary",
     "EvaluateConfig",
     "Evaluation",
     "FeatureDetail",
     "FeatureReport",
     "FeaturesConfig",
+    "FrequencyBucket",
     "HookView",
     "Mixture",
     "PlanConfig",
@@ -54,6 +57,7 @@ __all__ = [
     "evaluate_sae",
     "open_text",
     "plan_run",
+    "random_baselines",
     "resolve",
     "search_features",
     "stream_activations",

@@ -91,8 +91,8 @@ def train_peer(store: ActivationStore, args: Config, name: str, lr: float, seed:
     steps = tokens // batch
     trainer = SAETrainer(
         cfg=SAETrainerConfig(
-            total_training_samples=steps * batch, train_batch_size_samples=batch, lr=lr, lr_decay_steps=steps // 5,
-            n_batches_for_norm_estimate=20, dead_feature_window=max(10, steps // 100),
+            total_training_samples=steps * batch, train_batch_size_samples=batch, lr=lr, lr_end=lr / 10,
+            lr_decay_steps=steps // 5, n_batches_for_norm_estimate=20, dead_feature_window=max(10, steps // 100),
         ),
         sae=sae,
         data_provider=rows_again(store, batch, seed),

@@ -1,7 +1,8 @@
 """`flow`: where a feature comes from, by its decoder row's cosine to those of the SAEs before it.
 
 For d_j at `resid_post` of layer l the largest cosines are looked for among the decoder rows of `resid_post` of layer
-l - 1, `mlp_out` of l and `attn_out` of l, those of these for which there is an SAE. A cosine counts where it exceeds
+l - 1 (or, without its SAE, of the last layer before that has one), `mlp_out` of l and `attn_out` of l, where there are
+SAEs of these. A cosine counts where it exceeds
 `threshold`, by default the largest that any feature has to random rows or to the source's own rows with their entries
 permuted. Which sources count is the origin of the feature: RES, MLP, ATT, mixed, or nowhere. Followed down layer by
 layer this gives a graph, whose features can be steered together.
@@ -16,9 +17,9 @@ Source: arXiv 2502.03032. Shape letters: L features of the target, M of a source
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,14 +29,18 @@ from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.origin import canonical_hook
 from steersman.sae import SAE
+from steersman.sae.neighbours import nearest_rows
+from steersman.steer.edits import GateLike, ScheduleLike
+from steersman.steer.scope import ScopeLike
 from steersman.steer.scores.base import Evidence, Score
 from steersman.steer.scores.reading import Labelled, codes_of
 from steersman.steer.scores.select import FeatureSet
 from steersman.steer.scores.table import Column
+from steersman.steer.steerer import Steerer
+from steersman.steer.steering import Steering
 
 ORIGINS = ("RES", "MLP", "ATT", "mixed", "nowhere")
 """Where a feature may come from."""
-_BLOCK = 1024
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,27 +162,58 @@ class FeatureFlow:
             strengths.setdefault(where, {})[j] = strength * factor
         return FeatureSet(strengths=strengths, mode=mode, units=units)
 
+    def steer(
+        self,
+        st: Steerer,
+        hook: str,
+        feature: int,
+        strength: float,
+        *,
+        mode: str = "scale",
+        over_layers: Literal["constant", "linear", "exponential"] = "constant",
+        growth: float = 0.0,
+        units: str = "raw",
+        scope: ScopeLike = "all",
+        gate: GateLike = 1.0,
+        schedule: ScheduleLike | None = None,
+        include_bos: bool = False,
+    ) -> Steering:
+        """One context that steers by a feature and all that it comes from, at all their hook points: `feature_set` with
+        the SAEs of this flow. `scope`, `gate` and `schedule` as for `Steerer.features`."""
+        chosen = self.feature_set(
+            hook, feature, strength, mode=mode, over_layers=over_layers, growth=growth, units=units
+        )
+        where: dict[str, Any] = {"scope": scope, "gate": gate, "schedule": schedule, "include_bos": include_bos}
+        return chosen.steer(st, list(self.saes.values()), **where)
+
     def _check(self, hook: str, feature: int) -> None:
         if hook not in self.saes:
             raise SteersmanError(f"no SAE at {hook} was given; there are {', '.join(self.saes)}")
         self.saes[hook].check_feature(feature)
 
 
-def predecessors(hook: str) -> list[str]:
-    """The hook points whose SAEs a feature at `hook` is matched to: for a `resid_post` the one before and what its own
-    block adds, for others none.
+_RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
-    >>> predecessors("blocks.2.hook_resid_post")
-    ['blocks.1.hook_resid_post', 'blocks.2.hook_mlp_out', 'blocks.2.hook_attn_out']
-    >>> predecessors("blocks.2.hook_mlp_out")
+
+def predecessors(hook: str, held: Iterable[str]) -> list[str]:
+    """The hook points among `held` whose SAEs a feature at `hook` is matched to: for a `resid_post` the last one before
+    it and what its own block adds, for others none.
+
+    >>> held = [f"blocks.{layer}.hook_{point}" for layer in range(3) for point in ("mlp_out", "resid_post")]
+    >>> predecessors("blocks.2.hook_resid_post", held)
+    ['blocks.1.hook_resid_post', 'blocks.2.hook_mlp_out']
+    >>> predecessors("blocks.2.hook_resid_post", ["blocks.0.hook_resid_post"])
+    ['blocks.0.hook_resid_post']
+    >>> predecessors("blocks.2.hook_mlp_out", held)
     []
     """
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook)
-    if found is None:
+    held = list(held)
+    if _RESIDUAL.fullmatch(hook) is None:
         return []
-    layer = int(found[1])
-    before = [f"blocks.{layer - 1}.hook_resid_post"] if layer else []
-    return [*before, f"blocks.{layer}.hook_mlp_out", f"blocks.{layer}.hook_attn_out"]
+    layer = _layer(hook)
+    earlier = [one for one in held if _RESIDUAL.fullmatch(one) and _layer(one) < layer]
+    own = [f"blocks.{layer}.hook_mlp_out", f"blocks.{layer}.hook_attn_out"]
+    return [*sorted(earlier, key=_layer)[-1:], *(one for one in own if one in held)]
 
 
 def _class(source: str) -> str:
@@ -210,10 +246,10 @@ def feature_flow(
     held = {_named(sae): sae for sae in saes}
     if len(held) != len(saes):
         raise SteersmanError(f"two SAEs are of one hook point: give one for each of {', '.join(held)}")
-    pairs = [(hook, source) for hook in held for source in predecessors(hook) if source in held]
+    pairs = [(hook, source) for hook in held for source in predecessors(hook, held)]
     if not pairs:
         raise SteersmanError(
-            f"none of {', '.join(held)} lies right before another: flow goes from resid_post of the layer before, "
+            f"none of {', '.join(held)} lies right before another: flow goes from the last resid_post before, "
             "mlp_out and attn_out of the same layer to resid_post"
         )
     matches = {
@@ -239,17 +275,12 @@ def match_rows(target: Tensor, source: Tensor, *, top: int = 5, level: float = 0
     generator = torch.Generator().manual_seed(seed)
     random = F.normalize(torch.randn(b.shape, generator=generator), dim=1)
     order = torch.rand(b.shape, generator=generator).argsort(dim=1)
-    by_chance = [_nearest(a, rows, 1)[1][:, 0] for rows in (random, b.gather(1, order))]
-    ids, cosines = _nearest(a, b, min(top, len(b)))
+    by_chance = [nearest_rows(a, rows, 1).cosines[:, 0] for rows in (random, b.gather(1, order))]
+    ids, cosines = nearest_rows(a, b, top)
     return Match(
         ids=ids, cosines=cosines, null=max(float(part.quantile(level)) for part in by_chance),
         null_max=max(float(part.max()) for part in by_chance),
     )  # fmt: skip
-
-
-def _nearest(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    found = [(part @ b.T).topk(k, dim=1) for part in a.split(_BLOCK)]
-    return torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
 
 
 def _with_rates(
@@ -293,7 +324,7 @@ class Flow(Score):
     def measure(self, evidence: Evidence, at: int) -> Column:
         hook = evidence.hooks[at]
         held = dict(zip(evidence.hooks, evidence.saes))
-        near = [source for source in predecessors(hook) if source in held]
+        near = predecessors(hook, held)
         wanted, level = evidence.saes[at].cfg.d_sae, evidence.config.level
         values = torch.full((wanted,), math.nan)
         if not near:

@@ -1,6 +1,6 @@
 """`steersman compare`."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +34,9 @@ class CompareCommand(ComputeOptions, PrintOptions):
     max_pairs: int = MAX_PAIRS
     """Features of one SAE times features of another up to which they are matched one to one, which holds 8 bytes for
     each; beyond, there is no MCC, and pairs are those of which each is the other's nearest."""
+    feature: int | None = None
+    """Follow this feature of the first SAE through the others in their order, such as that of their layers: in each the
+    feature most like the one before."""
     top: int = SHOWN
     """Unmatched features of each SAE to show."""
     out: str | None = None
@@ -57,9 +60,13 @@ def run(config: CompareCommand) -> None:
         max_pairs=config.max_pairs,
         tokens=config.tokens,
     )
-    config.show(lambda: found.to_text(config.top), found.to_json())
+    record = found.to_json()
+    steps = [] if config.feature is None else found.along(config.feature)
+    if steps:
+        record["along"] = [{**asdict(one), "label": found.labels[one.sae].text(one.feature)} for one in steps]
+    config.show(lambda: found.along_to_text(steps) if steps else found.to_text(config.top), record)
     if config.out is not None:
-        write_json(config.out, found.to_json())
+        write_json(config.out, record)
 
 
 def _names(paths: tuple[str, ...]) -> tuple[str, ...]:

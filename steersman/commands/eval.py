@@ -3,6 +3,8 @@
 import logging
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
+from typing import Literal
 
 from steersman.commands.options import ComputeOptions, PrintOptions, on_kernels
 from steersman.config import part_of
@@ -12,6 +14,7 @@ from steersman.lm.origin import check_sae_fits
 from steersman.text import TextSource, open_text
 from steersman.train import ActivationStore
 from steersman.train.capture.text_digest import is_of_text
+from steersman.train.reports.baselines import random_baselines
 from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae, no_loss
 
 log = logging.getLogger(__name__)
@@ -19,7 +22,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommand(EvaluateConfig, ComputeOptions, PrintOptions):
-    """Measure an SAE on a store's held-out rows and, with --model and --text, its effect on the model's loss."""
+    """Measure an SAE on a store's held-out rows, what its features are like, and, with --model and --text, its effect
+    on the model's loss; beside baselines that have learned no features."""
 
     sae: str
     """Folder of the SAE."""
@@ -31,6 +35,13 @@ class EvalCommand(EvaluateConfig, ComputeOptions, PrintOptions):
     """Text to measure the model's loss on. Of the store's own text, the held-out documents are used."""
     documents: int = 200
     """Documents of the text, at most."""
+    baseline: Literal["random"] | None = None
+    """Measure beside it what its own recipe reaches with a random decoder or encoder that stays as it is, or nearly
+    (arXiv 2602.14111): three runs as long as the SAE's own, kept and used again."""
+    baselines: str | None = None
+    """Folder of the baselines' runs; by default the SAE's own name with `-baselines`."""
+    tokens: int | None = None
+    """Rows to train each baseline on; by default as many as the SAE was."""
     out: str | None = None
     """Also write the figures to this JSON file."""
 
@@ -40,6 +51,8 @@ def run(config: EvalCommand) -> None:
     """`steersman eval`."""
     sae, store = config.load_sae(config.sae), ActivationStore.open(config.store)
     hook = store.hook_of(sae)
+    if config.baseline is None and (config.baselines is not None or config.tokens is not None):
+        raise SteersmanError("--baselines and --tokens are for --baseline random")
     lm, texts = None, None
     if config.model is not None:
         if config.text is None:
@@ -53,7 +66,11 @@ def run(config: EvalCommand) -> None:
     if lm is not None and config.text is not None:
         source = open_text(config.text)
         texts = list(islice(source.documents(_first_document(store, source, config)), config.documents))
-    result = evaluate_sae(sae, store, lm, texts, part_of(EvaluateConfig, config))
+    baselines = {}
+    if config.baseline is not None:
+        folder = config.baselines or f"{Path(config.sae)}-baselines"
+        baselines = random_baselines(sae, store, folder, tokens=config.tokens, device=config.device)
+    result = evaluate_sae(sae, store, lm, texts, part_of(EvaluateConfig, config), baselines=baselines)
     config.show(result.to_text, result.to_json())
     if config.out is not None:
         write_json(config.out, result.to_json())

@@ -4,11 +4,14 @@ With a model, the residual stream at the hook point is replaced by the SAE's rec
 compared with the unchanged model's and with that of the stream set to its mean (SAEBench's core metrics,
 arXiv 2503.09532). BOS and padding are left as they are, as caching leaves them out.
 
+How alike features are to one another, which fire on many tokens, and how well rows of rare tokens are rebuilt stand
+beside it, since a good reconstruction alone says little (`docs/concepts/judging-saes.md`).
+
 Shape letters: B rows, S positions, D width, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,8 +25,10 @@ from steersman.lm import LanguageModel, TokenBatch
 from steersman.lm.origin import canonical_hook, check_sae_fits
 from steersman.progress import progress
 from steersman.sae import SAE
-from steersman.sae.metrics import Reconstruction, defined, large_rows, measure_prediction
+from steersman.sae.metrics import DENSE, GroupedSums, Reconstruction, ReconstructionSums, defined, large_rows
+from steersman.sae.neighbours import crowding
 from steersman.train.reports.features import BATCH_ROWS
+from steersman.train.reports.frequency import TokenFrequency
 from steersman.train.store.batch import ActivationBatch
 from steersman.train.store.store import ActivationStore
 
@@ -73,6 +78,32 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Dictionary:
+    """What an SAE's features are like as a dictionary."""
+
+    decoder_cosine: float
+    """Mean |cosine| of decoder rows over all pairs: lowest near the right L0 (arXiv 2508.16560)."""
+    nearest_cosine: float
+    """Mean over the features of the largest cosine of their decoder row to another's."""
+    dense_features: tuple[int, ...]
+    """The features that fired on more than `dense_above` of the tokens, those that did most often first."""
+    dense_above: float = DENSE
+    """A fraction of the tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrequencyBucket:
+    """The reconstruction of rows whose tokens are about equally frequent; rows of huge norm are in none."""
+
+    at_least: float
+    """Least share of the training rows that a token of the bucket has; that of the bucket before is the bound above."""
+    n_tokens: int
+    """Rows measured."""
+    fvu: float
+    """Their squared error over their squared distance from the mean of all ordinary rows; NaN where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """The result of `evaluate_sae`."""
 
@@ -80,27 +111,87 @@ class Evaluation:
     """On activations."""
     loss: SplicedLoss | None
     """On the model's predictions; None without a model."""
+    dictionary: Dictionary | None = None
+    """Of the features, whatever they rebuild."""
+    by_frequency: tuple[FrequencyBucket, ...] = ()
+    """On rows of frequent and of rare tokens, the most frequent first; empty where the store knows no tokens."""
+    baselines: Mapping[str, "Evaluation"] = field(default_factory=dict)
+    """The same of what else was measured, by name."""
+
+    def figures(self) -> dict[str, float | None]:
+        """All figures of one number each, under the names of files and tables; None for what is not defined."""
+        of_dictionary = {} if self.dictionary is None else asdict(self.dictionary)
+        numbers = {name: of_dictionary[name] for name in ("decoder_cosine", "nearest_cosine") if name in of_dictionary}
+        return self.reconstruction.record() | numbers | (self.loss.record() if self.loss else {})
 
     def _repr_html_(self) -> str:
-        parts = self.to_json()
-        figures = parts["reconstruction"] | (parts["loss"] or {})
-        return card("Evaluation", [(k, "not defined" if v is None else v) for k, v in figures.items()])
+        header, *rows = self._figures_table("not defined")
+        tables = [(header, rows)] if self.baselines else []
+        if self.by_frequency:
+            header, *buckets = self._frequency_table()
+            tables.append((header, buckets))
+        facts = [] if self.baselines else [(row[0], row[1]) for row in rows]
+        return card("Evaluation", facts, tables=tables, text=self._dense_line())
 
     def to_json(self) -> dict[str, Any]:
         """As `eval --out` writes it."""
-        return {"reconstruction": self.reconstruction.record(), "loss": self.loss.record() if self.loss else None}
+        record: dict[str, Any] = {
+            "reconstruction": self.reconstruction.record(),
+            "loss": self.loss.record() if self.loss else None,
+        }
+        if self.dictionary is not None:
+            record["dictionary"] = asdict(self.dictionary) | {"dense_features": list(self.dictionary.dense_features)}
+        record["by_frequency"] = [asdict(one) | {"fvu": defined(one.fvu)} for one in self.by_frequency]
+        if self.baselines:
+            record["baselines"] = {name: one.to_json() for name, one in self.baselines.items()}
+        return record
 
     def to_text(self) -> str:
-        """A two-column table."""
-        parts = self.to_json()
-        rows = parts["reconstruction"] | (parts["loss"] or {})
-        width = max(map(len, rows))
-        figures = {
-            name: "not defined" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-            for name, value in rows.items()
-        }
-        lines = [f"{name:<{width}}  {figure}" for name, figure in figures.items()]
-        return "\n".join([*lines, *filter(None, [self.reconstruction.undefined])])
+        """The figures, one a line, with a column for each baseline; the dense features; FVU by frequency."""
+        tables = [_aligned(self._figures_table("not defined"))]
+        tables += [line] if (line := self._dense_line()) else []
+        if self.by_frequency:
+            tables.append(f"FVU by how frequent a row's token is in training\n{_aligned(self._frequency_table())}")
+        return "\n\n".join([*tables, *filter(None, [self.reconstruction.undefined])])
+
+    def _figures_table(self, undefined: str) -> list[list[str]]:
+        columns = [self.figures(), *(one.figures() for one in self.baselines.values())]
+        head = ["", "this SAE", *self.baselines] if self.baselines else []
+        return [head, *([name, *(_shown(c.get(name), undefined) for c in columns)] for name in columns[0])]
+
+    def _frequency_table(self) -> list[list[str]]:
+        rows = [["share of rows", "rows", *(["this SAE", *self.baselines] if self.baselines else ["FVU"])]]
+        above = float("inf")
+        for number, bucket in enumerate(self.by_frequency):
+            low, high = f"{bucket.at_least:.3%}", f"{above:.3%}"
+            low, high = (text.rstrip("%").rstrip("0").rstrip(".") + " %" for text in (low, high))
+            what = f"below {high}" if not bucket.at_least else f"{low} or more" if number == 0 else f"{low} to {high}"
+            same = [self.by_frequency, *(one.by_frequency for one in self.baselines.values())]
+            rows.append([what, f"{bucket.n_tokens:,}", *(_shown(defined(one[number].fvu), "-") for one in same)])
+            above = bucket.at_least
+        return rows
+
+    def _dense_line(self, shown: int = 20) -> str:
+        if self.dictionary is None or not self.dictionary.dense_features:
+            return ""
+        ids, above = self.dictionary.dense_features, self.dictionary.dense_above
+        more = f" and {len(ids) - shown:,} more" if len(ids) > shown else ""
+        return f"features on more than {above:.0%} of the tokens: {' '.join(map(str, ids[:shown]))}{more}"
+
+
+def _shown(value: float | None, undefined: str) -> str:
+    return undefined if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns two spaces apart, all but the first to the right where there are more than two."""
+    rows = [row for row in rows if row]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for first, *rest in rows:
+        cells = rest if len(rest) == 1 else [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:])]
+        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
+    return "\n".join(lines)
 
 
 def evaluate_sae(
@@ -109,6 +200,8 @@ def evaluate_sae(
     lm: LanguageModel | None = None,
     texts: list[str] | None = None,
     config: EvaluateConfig | None = None,
+    *,
+    baselines: Mapping[str, SAE] | None = None,
     **overrides: Any,
 ) -> Evaluation:
     """Measure `sae` on a split of `store` and, given a model and texts, on the model's next-token loss.
@@ -119,6 +212,7 @@ def evaluate_sae(
         lm: its model; without one only the reconstruction is measured.
         texts: what to measure the model's loss on, each cut to the store's context length.
         config: an `EvaluateConfig`.
+        baselines: other SAEs by name, such as those of `random_baselines`, measured in the same way.
         overrides: fields of `EvaluateConfig`, over those of `config`.
 
     Raises:
@@ -135,7 +229,8 @@ def evaluate_sae(
     hooks = [hook, canonical_hook(sae.cfg.hook_name_out)] if sae.cfg.transcoder else [hook]
     batches = store.batches(BATCH_ROWS, hook=hooks, shuffle=False, **split)
     bar = progress(batches, desc="reconstruction", total=store.n_batches(BATCH_ROWS, **split), unit="batch")
-    reconstruction = measure_prediction(sae, _read_and_wanted(store, hooks, bar))
+    sums, by_frequency = _measured(sae, store, hooks, bar, TokenFrequency(store, config.heldout_fraction))
+    reconstruction = sums.result()
     loss = None
     if lm is not None and texts:
         length = store.manifest.config.get("context_length")
@@ -149,19 +244,52 @@ def evaluate_sae(
             max_tokens=config.model_tokens,
             context_length=length if isinstance(length, int) else None,
         )
-    return Evaluation(reconstruction=reconstruction, loss=loss)
+    alike, density = crowding(sae), sums.density()
+    often = density.argsort(descending=True, stable=True)[: int((density > DENSE).sum())]
+    return Evaluation(
+        reconstruction=reconstruction,
+        loss=loss,
+        dictionary=Dictionary(
+            decoder_cosine=alike.mean_abs, nearest_cosine=alike.nearest, dense_features=tuple(often.tolist())
+        ),
+        by_frequency=by_frequency,
+        baselines={name: evaluate_sae(one, store, lm, texts, config) for name, one in (baselines or {}).items()},
+    )
+
+
+@torch.no_grad()
+def _measured(
+    sae: SAE, store: ActivationStore, hooks: list[str], batches: Iterable[ActivationBatch], frequency: TokenFrequency
+) -> tuple[ReconstructionSums, tuple[FrequencyBucket, ...]]:
+    """The one pass over the rows of one hook point, or of two side by side."""
+    sums = ReconstructionSums(sae.cfg.out_width, sae.cfg.d_sae, sae.device)
+    groups = GroupedSums(frequency.n_buckets, sae.cfg.out_width, sae.device)
+    for batch, (x, target, large) in _read_and_wanted(store, hooks, batches):
+        rebuilt, code = sae.reconstruct(x.to(sae.device))
+        target = target.to(sae.device)
+        sums.add(target, rebuilt, code, large.to(sae.device))
+        if frequency.known:
+            kept = (~large).nonzero()[:, 0]
+            bucket, kept = frequency.bucket(batch.token_ids)[kept].to(sae.device), kept.to(sae.device)
+            groups.add(target[kept], rebuilt[kept], bucket)
+    if not frequency.known:
+        return sums, ()
+    return sums, tuple(
+        FrequencyBucket(at_least=bound, n_tokens=n, fvu=fvu)
+        for bound, (n, fvu) in zip((*frequency.bounds, 0.0), groups.result())
+    )
 
 
 def _read_and_wanted(
     store: ActivationStore, hooks: list[str], batches: Iterable[ActivationBatch]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[ActivationBatch, tuple[Tensor, Tensor, Tensor]]]:
     """Of rows of one hook point, or of two side by side: what is read, what is to be given for it, which are large."""
     widths = [store.width(hook) for hook in hooks]
     norms = [store.stats(hook).large_norm for hook in hooks]
     for batch in batches:
         parts = batch.x.split(widths, dim=1)
         large = torch.stack([large_rows(part, norm) for part, norm in zip(parts, norms)]).any(0)
-        yield parts[0], parts[-1], large
+        yield batch, (parts[0], parts[-1], large)
 
 
 def no_loss(sae: SAE, lm: LanguageModel) -> str:

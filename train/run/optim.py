@@ -26,6 +26,7 @@ from steersman.sae import SAE
 from steersman.sae.fused import FusedBatch, Gradients
 from steersman.sae.training import Step, TrainingCode, TrainingState
 from steersman.train.run.checkpoints import PARAMETERS, state_key
+from steersman.train.run.frozen import Held
 from steersman.train.run.recipe import TrainConfig
 
 
@@ -79,6 +80,7 @@ def make_updater(
             and not sae.cfg.transcoder
             and config.grad_clip is None
             and config.grad_accumulation == 1
+            and config.frozen is None
         )
         fused = possible and hasattr(choose(sae.device), "backward_update")
     if fused and sae.cfg.transcoder:
@@ -120,6 +122,9 @@ class _DenseGradients:
                 dim = sae.latent_dim(name)
                 view = parameter.detach()
                 self.parameters[name] = view if dim is None else view.narrow(dim, ranks.data.index * size, size)
+        self.held = Held(config.frozen, self.parameters)
+        for name in self.held.names:
+            parameters_of(sae)[name].requires_grad_(False)
 
     def set_rate(self, lr: float) -> None:
         self.lr = lr
@@ -134,6 +139,7 @@ class _DenseGradients:
         """Project the decoder's gradient off its rows, clip, move, and make the rows unit vectors again."""
         if self.ranks.data.size > 1:
             self._reduce_gradients()
+        self.held.without_gradient(self.parameters)
         W_dec = self.parameters["W_dec"]
         grad = W_dec.grad
         if grad is not None:  # moving along a unit row would only be undone below
@@ -144,8 +150,9 @@ class _DenseGradients:
         self._move()
         for parameter in self.parameters.values():
             parameter.grad = None
-        for w in _row_blocks(W_dec):
+        for w in _row_blocks(W_dec) if "W_dec" not in self.held.names else ():
             w /= w.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        self.held.project(W_dec)
         self.share_weights()
 
     def _move(self) -> None:
@@ -209,7 +216,7 @@ class AutogradUpdater(_DenseGradients):
     def __init__(self, sae: SAE, config: TrainConfig, lr: float, ranks: Ranks, eps: float):
         super().__init__(sae, config, ranks)
         # Rows in one piece, as they lie in memory: the fused Adam would copy the gradient of a transposed matrix.
-        self._moved = {name: _in_one_piece(p) for name, p in self.parameters.items()}
+        self._moved = {name: _in_one_piece(p) for name, p in self.parameters.items() if name not in self.held.names}
         matrices = [p for p in self._moved.values() if p.dim() > 1]
         biases = [p for p in self._moved.values() if p.dim() <= 1]
         groups = [{"params": matrices, "ratio": 1.0}, {"params": biases, "ratio": config.bias_lr_ratio}]
@@ -350,6 +357,8 @@ class RuleUpdater(_WithRule, _DenseGradients):
         sizes = StepSizes.of(rule, state.n_steps, rate, rate * self.config.bias_lr_ratio)
         touched = (b_enc != 0) | (W_dec != 0).any(dim=1)
         for name, grad, seed in (("W_enc", W_enc.T, 0), ("W_dec", W_dec, 1)):
+            if name in self.held.names:
+                continue
             W = getattr(state, name)
             update_matrix(
                 W, W, grad, state.moments[name], touched, rule, sizes, 2 * state.n_steps + seed, unit=name == "W_dec",

@@ -19,6 +19,7 @@ from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.kernels import Implementation, RuleName, StateDtype
 from steersman.sae import SAE
+from steersman.train.run.frozen import Frozen
 from steersman.train.store.statistics import LARGE_NORM_RATIO
 
 
@@ -73,6 +74,9 @@ class TrainConfig:
     """Whether gradients, optimiser and normalisation are one pass that never writes a dense gradient; None: where there
     are kernels for it and nothing forbids it (gradient clipping, accumulation, replicated weights). False is autograd
     with dense gradients."""
+    frozen: Frozen | None = None
+    """What stays random, for a baseline that finds no features (arXiv 2602.14111): the decoder's rows or the encoder's,
+    as they begin, or decoder rows that keep a cosine of 0.8 to their first value (soft_decoder). None: nothing."""
     aux_coefficient: float = 0.25
     """Weight of the AuxK loss, which trains dead features on the residual; 0 turns it off."""
     k_aux: int | None = None
@@ -163,6 +167,10 @@ class TrainConfig:
                 "use fused_update=False or grad_accumulation=1",
             ),
             (
+                not self.fused_update or self.frozen is None,
+                f"the fused update moves all weights, and frozen={self.frozen} keeps some: use fused_update=False",
+            ),
+            (
                 not self.fused_update or kind.fused,
                 f"{self.architecture} has a loss of its own: use fused_update=False",
             ),
@@ -201,10 +209,29 @@ class TrainConfig:
             if name not in _UNRECORDED and (value or name not in _RECORDED_IF_SET)
         }
 
+    @classmethod
+    def of_run(cls, training: Mapping[str, Any]) -> "TrainConfig":
+        """The settings of a finished run from what its SAE's metadata says of its `training`: those that decide what it
+        is, with the sizes and rates that it used in place of what was left open.
+
+        Raises SteersmanError for what is no such record.
+        """
+        ours = {theirs: name for name, theirs in _ON_DISK.items()}
+        named = {ours.get(name, name): value for name, value in training.items()}
+        known = {field.name for field in fields(cls)} - _NO_IDENTITY
+        settings: dict[str, Any] = {"max_norm_ratio": None}
+        settings |= {name: tuple(v) if isinstance(v, list) else v for name, v in named.items() if name in known}
+        try:
+            batch_size = named["batch_size"]
+            settings |= {"tokens": named["n_steps"] * batch_size, "dead_after": named["dead_after_steps"] * batch_size}
+            return cls(**settings)
+        except (KeyError, TypeError) as error:
+            raise SteersmanError(f"what this SAE says of its training is no record of a run: {error}") from error
+
 
 _ON_DISK = {"architecture": "activation"}
 """Fields that files know by another name."""
-_RECORDED_IF_SET = ("options", "hook_out", "target_l0")
+_RECORDED_IF_SET = ("options", "hook_out", "target_l0", "frozen")
 _UNRECORDED = ("latent_shards", "model_ranks", "timeout_seconds", "extend")
 _NO_IDENTITY = {field.name for field in fields(TrainConfig) if not field.metadata.get("identity", True)}
 
