@@ -26,6 +26,9 @@ from steersman.sae.input_norm import TokenNorm, token_norm
 from steersman.sae.plots import plot_density
 from steersman.sae.training import Latents, Step, TrainingCode, TrainingState
 
+_ROWS_AT_ONCE = 4096
+"""Latents that are worked on at a time, where that takes memory."""
+
 
 class SparseCode(NamedTuple):
     """The active features of N tokens. Entries that are not active have the value 0 and any valid index."""
@@ -414,6 +417,23 @@ class SAE(nn.Module):
         """
         self.b_enc /= scale
         self.b_dec /= scale
+
+    @torch.no_grad()
+    def fold_linear(self, matrix: Tensor, mean: Tensor) -> None:
+        """Turn an SAE of inputs and outputs z = matrix (x - mean) into the same SAE of x: matrix [D, D], mean [D].
+
+        The code stays what it is, to the rounding; decoder rows come to have any length.
+        Raises SteersmanError where input and output are not the same, or where `b_dec` is not taken off the input.
+        """
+        if self.cfg.transcoder or self.cfg.skip_connection or not self.cfg.apply_b_dec_to_input:
+            raise SteersmanError("only an SAE that takes b_dec off its input has one linear map of input and output")
+        forth = matrix.double()
+        back = torch.linalg.inv(forth)
+        for start in range(0, len(self.W_dec), _ROWS_AT_ONCE):
+            block = slice(start, start + _ROWS_AT_ONCE)
+            self.W_enc[:, block] = (forth.T @ self.W_enc[:, block].double()).to(self.W_enc)
+            self.W_dec[block] = (self.W_dec[block].double() @ back.T).to(self.W_dec)
+        self.b_dec.copy_(mean.double() + back @ self.b_dec.double())
 
     def check_feature(self, feature: int) -> None:
         """Raise a SteersmanError unless `feature` is an id of this SAE."""

@@ -27,18 +27,29 @@ CONFIGS = {
     "jumprelu": replace(CONFIG, architecture="jumprelu", k=0, target_l0=2.5, dead_after=256),
     "soft decoder": replace(CONFIG, frozen="soft_decoder", lr=0.08, warmup=0.0),
     "ema, clipping, parts": replace(CONFIG, ema=0.9, grad_clip=0.05, grad_accumulation=2),
+    "whitened": replace(CONFIG, whiten="zca"),
 }
 STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
-    return {name: trained(config, mixture(1280), STEPS) for name, config in CONFIGS.items()}
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainConfig]:
+    """`CONFIGS`, and one that starts from an SAE that is there."""
+    there = tmp_path_factory.mktemp("initial") / "sae"
+    SAE(SAEConfig(d_in=16, d_sae=64, k=4), torch.Generator().manual_seed(8)).save(there)
+    return CONFIGS | {"initial": replace(CONFIG, init=str(there))}
+
+
+@pytest.fixture(scope="module")
+def alone(configs: dict[str, TrainConfig]) -> dict[str, Any]:
+    return {name: trained(config, mixture(1280), STEPS) for name, config in configs.items()}
 
 
 @pytest.mark.parametrize(("n", "latent"), [(2, 2), (2, 1), (4, 4), (4, 2)])
-def test_every_mesh_gives_what_one_process_gives(n: int, latent: int, alone: dict[str, Any]) -> None:
-    parts = run_ranks(n, train_on_every_mesh, CONFIGS, mixture(1280), STEPS, latent)
+def test_every_mesh_gives_what_one_process_gives(
+    n: int, latent: int, alone: dict[str, Any], configs: dict[str, TrainConfig]
+) -> None:
+    parts = run_ranks(n, train_on_every_mesh, configs, mixture(1280), STEPS, latent)
     for name, one in alone.items():
         for mine in parts:  # every rank reads the same metrics
             for a, b in zip(mine[name]["metrics"], one["metrics"]):

@@ -34,7 +34,8 @@ def trained(config: TrainConfig, rows: Tensor, n_steps: int, ranks: Ranks | None
         low = step % (len(rows) // size) * size + mesh.data_index * share
         return rows[low : low + share]
 
-    trainer.fit_encoder_scale(part(0))
+    if config.init is None:
+        trainer.fit_encoder_scale(part(0))
     metrics = []
     for step in range(n_steps):
         trainer.step(part(step))

@@ -11,6 +11,8 @@ from torch import Tensor
 from steersman.parallel import Ranks
 from steersman.sae import SAE, SAEConfig
 from steersman.train import ActivationStats, TrainConfig, Trainer, resolve
+from steersman.train.run.initial import InitialSAE
+from steersman.train.run.inputs import make_inputs
 from steersman.train.store.statistics import StatsSums, row_norms
 
 HOOK = "blocks.0.hook_resid_post"
@@ -42,7 +44,11 @@ def trainer_of(config: TrainConfig, rows: Tensor | None = None, ranks: Ranks | N
     rows = mixture(4000) if rows is None else rows
     d_in = rows.shape[1]
     cfg = SAEConfig(d_in=d_in, d_sae=config.d_sae, k=config.k, architecture=config.architecture, options=config.options)
-    return Trainer(config, resolve(config, d_in, n), stats_of(rows), cfg, ranks)
+    stats = stats_of(rows)
+    centred = rows.double() - stats.mean
+    inputs = make_inputs(cfg, config, [stats], centred.T @ centred / len(rows) if config.whiten else None)
+    initial = None if config.init is None else InitialSAE(config.init, cfg)
+    return Trainer(config, resolve(config, d_in, n), stats, cfg, ranks, inputs, initial)
 
 
 def logged(run: Path) -> list[dict[str, Any]]:

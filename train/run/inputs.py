@@ -75,6 +75,13 @@ class Inputs:
         """Turn what was trained, decoder rows unit vectors, into the same SAE of rows as they are, in place."""
         sae.fold_scales(self.scale, self.scale_out)
 
+    @torch.no_grad()
+    def unfold(self, sae: SAE) -> None:
+        """The inverse of `fold`: turn an SAE of rows as they are into the same in the units of training, in place."""
+        if type(self).fold is not Inputs.fold:
+            raise SteersmanError(f"no SAE that is there can be trained on with {self.name} inputs: train without init")
+        sae.fold_scales(1 / self.scale, 1 / self.scale_out)
+
     def record(self) -> dict[str, Any]:
         """What the `state.json` of a checkpoint has of it."""
         record: dict[str, Any] = {"scale": self.scale}
@@ -93,10 +100,91 @@ class Inputs:
 
 Inputs.forms.register(Inputs, Inputs)
 
+WHITEN_SHRINKAGE = 0.1
+"""How far whitening shrinks the covariance unless asked otherwise."""
 
-def make_inputs(cfg: SAEConfig, config: TrainConfig, parts: Sequence[ActivationStats]) -> Inputs:
-    """The form that a configuration asks for, for rows whose hook points have these statistics, in their order."""
-    return Inputs.of(cfg, parts)
+
+class WhitenedInputs(Inputs):
+    """Whitened rows, both read and predicted: z = W (x - m), with W C' W^T the identity (arXiv 2511.13981).
+
+    C' = (1 - s) C + s tr(C) / D I is the covariance C, shrunk by s towards a multiple of the identity (Ledoit and Wolf
+    2004), so that directions in which rows hardly vary are not blown up to the size of the others. By its eigenvectors
+    E and eigenvalues v, W = v^(-1/2) E^T (pca, the paper's), or E v^(-1/2) E^T (zca), the same turned back to the axes
+    of the rows, which Adam, that moves each number for itself, is not indifferent to. W is scaled so that z has unit
+    variance per dimension.
+
+    Here the squared error is that of whitened rows. (The paper undoes the whitening before it takes the error; then
+    only what the encoder reads changes, which on planted features found no more of them than no whitening.)
+    """
+
+    name = "whitened"
+    is_scale = False
+
+    def __init__(self, cfg: SAEConfig, mean: Tensor | None = None, matrix: Tensor | None = None) -> None:
+        """`mean` is m [D] and `matrix` W [D, D]; those of a checkpoint are brought by `restore`."""
+        super().__init__(cfg)
+        self.mean = torch.zeros(cfg.d_in) if mean is None else mean.float()
+        self.matrix = torch.eye(cfg.d_in) if matrix is None else matrix.float()
+
+    @classmethod
+    def of_covariance(
+        cls, cfg: SAEConfig, mean: Tensor, covariance: Tensor, how: str, shrinkage: float
+    ) -> "WhitenedInputs":
+        """For rows of this mean [D] and covariance [D, D]; `how` is "zca" or "pca"."""
+        covariance = covariance.double()
+        D, total = len(covariance), covariance.trace()
+        values, vectors = torch.linalg.eigh(covariance)
+        shrunk = (1 - shrinkage) * values.clamp_min(0) + shrinkage * total / D
+        # A direction without any variance, and without shrinkage, has nothing to be brought to unit variance.
+        shrunk = shrunk.clamp_min(torch.finfo(torch.float32).eps * float(total) / D)
+        matrix = vectors.T / shrunk.sqrt()[:, None]
+        if how == "zca":
+            matrix = vectors @ matrix
+        variance = float((values.clamp_min(0) / shrunk).sum()) / D
+        return cls(cfg, mean, matrix / math.sqrt(variance))
+
+    def scaled(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.scaled_target(rows)
+        return z, z
+
+    def target_mean(self, parts: Sequence[ActivationStats]) -> Tensor:
+        return self.mean
+
+    def scaled_target(self, target: Tensor) -> Tensor:
+        self._move_to(target.device)
+        return (target - self.mean) @ self.matrix.T
+
+    def _move_to(self, device: torch.device) -> None:
+        if self.matrix.device != device:
+            self.mean, self.matrix = self.mean.to(device), self.matrix.to(device)
+
+    @torch.no_grad()
+    def fold(self, sae: SAE) -> None:
+        super().fold(sae)  # a scale of 1: what an architecture does at the end
+        sae.fold_linear(self.matrix, self.mean)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"inputs.mean": self.mean, "inputs.matrix": self.matrix}
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        super().restore(state, tensors)
+        self.mean, self.matrix = tensors["inputs.mean"], tensors["inputs.matrix"]
+
+
+def make_inputs(
+    cfg: SAEConfig, config: TrainConfig, parts: Sequence[ActivationStats], covariance: Tensor | None = None
+) -> Inputs:
+    """The form that a configuration asks for, for rows whose hook points have these statistics, in their order; a
+    whitening needs their `covariance` [D, D] too."""
+    if config.whiten is None:
+        return Inputs.of(cfg, parts)
+    if covariance is None:
+        raise SteersmanError(
+            "whitening needs the covariance of the rows: train with train_sae, or give make_inputs one"
+        )
+    unit_variance(parts[0])  # refuses rows that do not vary
+    shrinkage = WHITEN_SHRINKAGE if config.whiten_shrinkage is None else config.whiten_shrinkage
+    return WhitenedInputs.of_covariance(cfg, parts[0].mean, covariance, config.whiten, shrinkage)
 
 
 def restored_inputs(cfg: SAEConfig, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Inputs:

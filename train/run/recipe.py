@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from steersman.config import check_types, setting
 from steersman.deprecation import renamed_fields
@@ -53,7 +53,8 @@ class TrainConfig:
     batch_size: int | None = None
     """Rows a step; None: a power of two between 512 and 4096 that leaves about 1000 steps."""
     lr: float | None = None
-    """Peak learning rate of Adam for the weights; None: 0.05 / sqrt(d_in) * (1000 / steps)^(1/3)."""
+    """Peak learning rate of Adam for the weights; None: 0.05 / sqrt(d_in) * (1000 / steps)^(1/3), and a fifth of that
+    with `init`."""
     bias_lr_ratio: float = 3.0
     """Learning rate of the biases, in units of `lr`."""
     warmup: float = 0.02
@@ -127,6 +128,16 @@ class TrainConfig:
     the checkpoint where the learning rate began to fall, which is kept for this, and ends with the same bits as a run
     of the greater length with the first one's rates, batch size and other settings; the rate falls over the same
     fraction of the steps, at the new end. A folder without a run is trained as usual."""
+    whiten: Literal["zca", "pca"] | None = None
+    """Train on whitened rows, in which all directions vary alike, so that features in directions in which rows vary
+    little are found as well; the SAE that is saved reads rows as they are. Squared errors while training, and in
+    metrics.jsonl, are those of whitened rows. zca keeps the axes of the rows, pca does not. None: only scale rows."""
+    whiten_shrinkage: float | None = None
+    """With `whiten`, how far the covariance is shrunk towards that of rows that vary alike in all directions: 0 whitens
+    wholly, 1 not at all. None: 0.1."""
+    init: str | None = setting(None, identity=False)
+    """SAE to start from (fine-tuning), whatever format it is in, of this architecture, width and hook point: a folder,
+    file or name. Its weights are part of what the run is. None: random weights."""
     options: dict[str, Any] = setting(default_factory=dict)
     """Settings that the architecture has of its own, by name; those left out are at its defaults."""
 
@@ -179,6 +190,18 @@ class TrainConfig:
                 f"{self.architecture} selects over the whole batch: use grad_accumulation=1 and a smaller batch_size",
             ),
         ]
+        checks += [
+            (
+                self.whiten is None or self.init is None,
+                "init starts from decoder rows of one length, which whitening changes: use whiten or init",
+            ),
+            (self.whiten is None or self.hook_out is None, "whiten is for SAEs: a transcoder has two kinds of rows"),
+            (self.whiten_shrinkage is None or bool(self.whiten), "whiten_shrinkage is a setting of whiten: give both"),
+            (
+                self.whiten_shrinkage is None or 0 <= self.whiten_shrinkage < 1,
+                f"whiten_shrinkage = {self.whiten_shrinkage} must be at least 0 and below 1",
+            ),
+        ]
         for ok, message in checks:
             if not ok:
                 raise SteersmanError(message)
@@ -206,7 +229,7 @@ class TrainConfig:
         return {
             _ON_DISK.get(name, name): value
             for name, value in asdict(self).items()
-            if name not in _UNRECORDED and (value or name not in _RECORDED_IF_SET)
+            if name not in _UNRECORDED and (name not in _RECORDED_IF_SET or _is_set(value))
         }
 
     @classmethod
@@ -231,9 +254,13 @@ class TrainConfig:
 
 _ON_DISK = {"architecture": "activation"}
 """Fields that files know by another name."""
-_RECORDED_IF_SET = ("options", "hook_out", "target_l0", "frozen")
+_RECORDED_IF_SET = ("options", "hook_out", "target_l0", "frozen", "whiten", "whiten_shrinkage", "init")
 _UNRECORDED = ("latent_shards", "model_ranks", "timeout_seconds", "extend")
 _NO_IDENTITY = {field.name for field in fields(TrainConfig) if not field.metadata.get("identity", True)}
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False and value not in ((), {}, "")
 
 
 def identity_of_record(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -309,6 +336,10 @@ def adam_eps(n_values: int) -> float:
     return 1e-8 * min(1.0, 2**20 / n_values)
 
 
+FINE_TUNING = 0.2
+"""What the learning rate left open is multiplied by where a run starts from an SAE that is there."""
+
+
 def tokens_of(config: TrainConfig, n_rows: int | None) -> int:
     """How many rows a run takes, where there are `n_rows` to train on (None: endless)."""
     tokens = config.tokens if config.tokens is not None else n_rows
@@ -337,7 +368,7 @@ def resolve(config: TrainConfig, d_in: int, n_rows: int | None) -> Recipe:
     return Recipe(
         batch_size=batch_size,
         n_steps=n_steps,
-        lr=min(lr, 0.05 / math.sqrt(d_in) * 2) if config.lr is None else lr,
+        lr=(min(lr, 0.05 / math.sqrt(d_in) * 2) * (FINE_TUNING if config.init else 1)) if config.lr is None else lr,
         warmup_steps=round(config.warmup * n_steps),
         decay_steps=round(config.decay * n_steps),
         k_aux=config.k_aux if config.k_aux is not None else max(1, d_in // 2),

@@ -35,6 +35,9 @@ from steersman.train.mesh.shared_stream import SharedStream
 from steersman.train.reports.plots import plot_run
 from steersman.train.run.batches import split_options, training_batches
 from steersman.train.run.checkpoints import Checkpoints
+from steersman.train.run.covariance import sample_covariance
+from steersman.train.run.initial import InitialSAE
+from steersman.train.run.inputs import Inputs, make_inputs
 from steersman.train.run.large_rows import largest_ordinary, ordinary_stats, say_large_rows, which_large
 from steersman.train.run.metrics_log import MetricsLogger
 from steersman.train.run.recipe import Recipe, TrainConfig, as_recorded, resolve, tokens_of
@@ -82,13 +85,17 @@ class Run:
             **what,
         )
         record = {"training": config.record(), "recipe": asdict(self.recipe), "data": data}
+        if config.init is not None:
+            initial = InitialSAE(config.init, cfg)
+            cfg, record["init"] = initial.cfg, initial.digest
         self.folder, tokens = RunFolder(out), tokens_of(config, rows)
         known, self.finished = self.ranks.on_rank_zero(lambda: self.folder.open(record, config, tokens))
         """`finished`: whether the folder held the trained SAE when it was opened."""
         self.recipe = Recipe(**known["recipe"])
         metadata = {"version": __version__, "training": config.record() | known["recipe"], "data": data["fingerprint"]}
         extended = {"extended": known["extended"]} if known.get("extended") else {}
-        self.cfg = replace(cfg, metadata=metadata | extended)
+        initial = {"init": record["init"]} if "init" in record else {}
+        self.cfg = replace(cfg, metadata=metadata | extended | initial)
         self.checkpoints = Checkpoints(
             self.folder.checkpoints, config.keep_checkpoints, self.ranks.background, self.recipe.decay_start
         )
@@ -126,12 +133,16 @@ class Run:
         if self.ranks.is_rank_zero:
             for hook, stats in zip((self.cfg.hook_name, self.cfg.hook_name_out), parts):
                 say_large_rows(hook, stats, self.config.max_norm_ratio)
+        inputs = Inputs(self.cfg)  # the checkpoint's take its place
         if not self.checkpoints.steps():
             parts = ordinary_stats(self.source, self.config, self.recipe, parts)
-        self.trainer = Trainer(self.config, self.recipe, parts, self.cfg, self.ranks)
+            inputs = make_inputs(self.cfg, self.config, parts, self._covariance(parts[0]))
+        new = self.config.init is not None and not self.checkpoints.steps()
+        initial = InitialSAE(self.config.init or "", self.cfg) if new else None
+        self.trainer = Trainer(self.config, self.recipe, parts, self.cfg, self.ranks, inputs, initial)
         if self.trainer.resume(self.checkpoints):
             log.info("%s: resuming from step %d of %d", self.folder.path, self.n_steps_done, self.recipe.n_steps)
-        else:
+        elif initial is None:
             with closing(batches_of(self)) as batches:
                 self.trainer.fit_encoder_scale(next(batches))
         if self.n_steps_done < self.recipe.n_steps:
@@ -144,6 +155,11 @@ class Run:
             finally:
                 self.checkpoints.settle()
         self.checkpoints.wait()
+
+    def _covariance(self, stats: ActivationStats) -> Tensor | None:
+        if self.config.whiten is None:
+            return None
+        return sample_covariance(self.source, self.config, self.recipe, stats, self.ranks, self.device)
 
     def _check_space(self) -> None:
         """Before the first step: is there room for a checkpoint beside those that are there, and for the SAE?"""

@@ -28,6 +28,7 @@ from steersman.train.mesh.latents import new_sae
 from steersman.train.run.checkpoints import Checkpoints, latent_dim, state_key
 from steersman.train.run.dead_latents import DeadLatents
 from steersman.train.run.graph import GraphedStep
+from steersman.train.run.initial import InitialSAE
 from steersman.train.run.inputs import Inputs, make_inputs, restored_inputs
 from steersman.train.run.large_rows import LargeRows, largest_ordinary
 from steersman.train.run.optim import FusedUpdater, Updater, make_updater
@@ -50,10 +51,12 @@ class Trainer:
         cfg: SAEConfig,
         ranks: Ranks | None = None,
         inputs: Inputs | None = None,
+        initial: InitialSAE | None = None,
     ) -> None:
         """`stats` has the means of the rows that are trained on (see `large_rows.ordinary_stats`), for each hook point
         in the order of their columns where there are several; `cfg` is that of the whole SAE; `ranks` the job's, this
-        process alone if not given; `inputs` what rows are to the SAE, by default what the configuration asks for."""
+        process alone if not given; `inputs` what rows are to the SAE, by default what the configuration asks for;
+        `initial` the SAE to start from, if not from random weights."""
         self.config, self.recipe, self.cfg = config, recipe, cfg
         self.ranks = ranks or Ranks(Mesh())
         self.held = self.ranks.mesh.local_latents(cfg.d_sae)
@@ -71,6 +74,8 @@ class Trainer:
         self.sae.prepare_training(config)
         with torch.no_grad():
             self.sae.b_dec.copy_(self.inputs.scaled_target(self.inputs.target_mean(parts)))
+        if initial is not None:
+            initial.copy_into(self.sae, self.inputs, self.held)
         self.updater: Updater = make_updater(
             self.sae, config, recipe.lr, self.ranks, adam_eps(recipe.batch_size * cfg.out_width)
         )
