@@ -3,6 +3,7 @@
 from steersman.sae.architectures.abs_topk import AbsTopKSAE
 from steersman.sae.architectures.auxk import auxk_gradients, auxk_loss
 from steersman.sae.architectures.batch_topk import BatchTopKSAE
+from steersman.sae.architectures.crosscoder import CrosscoderSAE
 from steersman.sae.architectures.gated import GatedSAE
 from steersman.sae.architectures.groupmax import GroupMaxSAE
 from steersman.sae.architectures.jumprelu import JumpReLUSAE
@@ -12,7 +13,7 @@ from steersman.sae.architectures.supervised_topk import SupervisedTopKSAE
 from steersman.sae.architectures.topk import TopKSAE
 from steersman.sae.base import SAE, FeatureStats, SparseCode
 from steersman.sae.compare import SAEComparison, compare_saes
-from steersman.sae.config import SAEConfig
+from steersman.sae.config import SAEConfig, Side
 from steersman.sae.feature_labels import FeatureLabel, FeatureLabels
 from steersman.sae.formats import load
 from steersman.sae.formats.saelens import save
@@ -30,6 +31,7 @@ __all__ = [
     "AbsTopKSAE",
     "AuxTerm",
     "BatchTopKSAE",
+    "CrosscoderSAE",
     "FeatureLabel",
     "FeatureLabels",
     "FeatureMatching",
@@ -45,6 +47,7 @@ __all__ = [
     "Reconstruction",
     "SAEComparison",
     "SAEConfig",
+    "Side",
     "SparseCode",
     "Step",
     "SupervisedTopKSAE",

@@ -103,6 +103,8 @@ class SAE(nn.Module):
     """Whether `k` means something for it."""
     uses_groups: ClassVar[bool] = False
     """Whether it needs `group_sizes`."""
+    side_by_side: ClassVar[bool] = False
+    """Whether it reads several hook points side by side, which `SAEConfig.sides` then names."""
     exact_k: ClassVar[bool] = False
     """Whether the code of a token is its K largest latents, so that K of each part of the latents hold it."""
     trainable: ClassVar[bool] = False
@@ -145,6 +147,8 @@ class SAE(nn.Module):
         if bool(cfg.group_sizes) != cls.uses_groups:
             with_groups = [name for name, kind in SAE.architectures.items() if kind.uses_groups]
             raise SteersmanError(f"group_sizes belong to architecture {', '.join(with_groups)}, which needs them")
+        if cfg.sides and not cls.side_by_side:
+            raise SteersmanError(f"architecture {cfg.architecture!r} has no sides: they are a crosscoder's hook points")
         for name in cfg.options:
             if name not in cls.defaults:
                 near = near_names(name, list(cls.defaults), limit=3)
@@ -176,6 +180,8 @@ class SAE(nn.Module):
     def __repr__(self) -> str:
         cfg = self.whole_cfg
         k = f", k={cfg.k}" if self.uses_k else ""
+        if cfg.sides:
+            return f"{type(self).__name__}(d_in={cfg.d_in}, d_sae={cfg.d_sae}{k}, {' | '.join(map(str, cfg.sides))})"
         to = f" -> {cfg.hook_name_out or cfg.out_width}" if cfg.transcoder else ""
         where = f", {cfg.hook_name or 'hook point unknown'}{to} of {cfg.model_name or 'an unknown model'}"
         return f"{type(self).__name__}(d_in={cfg.d_in}, d_sae={cfg.d_sae}{k}{where})"
@@ -380,6 +386,7 @@ class SAE(nn.Module):
         `purpose` names what needs that, such as "steering".
         """
         cfg = self.cfg
+        cfg.check_one_hook(purpose)
         if cfg.transcoder:
             out = cfg.hook_name_out or "another hook point"
             raise SteersmanError(

@@ -18,6 +18,26 @@ ARCHITECTURES: Registry[Any] = Registry("architecture")
 """The classes by name, seen as `SAE.architectures`; here, because each checks the configurations that name it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One of the hook points that a crosscoder reads side by side."""
+
+    hook_name: str
+    """Hook point of the model whose activations these are, by its TransformerLens name."""
+    width: int
+    """Width of the activations."""
+    model_name: str = ""
+    """The model: a hub id or a path."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "of a side")
+        if self.width < 1:
+            raise SteersmanError(f"a hook point has a width of at least 1, not {self.width}")
+
+    def __str__(self) -> str:
+        return f"{self.hook_name or 'a hook point not recorded'} of {self.model_name or 'an unknown model'}"
+
+
 @renamed_fields(activation="architecture")
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
@@ -57,6 +77,8 @@ class SAEConfig:
     """Whether the output also has a linear part, `x W_skip^T` of the input as it came."""
     group_sizes: tuple[int, ...] = ()
     """Matryoshka only: how many features each group adds; the first groups alone are an SAE too."""
+    sides: tuple[Side, ...] = ()
+    """Crosscoders only: the hook points that it reads side by side, in the order of their columns."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings that the architecture has of its own, by name; those left out are at its defaults."""
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -86,11 +108,37 @@ class SAEConfig:
         match = re.search(r"\.(\d+)(?:\.|$)", self.hook_name)
         return None if match is None else int(match[1])
 
+    def check_one_hook(self, purpose: str) -> None:
+        """Raise a SteersmanError unless it is of one hook point. `purpose` names what needs that, such as
+        "steering"."""
+        if self.sides:
+            have = "; ".join(f"{side_letter(number)}: {one}" for number, one in enumerate(self.sides))
+            raise SteersmanError(
+                f"{purpose} needs an SAE of one hook point; this is a crosscoder ({have}): crosscoder.at('A') is its "
+                "decoder at one of them"
+            )
+
+    def side_number(self, side: int | str) -> int:
+        """Which of `sides` is meant by a letter, a number from 0, or the hook point or model that one of them has.
+
+        >>> sides = (Side(hook_name="blocks.0.hook_mlp_out", width=4), Side(hook_name="blocks.1.hook_mlp_out", width=4))
+        >>> cfg = SAEConfig(d_in=8, d_sae=16, k=2, architecture="crosscoder", sides=sides)
+        >>> cfg.side_number("B"), cfg.side_number("blocks.1.hook_mlp_out"), cfg.side_number(0)
+        (1, 1, 0)
+        """
+        named = [(number, side_letter(number), one.hook_name, one.model_name) for number, one in enumerate(self.sides)]
+        found = [names[0] for names in named if side in names]
+        if len(found) != 1:
+            have = "; ".join(f"{side_letter(number)}: {one}" for number, one in enumerate(self.sides))
+            raise SteersmanError(f"{side!r} names {'several' if found else 'none'} of this crosscoder's sides ({have})")
+        return found[0]
+
     def record(self) -> dict[str, Any]:
         """The configuration as files hold it, without its metadata: under the names that it always had."""
         fields = {_ON_DISK.get(name, name): value for name, value in asdict(self).items() if name != "metadata"}
-        if not self.options:
-            del fields["options"]
+        for name in _RECORDED_IF_SET:
+            if not fields[name]:
+                del fields[name]
         return fields
 
     @classmethod
@@ -100,8 +148,16 @@ class SAEConfig:
         named = {ours.get(name, name): value for name, value in fields.items()}
         sizes = named.get("group_sizes")
         named["group_sizes"] = tuple(sizes) if isinstance(sizes, list) else sizes or ()
+        if "sides" in named:
+            named["sides"] = tuple(Side(**side) for side in named["sides"])
         return cls(**named, **others)
 
 
 _ON_DISK = {"architecture": "activation"}
 """Fields that files know by another name."""
+_RECORDED_IF_SET = ("options", "sides")
+
+
+def side_letter(number: int) -> str:
+    """What reports call a side by its number from 0: A to Z, then A2 and so on."""
+    return chr(ord("A") + number % 26) + (str(number // 26 + 1) if number >= 26 else "")

@@ -67,13 +67,16 @@ def defined(value: float) -> float | None:
 class ReconstructionSums:
     """Running sums behind `Reconstruction`, in float64 on the device of the data; read once, at the end."""
 
-    def __init__(self, d_in: int, d_sae: int, device: torch.device):
+    def __init__(self, d_in: int, d_sae: int, device: torch.device, *, by_column: bool = False):
+        """`by_column` keeps what `fvu_of` needs."""
         self.counts = torch.zeros(d_sae, dtype=torch.float64, device=device)
         self.sum = torch.zeros(2, d_in, dtype=torch.float64, device=device)
         """Of the centred rows: all, and the large ones."""
         self.scalars = torch.zeros(7, dtype=torch.float64, device=device)
         """Squared error, squared centred norm, cosine and relative norm; of the large rows their number and the first
         two."""
+        self.columns = torch.zeros(2, d_in if by_column else 0, dtype=torch.float64, device=device)
+        """Squared error and squared centred value of every column."""
         self.shift: Tensor | None = None
         self.n_tokens = 0
 
@@ -95,6 +98,8 @@ class ReconstructionSums:
                 (norm_hat / norm.clamp_min(tiny)).double().sum(),
             ]
         )
+        if self.columns.numel():
+            self.columns += torch.stack([(x - x_hat).double().square().sum(dim=0), centred.square().sum(dim=0)])
         if large is not None:
             self._add_large(centred[large], (x - x_hat)[large].double())
         active = code.active.double()
@@ -109,6 +114,12 @@ class ReconstructionSums:
     def density(self) -> Tensor:
         """[L] float64: the fraction of the tokens on which each feature was active."""
         return self.counts / max(1, self.n_tokens)
+
+    def fvu_of(self, start: int, stop: int) -> float:
+        """FVU of columns start..stop alone, such as those of one hook point of several side by side; NaN where they do
+        not vary."""
+        error, squares = self.columns[:, start:stop].sum(dim=1).tolist()
+        return _fvu(error, squares, self.sum[0, start:stop], self.n_tokens)
 
     def result(self) -> Reconstruction:
         """The metrics. Raises SteersmanError for too few tokens."""

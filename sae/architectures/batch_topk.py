@@ -28,7 +28,11 @@ class BatchTopKSAE(AuxKSAE, ElementwiseSAE):
     def _dense(self, rows: Tensor, features: Tensor | None = None) -> Tensor:
         self._check_threshold()
         return choose(rows.device).threshold_encode(
-            rows, self._encoder(features), chosen(self.b_enc, features), self.threshold, self.input_bias
+            rows,
+            self._encoder(features),
+            chosen(self.b_enc, features),
+            chosen(self._thresholds(), features),
+            self.input_bias,
         )
 
     def encode_training(self, x: Tensor, W_enc: Tensor | None = None) -> TrainingCode:
@@ -36,16 +40,27 @@ class BatchTopKSAE(AuxKSAE, ElementwiseSAE):
         k, latents = self.whole_cfg.k, self.latents
         with torch.no_grad():
             # All that the batch selects may lie here, so a rank proposes as many as all replicas select.
-            values, indices, lowest = choose(x.device).batch_topk_encode(
-                x, rows, self.b_enc, min(k * latents.n_replicas, self.cfg.d_sae), bias
-            )
+            values, indices, lowest = self._proposed(x, rows, min(k * latents.n_replicas, self.cfg.d_sae), bias)
             among = latents.keep_batch_topk(values, len(x) * latents.n_replicas * k)
             if among is not None:
                 kept, lowest = among
                 values, indices = keep_only(values, indices, kept)
+            values = self._activations(values, indices)
         bias = None if bias is None else latents.uses(bias)
         values, order = with_gradient(x, rows, self.b_enc, bias, values, indices)
         return TrainingCode(values, order, lowest)
+
+    def _proposed(self, x: Tensor, rows: Tensor, k: int, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The N*k largest of what is selected by, as `reference.batch_topk_encode` of x [N, D] and rows [L, D]."""
+        return choose(x.device).batch_topk_encode(x, rows, self.b_enc, k, bias)
+
+    def _activations(self, values: Tensor, indices: Tensor) -> Tensor:
+        """The activations [N, K] of what is selected by `values` [N, K] at latents `indices`."""
+        return values
+
+    def _thresholds(self) -> Tensor:
+        """What activations are compared with at inference: a scalar, or [L]."""
+        return self.threshold
 
     @torch.no_grad()
     def after_step(self, step: Step, state: TrainingState) -> None:
@@ -62,7 +77,7 @@ class BatchTopKSAE(AuxKSAE, ElementwiseSAE):
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_threshold()
-        return choose(x.device).threshold_select(x, self.W_enc.T, self.b_enc, self.threshold, self.input_bias)
+        return choose(x.device).threshold_select(x, self.W_enc.T, self.b_enc, self._thresholds(), self.input_bias)
 
     def weights(self) -> dict[str, Tensor]:
         """As a JumpReLU SAE has them: the threshold for each latent."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steersman.files import format_bytes
 from steersman.reading import one_error
-from steersman.sae.config import SAEConfig
+from steersman.sae.config import SAEConfig, side_letter
 from steersman.sae.formats.base import Parts, check, recognise
 from steersman.sae.formats.source import Source, open_source
 from steersman.sae.formats.tensors import Entry
@@ -58,8 +58,9 @@ class Inspection:
             "widths": widths,
             "k": str(cfg.k) if cfg.k else "not used",
             "groups": ", ".join(map(str, cfg.group_sizes)),
-            "hook point": hook,
-            "model": cfg.model_name or "not recorded",
+            "hook points": "; ".join(f"{side_letter(n)}: {side} [{side.width}]" for n, side in enumerate(cfg.sides)),
+            "hook point": "" if cfg.sides else hook,
+            "model": "" if cfg.sides else cfg.model_name or "not recorded",
             "b_dec": f"{'' if cfg.apply_b_dec_to_input else 'not '}subtracted from the input; "
             f"length {self.b_dec_norm:.4g}",
             "input": {"none": "as it is"}.get(cfg.input_norm, f"normalised: {cfg.input_norm}"),

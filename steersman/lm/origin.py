@@ -132,6 +132,7 @@ def check_fits(
 
 def check_sae_fits(lm: HookedModel, sae: Any, hook: HookName | None = None) -> str:
     """`check_fits` of an `SAE`: the hook point of `lm` that it reads, `hook` where it records none."""
+    sae.cfg.check_one_hook("use with a model")
     return check_fits(lm, what="this SAE", **Origin.of_sae(sae)._asdict(), hook=hook)
 
 
