@@ -26,6 +26,7 @@ CONFIGS = {
     "batch_topk": replace(CONFIG, architecture="batch_topk", dead_after=256, k=2),
     "jumprelu": replace(CONFIG, architecture="jumprelu", k=0, target_l0=2.5, dead_after=256),
     "soft decoder": replace(CONFIG, frozen="soft_decoder", lr=0.08, warmup=0.0),
+    "crosscoder": replace(CONFIG, architecture="crosscoder", k=2, options={"selection": "sum"}),
     "ema, clipping, parts": replace(CONFIG, ema=0.9, grad_clip=0.05, grad_accumulation=2),
     "whitened": replace(CONFIG, whiten="zca"),
 }

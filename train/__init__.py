@@ -17,6 +17,7 @@ from steersman.train.run.sweep import SweepConfig, SweepRun, train_many
 from steersman.train.run.trainer import Trainer
 from steersman.train.store.batch import ActivationBatch, ActivationSource, RowInfo
 from steersman.train.store.from_tensors import write_tensors
+from steersman.train.store.side_by_side import SideBySide
 from steersman.train.store.statistics import ActivationStats
 from steersman.train.store.store import ActivationStore
 from steersman.train.store.view import HookView
@@ -44,6 +45,7 @@ __all__ = [
     "Recipe",
     "RowInfo",
     "RunPlan",
+    "SideBySide",
     "StreamConfig",
     "SweepConfig",
     "SweepRun",

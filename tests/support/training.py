@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steersman.parallel import Ranks
-from steersman.sae import SAE, SAEConfig
+from steersman.sae import SAE, SAEConfig, Side
 from steersman.train import ActivationStats, TrainConfig, Trainer, resolve
 from steersman.train.run.initial import InitialSAE
 from steersman.train.run.inputs import make_inputs
@@ -39,16 +39,25 @@ def stats_of(rows: Tensor) -> ActivationStats:
 
 
 def trainer_of(config: TrainConfig, rows: Tensor | None = None, ranks: Ranks | None = None) -> Trainer:
-    """A trainer that knows the statistics of `rows`; without any, those of 4000 rows of the mixture of 60,000."""
+    """A trainer that knows the statistics of `rows`; without any, those of 4000 rows of the mixture of 60,000. A
+    crosscoder's first side has 6 columns."""
     n = 60_000 if rows is None else len(rows)
     rows = mixture(4000) if rows is None else rows
     d_in = rows.shape[1]
-    cfg = SAEConfig(d_in=d_in, d_sae=config.d_sae, k=config.k, architecture=config.architecture, options=config.options)
-    stats = stats_of(rows)
-    centred = rows.double() - stats.mean
-    inputs = make_inputs(cfg, config, [stats], centred.T @ centred / len(rows) if config.whiten else None)
+    cfg = SAEConfig(
+        d_in=d_in, d_sae=config.d_sae, k=config.k, architecture=config.architecture, options=config.options,
+        sides=tuple(Side(hook_name=HOOK, width=width) for width in (6, d_in - 6)) if crosses(config) else (),
+    )  # fmt: skip
+    parts = [stats_of(part) for part in (rows.split([6, d_in - 6], dim=1) if crosses(config) else [rows])]
+    centred = rows.double() - stats_of(rows).mean
+    inputs = make_inputs(cfg, config, parts, centred.T @ centred / len(rows) if config.whiten else None)
     initial = None if config.init is None else InitialSAE(config.init, cfg)
-    return Trainer(config, resolve(config, d_in, n), stats, cfg, ranks, inputs, initial)
+    return Trainer(config, resolve(config, d_in, n), parts, cfg, ranks, inputs, initial)
+
+
+def crosses(config: TrainConfig) -> bool:
+    """Whether the architecture reads hook points side by side."""
+    return SAE.architectures[config.architecture].side_by_side
 
 
 def logged(run: Path) -> list[dict[str, Any]]:

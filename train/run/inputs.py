@@ -16,7 +16,7 @@ from torch import Tensor
 
 from steersman.errors import SteersmanError
 from steersman.registry import Registry
-from steersman.sae import SAE, SAEConfig
+from steersman.sae import SAE, CrosscoderSAE, SAEConfig
 from steersman.train.run.recipe import TrainConfig
 from steersman.train.store.statistics import ActivationStats
 
@@ -171,13 +171,60 @@ class WhitenedInputs(Inputs):
         self.mean, self.matrix = tensors["inputs.mean"], tensors["inputs.matrix"]
 
 
+class ScaledSides(Inputs):
+    """Rows of several hook points side by side, each scaled to unit variance per dimension by itself, so that none
+    rules the squared error of the others. What a crosscoder reads and writes."""
+
+    name = "scaled_sides"
+    is_scale = False
+
+    def __init__(self, cfg: SAEConfig, scales: Sequence[float] = ()) -> None:
+        super().__init__(cfg)
+        self.scales = tuple(scales)
+
+    @classmethod
+    def of(cls, cfg: SAEConfig, parts: Sequence[ActivationStats]) -> "ScaledSides":
+        scales = []
+        for side, stats in zip(cfg.sides, parts, strict=True):
+            try:
+                scales.append(unit_variance(stats))
+            except SteersmanError as error:
+                raise SteersmanError(f"{side}: {error}") from error
+        return cls(cfg, scales)
+
+    def _columns(self, like: Tensor) -> Tensor:
+        """The scale of every column [D]."""
+        return torch.cat([like.new_full((side.width,), scale) for side, scale in zip(self.cfg.sides, self.scales)])
+
+    def scaled(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = rows * self._columns(rows)
+        return scaled, scaled
+
+    def target_mean(self, parts: Sequence[ActivationStats]) -> Tensor:
+        return torch.cat([stats.mean for stats in parts])
+
+    def scaled_target(self, target: Tensor) -> Tensor:
+        return target * self._columns(target)
+
+    @torch.no_grad()
+    def fold(self, sae: SAE) -> None:
+        assert isinstance(sae, CrosscoderSAE)
+        sae.fold_side_scales(torch.tensor(self.scales))
+
+    def record(self) -> dict[str, Any]:
+        return super().record() | {"scales": list(self.scales)}
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.scales = tuple(float(scale) for scale in state["scales"])
+
+
 def make_inputs(
     cfg: SAEConfig, config: TrainConfig, parts: Sequence[ActivationStats], covariance: Tensor | None = None
 ) -> Inputs:
     """The form that a configuration asks for, for rows whose hook points have these statistics, in their order; a
     whitening needs their `covariance` [D, D] too."""
     if config.whiten is None:
-        return Inputs.of(cfg, parts)
+        return (ScaledSides if cfg.sides else Inputs).of(cfg, parts)
     if covariance is None:
         raise SteersmanError(
             "whitening needs the covariance of the rows: train with train_sae, or give make_inputs one"

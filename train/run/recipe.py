@@ -186,6 +186,10 @@ class TrainConfig:
                 f"{self.architecture} has a loss of its own: use fused_update=False",
             ),
             (
+                not kind.side_by_side or self.hook_out is None,
+                f"{self.architecture} writes the activations that it reads: hook_out is for transcoders",
+            ),
+            (
                 not kind.whole_batch or self.grad_accumulation == 1,
                 f"{self.architecture} selects over the whole batch: use grad_accumulation=1 and a smaller batch_size",
             ),

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from steersman.lm.origin import runs_before
 from steersman.parallel import Mesh, Ranks, rank_and_world_size, use_local_accelerator
 from steersman.progress import progress
 from steersman.sae import SAE, SAEConfig
-from steersman.sae.metrics import FeatureSums, ReconstructionSums
+from steersman.sae.architectures.crosscoder import MEDIAN_NORMS, SIDE_FVUS
+from steersman.sae.metrics import FeatureSums, ReconstructionSums, defined
 from steersman.train.capture.stream import ActivationStream
 from steersman.train.mesh.latents import WholeSAE
 from steersman.train.mesh.model_ranks import stream_from_model_ranks
@@ -44,6 +45,7 @@ from steersman.train.run.recipe import Recipe, TrainConfig, as_recorded, resolve
 from steersman.train.run.run_folder import RunFolder, record_in
 from steersman.train.run.trainer import Trainer
 from steersman.train.store.batch import ActivationSource, HasContents, HooksSideBySide
+from steersman.train.store.side_by_side import SideBySide, sides_of, stats_of_sides
 from steersman.train.store.statistics import LARGE_NORM_RATIO, ActivationStats
 from steersman.train.store.store import ActivationStore
 from steersman.train.store.view import HookView
@@ -62,13 +64,16 @@ class Run:
         """
         config = _with_what_is_labelled(as_recorded(config, record_in(out)), source, ranks)
         self.config, self.ranks, self.device = config, ranks or Ranks(Mesh()), pick_device(config.device)
-        self.source, hook, d_in, what = source, source.hook_name, source.d_in, {}
+        self.source, hook, d_in = source, source.hook_name, source.d_in
+        what: dict[str, Any] = {}
         if config.hook_out is not None:
             beside = self.source = with_target(source, config.hook_out)
             hook, target = beside.hooks
             config = self.config = replace(config, hook_out=target)
             d_in, d_out = beside.width(hook), beside.width(target)
             what = {"transcoder": True, "d_out": d_out, "hook_name_out": target, "apply_b_dec_to_input": False}
+        if SAE.architectures[config.architecture].side_by_side:
+            what = {"sides": sides_of(source)}
         rows = _rows(source, config)
         with using(config.kernels, self.device):
             self.recipe = resolve(config, d_in, rows)
@@ -107,7 +112,9 @@ class Run:
         self.folder.close()
 
     def _stats(self) -> list[ActivationStats]:
-        """Statistics of what is read and, of a transcoder, of what is predicted."""
+        """Statistics of what is read and, of a transcoder, of what is predicted; of a crosscoder, of every side."""
+        if self.cfg.sides:
+            return stats_of_sides(self.source)
         if isinstance(self.source, HooksSideBySide) and self.cfg.transcoder:
             return [self.source.stats(hook) for hook in (self.cfg.hook_name, self.cfg.hook_name_out)]
         return [self.source.stats()]
@@ -131,7 +138,8 @@ class Run:
     def _started(self) -> Iterator[None]:
         parts = self._stats()
         if self.ranks.is_rank_zero:
-            for hook, stats in zip((self.cfg.hook_name, self.cfg.hook_name_out), parts):
+            names = [str(side) for side in self.cfg.sides] or [self.cfg.hook_name, self.cfg.hook_name_out]
+            for hook, stats in zip(names, parts):
                 say_large_rows(hook, stats, self.config.max_norm_ratio)
         inputs = Inputs(self.cfg)  # the checkpoint's take its place
         if not self.checkpoints.steps():
@@ -200,15 +208,15 @@ class Run:
         part = {"rank": ranks.mesh.data_index, "world_size": ranks.mesh.data} if ranks.mesh.world_size > 1 else {}
         reading = {"drop_last": False, **split_options(self.config), **part}
 
-        heldout = ReconstructionSums(cfg.out_width, cfg.d_sae, self.device)
+        heldout = ReconstructionSums(cfg.out_width, cfg.d_sae, self.device, by_column=bool(cfg.sides))
         if ranks.mesh.world_size > 1:  # sums around one point add up
-            heldout.shift = parts[-1].mean.to(self.device)
+            heldout.shift = self.trainer.inputs.target_mean(parts).to(self.device)
         for batch in self.source.batches(rows, split="heldout", shuffle=False, **reading):
             both = batch.x.to(self.device)
             x, target = split(both)
             code = whole.encode_sparse(x)
             heldout.add(target, whole.decode_sparse(code.values, code.indices), code, which_large(both, limits))
-        for sums in (heldout.counts, heldout.sum, heldout.scalars):
+        for sums in (heldout.counts, heldout.sum, heldout.scalars, heldout.columns):
             ranks.data.all_reduce_sum_(sums)
         heldout.n_tokens = self._total(heldout.n_tokens)
 
@@ -231,8 +239,13 @@ class Run:
         def save() -> None:
             if sae is not None:
                 result = heldout.result()
-                sae.feature_stats = features.stats(parts[0].median_norm)
+                median_norm = self.source.stats().median_norm if cfg.sides else parts[0].median_norm
+                sae.feature_stats = features.stats(median_norm)
                 sae.cfg.metadata["heldout"] = result.record()
+                if cfg.sides:
+                    cuts = list(accumulate((side.width for side in cfg.sides), initial=0))
+                    sae.cfg.metadata[SIDE_FVUS] = [defined(heldout.fvu_of(*columns)) for columns in pairwise(cuts)]
+                    sae.cfg.metadata[MEDIAN_NORMS] = [stats.median_norm for stats in parts]
                 if left_out:
                     sae.cfg.metadata["rows_left_out"] = left_out
                 if result.undefined:
@@ -264,8 +277,8 @@ def _with_what_is_labelled(config: TrainConfig, source: ActivationSource, ranks:
     plain = SAE.architectures[config.architecture].supervised
     if not plain:
         return config
-    if not isinstance(source, ActivationStore | HookView) or not source.has_labels:
-        what = source if isinstance(source, ActivationStore | HookView) else "a stream of activations"
+    if not isinstance(source, ActivationStore | HookView | SideBySide) or not source.has_labels:
+        what = source if isinstance(source, ActivationStore | HookView | SideBySide) else "a stream of activations"
         raise SteersmanError(
             f"architecture {config.architecture!r} trains on labels, and {what} has none: cache labelled text with "
             "label_column"
@@ -308,7 +321,7 @@ def _rows(source: ActivationSource, config: TrainConfig) -> int | None:
     """Rows to train on; None for a stream without end. Raises SteersmanError for a store that holds out too few."""
     fraction = config.heldout_fraction
     rows = source.n_batches(1, split="train", heldout_fraction=fraction)
-    if rows and isinstance(source, ActivationStore | HookView):
+    if rows and isinstance(source, ActivationStore | HookView | SideBySide):
         heldout = source.n_batches(1, split="heldout", heldout_fraction=fraction)
         if heldout < 2:
             raise SteersmanError(

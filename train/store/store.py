@@ -230,6 +230,7 @@ class ActivationStore:
     def hook_of(self, sae: SAE) -> str:
         """The hook point that an SAE reads; the first where it records none. Raises a SteersmanError naming both sides
         when it is of another model, hook point or width."""
+        sae.cfg.check_one_hook("reading a store alone")
         what, origin = "the SAE", Origin.of_sae(sae)
         hook = canonical_hook(origin.hook_name or self.hook_name)
         if hook not in self.manifest.hooks:
@@ -331,6 +332,7 @@ class ActivationStore:
         drop_last: bool = True,
         prefetch: int = 2,
         window_bytes: int = WINDOW_BYTES,
+        beside: "Sequence[tuple[ActivationStore, Sequence[str]]]" = (),
     ) -> Iterator[ActivationBatch]:
         """One epoch of batches, each row once.
 
@@ -351,6 +353,8 @@ class ActivationStore:
                 calling thread.
             window_bytes: how much of each hook point is mixed at a time (of one of mean width, where they differ).
                 Stores up to this size are shuffled fully.
+            beside: further stores with the same rows, and hook points of each, whose columns come after these (see
+                `SideBySide`, which compares the rows first).
 
         Yields:
             `ActivationBatch` with `x` [batch_size / world_size, D] in the store's type.
@@ -398,7 +402,11 @@ class ActivationStore:
                     check.check_behind()
                 else:
                     check.check(self._shards_of_slots(slots))
-            x = self._gather(maps, slots).split(sizes)
+            whole = self._gather(maps, slots)
+            if beside:
+                rows = self._rows_of_slots(slots)
+                whole = torch.cat([whole, *(store._columns(rows, there) for store, there in beside)], dim=1)
+            x = whole.split(sizes)
             places = np.split(slots, np.cumsum(sizes)[:-1])
             return [
                 ActivationBatch(x=x, find_rows=partial(self._rows_of_slots, here), find_info=self._rows.take)
@@ -408,6 +416,17 @@ class ActivationStore:
         row_bytes = sum(mapped.width for mapped in maps) * self.dtype.itemsize
         per_read = max(1, _READ_BYTES * world_size // (batch_size * row_bytes))
         return read_ahead(read, start, n_batches, per_read, prefetch)
+
+    def _columns(self, rows: np.ndarray, hooks: Sequence[str]) -> torch.Tensor:
+        """The activations [n, D] of rows [n] at hook points side by side."""
+        shards = np.searchsorted(self._rows.ends, rows, side="right") - 1
+        for hook in hooks:
+            if self.n_bytes > _VERIFIED_BEHIND:
+                self._checks[hook].check_behind()
+            else:
+                self._checks[hook].check(shards)
+        slots = rows - self._rows.ends[shards] + self._first_slots[shards]
+        return self._gather([self._mapped(hook) for hook in hooks], slots)
 
     @cached_property
     def _first_slots(self) -> np.ndarray:
