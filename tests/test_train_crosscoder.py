@@ -128,8 +128,9 @@ def test_each_side_is_rebuilt_in_its_own_units(sae: CrosscoderSAE) -> None:
 
 @pytest.mark.parametrize("selection", ["joint", "sum"])
 def test_scales_are_folded_in_exactly(selection: str) -> None:
-    sae, x, scales = make(selection), torch.randn(50, 28), torch.tensor([3.0, 0.02])
-    torch.nn.init.normal_(sae.b_dec)
+    g = torch.Generator().manual_seed(2)
+    sae, x, scales = make(selection), torch.randn(50, 28, generator=g), torch.tensor([3.0, 0.02])
+    torch.nn.init.normal_(sae.b_dec, generator=g)
     sae.threshold.fill_(0.3)
     with torch.no_grad():
         sae.split(sae.W_dec)[1][:10] = 0  # what is selected by differs from feature to feature
@@ -147,7 +148,7 @@ def test_scales_are_folded_in_exactly(selection: str) -> None:
 
 def test_the_sum_of_norms_weighs_the_selection_alone() -> None:
     """The N*K kept are the largest f_j s_j; their values are the f_j."""
-    sae, x = make("sum"), torch.randn(20, 28)
+    sae, x = make("sum"), torch.randn(20, 28, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         sae.W_dec[:20, 16:] = 0
         sae.normalize_decoder()

@@ -4,15 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from steersman.commands.options import PrintOptions, heldout_line, hook_point, left_out_line, training_record
+from steersman.commands.options import PrintOptions, heldout_line, hook_points, left_out_line, training_record
 from steersman.config import parse_yaml, part_of
 from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.parallel import rank_and_world_size
+from steersman.sae import SAE
 from steersman.train import (
     ActivationStore,
     ActivationStream,
     HookView,
+    SideBySide,
     StreamConfig,
     TrainConfig,
     stream_activations,
@@ -24,17 +26,18 @@ from steersman.train import (
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand(TrainConfig, StreamConfig, PrintOptions):
     """Train an SAE on a store (--store), or straight from a model and text with nothing written (--model, --text,
-    --hook). What says how text becomes activations is for the second."""
+    --hook). What says how text becomes activations is for the second. A crosscoder is trained on several stores of the
+    same tokens, or several hook points."""
 
     out: str
     """Run folder. A run that was interrupted is resumed; a finished one is left as it is."""
-    store: str | None = None
-    """Folder of a store that `steersman cache` wrote."""
-    hook: str | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - a store says its own
-    """Hook point: which of the store's, or where to read the model."""
+    store: tuple[str, ...] = ()
+    """Folder of a store that `steersman cache` wrote; of several, for a crosscoder, the rows stand side by side."""
+    hook: tuple[str, ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride] - a store says its own
+    """Hook point: which of the store's, or where to read the model; several, for a crosscoder, stand side by side."""
     batch_size: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - that of training
     """Rows a step; None: a power of two between 512 and 4096 that leaves about 1000 steps."""
-    layer: int | None = None
+    layer: tuple[int, ...] = ()
     """Layer in place of --hook: the state after it, counted from 0; -1, the last, where a model is read."""
     model_batch_size: int = StreamConfig.batch_size
     """Without a store: contexts of a forward pass (the batch size of `steersman cache`)."""
@@ -58,28 +61,37 @@ def run(config: TrainCommand) -> None:
     sae = train_sae(source, settings, config.out)
     if rank_and_world_size()[0]:
         return  # only rank 0 prints
-    line = f"{config.out}: {sae.cfg.d_sae} features at {sae.cfg.hook_name}; held out: {heldout_line(sae)}"
+    hooks = " | ".join(map(str, sae.cfg.sides)) or sae.cfg.hook_name
+    line = f"{config.out}: {sae.cfg.d_sae} features at {hooks}; held out: {heldout_line(sae)}"
     text = f"{line}\n{left_out_line(sae)}".rstrip()
     config.show(lambda: text, training_record(sae, config.out))
 
 
-def _source(config: TrainCommand) -> ActivationStore | HookView | Callable[[], ActivationStream]:
-    if config.store is not None:
-        if config.model or config.text:
-            raise SteersmanError("give either --store, or --model with --text and --hook, not both")
+def _source(config: TrainCommand) -> ActivationStore | HookView | SideBySide | Callable[[], ActivationStream]:
+    if config.hook and config.layer:
+        raise SteersmanError("give either --hook or --layer, not both")
+    if config.store and (config.model or config.text):
+        raise SteersmanError("give either --store, or --model with --text and --hook, not both")
+    hooks = hook_points(config.hook, config.layer, config.model, config.revision)
+    if max(len(config.store), len(hooks)) > 1 and not SAE.architectures[config.architecture].side_by_side:
+        raise SteersmanError(
+            f"several stores or hook points are for a crosscoder, not {config.architecture}: add --architecture "
+            "crosscoder, or train an SAE of each"
+        )
+    if config.store:
         for name, default in (_STREAMED | {"model_batch_size": StreamConfig.batch_size}).items():
             if name not in ("batch_size", "text") and getattr(config, name) != default:
                 flag = f"--{name.replace('_', '-')}"
                 raise SteersmanError(f"{flag} is for training straight from a model: a store's rows are there already")
-        store = ActivationStore.open(config.store)
-        hook = hook_point(config.hook, config.layer, None)
-        return store if hook is None else HookView(store, hook)
-    hook = hook_point(config.hook, config.layer, config.model, config.revision)
-    if not (config.model and config.text and hook):
+        stores = [ActivationStore.open(path) for path in config.store]
+        views = [HookView(store, hooks) for store in stores] if hooks else stores
+        return views[0] if len(views) == 1 else SideBySide(views)
+    if not (config.model and config.text and hooks):
         raise SteersmanError("nothing to train on: give --store, or --model with --text and --hook or --layer")
     settings: dict[str, Any] = {name: getattr(config, name) for name in _STREAMED}
-    hooks = hook if config.hook_out is None else (hook, config.hook_out)
-    stream = StreamConfig(**settings | {"hook": hooks, "device": config.device, "batch_size": config.model_batch_size})
+    given: list[str] = [*hooks, *([] if config.hook_out is None else [config.hook_out])]
+    settings |= {"hook": given[0] if len(given) == 1 else tuple(given)}
+    stream = StreamConfig(**settings | {"device": config.device, "batch_size": config.model_batch_size})
     return lambda: stream_activations(config=stream)
 
 
