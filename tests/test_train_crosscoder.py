@@ -234,6 +234,8 @@ def test_what_a_crosscoder_cannot_be_is_refused(
         train_sae(stores[0], CONFIG, tmp_path / "run")
     with pytest.raises(SteersmanError, match="hook_out is for transcoders"):
         replace(CONFIG, hook_out=HOOK)
+    with pytest.raises(SteersmanError, match="whiten and init are for SAEs of one"):
+        replace(CONFIG, whiten="zca")
     cfg = make().cfg
     for wrong, message in (
         ({"sides": SIDES[:1], "d_in": 16}, "reads two hook points or more"),

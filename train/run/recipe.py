@@ -190,6 +190,10 @@ class TrainConfig:
                 f"{self.architecture} writes the activations that it reads: hook_out is for transcoders",
             ),
             (
+                not kind.side_by_side or (self.whiten is None and self.init is None),
+                f"{self.architecture} scales each hook point by itself: whiten and init are for SAEs of one",
+            ),
+            (
                 not kind.whole_batch or self.grad_accumulation == 1,
                 f"{self.architecture} selects over the whole batch: use grad_accumulation=1 and a smaller batch_size",
             ),
