@@ -343,6 +343,9 @@ def test_held_out_rows_that_do_not_vary_are_said(tmp_path: Path, caplog: pytest.
     assert (heldout["fvu"], heldout["fvu_ordinary"], heldout["explained_variance"]) == (None, None, None)
     assert "NaN" not in (tmp_path / "run" / "cfg.json").read_text()
     assert heldout_line(sae).startswith("FVU not defined, L0")
+    assert sae.feature_stats is not None
+    assert heldout["dead_share"] > float((sae.feature_stats.density == 0).float().mean())
+    assert f"on {sae.feature_stats.n_tokens:,} training rows)" in heldout_line(sae)
     assert "fvu                 not defined" in (text := evaluate_sae(sae, store).to_text())
     assert text.endswith("no share of their variance is defined")
 

@@ -181,7 +181,8 @@ def training_record(sae: SAE, path: Any) -> dict[str, Any]:
     """What `--json` says of a trained SAE."""
     metadata = sae.cfg.metadata
     return {"path": path, "hook": sae.cfg.hook_name, "d_sae": sae.cfg.d_sae, "architecture": sae.cfg.architecture,
-            "heldout": metadata["heldout"], "rows_left_out": metadata.get("rows_left_out") or 0}  # fmt: skip
+            "heldout": metadata["heldout"], "dead_in_training": dead_in_training(sae),
+            "rows_left_out": metadata.get("rows_left_out") or 0}  # fmt: skip
 
 
 def features_file(sae: str, given: str | None = None) -> Path | None:
@@ -194,7 +195,15 @@ def heldout_line(sae: SAE) -> str:
     """What a trained SAE measured on the rows held out of its training."""
     heldout = sae.cfg.metadata["heldout"]
     ordinary = f" ({_fvu(heldout['fvu_ordinary'])} on ordinary rows)" if heldout.get("n_large") else ""
-    return f"FVU {_fvu(heldout['fvu'])}{ordinary}, L0 {heldout['l0']:.1f}, dead {100 * heldout['dead_share']:.2f} %"
+    dead, stats, in_training = f"dead {100 * heldout['dead_share']:.2f} %", sae.feature_stats, dead_in_training(sae)
+    if heldout["dead_share"] and stats is not None and in_training is not None:  # a rare feature is silent on few rows
+        dead += f" ({100 * in_training:.2f} % on {stats.n_tokens:,} training rows)"
+    return f"FVU {_fvu(heldout['fvu'])}{ordinary}, L0 {heldout['l0']:.1f}, {dead}"
+
+
+def dead_in_training(sae: SAE) -> float | None:
+    """Which share of the features fired on none of the training rows that their statistics are over."""
+    return None if sae.feature_stats is None else float((sae.feature_stats.density == 0).double().mean())
 
 
 def _fvu(value: float | None) -> str:
