@@ -29,7 +29,7 @@ from steersman.errors import SteersmanError
 from steersman.html import card
 from steersman.sae.base import SAE
 from steersman.sae.feature_labels import FeatureLabels
-from steersman.sae.matching import FeatureMatching, RowSource, by_chance_of, correlations, cosines, matching
+from steersman.sae.matching import FeatureMatching, RowSource, by_chance_of, correlations, cosines, matching, row_widths
 
 Similarity = Literal["decoder", "encoder", "both", "activations"]
 """What of the features is compared."""
@@ -77,8 +77,8 @@ class SAEComparison:
     @property
     def mcc(self) -> float | None:
         """The mean of all pairs' MCC; None where one has none."""
-        found = [one.mcc for one in self.matchings.values()]
-        return None if None in found else sum(one or 0.0 for one in found) / len(found)
+        found = [one.mcc for one in self.matchings.values() if one.mcc is not None]
+        return sum(found) / len(found) if len(found) == len(self.matchings) else None
 
     def matrix(self) -> list[list[float | None]]:
         """MCC of each with each, 1 on the diagonal."""
@@ -257,11 +257,11 @@ def compare_saes(
 
 
 def _check_widths(saes: Sequence[SAE], names: Sequence[str], by: str) -> None:
-    widths = [(sae.cfg.d_in if by == "encoder" else 0, sae.cfg.out_width if by == "decoder" else 0) for sae in saes]
-    widths = [(sae.cfg.d_in, sae.cfg.out_width) if by == "both" else width for sae, width in zip(saes, widths)]
-    for name, width in zip(names, widths):
-        if width != widths[0]:
-            raise SteersmanError(
-                f"{names[0]} and {name} cannot be compared by {by}: their rows are of widths {max(widths[0])} and "
-                f"{max(width)}; give a store of both to compare their activations"
-            )
+    first = row_widths(saes[0], by)
+    for name, sae in zip(names, saes):
+        for one, other in zip(first, row_widths(sae, by)):
+            if one != other:
+                raise SteersmanError(
+                    f"{names[0]} and {name} cannot be compared by {by}: their rows are of widths {one} and {other}; "
+                    "give a store of both to compare their activations"
+                )

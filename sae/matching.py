@@ -133,11 +133,20 @@ class Similar:
             yield start, found.abs() if absolute else found
 
 
+_SIDES = {"decoder": ("decoder",), "encoder": ("encoder",), "both": ("decoder", "encoder")}
+
+
+def row_widths(sae: SAE, by: str) -> list[int]:
+    """The widths of the rows that are compared."""
+    return [sae.cfg.out_width if side == "decoder" else sae.cfg.d_in for side in _SIDES[by]]
+
+
 def _rows_of(sae: SAE, by: str) -> Tensor:
-    """[L, D] or [L, 2 D] unit rows whose products are the similarities."""
-    if by != "both":
-        return unit_rows(sae, by)
-    return torch.cat([unit_rows(sae, "decoder"), unit_rows(sae, "encoder")], dim=1) / 2**0.5
+    """[L, D], or [L, D + D'] of both sides: unit rows whose products are the similarities."""
+    rows = torch.cat([unit_rows(sae, side) for side in _SIDES[by]], dim=1) / len(_SIDES[by]) ** 0.5
+    if not bool(rows.isfinite().all()):
+        raise SteersmanError(f"{sae}: weights that are not finite have no cosines")
+    return rows
 
 
 def _products(rows: Tensor, others: Tensor) -> Similar:
@@ -153,8 +162,7 @@ def cosines(a: SAE, b: SAE, by: str) -> Similar:
 def by_chance_of(a: SAE, b: SAE, by: str) -> Similar:
     """The similarities of a's rows to random ones, as many as b has."""
     g = torch.Generator().manual_seed(_CHANCE_SEED)
-    widths = {"decoder": [b.cfg.out_width], "encoder": [b.cfg.d_in], "both": [b.cfg.out_width, b.cfg.d_in]}[by]
-    parts = [F.normalize(torch.randn(b.cfg.d_sae, width, generator=g), dim=1) for width in widths]
+    parts = [F.normalize(torch.randn(b.cfg.d_sae, width, generator=g), dim=1) for width in row_widths(b, by)]
     return _products(_rows_of(a, by), torch.cat(parts, dim=1).to(a.device) / len(parts) ** 0.5)
 
 

@@ -188,3 +188,10 @@ def test_activations_of_saes_of_other_widths_are_correlated(
 def test_wrong_questions(rows: torch.Tensor, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SteersmanError, match=message):
         compare_saes(sae_of(rows), sae_of(rows), **options)
+
+
+def test_rows_of_other_widths_and_broken_ones(rows: torch.Tensor) -> None:
+    with pytest.raises(SteersmanError, match="A and B cannot be compared by both: their rows are of widths 60 and 20"):
+        compare_saes(sae_of(rows), sae_of(rows[:, :20]), by="both")
+    with pytest.raises(SteersmanError, match="weights that are not finite"):
+        compare_saes(sae_of(rows), sae_of(rows / rows.abs().clamp_max(0)))

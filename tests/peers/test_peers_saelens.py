@@ -8,10 +8,11 @@ import pytest
 import sae_lens
 import torch
 from sae_lens.registry import get_sae_class, get_sae_training_class
+from sae_lens.synthetic.evals import mean_correlation_coefficient
 from safetensors.torch import save_file
 from support.helpers import make_sae
 
-from steersman.sae import SAE
+from steersman.sae import SAE, SAEConfig, compare_saes
 
 D, L, K, D_OUT = 12, 48, 6, 10
 
@@ -194,3 +195,13 @@ def test_saelens_opens_what_we_save(activation: str, options: dict, tmp_path: Pa
     peer = sae_lens.SAE.load_from_disk(tmp_path)
     assert (peer.cfg.metadata.hook_name, peer.cfg.metadata.model_name) == ("blocks.5.hook_resid_post", "gpt2")
     agree(sae, peer, torch.randn(100, D, generator=generator()))
+
+
+def test_their_mcc_is_that_of_signed_codes_here() -> None:
+    """They compare |cosines| always, Steersman where the sign of a row means nothing."""
+    a, b = (
+        SAE(SAEConfig(d_in=D, d_sae=width, k=K, architecture="abs_topk"), torch.Generator().manual_seed(seed))
+        for seed, width in ((1, L), (2, 2 * L))
+    )
+    theirs = mean_correlation_coefficient(a.W_dec.detach(), b.W_dec.detach())
+    assert compare_saes(a, b).mcc == pytest.approx(theirs, abs=1e-5)
