@@ -285,6 +285,7 @@ def _op_backward_update(
     dots: Tensor,
     aux: Sequence[Tensor],
     parts: Tensor | None,
+    pair_rows: Tensor | None,
     first_latent: int,
     centred_by_b_dec: bool,
     signed: bool,
@@ -300,7 +301,7 @@ def _op_backward_update(
     extra = AuxRows(*aux) if aux else None
     run(
         state, how, lr, bias_lr, residual, scale, centred, values, indices, dots, extra,
-        centred_by_b_dec=centred_by_b_dec, signed=signed, parts=parts,
+        centred_by_b_dec=centred_by_b_dec, signed=signed, parts=parts, rows=pair_rows,
     )  # fmt: skip
 
 
@@ -325,12 +326,13 @@ def backward_update(
     centred_by_b_dec: bool,
     signed: bool = False,
     parts: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> None:
     """See `update.backward_update`: on the device's implementation, as an operator that changes `state` in place."""
-    weights, rows, moments = state.flatten()
+    weights, of_products, moments = state.flatten()
     _op_backward_update(
-        weights, rows, moments, state.n_steps, lr, bias_lr, residual, scale, centred, values, indices, dots,
-        list(aux or ()), parts, state.first_latent, centred_by_b_dec, signed, rule.name, rule.beta1, rule.beta2,
+        weights, of_products, moments, state.n_steps, lr, bias_lr, residual, scale, centred, values, indices, dots,
+        list(aux or ()), parts, rows, state.first_latent, centred_by_b_dec, signed, rule.name, rule.beta1, rule.beta2,
         rule.eps, rule.state_dtype,
     )  # fmt: skip
 

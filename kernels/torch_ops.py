@@ -9,6 +9,7 @@ Shape letters: N tokens, L latents, D width, K active latents a token, C rows of
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -127,11 +128,7 @@ def batch_topk_encode(
     width = min(L, 4 * k)
     while True:
         proposals, indices = topk_encode(x, W_enc, b_enc, width, b_dec)
-        # Stable and flat, so that equal values go to the earlier token, then to the lower latent.
-        order = torch.sort(proposals.flatten(), descending=True, stable=True).indices[: N * k]
-        selected = torch.zeros(N * width, dtype=torch.bool, device=x.device)
-        selected[order] = True
-        selected = selected.view(N, width) & (proposals > 0)
+        selected = _largest_flat(proposals.flatten(), N * k).view(N, width) & (proposals > 0)
         if width == L or not bool(selected[:, -1].any()):
             break
         width = min(L, 2 * width)
@@ -140,6 +137,19 @@ def batch_topk_encode(
     # Rows are sorted, so everything past the longest row is zero and need not be decoded.
     used = max(1, int(selected.sum(dim=1).max()))
     return values[:, :used].contiguous(), indices[:, :used].contiguous(), min_selected
+
+
+def _largest_flat(values: Tensor, n: int) -> Tensor:
+    """Which of values [M] fp32 are the n largest, [M] bool: equal ones in their order, which is by token and then by
+    latent. A NaN counts as larger than any number, and of NaNs none need be among those named."""
+    if values.device.type != "cpu" or not 0 < n <= len(values):
+        order = torch.sort(values, descending=True, stable=True).indices[:n]
+        return torch.zeros(len(values), dtype=torch.bool, device=values.device).index_fill_(0, order, True)
+    array = values.numpy()
+    lowest = np.partition(array, len(array) - n)[-n]
+    above, equal = array > lowest, np.flatnonzero(array == lowest)
+    above[equal[: n - np.count_nonzero(above) - np.count_nonzero(np.isnan(array))]] = True
+    return torch.from_numpy(above)
 
 
 def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None) -> Tensor:
@@ -256,6 +266,7 @@ class LatentOrder:
         self.tokens = torch.div(self.pairs, indices.shape[1], rounding_mode="floor")
         counts = torch.bincount(flat, minlength=n_latents)
         self.starts = counts.cumsum(0) - counts
+        self._reading = False
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -268,6 +279,13 @@ class LatentOrder:
         order = cls.__new__(cls)
         order.indices, order.n_latents = indices, n_latents
         order.pairs, order.tokens, order.starts = tensors
+        order._reading = False
+        return order
+
+    def reading(self, rows: Tensor) -> "LatentOrder":
+        """The same order where each pair reads the row of a table that rows [N, K] names, not its token's."""
+        order = LatentOrder.of(self.indices, self.n_latents, [self.pairs, rows.flatten()[self.pairs], self.starts])
+        order._reading = True
         return order
 
     @staticmethod
@@ -278,7 +296,7 @@ class LatentOrder:
 
     def value_gradient(self, g: Tensor, W_dec: Tensor) -> Tensor:
         """See `reference.value_gradient`: g [N, D], W_dec [L, D] -> [N, K]."""
-        if len(W_dec) <= len(g):
+        if len(W_dec) <= len(g) and not self._reading:
             return value_gradient(g, W_dec, self.indices)
         # Pair by pair in order of the longer matrix, so that the cache holds the one that is read out of order.
         flat = self.indices.reshape(-1).long()

@@ -132,11 +132,12 @@ def pair_dots(
 
 @triton.jit
 def chunk_sums(
-    g_ptr, g_weights_ptr, g_chunks_ptr, x_ptr, x_weights_ptr, x_chunks_ptr, tokens_ptr, latents_ptr, L, D,
+    g_ptr, g_weights_ptr, g_chunks_ptr, g_rows_ptr, x_ptr, x_weights_ptr, x_chunks_ptr, tokens_ptr, latents_ptr, L, D,
     CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Row c of chunks [C, D]: the weighted sum of pairs c CHUNK to (c + 1) CHUNK - 1, where all of them are one
-    latent's; other rows are never read. For rows g, and in programs of their own for rows x."""
+    latent's; other rows are never read. For rows g, of which a pair reads g_rows [P], and in programs of their own for
+    its token's row of x."""
     c, d = tl.program_id(0), tl.program_id(1) * BLOCK_D
     start, stop = c * CHUNK, (c + 1) * CHUNK
     latent = tl.load(latents_ptr + start)
@@ -144,7 +145,7 @@ def chunk_sums(
         cols = columns(d, BLOCK_D)
         at = c.to(tl.int64) * D + cols
         if tl.program_id(2) == 0:
-            pairs = (g_ptr, tokens_ptr, g_weights_ptr, g_chunks_ptr, start, stop)
+            pairs = (g_ptr, g_rows_ptr, g_weights_ptr, g_chunks_ptr, start, stop)
             tl.store(g_chunks_ptr + at, sum_run(pairs, d, D, False, CHUNK, BLOCK_P, BLOCK_D), mask=cols < D)
         else:
             pairs = (x_ptr, tokens_ptr, x_weights_ptr, x_chunks_ptr, start, stop)
@@ -219,6 +220,11 @@ class LatentOrder:
         order.latents, order.pairs, order.tokens, order.starts = tensors
         return order
 
+    def reading(self, rows: Tensor) -> "LatentOrder":
+        """The same order where each pair reads the row of a table that rows [N, K] names, not its token's."""
+        tokens = rows.flatten()[self.pairs].int()
+        return LatentOrder.of(self.indices, self.n_latents, [self.latents, self.pairs, tokens, self.starts])
+
     @staticmethod
     def shapes(indices: Tensor, n_latents: int) -> list[Tensor]:
         """Empty tensors like `tensors`."""
@@ -239,16 +245,22 @@ class LatentOrder:
         return z, dz
 
     def chunk_tables(
-        self, g_weights: Tensor, g: Tensor, x_weights: Tensor | None = None, x: Tensor | None = None
+        self,
+        g_weights: Tensor,
+        g: Tensor,
+        x_weights: Tensor | None = None,
+        x: Tensor | None = None,
+        g_rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The sums over the chunks that are one latent's: sorted weights [P], rows [N, D] -> [C, D] fp32, of one or two
-        kinds of rows."""
+        kinds of rows. g_rows [P]: which row of g a pair reads; None: its token's."""
         D, C = g.shape[1], len(self.pairs) // CHUNK
         chunks = torch.empty(1 if x is None else 2, C, D, device=g.device)
         if C:
             block = width_block(D)
             chunk_sums[(C, triton.cdiv(D, block), len(chunks))](
-                g_ptr=g, g_weights_ptr=g_weights, g_chunks_ptr=chunks[0], x_ptr=g if x is None else x,
+                g_ptr=g, g_weights_ptr=g_weights, g_chunks_ptr=chunks[0],
+                g_rows_ptr=self.tokens if g_rows is None else g_rows, x_ptr=g if x is None else x,
                 x_weights_ptr=g_weights if x_weights is None else x_weights, x_chunks_ptr=chunks[-1],
                 tokens_ptr=self.tokens, latents_ptr=self.latents, L=self.n_latents, D=D, CHUNK=CHUNK, BLOCK_P=PAIRS,
                 BLOCK_D=block, num_warps=block // 128,

@@ -177,7 +177,7 @@ def scalar_step(b_ptr, m_ptr, v_ptr, grad, at, mask, size, inverse_root, beta1, 
 
 @triton.jit(do_not_specialize=["first_latent"])
 def update_rows(
-    g_ptr, x_ptr, tokens_ptr, z_ptr, dz_ptr, starts_ptr, g_chunks_ptr, x_chunks_ptr,
+    g_ptr, x_ptr, g_rows_ptr, tokens_ptr, z_ptr, dz_ptr, starts_ptr, g_chunks_ptr, x_chunks_ptr,
     slots_ptr, aux_enc_ptr, aux_b_ptr, aux_dec_ptr, w_enc_ptr, w_dec_ptr, enc_rows_ptr, dec_rows_ptr,
     m_enc_ptr, v_enc_ptr, m_enc_exp_ptr, v_enc_exp_ptr, m_dec_ptr, v_dec_ptr, m_dec_exp_ptr, v_dec_exp_ptr,
     b_ptr, m_b_ptr, v_b_ptr, parts_ptr, n_steps_ptr, lr_ptr, bias_lr_ptr,
@@ -187,7 +187,8 @@ def update_rows(
     PIECES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """STRETCH latents' rows of both matrices: gradient, projection, step, unit length, and their copies for products;
-    and their biases. With CENTRED, row s of parts [S, D] gets the latents' `sum_l db_enc[l] W_enc[l]`."""
+    and their biases. A pair reads row g_rows [P] of g, and its token's of x. With CENTRED, row s of parts [S, D] gets
+    the latents' `sum_l db_enc[l] W_enc[l]`."""
     size, bias_size, inverse_root = step_sizes(n_steps_ptr, lr_ptr, bias_lr_ptr, log_beta1, log_beta2, ADAM)
     step = tl.load(n_steps_ptr).to(tl.uint32)
     enc_moments = (m_enc_ptr, v_enc_ptr, m_enc_exp_ptr, v_enc_exp_ptr)
@@ -209,7 +210,7 @@ def update_rows(
             touched = touched | (slot >= 0)
         if touched or (not TOUCHED_ONLY):
             db, projection = run_products(dz_ptr, z_ptr, start, stop)
-            g_pairs = (g_ptr, tokens_ptr, z_ptr, g_chunks_ptr, start, stop)
+            g_pairs = (g_ptr, g_rows_ptr, z_ptr, g_chunks_ptr, start, stop)
             x_pairs = (x_ptr, tokens_ptr, dz_ptr, x_chunks_ptr, start, stop)
             among_all = (number + first_latent).to(tl.uint32)
             enc_random, dec_random = mix(among_all + mix(2 * step)), mix(among_all + mix(2 * step + 1))
@@ -325,13 +326,15 @@ def backward_update(
     centred_by_b_dec: bool,
     signed: bool = False,
     parts: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> None:
     """See `update.backward_update`."""
     L, D = state.W_enc.shape
     residual, centred = residual.contiguous(), centred.contiguous()
     order = LatentOrder(indices, L, reference.active(values, signed))
     z, dz = order.sorted(values, dots, scale)
-    g_chunks, x_chunks = order.chunk_tables(z, residual, dz, centred)
+    g_rows = order.tokens if rows is None else order.reading(rows).tokens
+    g_chunks, x_chunks = order.chunk_tables(z, residual, dz, centred, g_rows)
     slots, aux_enc, aux_b, aux_dec = order.starts, centred, z, centred  # never read without AuxK
     if aux is not None:
         slots, aux_b = _slots(aux, L), aux.db_enc.contiguous()
@@ -341,7 +344,8 @@ def backward_update(
 
     state.n_steps.add_(1)
     update_rows[(n_parts * (PART // STRETCH),)](
-        g_ptr=residual, x_ptr=centred, tokens_ptr=order.tokens, z_ptr=z, dz_ptr=dz, starts_ptr=order.starts,
+        g_ptr=residual, x_ptr=centred, g_rows_ptr=g_rows, tokens_ptr=order.tokens, z_ptr=z, dz_ptr=dz,
+        starts_ptr=order.starts,
         g_chunks_ptr=g_chunks, x_chunks_ptr=x_chunks, slots_ptr=slots, aux_enc_ptr=aux_enc, aux_b_ptr=aux_b,
         aux_dec_ptr=aux_dec, w_enc_ptr=state.W_enc, w_dec_ptr=state.W_dec, enc_rows_ptr=state.enc_rows,
         dec_rows_ptr=state.dec_rows, **_pointers("enc", state.moments["W_enc"]),
@@ -354,7 +358,7 @@ def backward_update(
     )  # fmt: skip
     own_parts = torch.sum(stretches, dim=1, out=parts) if centred_by_b_dec else None
     if parts is None:
-        move_b_dec(state, rule, lr, bias_lr, residual, scale, own_parts)
+        move_b_dec(state, rule, lr, bias_lr, residual[: len(centred)], scale, own_parts)
 
 
 def move_b_dec(

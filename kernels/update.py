@@ -334,6 +334,7 @@ def backward_update(
     centred_by_b_dec: bool,
     signed: bool = False,
     parts: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> None:
     """Take the gradients of one step's loss and move all weights by them, in place.
 
@@ -352,6 +353,8 @@ def backward_update(
         signed: whether the code may be negative (AbsTopK).
         parts: [ceil(L / PART), D] fp32 that are to be filled with `bias_parts`. Where it is given, other latents have
             parts too, and b_dec stays as it is: see `move_b_dec`.
+        rows: [N, K] integers: which row of `residual` the gradient of a pair comes from; None: its token's. The
+            residual then is [M, D], M at least N, and b_dec has the gradient of its first N rows.
     """
     L = len(state.W_enc)
     active = reference.active(values, signed)
@@ -366,7 +369,7 @@ def backward_update(
 
     state.n_steps.add_(1)
     sizes = StepSizes.of(rule, state.n_steps, lr, bias_lr)
-    grad = order.scatter_rows(values * scale, residual)
+    grad = (order if rows is None else order.reading(rows)).scatter_rows(values * scale, residual)
     if aux is not None:
         along = _with_rows(along, aux.latents, (aux.dW_dec * _rows_at(state.W_dec, aux.latents)).sum(dim=1))
         grad = _with_rows(grad, aux.latents, aux.dW_dec)
@@ -390,7 +393,7 @@ def backward_update(
     moving = touched if rule.touched_only else None
     update_vector(state.b_enc, db_enc, state.moments["b_enc"], moving, rule, sizes.biases, sizes.inverse_root)
     if parts is None:
-        move_b_dec(state, rule, lr, bias_lr, residual, scale, own_parts)
+        move_b_dec(state, rule, lr, bias_lr, residual[: len(centred)], scale, own_parts)
     elif own_parts is not None:
         parts.copy_(own_parts)
 

@@ -7,7 +7,7 @@ from steersman.sae.architectures.crosscoder import CrosscoderSAE
 from steersman.sae.architectures.gated import GatedSAE
 from steersman.sae.architectures.groupmax import GroupMaxSAE
 from steersman.sae.architectures.jumprelu import JumpReLUSAE
-from steersman.sae.architectures.matryoshka import MatryoshkaSAE
+from steersman.sae.architectures.matryoshka import MatryoshkaSAE, MatryoshkaTopKSAE
 from steersman.sae.architectures.relu import ReLUSAE
 from steersman.sae.architectures.supervised_topk import SupervisedTopKSAE
 from steersman.sae.architectures.topk import TopKSAE
@@ -41,6 +41,7 @@ __all__ = [
     "JumpReLUSAE",
     "Latents",
     "MatryoshkaSAE",
+    "MatryoshkaTopKSAE",
     "Nearest",
     "Neighbour",
     "ReLUSAE",

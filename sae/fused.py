@@ -58,12 +58,16 @@ class Gradients(NamedTuple):
     """The gradients of a step's losses, as the pass of the kernels takes them: see `kernels.update.backward_update`."""
 
     residual: Tensor
-    """[N, D] in the dtype of the products: the gradient of the reconstruction is `scale` times it."""
+    """[N, D] (with `rows` [M, D]) in the dtype of the products: the gradient of the reconstruction is `scale` times
+    it."""
     scale: float
     """`-2 / n_values` where the loss is the squared error."""
     dots: Tensor
-    """[N, K] fp32: the residual's products with the decoder's rows of the code."""
+    """[N, K] fp32: the products of the residual's rows with the decoder's rows of the code."""
     aux: AuxRows | None = None
     """Gradients that some latents have beside the code's."""
     further: Mapping[str, Tensor] = {}
     """Gradients of further parameters, by their names: thresholds, gates. One that is left out has none."""
+    rows: Tensor | None = None
+    """[N, K]: which row of the residual a pair of the code reads, where that is not its token's; the gradient of b_dec
+    then is that of the first N rows."""

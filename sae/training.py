@@ -101,6 +101,8 @@ class Latents:
     """The configuration of the whole SAE, where this process holds some of its latents."""
     n_replicas: int = 1
     """Processes that hold the same latents and share the batch."""
+    first: int = 0
+    """The number of the first latent here among all."""
 
     def uses(self, x: Tensor) -> Tensor:
         """A tensor that all ranks have and use, as it is; backward sums the gradients of their uses."""

@@ -63,7 +63,7 @@ def test_the_update_names_everything_it_changes(rule: UpdateRule, dtype: torch.d
         ops._op_backward_update,
         (
             weights, rows, moments, state.n_steps, rate, rate, p.x[0], 0.3, p.x[0], values, indices, values, [], None,
-            0, True, False, rule.name, rule.beta1, rule.beta2, rule.eps, rule.state_dtype,
+            None, 0, True, False, rule.name, rule.beta1, rule.beta2, rule.eps, rule.state_dtype,
         ),
     )  # fmt: skip
 

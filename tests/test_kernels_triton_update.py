@@ -40,14 +40,16 @@ def test_steps_equal_the_definition(
     signed: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every tensor after three steps, one with AuxK; some latents are hot, and there are several programs."""
+    """Every tensor after three steps, one with AuxK; some latents are hot, and there are several programs. In some
+    cases latents of two groups learn different residuals."""
     monkeypatch.setattr(triton_backward, "CHUNK", 8)
     for module in (triton_update, update):
         monkeypatch.setattr(module, "PART", 8)
     monkeypatch.setattr(triton_update, "STRETCH", 4)
     p, rule = problem(3, N=30, L=L, D=D), UpdateRule(name=name, state_dtype=state_dtype)
-    got, losses = train(triton_update, p, rule, 3e-3, operands, signed=signed)
-    want, want_losses = train(update, p, rule, 3e-3, operands, signed=signed)
+    grouped = name == "adam_touched" and not signed
+    got, losses = train(triton_update, p, rule, 3e-3, operands, signed=signed, grouped=grouped)
+    want, want_losses = train(update, p, rule, 3e-3, operands, signed=signed, grouped=grouped)
     assert losses == pytest.approx(want_losses, rel=1e-5)
     for key, value in everything(want).items():
         # Sums differ in their last bits, and a stochastic rounding may then fall on the other side.

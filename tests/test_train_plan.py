@@ -20,6 +20,7 @@ LARGE = {**SHAPE, "d_in": 1024, "d_sae": 1 << 16}  # the update is what needs mo
         (2, 1, {}),
         (4, 2, {}),
         (2, 2, {"architecture": "batch_topk"}),
+        (2, 2, {"architecture": "matryoshka", "dead": 20, "k_aux": 48}),
         (2, 2, {"dead": 20, "k_aux": 48}),  # all of them dead from the first step on
         (2, 2, {"dead": 512, "k_aux": 16}),
         (2, 2, {"fused": True, "d_sae": 4096, "dead": 512, "k_aux": 16}),
@@ -76,6 +77,10 @@ def test_graphs_keep_the_memory_of_a_step_beside_that_of_a_step() -> None:
         ({"ranks": 3}, "d_sae = 512 cannot be split over 3 ranks; use 510 or 513"),
         ({"k": 513}, "k = 513 must be at most d_sae = 512"),
         ({"cuda_graph": True}, "cuda_graph=True needs fused=True and ranks=1"),
+        (
+            {"matryoshka_widths": (64, 256), "architecture": "matryoshka"},
+            r"\[64, 256\] must rise and end at d_sae = 512",
+        ),
         ({"flops": 0.0}, "flops = 0.0 must be above 0"),
     ],
 )

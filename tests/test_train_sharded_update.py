@@ -99,6 +99,7 @@ CONFIGS = {
     "bits: signum": replace(ONE, state_dtype="bfloat16", optimizer="signum", ema=0.9),
     "fused": MANY,
     "fused batch_topk": replace(MANY, architecture="batch_topk"),
+    "fused matryoshka": replace(MANY, architecture="matryoshka_topk"),
     "fused int8": replace(MANY, state_dtype="int8"),
     "ordinary signum": replace(MANY, fused_update=False, optimizer="signum_touched", state_dtype="bfloat16"),
 }

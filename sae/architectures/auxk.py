@@ -47,12 +47,29 @@ def auxk_loss(
     that take no part; width as in `AuxTerm`. Only the candidates' rows of the encoder are multiplied: N*A*D work, no
     N x L matrix.
     """
-    rows = sae.W_enc.T[candidates]
-    centred = x if sae.input_bias is None else x - sae.input_bias.detach()
-    Z = torch.addmm(sae.b_enc[candidates], centred, rows.T)
-    code = _code(sae, Z, alive, k_aux, width)
+    code = auxk_code(sae, x, candidates, alive, k_aux, width)
     rebuilt = sae.latents.sum(code @ sae.W_dec[candidates])
     return (rebuilt - residual.detach()).square().sum()
+
+
+def auxk_code(
+    sae: SAE,
+    x: Tensor,
+    candidates: Tensor,
+    alive: Tensor,
+    k: int,
+    width: int | None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """The activations [N, A] of the dead latents among the candidates [A] that a token uses, 0 elsewhere. With the
+    candidates' encoder `rows` [A, D] in the dtype of the products, x is what they multiply, and nothing has gradients.
+    """
+    if rows is None:
+        centred = x if sae.input_bias is None else x - sae.input_bias.detach()
+        Z = torch.addmm(sae.b_enc[candidates], centred, sae.W_enc.T[candidates].T)
+    else:
+        Z = product(x, rows.T) + sae.b_enc[candidates]
+    return _code(sae, Z, alive, k, width)
 
 
 def _code(sae: SAE, Z: Tensor, alive: Tensor, k: int, width: int | None) -> Tensor:
@@ -91,18 +108,17 @@ def auxk_gradients(
     """
     candidates, alive = aux.candidates, aux.alive
     enc, dec = W_enc[candidates], W_dec[candidates]
-    Z = _product(centred, enc.T) + sae.b_enc[candidates]
-    code = _code(sae, Z, alive, aux.k, aux.width)
+    code = auxk_code(sae, centred, candidates, alive, aux.k, aux.width, enc)
     small = code.to(centred.dtype)
-    error = sae.latents.sum(_product(small, dec)) - residual
+    error = sae.latents.sum(product(small, dec)) - residual
     g = (error * (2 * scale)).to(centred.dtype)
-    d_code = _product(g, dec.T).masked_fill(code == 0 if sae.signed else code <= 0, 0.0)
+    d_code = product(g, dec.T).masked_fill(code == 0 if sae.signed else code <= 0, 0.0)
     latents = torch.where(alive, sae.cfg.d_sae, candidates)
-    dW_enc = _product(d_code.to(centred.dtype).T, centred)
-    return error.square().sum(), AuxRows(latents, dW_enc, d_code.sum(dim=0), _product(small.T, g))
+    dW_enc = product(d_code.to(centred.dtype).T, centred)
+    return error.square().sum(), AuxRows(latents, dW_enc, d_code.sum(dim=0), product(small.T, g))
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a b in fp32, from operands in fp32 or less."""
     if a.dtype == torch.float32 or not a.is_cuda:
         return a.float() @ b.float()

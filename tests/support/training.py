@@ -46,6 +46,7 @@ def trainer_of(config: TrainConfig, rows: Tensor | None = None, ranks: Ranks | N
     d_in = rows.shape[1]
     cfg = SAEConfig(
         d_in=d_in, d_sae=config.d_sae, k=config.k, architecture=config.architecture, options=config.options,
+        group_sizes=config.group_sizes,
         sides=tuple(Side(hook_name=HOOK, width=width) for width in (6, d_in - 6)) if crosses(config) else (),
     )  # fmt: skip
     parts = [stats_of(part) for part in (rows.split([6, d_in - 6], dim=1) if crosses(config) else [rows])]

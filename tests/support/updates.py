@@ -53,8 +53,10 @@ def train(
     *,
     signed: bool = False,
     device: str = "cpu",
+    grouped: bool = False,
 ) -> tuple[UpdateState, list[float]]:
-    """All steps of the problem with an implementation's `backward_update`: the state after, and each step's loss."""
+    """All steps of the problem with an implementation's `backward_update`: the state after, and each step's loss. With
+    `grouped`, latents of the upper half learn half the residual, from rows of their own."""
     p = p._replace(**{name: t.to(device) for name, t in p._asdict().items() if isinstance(t, Tensor)})
     state, losses = state_of(p, rule, operands), []
     rate = torch.tensor([lr], device=device)
@@ -64,10 +66,16 @@ def train(
             values, indices, state.dec_rows, state.b_dec, x, 1.0, operands
         )
         losses.append(float(squares.sum() / x.numel()))
+        rows = None
+        if grouped:
+            upper = indices >= len(p.W_enc) // 2
+            dots = torch.where(upper, dots / 2, dots)
+            residual, tokens = torch.cat([residual, residual / 2]), torch.arange(len(x), device=device)[:, None]
+            rows = tokens + upper * len(x)
         aux = AuxRows(*(t.to(device) for t in aux_of(len(p.W_enc), x.shape[1], step))) if step % 3 == 1 else None
         implementation.backward_update(
             state, rule, rate, rate * 2, residual, -2 / x.numel(), (x - state.b_dec).to(operands), values,
-            indices, dots, aux, centred_by_b_dec=True, signed=signed,
+            indices, dots, aux, centred_by_b_dec=True, signed=signed, rows=rows,
         )  # fmt: skip
     return state, losses
 

@@ -10,6 +10,7 @@ Shape letters: N tokens, L latents, D width, K active latents a token, P proposa
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class ShardedLatents(Latents):
 
     def __init__(self, whole: SAEConfig, ranks: Ranks) -> None:
         self.whole, self.n_replicas = whole, ranks.mesh.data
+        self.first, _ = ranks.mesh.local_latents(whole.d_sae)
         self._latent, self._data = ranks.latent, ranks.data
 
     def uses(self, x: Tensor) -> Tensor:
@@ -101,13 +103,25 @@ def new_sae(cfg: SAEConfig, seed: int, ranks: Ranks) -> SAE:
     if mesh.world_size == 1:
         return SAE(cfg, torch.Generator().manual_seed(seed))
     start, stop = mesh.local_latents(cfg.d_sae)
-    sae = SAE(replace(cfg, d_sae=stop - start, k=min(cfg.k, stop - start)))
+    groups = _groups_within(cfg.group_sizes, start, stop)
+    sae = SAE(replace(cfg, d_sae=stop - start, k=min(cfg.k, stop - start), group_sizes=groups))
     encoder, decoder = initial_rows(cfg, seed, start, stop)
     with torch.no_grad():
         sae.W_dec.copy_(decoder)
         sae.W_enc.copy_(encoder.T)
     sae.latents = ShardedLatents(cfg, ranks)
     return sae
+
+
+def _groups_within(sizes: tuple[int, ...], start: int, stop: int) -> tuple[int, ...]:
+    """How many latents of each group lie in start..stop, of the groups that have any there.
+
+    >>> _groups_within((2, 4, 6), 4, 8)
+    (2, 2)
+    """
+    ends = [0, *accumulate(sizes)]
+    parts = [min(high, stop) - max(low, start) for low, high in pairwise(ends)]
+    return tuple(part for part in parts if part > 0)
 
 
 class WholeSAE:

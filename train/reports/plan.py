@@ -20,6 +20,7 @@ from steersman.kernels.torch_ops import BLOCK_BYTES
 from steersman.kernels.update import PART
 from steersman.parallel import Mesh
 from steersman.sae import SAE
+from steersman.train.run.recipe import TrainConfig
 
 FP32 = 4
 _ADAM_BYTES = 28
@@ -53,6 +54,8 @@ class PlanConfig:
     """Processes beside these that run the model and send them its activations."""
     architecture: str = "topk"
     """The SAE's architecture: the name of one of `SAE.architectures`."""
+    matryoshka_widths: tuple[int, ...] = ()
+    """Of a Matryoshka SAE: the widths of the nested SAEs; none given: those that `TrainConfig` has then."""
     store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the activations in the store."""
     k_aux: int | None = None
@@ -85,6 +88,17 @@ class PlanConfig:
             raise SteersmanError(f"model_ranks = {self.model_ranks} must be at least 0")
         if self.k > self.d_sae:
             raise SteersmanError(f"k = {self.k} must be at most d_sae = {self.d_sae}")
+        if self.matryoshka_widths:
+            self._training()  # which has the rules
+
+    def _training(self) -> TrainConfig:
+        widths = self.matryoshka_widths
+        return TrainConfig(d_sae=self.d_sae, k=self.k, architecture=self.architecture, matryoshka_widths=widths)
+
+    @property
+    def n_prefixes(self) -> int:
+        """Reconstructions of a step: one, or of a Matryoshka SAE one for each nested SAE."""
+        return len(self._training().group_sizes) if SAE.architectures[self.architecture].uses_groups else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +192,10 @@ def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
     }
     code = {"code and its order": N * P * (FP32 + 4 + 3 * 8 + 2 * FP32), "selection over ranks": selection}
     gradients = held + (owned if mesh.data > 1 else 0)
+    nested = {}
+    if c.n_prefixes > 1:  # the residual of each, and their sums in bf16 or, over ranks, what each group adds
+        more = 2 if c.fused else FP32 * (mesh.latent > 1)
+        nested = {"residuals of the nested SAEs": c.n_prefixes * N * D * (FP32 + more)}
     read_ahead = 2 * N * D * _item(c)
     moments = [
         # The encoder: the scaled batch and its centred copy.
@@ -188,12 +206,12 @@ def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
             **code,
         },
         # The gradients: the reconstruction and the residual come to the batch.
-        {"gradients": held, "batch": read_ahead + 4 * N * D * FP32, **code},
+        {"gradients": held, "batch": read_ahead + 4 * N * D * FP32, **code, **nested},
         # The update: one matrix at a time is projected (one process) or received from the replicas.
         {"gradients": gradients, "update, exchange": matrix, "batch": read_ahead + N * D * FP32, **code},
     ]
     if c.fused:  # the gradients: the residual and the centred batch, in bf16, come to the scaled batch
-        moments[1:] = [{"batch": read_ahead + N * D * (FP32 + 2 * 2), **code}]
+        moments[1:] = [{"batch": read_ahead + N * D * (FP32 + 2 * 2), **code, **nested}]
     most = max(moments, key=lambda moment: sum(moment.values()))
     if c.cuda_graph:  # they read a batch of their own
         held_throughout["memory of the graphs"] = sum(most.values()) - read_ahead + N * D * _item(c)
@@ -217,7 +235,7 @@ def _network(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
     bias = (n - 1) * -(-L // PART) * D * FP32 if c.fused else reduce_n * D * FP32
     items = {
         "batch": (n - 1) / n * N * D * _item(c),
-        "reconstruction": reduce_n * N * D * FP32,
+        "reconstruction": c.n_prefixes * reduce_n * N * D * FP32,
         "bias gradient, dead counts": bias + (n - 1) * 2 * 4,
         "gradients": (d - 1) / d * L * (2 * D + 1) * FP32 + reduce_d * D * FP32,
         "weights": (d - 1) / d * L * (2 * D + 1) * FP32,
@@ -230,7 +248,7 @@ def _network(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
         counts = 2 * 65536 * FP32
         items["selection by counting"] = (reduce_n + reduce_d) * (counts + FP32) + (n - 1) * N * FP32 + (d - 1) * FP32
     if c.dead:
-        items["AuxK reconstruction"] = reduce_n * N * D * FP32
+        items["AuxK reconstruction"] = c.n_prefixes * reduce_n * N * D * FP32
         if c.dead > k_aux:
             items["AuxK proposals"] = (n - 1) * N * min(k_aux, -(-c.dead // n)) * FP32
     return {name: size for name, size in items.items() if size}

@@ -431,11 +431,12 @@ class FusedUpdater(_WithRule):
         ops.backward_update(
             state, self.rule, self.lr, self.bias_lr, residual, scale, x, code.values, code.order.indices,
             gradients.dots, gradients.aux, centred_by_b_dec=centred, signed=self.sae.signed, parts=parts,
+            rows=gradients.rows,
         )  # fmt: skip
         if parts is not None:
             move = getattr(choose(residual.device), "move_b_dec", move_b_dec)
             every = self._latent.all_gather(parts).flatten(0, 1)
-            move(state, self.rule, self.lr, self.bias_lr, residual, scale, every)
+            move(state, self.rule, self.lr, self.bias_lr, residual[: len(x)], scale, every)
         if self._further:
             sizes = StepSizes.of(self.rule, state.n_steps, self.lr, self.bias_lr)
             self._move_further(gradients.further, sizes)

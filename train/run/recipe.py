@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from steersman.config import check_types, setting
@@ -39,12 +40,16 @@ class TrainConfig:
     d_sae: int
     """Number of features."""
     k: int = 0
-    """Active features a token: exactly (topk, abs_topk), on average (batch_topk), or not used."""
+    """Active features a token: exactly (topk, abs_topk, matryoshka_topk), on average (batch_topk, matryoshka), or not
+    used."""
     architecture: str = "topk"
     """The SAE's architecture: the name of one of `SAE.architectures` that is trainable."""
     target_l0: float | None = None
     """How many features are to be active a token, on average over the batch, where that is no fixed number: jumprelu
     needs it; relu and gated then find the coefficient of their penalty by themselves."""
+    matryoshka_widths: tuple[int, ...] = ()
+    """Of a Matryoshka SAE: the widths of the nested SAEs, rising, the last of them d_sae. None given: 1/32, 3/32, 7/32,
+    15/32 and all of d_sae, groups that double from 1/32 on (arXiv 2503.17547)."""
     hook_out: str | None = None
     """Hook point of the store that is to be predicted, which makes it a transcoder; None: the activations that are
     read."""
@@ -152,6 +157,7 @@ class TrainConfig:
                 f"k = {self.k} must lie between 1 and d_sae = {self.d_sae}",
             ),
             *self._checks_of_l0(kind),
+            *self._checks_of_widths(kind),
             (self.batch_size is None or self.batch_size >= 1, f"batch_size = {self.batch_size} must be at least 1"),
             (self.tokens is None or self.tokens >= 1, f"tokens = {self.tokens} must be at least 1"),
             (self.lr is None or 0 < self.lr < 1, f"lr = {self.lr} must lie between 0 and 1"),
@@ -232,6 +238,28 @@ class TrainConfig:
             ),
         ]
 
+    def _checks_of_widths(self, kind: type[SAE]) -> list[tuple[bool, str]]:
+        widths, nested = self.matryoshka_widths, [n for n, one in SAE.architectures.items() if one.uses_groups]
+        return [
+            (
+                kind.uses_groups or not widths,
+                f"matryoshka_widths belong to architecture {' or '.join(nested)}, not to {self.architecture!r}",
+            ),
+            (
+                not widths or _rises_to(widths, self.d_sae),
+                f"matryoshka_widths = {list(widths)} must rise and end at d_sae = {self.d_sae}, such as "
+                f"{' '.join(map(str, nested_widths(self.d_sae)))}",
+            ),
+        ]
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """How many features each group of a Matryoshka SAE adds; none of another architecture."""
+        if not SAE.architectures[self.architecture].uses_groups:
+            return ()
+        ends = self.matryoshka_widths or nested_widths(self.d_sae)
+        return tuple(end - start for start, end in pairwise((0, *ends)))
+
     def record(self) -> dict[str, Any]:
         """The settings as files hold them: under the names that they always had, without those of the layout."""
         return {
@@ -260,9 +288,22 @@ class TrainConfig:
             raise SteersmanError(f"what this SAE says of its training is no record of a run: {error}") from error
 
 
+def nested_widths(d_sae: int) -> tuple[int, ...]:
+    """The widths of the nested SAEs where none are given.
+
+    >>> nested_widths(65536)
+    (2048, 6144, 14336, 30720, 65536)
+    """
+    return tuple(sorted({max(1, d_sae * part // 32) for part in (1, 3, 7, 15, 32)}))
+
+
+def _rises_to(widths: tuple[int, ...], d_sae: int) -> bool:
+    return widths[-1] == d_sae and all(low < high for low, high in pairwise((0, *widths)))
+
+
 _ON_DISK = {"architecture": "activation"}
 """Fields that files know by another name."""
-_RECORDED_IF_SET = ("options", "hook_out", "target_l0", "frozen", "whiten", "whiten_shrinkage", "init")
+_RECORDED_IF_SET = ("options", "hook_out", "target_l0", "frozen", "whiten", "whiten_shrinkage", "init", "matryoshka_widths")
 _UNRECORDED = ("latent_shards", "model_ranks", "timeout_seconds", "extend")
 _NO_IDENTITY = {field.name for field in fields(TrainConfig) if not field.metadata.get("identity", True)}
 

@@ -85,6 +85,7 @@ class Run:
             k=config.k,
             architecture=config.architecture,
             options=config.options,
+            group_sizes=config.group_sizes,
             hook_name=hook,
             model_name=source.model_name,
             **what,
