@@ -158,7 +158,7 @@ def test_a_name_belongs_to_one_class() -> None:
     assert type(unnamed(SAEConfig(d_in=4, d_sae=8, k=2))) is unnamed
 
 
-@pytest.mark.parametrize("name", ["gated", "matryoshka", "groupmax"])
+@pytest.mark.parametrize("name", ["gated", "groupmax"])
 def test_what_cannot_be_trained_says_what_can(name: str) -> None:
     sae = make_sae(name)
     assert not sae.trainable

@@ -4,6 +4,9 @@ in turn, in one process.
 Run it in an environment with the `peers` extra: `pip install steersman[peers]`.
 
     python scripts/bench/training.py --d-sae 4096 16384 --steps 20
+    python scripts/bench/training.py --d-sae 16384 --architectures topk batch_topk matryoshka jumprelu --threads 1
+
+With several `--architectures`, it is their steps that are timed, in turn, and given over that of the first.
 
 Both steps read the same batches and do what their trainers do for a batch already in memory: forward, backward,
 projection of the decoder's gradient, an Adam step, decoder normalisation, dead-feature counters. Peak memory is what
@@ -30,7 +33,7 @@ os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 import torch
 import tyro
 
-from steersman.sae import SAEConfig
+from steersman.sae import SAE, SAEConfig
 from steersman.train import ActivationStats, TrainConfig, Trainer, resolve
 
 
@@ -43,7 +46,11 @@ class Config:
     d_in: int = 384
     """Width."""
     k: int = 32
-    """Active features."""
+    """Active features; of architectures that have no k, how many are to be active on average."""
+    architectures: tuple[str, ...] = ("topk",)
+    """What is trained; of several the steps are compared with that of the first, and not with another library's."""
+    dead: int = 0
+    """Features that are dead in every step, so that AuxK is part of it."""
     steps: int = 15
     """Timed steps of each library, after three that are not."""
     threads: int = 0
@@ -56,8 +63,16 @@ class Config:
     """Used by the script itself: take steps with this library and print the peak memory."""
 
 
-def our_step(args: Config, d_sae: int, x: torch.Tensor) -> Any:
-    config = TrainConfig(d_sae=d_sae, k=args.k, batch_size=args.batch_size, device="cpu")
+def our_step(args: Config, d_sae: int, x: torch.Tensor, architecture: str = "topk") -> Any:
+    kind = SAE.architectures[architecture]
+    config = TrainConfig(
+        d_sae=d_sae,
+        k=args.k if kind.uses_k else 0,
+        target_l0=None if kind.uses_k else args.k,
+        architecture=architecture,
+        batch_size=args.batch_size,
+        device="cpu",
+    )
     squared = float(x.square().sum(dim=1).mean())
     norms = x.norm(dim=1)
     stats = ActivationStats(
@@ -69,9 +84,17 @@ def our_step(args: Config, d_sae: int, x: torch.Tensor) -> Any:
     )
     # A long run, so that no warm-up or decay falls into what is timed.
     recipe = replace(resolve(config, args.d_in, 10_000_000), warmup_steps=0)
-    trainer = Trainer(config, recipe, stats, SAEConfig(d_in=args.d_in, d_sae=d_sae, k=args.k))
+    cfg = SAEConfig(d_in=args.d_in, d_sae=d_sae, k=config.k, architecture=architecture, group_sizes=config.group_sizes)
+    trainer = Trainer(config, recipe, stats, cfg)
     trainer.fit_encoder_scale(x)
-    return trainer.step
+
+    def with_dead(x: torch.Tensor) -> None:
+        silent = torch.zeros(d_sae, dtype=torch.int32)
+        silent[:: d_sae // args.dead] = trainer.recipe.dead_after_steps
+        trainer.dead_latents.restore(silent)
+        trainer.step(x)
+
+    return with_dead if args.dead else trainer.step
 
 
 def sparsify_step(args: Config, d_sae: int, x: torch.Tensor) -> Any:
@@ -151,11 +174,32 @@ def take_steps(args: Config, name: str) -> None:
     print(resident("VmHWM") - before)
 
 
+def compare_architectures(args: Config) -> None:
+    """Steps of each architecture, in turn in one process, and their times over those of the first."""
+    for d_sae in args.d_sae:
+        batches = made_batches(args)
+        steps = {name: our_step(args, d_sae, batches[0], name) for name in args.architectures}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for i in range(args.steps + 3):
+            for name, step in steps.items():
+                start = time.process_time()
+                step(batches[i % 3])
+                times[name].append(time.process_time() - start)
+        times = {name: found[3:] for name, found in times.items()}
+        first = times[args.architectures[0]]
+        for name, found in times.items():
+            ratio = statistics.median(own / other for own, other in zip(found, first))
+            print(f"d_sae {d_sae}  {name:<16} {1e3 * statistics.median(found):7.0f} ms of processor  ratio {ratio:.3f}")
+
+
 def main(args: Config) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.child is not None:
         take_steps(args, args.child)
+        return
+    if len(args.architectures) > 1:
+        compare_architectures(args)
         return
     makers = {name: make for name, make in MAKERS.items() if name != PEER or find_spec("sparsify")}
     if PEER not in makers:

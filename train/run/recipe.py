@@ -303,7 +303,16 @@ def _rises_to(widths: tuple[int, ...], d_sae: int) -> bool:
 
 _ON_DISK = {"architecture": "activation"}
 """Fields that files know by another name."""
-_RECORDED_IF_SET = ("options", "hook_out", "target_l0", "frozen", "whiten", "whiten_shrinkage", "init", "matryoshka_widths")
+_RECORDED_IF_SET = (
+    "options",
+    "hook_out",
+    "target_l0",
+    "frozen",
+    "whiten",
+    "whiten_shrinkage",
+    "init",
+    "matryoshka_widths",
+)
 _UNRECORDED = ("latent_shards", "model_ranks", "timeout_seconds", "extend")
 _NO_IDENTITY = {field.name for field in fields(TrainConfig) if not field.metadata.get("identity", True)}
 
