@@ -75,7 +75,7 @@ def test_every_mesh_gives_what_one_process_gives(
 def joined(key: str, parts: list[Tensor], data: int, latent: int) -> Tensor:
     """The whole of a tensor from the parts of all ranks; what several ranks hold must be the same bits on each."""
     name, _, kind = key.partition(".")
-    if name == "b_dec" or not parts[0].ndim:
+    if name in ("b_dec", "side_scale") or not parts[0].ndim:
         assert all(torch.equal(part, parts[0]) for part in parts), key
         return parts[0]
     grid = [parts[d * latent : (d + 1) * latent] for d in range(data)]

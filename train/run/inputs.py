@@ -218,13 +218,18 @@ class ScaledSides(Inputs):
         self.scales = tuple(float(scale) for scale in state["scales"])
 
 
+def scaled_inputs(cfg: SAEConfig, parts: Sequence[ActivationStats]) -> Inputs:
+    """The form that only scales rows."""
+    return (ScaledSides if cfg.sides else Inputs).of(cfg, parts)
+
+
 def make_inputs(
     cfg: SAEConfig, config: TrainConfig, parts: Sequence[ActivationStats], covariance: Tensor | None = None
 ) -> Inputs:
     """The form that a configuration asks for, for rows whose hook points have these statistics, in their order; a
     whitening needs their `covariance` [D, D] too."""
     if config.whiten is None:
-        return (ScaledSides if cfg.sides else Inputs).of(cfg, parts)
+        return scaled_inputs(cfg, parts)
     if covariance is None:
         raise SteersmanError(
             "whitening needs the covariance of the rows: train with train_sae, or give make_inputs one"

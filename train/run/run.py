@@ -38,7 +38,7 @@ from steersman.train.run.batches import split_options, training_batches
 from steersman.train.run.checkpoints import Checkpoints
 from steersman.train.run.covariance import sample_covariance
 from steersman.train.run.initial import InitialSAE
-from steersman.train.run.inputs import Inputs, make_inputs
+from steersman.train.run.inputs import make_inputs, scaled_inputs
 from steersman.train.run.large_rows import largest_ordinary, ordinary_stats, say_large_rows, which_large
 from steersman.train.run.metrics_log import MetricsLogger
 from steersman.train.run.recipe import Recipe, TrainConfig, as_recorded, resolve, tokens_of
@@ -142,8 +142,9 @@ class Run:
             names = [str(side) for side in self.cfg.sides] or [self.cfg.hook_name, self.cfg.hook_name_out]
             for hook, stats in zip(names, parts):
                 say_large_rows(hook, stats, self.config.max_norm_ratio)
-        inputs = Inputs(self.cfg)  # the checkpoint's take its place
-        if not self.checkpoints.steps():
+        if self.checkpoints.steps():
+            inputs = scaled_inputs(self.cfg, parts)  # the checkpoint's take its place
+        else:
             parts = ordinary_stats(self.source, self.config, self.recipe, parts)
             inputs = make_inputs(self.cfg, self.config, parts, self._covariance(parts[0]))
         new = self.config.init is not None and not self.checkpoints.steps()
