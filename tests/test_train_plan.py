@@ -3,10 +3,13 @@
 from typing import Any
 
 import pytest
+import torch
 from support.ranks import run_ranks
 from support.sharded_jobs import bytes_sent
+from support.training import mixture, trainer_of
 
 from steersman.errors import SteersmanError
+from steersman.sae import SAE
 from steersman.train.reports.plan import PlanConfig, plan_run
 
 SHAPE: dict[str, Any] = {"d_in": 96, "d_sae": 512, "k": 8, "batch_size": 512, "store_dtype": "float32"}
@@ -31,6 +34,29 @@ def test_bytes_sent_are_those_of_the_table(ranks: int, latent: int, more: dict[s
     expected = plan_run(config).network_bytes
     for sent in run_ranks(ranks, bytes_sent, config):
         assert sent == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in SAE.architectures.items() if kind.trainable])
+def test_the_weights_and_their_state_are_those_of_a_trainer(name: str) -> None:
+    config = PlanConfig(d_in=16, d_sae=64, k=4, architecture=name)
+    memory, trainer = plan_run(config).memory, trainer_of(config._training())
+    assert memory["weights"] == sum(p.numel() * 4 for p in trainer.sae.parameters())
+    rows = mixture(512)
+    rows = torch.cat([rows, rows[:, :1] > 1], dim=1) if trainer.labelled else rows
+    trainer.fit_encoder_scale(rows)
+    trainer.step(rows)
+    moments = [value for key, value in trainer.updater.state().items() if value.ndim and not key.endswith("n_steps")]
+    assert memory["optimiser state"] == sum(value.numel() * 4 for value in moments)
+
+
+def test_a_transcoders_weights_have_both_widths() -> None:
+    skip = PlanConfig(**{**SHAPE, "d_out": 32, "skip_connection": True})
+    assert plan_run(skip).memory["weights"] == 4 * (512 * (96 + 32 + 1) + 32 + 96 * 32)
+    whitened = plan_run(PlanConfig(**{**SHAPE, "whiten": True}))
+    assert whitened.memory["whitening"] == 4 * 96 * 96
+    plain = plan_run(PlanConfig(**SHAPE))
+    assert whitened.checkpoint - plain.checkpoint == 4 * 96 * 96
+    assert {"whitening"} == whitened.seconds.keys() - plain.seconds.keys()
 
 
 def test_what_does_not_grow_with_latents_is_what_latent_sharding_moves() -> None:
@@ -82,6 +108,8 @@ def test_graphs_keep_the_memory_of_a_step_beside_that_of_a_step() -> None:
             r"\[64, 256\] must rise and end at d_sae = 512",
         ),
         ({"flops": 0.0}, "flops = 0.0 must be above 0"),
+        ({"skip_connection": True}, "skip_connection is a transcoder's: give d_out"),
+        ({"d_out": 8, "whiten": True}, "a transcoder trains without whiten and without the fused update"),
     ],
 )
 def test_what_does_not_fit_is_named(options: dict[str, Any], message: str) -> None:

@@ -1,15 +1,19 @@
 """What a training run needs of a machine: bytes of memory per rank, bytes sent per step, and the time of a step.
 
 The memory and network tables are those of this code, item by item; tests compare the network table with what the
-sockets carry, and `scripts/dev/check_plan.py` compares the memory table with the peak of a process. The time is a
-sum of work divided by rates, with nothing overlapped: an estimate that is too high rather than too low.
+sockets carry, and `scripts/dev/check_plan.py` compares the memory table with the peak of a process. What an
+architecture's parameters are is asked of its SAE, made without memory. The time is a sum of work divided by rates, with
+nothing overlapped: an estimate that is too high rather than too low.
 
-Shape letters: N tokens of a replica's batch, L latents of a rank, D width, K active latents a token, n latent ranks, d
-replicas.
+Shape letters: N tokens of a replica's batch, L latents of a rank, D width of what is read, D_out of what is predicted,
+K active latents a token, n latent ranks, d replicas.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
 
 from steersman.config import check_types
 from steersman.deprecation import renamed_fields
@@ -19,7 +23,7 @@ from steersman.html import card
 from steersman.kernels.torch_ops import BLOCK_BYTES
 from steersman.kernels.update import PART
 from steersman.parallel import Mesh
-from steersman.sae import SAE
+from steersman.sae import SAE, SAEConfig, Side
 from steersman.train.run.recipe import TrainConfig
 
 FP32 = 4
@@ -39,11 +43,17 @@ class PlanConfig:
     """See what a training run needs: memory per rank by item, network per step, and the time of a step."""
 
     d_in: int
-    """Width of the activations."""
+    """Width of the activations; of several hook points that are read side by side the sum."""
     d_sae: int
     """Number of features."""
     k: int
-    """Active features a token."""
+    """Active features a token; of jumprelu the target."""
+    d_out: int | None = None
+    """Width of what a transcoder predicts; None: an SAE."""
+    skip_connection: bool = False
+    """Whether a transcoder has a linear part beside."""
+    whiten: bool = False
+    """Whether rows are whitened."""
     batch_size: int = 4096
     """Rows a step, over all ranks."""
     ranks: int = 1
@@ -88,17 +98,76 @@ class PlanConfig:
             raise SteersmanError(f"model_ranks = {self.model_ranks} must be at least 0")
         if self.k > self.d_sae:
             raise SteersmanError(f"k = {self.k} must be at most d_sae = {self.d_sae}")
+        if self.d_out is None and self.skip_connection:
+            raise SteersmanError("skip_connection is a transcoder's: give d_out")
+        if self.d_out is not None and (self.whiten or self.fused):
+            raise SteersmanError("a transcoder trains without whiten and without the fused update")
         if self.matryoshka_widths:
             self._training()  # which has the rules
 
+    @property
+    def out_width(self) -> int:
+        """Width of what is predicted."""
+        return self.d_in if self.d_out is None else self.d_out
+
+    @cached_property
+    def sizes(self) -> "Sizes":
+        """How many numbers the SAE's tensors have, as it is in training."""
+        training, half = self._training(), self.d_in // 2
+        sides = (Side(hook_name="a", width=half), Side(hook_name="b", width=self.d_in - half))
+        cfg = SAEConfig(
+            d_in=self.d_in,
+            d_sae=self.d_sae,
+            k=training.k,
+            architecture=self.architecture,
+            transcoder=self.d_out is not None,
+            apply_b_dec_to_input=self.d_out is None,
+            d_out=self.d_out,
+            skip_connection=self.skip_connection,
+            group_sizes=training.group_sizes,
+            sides=sides if SAE.architectures[self.architecture].side_by_side else (),
+        )
+        with torch.device("meta"):
+            sae = SAE(cfg)
+            sae.prepare_training(training)
+        return Sizes.of(sae)
+
     def _training(self) -> TrainConfig:
-        widths = self.matryoshka_widths
-        return TrainConfig(d_sae=self.d_sae, k=self.k, architecture=self.architecture, matryoshka_widths=widths)
+        by_target = SAE.architectures[self.architecture].target_l0 == "required"
+        sparsity: dict[str, Any] = {"target_l0": float(self.k)} if by_target else {"k": self.k}
+        sparsity["matryoshka_widths"] = self.matryoshka_widths
+        return TrainConfig(d_sae=self.d_sae, architecture=self.architecture, **sparsity)
 
     @property
     def n_prefixes(self) -> int:
         """Reconstructions of a step: one, or of a Matryoshka SAE one for each nested SAE."""
         return len(self._training().group_sizes) if SAE.architectures[self.architecture].uses_groups else 1
+
+
+class Sizes(NamedTuple):
+    """How many numbers the tensors of an SAE have."""
+
+    a_latent: int
+    """Of the parameters that belong to latents, those of one."""
+    shared: int
+    """Of those that do not."""
+    buffers: int
+    """Of what is not trained, all of it."""
+    largest: int
+    """Of the largest tensor, those of a latent."""
+
+    @classmethod
+    def of(cls, sae: SAE) -> "Sizes":
+        """Those of an SAE, which may be on the meta device."""
+        of_latents = {name: p for name, p in sae.named_parameters() if sae.latent_dim(name) is not None}
+        shared = sum(p.numel() for name, p in sae.named_parameters() if name not in of_latents)
+        d_sae = sae.cfg.d_sae
+        return cls(
+            a_latent=sum(p.numel() for p in of_latents.values()) // d_sae,
+            shared=shared,
+            buffers=sum(value.numel() for value in sae.buffers()),
+            largest=max(p.numel() for p in of_latents.values()) // d_sae,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +230,10 @@ def plan_run(config: PlanConfig) -> RunPlan:
     """
     mesh = Mesh.over(config.ranks, d_sae=config.d_sae, batch_size=config.batch_size, latent=config.latent_shards)
     memory, network = _memory(config, mesh), _network(config, mesh)
-    owned = config.d_sae // mesh.world_size * (2 * config.d_in + 1) * FP32
-    checkpoint = owned * (3 + config.ema) + config.d_sae // mesh.world_size * config.d_in * FP32
+    sizes = config.sizes
+    owned = (config.d_sae // mesh.world_size * sizes.a_latent + sizes.shared) * FP32
+    checkpoint = owned * (3 + config.ema) + config.d_sae // mesh.world_size * sizes.largest * FP32
+    checkpoint += config.d_in**2 * FP32 if config.whiten else 0
     return RunPlan(
         mesh=mesh,
         memory=memory,
@@ -176,10 +247,11 @@ def plan_run(config: PlanConfig) -> RunPlan:
 
 
 def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
-    N, D, L = c.batch_size // mesh.data, c.d_in, c.d_sae // mesh.latent
-    matrix = L * D * FP32
-    held = 2 * matrix + (L + D) * FP32
-    owned = held / mesh.data
+    N, D, D_out, L = c.batch_size // mesh.data, c.d_in, c.out_width, c.d_sae // mesh.latent
+    sizes, transcoder = c.sizes, c.d_out is not None
+    matrix = L * sizes.largest * FP32
+    held = (L * sizes.a_latent + sizes.shared) * FP32
+    owned = (L * sizes.a_latent / mesh.data + sizes.shared) * FP32
     P = min(c.k, L)
     selection = mesh.latent * N * P * (2 * FP32 + 8 + FP32 + 1) if mesh.latent > 1 else 0
     held_throughout = {
@@ -187,7 +259,8 @@ def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
         "weights in bf16": 2 * L * D * 2 if c.fused else 0,
         "optimiser state": 2 * owned,
         "moving average": owned if c.ema else 0,
-        "counters": L * 2 * FP32,
+        "counters": (L * 2 + sizes.buffers) * FP32,
+        "whitening": D * D * FP32 if c.whiten else 0,
         "libraries": _LIBRARIES,
     }
     code = {"code and its order": N * P * (FP32 + 4 + 3 * 8 + 2 * FP32), "selection over ranks": selection}
@@ -195,20 +268,21 @@ def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
     nested = {}
     if c.n_prefixes > 1:  # the residual of each, and their sums in bf16 or, over ranks, what each group adds
         more = 2 if c.fused else FP32 * (mesh.latent > 1)
-        nested = {"residuals of the nested SAEs": c.n_prefixes * N * D * (FP32 + more)}
-    read_ahead = 2 * N * D * _item(c)
+        nested = {"residuals of the nested SAEs": c.n_prefixes * N * D_out * (FP32 + more)}
+    row = D + D_out if transcoder else D
+    read_ahead = 2 * N * row * _item(c)
     moments = [
-        # The encoder: the scaled batch and its centred copy.
+        # The encoder: the scaled batch and its centred copy, or what is predicted.
         {
-            "batch": read_ahead + 2 * N * D * FP32,
+            "batch": read_ahead + N * (D + D_out) * FP32,
             "encoder in bf16": 0 if c.fused else L * D * 2,
             "pre-activations": min(BLOCK_BYTES, N * L * FP32),
             **code,
         },
         # The gradients: the reconstruction and the residual come to the batch.
-        {"gradients": held, "batch": read_ahead + 4 * N * D * FP32, **code, **nested},
+        {"gradients": held, "batch": read_ahead + N * (D + (3 + c.skip_connection) * D_out) * FP32, **code, **nested},
         # The update: one matrix at a time is projected (one process) or received from the replicas.
-        {"gradients": gradients, "update, exchange": matrix, "batch": read_ahead + N * D * FP32, **code},
+        {"gradients": gradients, "update, exchange": matrix, "batch": read_ahead + N * row * FP32, **code},
     ]
     if c.fused:  # the gradients: the residual and the centred batch, in bf16, come to the scaled batch
         moments[1:] = [{"batch": read_ahead + N * D * (FP32 + 2 * 2), **code, **nested}]
@@ -227,18 +301,20 @@ def _network(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
     """Bytes that one rank sends in a step, by ring algorithms: an all-reduce of S bytes over n ranks sends
     2 (n - 1) / n S, an all-gather of S from each rank (n - 1) S, a reduce-scatter of S (n - 1) / n S."""
     n, d = mesh.latent, mesh.data
-    N, D, L = c.batch_size // d, c.d_in, c.d_sae // n
+    N, D, D_out, L = c.batch_size // d, c.d_in, c.out_width, c.d_sae // n
+    sizes = c.sizes
     reduce_n, reduce_d = 2 * (n - 1) / n, 2 * (d - 1) / d
     P = min(c.k, L)
     k_aux = c.k_aux if c.k_aux is not None else max(1, D // 2)
     # The fused update gathers what each PART latents add to it, the others sum it.
     bias = (n - 1) * -(-L // PART) * D * FP32 if c.fused else reduce_n * D * FP32
+    bias = bias if c.d_out is None else 0  # a transcoder's is of its output alone
     items = {
-        "batch": (n - 1) / n * N * D * _item(c),
-        "reconstruction": c.n_prefixes * reduce_n * N * D * FP32,
+        "batch": (n - 1) / n * N * (D if c.d_out is None else D + D_out) * _item(c),
+        "reconstruction": c.n_prefixes * reduce_n * N * D_out * FP32,
         "bias gradient, dead counts": bias + (n - 1) * 2 * 4,
-        "gradients": (d - 1) / d * L * (2 * D + 1) * FP32 + reduce_d * D * FP32,
-        "weights": (d - 1) / d * L * (2 * D + 1) * FP32,
+        "gradients": (d - 1) / d * L * sizes.a_latent * FP32 + reduce_d * sizes.shared * FP32,
+        "weights": (d - 1) / d * L * sizes.a_latent * FP32,
         "silence counters": reduce_d * L,
     }
     kind = SAE.architectures[c.architecture]
@@ -248,19 +324,22 @@ def _network(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
         counts = 2 * 65536 * FP32
         items["selection by counting"] = (reduce_n + reduce_d) * (counts + FP32) + (n - 1) * N * FP32 + (d - 1) * FP32
     if c.dead:
-        items["AuxK reconstruction"] = c.n_prefixes * reduce_n * N * D * FP32
+        items["AuxK reconstruction"] = c.n_prefixes * reduce_n * N * D_out * FP32
         if c.dead > k_aux:
             items["AuxK proposals"] = (n - 1) * N * min(k_aux, -(-c.dead // n)) * FP32
     return {name: size for name, size in items.items() if size}
 
 
 def _seconds(c: PlanConfig, mesh: Mesh, sent: float) -> dict[str, float]:
-    N, D, L = c.batch_size // mesh.data, c.d_in, c.d_sae // mesh.latent
+    N, D, D_out, L = c.batch_size // mesh.data, c.d_in, c.out_width, c.d_sae // mesh.latent
     pairs = N * min(c.k, L) / mesh.latent + N  # active here on average
-    return {
+    linear = 2 * N * D * D if c.whiten else 6 * N * D * D_out if c.skip_connection else 0
+    items = {
         "encode": 2 * N * L * D / c.flops,
-        "decode and gradients": 4 * pairs * D * FP32 / c.memory_bandwidth,
-        "gradients written, projected": 5 * L * D * FP32 / c.memory_bandwidth,
-        "update": _ADAM_BYTES * 2 * L * D / mesh.data / c.memory_bandwidth,
+        "whitening" if c.whiten else "skip connection": linear / c.flops,
+        "decode and gradients": 2 * pairs * (D + D_out) * FP32 / c.memory_bandwidth,
+        "gradients written, projected": 2.5 * L * (D + D_out) * FP32 / c.memory_bandwidth,
+        "update": _ADAM_BYTES * (L * c.sizes.a_latent / mesh.data + c.sizes.shared) / c.memory_bandwidth,
         "network": sent / c.network_bandwidth,
     }
+    return {name: seconds for name, seconds in items.items() if seconds or name == "network"}
