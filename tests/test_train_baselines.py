@@ -95,6 +95,8 @@ def test_a_run_says_its_recipe(sae: SAE) -> None:
         TrainConfig.of_run({"d_sae": 4})
     with pytest.raises(SteersmanError, match="frozen=decoder keeps some: use fused_update=False"):
         replace(CONFIG, frozen="decoder", fused_update=True)
+    with pytest.raises(SteersmanError, match="init begins from an SAE's: use one"):
+        replace(CONFIG, frozen="decoder", init="runs/other")
     record = {**CONFIG.record(), "frozen": "decoder"}
     assert record == replace(CONFIG, frozen="decoder").record(), "a run with frozen weights is another run"
 

@@ -39,8 +39,8 @@ def random_baselines(
 ) -> dict[str, SAE]:
     """Train the baselines of `sae` on `store`, each in its own folder below `out`, or read those that are there.
 
-    Width, k, architecture, rates and seed are those of the run that made `sae`, so that the first weights and the order
-    of rows are the same. Interrupted, the same call goes on.
+    Width, k, architecture, rates and seed are those of the run that made `sae`, so that the order of rows is the same,
+    and so are the first weights, but of a run that began from another SAE. Interrupted, the same call goes on.
 
     Args:
         sae: an SAE that Steersman trained.
@@ -62,7 +62,7 @@ def random_baselines(
             "this SAE records no training, so its recipe cannot be repeated: baselines are trained for SAEs that "
             "Steersman trained"
         )
-    config = replace(TrainConfig.of_run(training), fused_update=None, device=device)
+    config = replace(TrainConfig.of_run(training), fused_update=None, init=None, device=device)
     config = config if tokens is None else replace(config, tokens=tokens)
     source = HookView(store, store.hook_of(sae))
     return {

@@ -184,6 +184,10 @@ class TrainConfig:
                 "use fused_update=False or grad_accumulation=1",
             ),
             (
+                self.frozen is None or self.init is None,
+                f"frozen={self.frozen} keeps weights as they begin at random, and init begins from an SAE's: use one",
+            ),
+            (
                 not self.fused_update or self.frozen is None,
                 f"the fused update moves all weights, and frozen={self.frozen} keeps some: use fused_update=False",
             ),
