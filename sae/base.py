@@ -250,8 +250,13 @@ class SAE(nn.Module):
         able = ", ".join(name for name, kind in SAE.architectures.items() if kind.trainable)
         raise SteersmanError(f"training of {self.cfg.architecture!r} SAEs is not supported; use one of {able}")
 
+    def skip(self, x: Tensor) -> Tensor:
+        """What a skip connection adds to the output for the input x [..., D] as it came: `x W_skip^T` [..., D_out]."""
+        return x.float() @ self.W_skip.float().T
+
     def training_step(self, x: Tensor, target: Tensor, state: TrainingState) -> Step:
-        """The losses of one step: x [N, D] is encoded, target [N, D_out] is what the output is compared with.
+        """The losses of one step: x [N, D] is encoded, target [N, D_out] is what the output is compared with, less what
+        a skip connection adds to it, which has gradients.
 
         Sums over tokens and latents that other ranks may hold go through `self.latents`.
         """
@@ -364,7 +369,7 @@ class SAE(nn.Module):
         y = self._restore(self.decode_sparse(values, indices), form)
         if self.cfg.skip_connection:
             flat = x.flatten(-2) if form.n_heads else x
-            y = y + (flat.to(self.device).float() @ self.W_skip.float().T).reshape(y.shape)
+            y = y + self.skip(flat.to(self.device)).reshape(y.shape)
         return y, SparseCode(values, indices.long())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from steersman.kernels import AuxRows, UpdateState, choose, ops
@@ -52,6 +53,13 @@ class FusedBatch:
         residual = scaled(self.target, self.scale) - latents.sum(part).add_(b_dec)
         dots = code.order.get().value_gradient(residual, W_dec)
         return residual.to(operands), residual.square().sum(dim=1), dots
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32, from operands in fp32 or less."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 class Gradients(NamedTuple):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,19 +10,20 @@ import torch
 from support.ranks import run_ranks
 from support.sharded_jobs import train
 from support.stopping import stopped_before
-from support.training import assert_equal_weights, assert_same_sae, weight_bytes
+from support.training import assert_equal_weights, assert_same_sae, stats_of, weight_bytes
 
 from steersman.errors import SteersmanError
 from steersman.sae import SAE, SAEConfig
-from steersman.train import ActivationStore, HookView, TrainConfig, evaluate_sae, train_sae
+from steersman.train import ActivationStore, HookView, TrainConfig, Trainer, evaluate_sae, resolve, train_sae
 from steersman.train.run.checkpoints import checkpoint_to_sae
+from steersman.train.run.optim import FusedUpdater
 from steersman.train.store.manifest import Manifest
 from steersman.train.store.writer import StoreWriter
 
 IN, OUT = "blocks.0.hook_mlp_in", "blocks.0.hook_mlp_out"
 CONFIG = TrainConfig(
-    d_sae=64, k=4, hook_out=OUT, batch_size=128, tokens=128 * 60, seed=3, device="cpu", checkpoint_every=20,
-    timeout_seconds=20,
+    d_sae=64, k=4, hook_out=OUT, skip_connection=True, batch_size=128, tokens=128 * 60, seed=3, device="cpu",
+    checkpoint_every=20, timeout_seconds=20,
 )  # fmt: skip
 
 
@@ -48,7 +50,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 
 def test_a_transcoder_predicts_the_other_hook_point(store: ActivationStore, tmp_path: Path) -> None:
     """In the units of both, although it was trained on inputs and targets of unit variance."""
-    sae = train_sae(store, replace(CONFIG, tokens=128 * 400), tmp_path / "run")
+    sae = train_sae(store, replace(CONFIG, tokens=128 * 400, skip_connection=False), tmp_path / "run")
     assert (sae.cfg.transcoder, sae.cfg.out_width) == (True, 10)
     assert (sae.cfg.hook_name, sae.cfg.hook_name_out) == (IN, OUT)
     x, y = pairs(2000, seed=1)
@@ -78,7 +80,7 @@ def test_the_skip_connection_has_the_scales_folded_in_too() -> None:
 def test_it_resumes_to_the_same_bytes_and_its_checkpoints_are_transcoders(
     store: ActivationStore, tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, checkpoint_every=30, tokens=128 * 31, decay=0.0, lr=0.0001)
+    config = replace(CONFIG, checkpoint_every=30, tokens=128 * 31, decay=0.0, lr=0.0001, ema=0.5)
     whole = train_sae(store, config, tmp_path / "whole")
     with stopped_before(30):
         train_sae(store, config, tmp_path / "cut")
@@ -88,6 +90,47 @@ def test_it_resumes_to_the_same_bytes_and_its_checkpoints_are_transcoders(
     one_step_before = checkpoint_to_sae(tmp_path / "whole" / "checkpoints" / "step_00000030")(x)
     assert float((one_step_before - whole(x)).norm() / whole(x).norm()) < 0.05
     assert_equal_weights(whole, cut)
+
+
+def transcoder_of(config: TrainConfig, width: int = 16) -> tuple[Trainer, torch.Tensor]:
+    """A trainer of what predicts `width` numbers from 16, and rows of both."""
+    x, y = pairs(4000)
+    y = torch.cat([y, 2 * x[:, :6]], dim=1)[:, :width]
+    cfg = SAEConfig(
+        d_in=16, d_out=width, d_sae=64, k=config.k, architecture=config.architecture, transcoder=True,
+        skip_connection=config.skip_connection, apply_b_dec_to_input=False, options=config.options,
+    )  # fmt: skip
+    trainer = Trainer(config, resolve(config, 16, 4000), [stats_of(x), stats_of(y)], cfg)
+    rows = torch.cat([x, y], dim=1)
+    trainer.fit_encoder_scale(rows[:128])
+    return trainer, rows
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_the_fused_update_trains_it_as_autograd_does(architecture: str) -> None:
+    trained = []
+    for fused in (True, False):
+        config = replace(CONFIG, architecture=architecture, fused_update=fused, dead_after=128 * 4)
+        trainer, rows = transcoder_of(config)
+        for batch in rows.split(128)[:12]:
+            trainer.step(batch)
+        trained.append(trainer)
+    fused, ordinary = trained
+    assert isinstance(fused.updater, FusedUpdater)
+    assert float(ordinary.sums[1]) > 0, "the AuxK loss was never on"
+    torch.testing.assert_close(fused.sums, ordinary.sums, rtol=1e-3, atol=1e-3)
+    assert float(ordinary.sae.W_skip.detach().abs().max()) > 0.05
+    torch.testing.assert_close(fused.sae.W_skip, ordinary.sae.W_skip, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "signum"}, {"state_dtype": "bfloat16"}, {"grad_accumulation": 2}])
+def test_every_updater_moves_the_skip_connection_from_zero(settings: dict[str, Any]) -> None:
+    trainer, rows = transcoder_of(replace(CONFIG, **settings), 10)
+    assert not trainer.sae.W_skip.any()
+    for batch in rows.split(128)[:3]:
+        trainer.step(batch)
+    assert trainer.sae.W_skip.all()
+    assert trainer.read_metrics()["fvu"] < 1
 
 
 @pytest.mark.parametrize("latent", [2, 1], ids=["shards", "replicas"])
@@ -107,11 +150,15 @@ def test_a_source_without_the_other_hook_point_is_refused(store: ActivationStore
         train_sae(HookView(store, OUT), CONFIG, tmp_path / "run")
     with pytest.raises(SteersmanError, match=f"hook_out = {IN} comes before {OUT} in the model"):
         train_sae(HookView(store, OUT), replace(CONFIG, hook_out=IN), tmp_path / "run")
-    with pytest.raises(SteersmanError, match="trains no transcoder: use fused_update=False"):
+    with pytest.raises(
+        SteersmanError, match="this transcoder reads 16 and predicts 10 numbers: use fused_update=False"
+    ):
         train_sae(store, replace(CONFIG, fused_update=True), tmp_path / "run")
+    with pytest.raises(SteersmanError, match="skip_connection is of a transcoder: say what it predicts with hook_out"):
+        replace(CONFIG, hook_out=None)
 
 
 def test_hook_points_side_by_side_are_one_input(store: ActivationStore, tmp_path: Path) -> None:
-    sae = train_sae(HookView(store, [IN, OUT]), replace(CONFIG, hook_out=None), tmp_path / "run")
+    sae = train_sae(HookView(store, [IN, OUT]), replace(CONFIG, hook_out=None, skip_connection=False), tmp_path / "run")
     assert sae.cfg.d_in == 26
     assert not sae.cfg.transcoder

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from steersman.kernels import AuxRows
 from steersman.sae.base import SAE
-from steersman.sae.fused import FusedBatch, Gradients
+from steersman.sae.fused import FusedBatch, Gradients, product
 from steersman.sae.training import AuxTerm, Step, TrainingState
 
 
@@ -116,10 +116,3 @@ def auxk_gradients(
     latents = torch.where(alive, sae.cfg.d_sae, candidates)
     dW_enc = product(d_code.to(centred.dtype).T, centred)
     return error.square().sum(), AuxRows(latents, dW_enc, d_code.sum(dim=0), product(small.T, g))
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in fp32, from operands in fp32 or less."""
-    if a.dtype == torch.float32 or not a.is_cuda:
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)

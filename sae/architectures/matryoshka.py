@@ -31,12 +31,12 @@ from steersman.errors import SteersmanError
 from steersman.kernels import AuxRows
 from steersman.kernels.nested import pair_rows, prefix_errors, prefix_residuals, suffix_sums_
 from steersman.kernels.torch_ops import scaled
-from steersman.sae.architectures.auxk import AuxKSAE, auxk_code, product
+from steersman.sae.architectures.auxk import AuxKSAE, auxk_code
 from steersman.sae.architectures.batch_topk import BatchTopKSAE
 from steersman.sae.architectures.topk import TopKSAE
 from steersman.sae.base import SAE
 from steersman.sae.config import SAEConfig
-from steersman.sae.fused import FusedBatch, Gradients
+from steersman.sae.fused import FusedBatch, Gradients, product
 from steersman.sae.training import AuxTerm, Step, TrainingState
 
 

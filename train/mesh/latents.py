@@ -161,6 +161,13 @@ class WholeSAE:
         return self._group.all_reduce_sum_(part) + self.local.b_dec
 
     @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, SparseCode]:
+        """The reconstruction [N, D_out] of x [N, D] and its code, as `SAE.reconstruct` of the whole gives them."""
+        code = self.encode_sparse(x)
+        y = self.decode_sparse(code.values, code.indices)
+        return y + self.local.skip(x) if self.cfg.skip_connection else y, code
+
+    @torch.no_grad()
     def collect(self, here: bool) -> SAE | None:
         """The whole SAE on the CPU of the rank that says `here`; None on the others."""
         whole, n = SAE(self.cfg) if here else None, self.local.cfg.d_sae

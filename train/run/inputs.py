@@ -30,8 +30,8 @@ class Inputs:
     forms: ClassVar[Registry[type["Inputs"]]] = Registry("form of inputs")
     name: ClassVar[str] = "scaled"
     """What the state of a checkpoint calls the form."""
-    is_scale: ClassVar[bool] = True
-    """Whether what is read is `scale` times a row and nothing else, so that an updater may scale rows as it reads
+    is_scale: bool = True
+    """Whether input and target are `scale` times a row and nothing else, so that an updater may scale rows as it reads
     them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -41,6 +41,8 @@ class Inputs:
     def __init__(self, cfg: SAEConfig, scale: float = 1.0, scale_out: float = 1.0) -> None:
         """`cfg` is that of the whole SAE."""
         self.cfg, self.scale, self.scale_out = cfg, scale, scale_out
+        if cfg.transcoder:
+            self.is_scale = False
 
     @classmethod
     def of(cls, cfg: SAEConfig, parts: Sequence[ActivationStats]) -> "Inputs":

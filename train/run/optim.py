@@ -23,7 +23,7 @@ from steersman.kernels.operands import versions
 from steersman.kernels.update import PART, StepSizes, apply_rule, move_b_dec, update_matrix, update_vector
 from steersman.parallel import Mesh, Ranks
 from steersman.sae import SAE
-from steersman.sae.fused import FusedBatch, Gradients
+from steersman.sae.fused import FusedBatch, Gradients, product
 from steersman.sae.training import Step, TrainingCode, TrainingState
 from steersman.train.run.checkpoints import PARAMETERS, state_key
 from steersman.train.run.frozen import Held
@@ -77,14 +77,17 @@ def make_updater(
         possible = (
             ranks.mesh.data == 1
             and sae.fused
-            and not sae.cfg.transcoder
+            and sae.cfg.out_width == sae.cfg.d_in
             and config.grad_clip is None
             and config.grad_accumulation == 1
             and config.frozen is None
         )
         fused = possible and hasattr(choose(sae.device), "backward_update")
-    if fused and sae.cfg.transcoder:
-        raise SteersmanError("the fused update trains no transcoder: use fused_update=False")
+    if fused and sae.cfg.out_width != sae.cfg.d_in:
+        raise SteersmanError(
+            f"the fused update moves rows of one width, and this transcoder reads {sae.cfg.d_in} and predicts "
+            f"{sae.cfg.out_width} numbers: use fused_update=False"
+        )
     if fused:
         return FusedUpdater(sae, config, ranks, eps)
     if config.optimizer == "adam" and config.state_dtype == "float32":
@@ -130,6 +133,7 @@ class _DenseGradients:
         self.lr = lr
 
     def backward(self, x: Tensor, target: Tensor, n_values: int, state: TrainingState, scale: float = 1.0) -> Step:
+        target = target - self.sae.skip(x) if self.sae.cfg.skip_connection else target
         step = self.sae.training_step(x, target, state)
         (step.loss / n_values).backward()
         return step
@@ -411,12 +415,17 @@ class FusedUpdater(_WithRule):
     @torch.no_grad()
     def backward(self, x: Tensor, target: Tensor, n_values: int, state: TrainingState, scale: float = 1.0) -> Step:
         weights = self.state_of_rule
-        bias = None if self.sae.input_bias is None else weights.b_dec
+        bias, skips = None if self.sae.input_bias is None else weights.b_dec, self.sae.cfg.skip_connection
+        centred = ops.centre(x, scale, bias, self.operands)
+        if skips:  # of a transcoder alone, whose rows come scaled and of whose input nothing is subtracted
+            target = target - product(centred, self.sae.W_skip.T.to(self.operands))
         batch = FusedBatch(
-            x=ops.centre(x, scale, bias, self.operands), target=target, scale=scale, n_values=n_values,
-            weights=weights, state=state,
+            x=centred, target=target, scale=scale, n_values=n_values, weights=weights, state=state
         )  # fmt: skip
         step, gradients = self.sae.fused_gradients(batch)
+        if skips:
+            d_skip = gradients.scale * product(gradients.residual.T, centred)
+            gradients = gradients._replace(further={**gradients.further, "W_skip": d_skip})
         self._taken = batch.x, step.code, gradients
         return step
 

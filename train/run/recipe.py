@@ -53,6 +53,8 @@ class TrainConfig:
     hook_out: str | None = None
     """Hook point of the store that is to be predicted, which makes it a transcoder; None: the activations that are
     read."""
+    skip_connection: bool = False
+    """Whether a transcoder's output also has a linear part, `W_skip x` of the input as it came (arXiv 2501.18823)."""
     tokens: int | None = None
     """Rows to train on, passing over the store as often as that takes; None is one pass."""
     batch_size: int | None = None
@@ -158,6 +160,10 @@ class TrainConfig:
             ),
             *self._checks_of_l0(kind),
             *self._checks_of_widths(kind),
+            (
+                not self.skip_connection or self.hook_out is not None,
+                "skip_connection is of a transcoder: say what it predicts with hook_out",
+            ),
             (self.batch_size is None or self.batch_size >= 1, f"batch_size = {self.batch_size} must be at least 1"),
             (self.tokens is None or self.tokens >= 1, f"tokens = {self.tokens} must be at least 1"),
             (self.lr is None or 0 < self.lr < 1, f"lr = {self.lr} must lie between 0 and 1"),
@@ -316,6 +322,7 @@ _RECORDED_IF_SET = (
     "whiten_shrinkage",
     "init",
     "matryoshka_widths",
+    "skip_connection",
 )
 _UNRECORDED = ("latent_shards", "model_ranks", "timeout_seconds", "extend")
 _NO_IDENTITY = {field.name for field in fields(TrainConfig) if not field.metadata.get("identity", True)}

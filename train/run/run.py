@@ -71,7 +71,13 @@ class Run:
             hook, target = beside.hooks
             config = self.config = replace(config, hook_out=target)
             d_in, d_out = beside.width(hook), beside.width(target)
-            what = {"transcoder": True, "d_out": d_out, "hook_name_out": target, "apply_b_dec_to_input": False}
+            what = {
+                "skip_connection": config.skip_connection,
+                "transcoder": True,
+                "d_out": d_out,
+                "hook_name_out": target,
+                "apply_b_dec_to_input": False,
+            }
         if SAE.architectures[config.architecture].side_by_side:
             what = {"sides": sides_of(source)}
         rows = _rows(source, config)
@@ -216,8 +222,7 @@ class Run:
         for batch in self.source.batches(rows, split="heldout", shuffle=False, **reading):
             both = batch.x.to(self.device)
             x, target = split(both)
-            code = whole.encode_sparse(x)
-            heldout.add(target, whole.decode_sparse(code.values, code.indices), code, which_large(both, limits))
+            heldout.add(target, *whole.reconstruct(x), which_large(both, limits))
         for sums in (heldout.counts, heldout.sum, heldout.scalars, heldout.columns):
             ranks.data.all_reduce_sum_(sums)
         heldout.n_tokens = self._total(heldout.n_tokens)

@@ -122,7 +122,7 @@ class Trainer:
         rows, _ = self.without_labels(self.large_rows.replaced(rows.to(self.device)))
         sae, (x, target) = self.sae, self.scaled(rows)
         sae.begin_training(x, self.config)
-        centred = target - sae.b_dec
+        centred = (target - sae.skip(x) if self.cfg.skip_connection else target) - sae.b_dec
         rebuilt = sae.decode_training(sae.encode_training(x)) - sae.b_dec
         products = torch.stack([(centred * rebuilt).sum(), rebuilt.square().sum()])
         along, squared = self.ranks.data.all_reduce_sum_(products)
