@@ -70,7 +70,8 @@ class FeatureStats:
     n_tokens: int
     """How many tokens these statistics are over."""
     median_norm: float
-    """Median |x| of the activations the SAE was trained on: the unit of `norm_frac` strengths."""
+    """Median |x| of the activations the SAE was trained on (of a transcoder, of those it predicts): the unit of
+    `norm_frac` strengths."""
 
     def __repr__(self) -> str:
         return f"FeatureStats({len(self.max_act)} features over {self.n_tokens:,} tokens)"

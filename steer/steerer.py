@@ -6,7 +6,7 @@ from typing import Any
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.lm.hooks import HookName
-from steersman.lm.origin import check_sae_fits
+from steersman.lm.origin import written_at
 from steersman.lm.tokens import Prompt
 from steersman.sae import SAE
 from steersman.steer.edit_report import EditReport, Meter
@@ -103,11 +103,15 @@ class Steerer:
         as for `edit`. `hook` is needed only for an SAE that records none. `measure` also encodes each steered state
         before and after the edit, for `report()`.
 
+        A transcoder's features are edited where it writes (`hook_name_out`), by the code of what the same pass has
+        where it reads. What its prediction leaves over stays as it is.
+
         Raises SteersmanError for a feature id out of range, a dead feature in `max_act` units, an SAE without the
         statistics its units need, and an SAE of another model, hook point or width.
         """
-        sae.check_residual("steering")
-        where = check_sae_fits(self.lm, sae, hook)
+        where = written_at(self.lm, sae, hook)
+        if measure:
+            sae.check_residual("measure=True encodes the edited states, which")
         edit = FeatureEdit(sae, features, mode=mode, units=units, threshold=threshold)
         where_of = {"scope": scope, "include_bos": include_bos, "measure": measure}
         return self.edit(where, edit, gate=gate, schedule=schedule, **where_of)

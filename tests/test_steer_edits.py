@@ -253,9 +253,6 @@ def test_directions_of_a_normalised_sae_have_the_scale_of_the_token(
 
 
 def test_what_cannot_steer_says_so(lm: LanguageModel) -> None:
-    transcoder = make_sae("relu", d_in=D, transcoder=True, hook_name="blocks.1.hook_mlp_in", hook_name_out=HOOK)
-    with pytest.raises(SteersmanError, match="steering needs an SAE that writes where it reads; this is a transcoder"):
-        Steerer(lm).features(transcoder, {0: 1.0})
     mask = make_sae("relu", d_in=2, hook_name="blocks.1.hook_attn_mask")
     with pytest.raises(SteersmanError, match="blocks.1.hook_attn_mask holds no hidden states"):
         Steerer(lm).features(mask, {0: 1.0})

@@ -17,7 +17,7 @@ T generated steps (1 for all), M directions, n steered tokens.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -26,7 +26,18 @@ from torch import Tensor
 from steersman.errors import SteersmanError
 from steersman.lm import ForwardPass, HookPoint, LanguageModel
 from steersman.lm.origin import check_fits
-from steersman.steer.edits.base import Edit, Map, PerRow, Saved, blend, common_rows, packed, per_row, unpacked
+from steersman.steer.edits.base import (
+    Edit,
+    HookReader,
+    Map,
+    PerRow,
+    Saved,
+    blend,
+    common_rows,
+    packed,
+    per_row,
+    unpacked,
+)
 from steersman.steer.edits.gates import Gate, GatedEdit
 from steersman.steer.edits.reads import READS, Linear, Projection, Read, ReadLike, as_read
 from steersman.steer.edits.rules import Rule, rotated, rule_named
@@ -60,6 +71,8 @@ class DirectionEdit(Edit):
     """
 
     name = "direction"
+    read_at: str = ""
+    """The hook point whose states are read, where that is not the edited one: the pass comes to it before."""
     _value_is = "value"  # what its strengths are called in messages
 
     def __init__(
@@ -189,8 +202,27 @@ class DirectionEdit(Edit):
         weight = weight if share is None else weight * share.to(weight.device)
         if self.keep_norm:
             return self._renormed(wide, weight, row, step, fwd).to(x.dtype)
-        delta = self._delta(wide.float().to(self.write.device), weight, row, step, fwd).to(x.device)
+        read = self._read_states(wide, chosen, fwd).float().to(self.write.device)
+        delta = self._delta(read, weight, row, step, fwd).to(x.device)
         return (wide + delta).to(x.dtype)
+
+    def readers(self, lm: LanguageModel, point: HookPoint) -> Mapping[str, HookReader]:
+        return {lm.resolve_hook(self.read_at): self._look} if self.read_at else {}
+
+    def _look(self, h: Tensor, fwd: ForwardPass) -> None:
+        fwd.memo.setdefault(self, h)
+
+    def _read_states(self, x: Tensor, chosen: Tensor | None, fwd: ForwardPass) -> Tensor:
+        """[n, D]: what is read of the tokens whose states at the edited hook point are x."""
+        if not self.read_at:
+            return x
+        seen = fwd.memo.get(self)
+        if seen is None:
+            raise SteersmanError(
+                f"this edit reads {self.read_at}: open it with a Steerer, which shows it what is there"
+            )
+        flat = seen.reshape(-1, seen.shape[-1])
+        return flat if chosen is None else flat[chosen.to(flat.device)]
 
     def per_token(self, table: Tensor, fwd: ForwardPass, row: Tensor | None) -> Tensor:
         """A table [R, ...] as [n, ...] (or [1, ...]), for tokens in the rows `row` [n] of the pass."""
@@ -215,7 +247,7 @@ class DirectionEdit(Edit):
         return row if index is None else index[row.to(index.device)]
 
     def _delta(self, x: Tensor, weight: Tensor, row: Tensor | None, step: Tensor | None, fwd: ForwardPass) -> Tensor:
-        """The sum over directions of coefficient times direction, [n, D] fp32."""
+        """The sum over directions of coefficient times direction, [n, D] fp32, by what is read, x."""
         s = self._strength(fwd, row, step)
         rho = self.read.values(x, self._own_rows(fwd, row)) if self._rule.reads else s
         if self.rule == "rotate":

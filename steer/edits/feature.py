@@ -14,7 +14,10 @@ With f_j the SAE's encoder and d_j row j of its decoder, fp32 throughout:
 | `set_if_below` | h + (c - f_j(h)) d_j where f_j(h) < m |
 | `project_out` | h - s (h . d_j) d_j / |d_j|^2; s = 1 removes the direction |
 
-None decodes the whole code, so each keeps the SAE's error term. For an SAE that normalises its input, d_j stands for
+Of a transcoder h is what stands where it writes, and f_j is of what the same pass had where it reads.
+
+None decodes the whole code, so each keeps the error term: what the SAE's reconstruction, or the transcoder's
+prediction, leaves over. For an SAE that normalises its input, d_j stands for
 the decoder row times the token's scale, which is what a unit of activation is worth there (not in `project_out`).
 Several features are edited at once, all from the same h. For `project_out` the coefficients are then
 those of the least-squares fit of h on the chosen directions, so that s = 1 removes their whole span even where they
@@ -33,6 +36,7 @@ from torch import Tensor
 from steersman.doors import number, whole_number
 from steersman.errors import SteersmanError
 from steersman.lm import HookPoint, LanguageModel
+from steersman.lm.origin import written_at
 from steersman.sae import SAE
 from steersman.steer.edits.base import PerRow, Saved, per_row, unpacked
 from steersman.steer.edits.direction import DirectionEdit, thresholds_of
@@ -91,7 +95,7 @@ def strength_unit(sae: SAE, feature: int, mode: str, units: str) -> float:
                 f"feature {feature} {cause}, so it has no max_act: choose another feature or use units='raw'"
             )
         return largest
-    if sae.cfg.input_norm != "none":
+    if sae.cfg.input_norm != "none" and not sae.cfg.transcoder:
         raise SteersmanError(
             "units='norm_frac' need directions of one length, and this SAE scales them per token "
             f"({sae.cfg.input_norm}): use units='raw' or 'max_act'"
@@ -151,11 +155,13 @@ class FeatureEdit(DirectionEdit):
     def _build(self, read: Feature, amount: Tensor, asked: Tensor, limits: Tensor, gate: Tensor) -> None:
         self.given: Read = read
         self.sae, self.ids, self.amount, self.asked = read.sae, read.ids, amount, asked
-        directions = read.directions()
+        directions = self.sae.W_dec[self.ids].detach().float()[None]
         reads: Read = read
         if self.mode == "project_out":
             reads = Linear(_dual(directions[0], asked & (amount != 0)))
         self._set(reads, directions, rule_named(self.rule), amount[:, None], limits)
+        if self.sae.cfg.transcoder and reads is read and self._rule.reads:
+            self.read_at = self.sae.cfg.hook_name
         self.on = asked & self.on
         self._open_gate(gate)
 
@@ -174,7 +180,10 @@ class FeatureEdit(DirectionEdit):
     def check(self, lm: LanguageModel, point: HookPoint) -> None:
         if not point.holds_states:
             raise SteersmanError(f"{point.name} holds no hidden states: no SAE's features can be edited there")
-        super().check(lm, point)
+        if not self.sae.cfg.transcoder:
+            super().check(lm, point)
+        else:
+            written_at(lm, self.sae, point.name)
 
 
 def _dual(directions: Tensor, on: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ class Feature(Read):
         self.sae = sae
         self.ids = torch.tensor(ids, device=sae.W_dec.device)
         self.size = len(ids)
-        self.scales = sae.cfg.input_norm != "none"
+        self.scales = sae.cfg.input_norm != "none" and not sae.cfg.transcoder
         self.origin = Origin.of_sae(sae)
 
     def values(self, x: Tensor, row: Tensor | None = None) -> Tensor:
@@ -195,7 +195,7 @@ class Feature(Read):
         return self.sae.W_dec[self.ids].detach().float()[None]
 
     def scale(self, x: Tensor) -> Tensor | None:
-        scale = self.sae.token_scale(x.to(self.ids.device))
+        scale = self.sae.token_scale(x.to(self.ids.device)) if self.scales else None
         return None if scale is None else scale.to(x.device)
 
     def saved(self) -> Saved:

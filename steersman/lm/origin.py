@@ -8,7 +8,7 @@ import re
 from typing import Any, NamedTuple, Protocol, Self
 
 from steersman.errors import SteersmanError
-from steersman.lm.hooks import KINDS, HookName, layer_number
+from steersman.lm.hooks import KINDS, HookName, HookPoint, layer_number
 
 
 class HookedModel(Protocol):
@@ -22,6 +22,10 @@ class HookedModel(Protocol):
 
     def hook_width(self, name: HookName) -> int:
         """The width of the states there."""
+        ...
+
+    def hook_point(self, name: HookName) -> HookPoint:
+        """The hook point itself; they compare by when the pass comes to them."""
         ...
 
 
@@ -134,6 +138,31 @@ def check_sae_fits(lm: HookedModel, sae: Any, hook: HookName | None = None) -> s
     """`check_fits` of an `SAE`: the hook point of `lm` that it reads, `hook` where it records none."""
     sae.cfg.check_one_hook("use with a model")
     return check_fits(lm, what="this SAE", **Origin.of_sae(sae)._asdict(), hook=hook)
+
+
+def written_at(lm: HookedModel, sae: Any, hook: HookName | None = None) -> str:
+    """The hook point of `lm` that an `SAE` writes: that which it reads or, of a transcoder, its `hook_name_out`; `hook`
+    where it records none.
+
+    Raises SteersmanError for one of another model, hook point or width, and for a transcoder that writes what the pass
+    comes to before what it reads.
+    """
+    cfg = sae.cfg
+    if not cfg.transcoder:
+        return check_sae_fits(lm, sae, hook)
+    read, write = (
+        check_fits(lm, what=what, model_name=cfg.model_name, hook_name=name, width=width, hook=at)
+        for what, name, width, at in (
+            ("this transcoder", cfg.hook_name, cfg.d_in, None),
+            ("what this transcoder writes", cfg.hook_name_out, cfg.out_width, hook),
+        )
+    )
+    if not lm.hook_point(read) < lm.hook_point(write):
+        raise SteersmanError(
+            f"this transcoder reads {read} and writes {write}, which the pass does not come to later: its features "
+            "cannot be edited there"
+        )
+    return write
 
 
 def check_same_origin(what: str, a: Origin, other: str, b: Origin) -> None:

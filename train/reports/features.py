@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from steersman.files import write_json
 from steersman.html import card
 from steersman.lm import LanguageModel
 from steersman.lm.lens import logit_lens
-from steersman.lm.origin import check_sae_fits
+from steersman.lm.origin import canonical_hook, check_sae_fits
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.sae.base import FeatureStats
@@ -109,7 +109,13 @@ def read_features(sae: SAE, store: ActivationStore, details: Details | None = No
     hook = store.hook_of(sae)
     rows = (Rows(batch.x, batch.rows) for batch in every_row(store, hook, "features"))
     stats = store.stats(hook)
-    return summarize_rows(sae, rows, stats.median_norm, N_EXAMPLES, stats.large_norm, details)
+    summary = summarize_rows(sae, rows, stats.median_norm, N_EXAMPLES, stats.large_norm, details)
+    if not sae.cfg.transcoder:
+        return summary
+    written = canonical_hook(sae.cfg.hook_name_out)  # the unit of strengths is that of what it writes
+    known = sae.feature_stats.median_norm if sae.feature_stats is not None else 0.0
+    known = store.stats(written).median_norm if written in store.hook_names else known
+    return replace(summary, stats=replace(summary.stats, median_norm=known))
 
 
 def described(

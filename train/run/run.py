@@ -246,7 +246,7 @@ class Run:
         def save() -> None:
             if sae is not None:
                 result = heldout.result()
-                median_norm = self.source.stats().median_norm if cfg.sides else parts[0].median_norm
+                median_norm = self.source.stats().median_norm if cfg.sides else parts[-1].median_norm
                 sae.feature_stats = features.stats(median_norm)
                 sae.cfg.metadata["heldout"] = result.record()
                 if cfg.sides:
