@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.helpers import make_sae
 from support.ranks import run_ranks
 from support.sharded_jobs import train
 from support.stopping import stopped_before
 from support.training import assert_equal_weights, assert_same_sae, stats_of, weight_bytes
 
 from steersman.errors import SteersmanError
+from steersman.lm import LanguageModel
 from steersman.sae import SAE, SAEConfig
 from steersman.train import ActivationStore, HookView, TrainConfig, Trainer, evaluate_sae, resolve, train_sae
+from steersman.train.reports.evaluate import spliced_loss
 from steersman.train.run.checkpoints import checkpoint_to_sae
 from steersman.train.run.optim import FusedUpdater
 from steersman.train.store.manifest import Manifest
@@ -65,6 +68,21 @@ def test_a_transcoder_is_measured_on_what_it_predicts(store: ActivationStore, tm
     sae = train_sae(store, CONFIG, tmp_path / "run")
     found, recorded = evaluate_sae(sae, store).reconstruction.record(), sae.cfg.metadata["heldout"]
     assert found == {name: pytest.approx(value, rel=1e-4) for name, value in recorded.items()}
+
+
+def test_the_models_loss_is_measured_with_the_prediction_where_it_writes(lm: LanguageModel) -> None:
+    places: dict[str, Any] = {"hook_name": "blocks.1.hook_mlp_in", "hook_name_out": "blocks.1.hook_mlp_out"}
+    sae = make_sae("topk", d_in=16, transcoder=True, skip_connection=True, **places)
+    batch = lm.encode(["w5 w6 w7 w8 w9"])
+    clean = lm.capture(batch.input_ids, hooks=list(places.values()))
+    predicted = sae(clean[places["hook_name"]])
+    predicted[:, 0] = clean[places["hook_name_out"]][:, 0]  # the BOS stays
+    with lm.edit(places["hook_name_out"], lambda h, fwd: predicted):
+        logits = lm.logits(batch.input_ids, batch.attention_mask)
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], batch.input_ids[0, 1:])
+    found = spliced_loss(sae, lm, ["w5 w6 w7 w8 w9"], torch.zeros(16))
+    assert found.ce_with_sae == pytest.approx(float(expected), rel=1e-5)
+    assert found.ce_with_sae != pytest.approx(found.ce_clean, rel=1e-3)
 
 
 def test_the_skip_connection_has_the_scales_folded_in_too() -> None:

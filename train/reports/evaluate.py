@@ -1,8 +1,8 @@
 """`steersman eval`: how well an SAE rebuilds activations, and what its reconstruction does to the model.
 
-With a model, the residual stream at the hook point is replaced by the SAE's reconstruction and the next-token loss is
-compared with the unchanged model's and with that of the stream set to its mean (SAEBench's core metrics,
-arXiv 2503.09532). BOS and padding are left as they are, as caching leaves them out.
+With a model, the residual stream at the hook point (of a transcoder, what is where it writes) is replaced by the SAE's
+reconstruction and the next-token loss is compared with the unchanged model's and with that of the stream set to its
+mean (SAEBench's core metrics, arXiv 2503.09532). BOS and padding are left as they are, as caching leaves them out.
 
 How alike features are to one another, which fire on many tokens, and how well rows of rare tokens are rebuilt stand
 beside it, since a good reconstruction alone says little (`docs/concepts/judging-saes.md`).
@@ -11,6 +11,7 @@ Shape letters: B rows, S positions, D width, V vocabulary.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from steersman.config import check_types, merged
 from steersman.errors import SteersmanError
 from steersman.html import card
 from steersman.lm import LanguageModel, TokenBatch
-from steersman.lm.origin import canonical_hook, check_sae_fits
+from steersman.lm.origin import canonical_hook, written_at
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.sae.metrics import DENSE, GroupedSums, Reconstruction, ReconstructionSums, defined, large_rows
@@ -238,9 +239,9 @@ def evaluate_sae(
             sae,
             lm,
             texts,
-            store.stats(hook).mean,
+            store.stats(hooks[-1]).mean,
             config.batch_size,
-            hook,
+            hooks[-1],
             max_tokens=config.model_tokens,
             context_length=length if isinstance(length, int) else None,
         )
@@ -294,8 +295,6 @@ def _read_and_wanted(
 
 def no_loss(sae: SAE, lm: LanguageModel) -> str:
     """Why there is no next-token loss to measure; nothing where there is one."""
-    if sae.cfg.transcoder:
-        return "a transcoder's reconstruction is of another hook point than it reads"
     if not lm.can_generate:
         return f"{lm.name} is an encoder, which sees the next token and does not predict it"
     return ""
@@ -313,18 +312,25 @@ def spliced_loss(
     max_tokens: int | None = None,
     context_length: int | None = None,
 ) -> SplicedLoss:
-    """The model's loss on `texts` with the stream as it is, rebuilt by `sae`, and set to `mean` [D].
+    """The model's loss on `texts` with the stream as it is, rebuilt by `sae`, and set to `mean` [D]. A transcoder's
+    prediction takes the place of what stands where it writes, such as an MLP's output.
 
-    `hook` is needed only for an SAE that records no hook point. Each text is cut to `context_length` tokens or the
-    model's own limit; no further text is read once they have `max_tokens` tokens.
+    `hook`, where the SAE writes, is needed only for one that records no hook point. Each text is cut to
+    `context_length` tokens or the model's own limit; no further text is read once they have `max_tokens` tokens.
     """
-    hook = check_sae_fits(lm, sae, hook)
+    hook = written_at(lm, sae, hook)
+    read_at = lm.resolve_hook(sae.cfg.hook_name) if sae.cfg.transcoder else hook
     if obstacle := no_loss(sae, lm):
         raise SteersmanError(obstacle)
     length = min((n for n in (context_length, lm.context_length) if n is not None), default=None)
 
+    def look(h: Tensor, fwd: Any) -> Tensor:
+        fwd.memo[sae] = h
+        return h
+
     def rebuilt(h: Tensor, fwd: Any) -> Tensor:
-        return torch.where(editable(fwd), sae(h.float()).to(h), h)
+        read = h if read_at == hook else fwd.memo[sae]
+        return torch.where(editable(fwd), sae(read.float()).to(h), h)
 
     def flattened(h: Tensor, fwd: Any) -> Tensor:
         return torch.where(editable(fwd), mean.to(h), h)
@@ -343,7 +349,10 @@ def spliced_loss(
         losses = [F.nll_loss(clean, target, reduction="sum")]
         divergence = torch.zeros((), device=lm.device)
         for replace in (rebuilt, flattened):
-            with lm.edit(hook, replace):
+            with ExitStack() as edits:
+                if read_at != hook:
+                    edits.enter_context(lm.edit(read_at, look))
+                edits.enter_context(lm.edit(hook, replace))
                 logits = lm.logits(batch.input_ids, batch.attention_mask)[:, :-1][predicted].float().log_softmax(-1)
             losses.append(F.nll_loss(logits, target, reduction="sum"))
             if replace is rebuilt:
