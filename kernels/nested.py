@@ -104,10 +104,10 @@ class _PrefixErrors(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec, ends = ctx.saved_tensors
         table = suffix_sums_(ctx.residuals, -2 * grad_outputs[1])
-        db_dec = table[0].sum(dim=0)
+        db_dec, d_target = table[0].sum(dim=0), -table[0] if ctx.needs_input_grad[3] else None
         order, table = ctx.order.get().reading(pair_rows(ctx.order.indices, ends)), table.flatten(0, 1)
         ctx.residuals = None  # they are the table now
-        return order.value_gradient(table, W_dec), order.scatter_rows(values, table), db_dec, *(None,) * 4
+        return order.value_gradient(table, W_dec), order.scatter_rows(values, table), db_dec, d_target, *(None,) * 3
 
 
 def prefix_errors(
@@ -119,7 +119,7 @@ def prefix_errors(
     ends: Tensor,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Differentiable `prefix_residuals`: the errors have gradients, once, to the values, W_dec and b_dec; the residuals
-    have none, and are used up by the backward pass."""
+    """Differentiable `prefix_residuals`: the errors have gradients, once, to the values, W_dec, b_dec and the target;
+    the residuals have none, and are used up by the backward pass."""
     found: Any = _PrefixErrors.apply(values, W_dec, b_dec, target, order, ends, total)
     return found

@@ -16,6 +16,7 @@ from support.training import assert_equal_weights, assert_same_sae, stats_of, we
 from steersman.errors import SteersmanError
 from steersman.lm import LanguageModel
 from steersman.sae import SAE, SAEConfig
+from steersman.sae.training import TrainingState
 from steersman.train import ActivationStore, HookView, TrainConfig, Trainer, evaluate_sae, resolve, train_sae
 from steersman.train.reports.evaluate import spliced_loss
 from steersman.train.run.checkpoints import checkpoint_to_sae
@@ -117,6 +118,7 @@ def transcoder_of(config: TrainConfig, width: int = 16) -> tuple[Trainer, torch.
     cfg = SAEConfig(
         d_in=16, d_out=width, d_sae=64, k=config.k, architecture=config.architecture, transcoder=True,
         skip_connection=config.skip_connection, apply_b_dec_to_input=False, options=config.options,
+        group_sizes=config.group_sizes,
     )  # fmt: skip
     trainer = Trainer(config, resolve(config, 16, 4000), [stats_of(x), stats_of(y)], cfg)
     rows = torch.cat([x, y], dim=1)
@@ -124,7 +126,39 @@ def transcoder_of(config: TrainConfig, width: int = 16) -> tuple[Trainer, torch.
     return trainer, rows
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+FORMS = sorted(
+    name for name, kind in SAE.architectures.items()
+    if kind.trainable and not kind.supervised and not kind.side_by_side and kind.__module__.startswith("steersman")
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", FORMS)
+def test_every_form_gives_the_skip_connection_the_gradient_of_its_losses(architecture: str) -> None:
+    """Losses are quadratic in it, so differences around a point give the gradient."""
+    kind = SAE.architectures[architecture]
+    config = replace(
+        CONFIG, architecture=architecture, k=4 if kind.uses_k else 0, target_l0=4.0 if kind.target_l0 else None
+    )
+    trainer, rows = transcoder_of(config)
+    torch.nn.init.normal_(trainer.sae.W_skip, std=0.1)
+    x, target = trainer.scaled(rows[:64])
+    state = TrainingState(config=config)
+
+    def losses() -> torch.Tensor:
+        step = trainer.updater.backward(x, target, 1, state)
+        return step.loss.detach().double()
+
+    losses()
+    gradient = trainer.sae.W_skip.grad
+    assert gradient is not None
+    found, moved = gradient.clone(), torch.zeros_like(gradient).uniform_(-0.1, 0.1)
+    trainer.sae.W_skip.data += moved
+    above = losses()
+    trainer.sae.W_skip.data -= 2 * moved
+    assert float((above - losses()) / 2) == pytest.approx(float((found * moved).sum()), rel=1e-2, abs=0.2)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
 def test_the_fused_update_trains_it_as_autograd_does(architecture: str) -> None:
     trained = []
     for fused in (True, False):

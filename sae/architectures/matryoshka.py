@@ -156,6 +156,8 @@ class NestedSAE(AuxKSAE):
         sae = SAE(cfg)
         sae.W_enc, sae.W_dec = nn.Parameter(self.W_enc[:, :width]), nn.Parameter(self.W_dec[:width])
         sae.b_enc, sae.b_dec = nn.Parameter(self.b_enc[:width]), self.b_dec
+        if self.cfg.skip_connection:
+            sae.W_skip = self.W_skip
         for name, buffer in self.named_buffers():
             setattr(sae, name, buffer)
         return sae

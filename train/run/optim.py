@@ -424,7 +424,7 @@ class FusedUpdater(_WithRule):
         )  # fmt: skip
         step, gradients = self.sae.fused_gradients(batch)
         if skips:
-            d_skip = gradients.scale * product(gradients.residual.T, centred)
+            d_skip = gradients.scale * product(gradients.residual[: len(centred)].T, centred)
             gradients = gradients._replace(further={**gradients.further, "W_skip": d_skip})
         self._taken = batch.x, step.code, gradients
         return step
