@@ -24,14 +24,16 @@ CONFIG = TrainConfig(
 KINDS = ["matryoshka", "matryoshka_topk"]
 
 
-def dense_losses(sae: NestedSAE, x: Tensor, widths: tuple[int, ...], aux: AuxTerm | None) -> dict[str, Tensor]:
+def dense_losses(
+    sae: NestedSAE, x: Tensor, target: Tensor, widths: tuple[int, ...], aux: AuxTerm | None
+) -> dict[str, Tensor]:
     """The definition, with every prefix decoded from a dense code and every dead latent's activation in full."""
     Z = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
     with torch.no_grad():
         code = sae.encode_training(x)
         chosen = torch.zeros_like(Z).scatter_add_(1, code.order.indices.long(), code.active.float()) > 0
     f = torch.where(chosen, Z, torch.zeros_like(Z))
-    residuals = [x - f[:, :m] @ sae.W_dec[:m] - sae.b_dec for m in widths]
+    residuals = [target - f[:, :m] @ sae.W_dec[:m] - sae.b_dec for m in widths]
     errors = [residual.square().sum() for residual in residuals]
     losses = {"squared_error": errors[-1], "nested": torch.stack(errors[:-1]).sum()}
     if aux is not None:
@@ -75,13 +77,14 @@ def test_losses_and_gradients_are_those_of_the_definition(kind: str, aux_k: int,
     widths = sae.prefixes(state)
     assert widths[-1] == 64
     assert len(widths) == (drawn or 4)
-    step, want = sae.training_step(x, x, state), dense_losses(sae, x, widths, state.aux)
+    target = (x + 0.1).requires_grad_()  # as where a skip connection has its part of it
+    step, want = sae.training_step(x, target, state), dense_losses(sae, x, target, widths, state.aux)
     assert step.losses.keys() == want.keys()
     for name, loss in want.items():
         torch.testing.assert_close(step.losses[name], loss, rtol=1e-5, atol=1e-4)
     weights = torch.rand(len(want), generator=torch.Generator().manual_seed(0))  # each loss for itself
     found, expected = (
-        torch.autograd.grad((torch.stack(list(losses.values())) * weights).sum(), list(sae.parameters()))
+        torch.autograd.grad((torch.stack(list(losses.values())) * weights).sum(), [*sae.parameters(), target])
         for losses in (step.losses, want)
     )
     for mine, grad in zip(found, expected):

@@ -8,11 +8,12 @@ import pytest
 import sae_lens
 import torch
 from sae_lens.registry import get_sae_class, get_sae_training_class
+from sae_lens.saes.sae import TrainStepInput
 from sae_lens.synthetic.evals import mean_correlation_coefficient
 from safetensors.torch import save_file
 from support.helpers import make_sae
 
-from steersman.sae import SAE, SAEConfig, compare_saes
+from steersman.sae import SAE, SAEConfig, TrainingState, compare_saes
 
 D, L, K, D_OUT = 12, 48, 6, 10
 
@@ -142,6 +143,31 @@ def test_matryoshka_groups_survive(tmp_path: Path) -> None:
     assert SAE.load(tmp_path).cfg.group_sizes == (8, 16, 24)
 
 
+def test_a_matryoshka_step_loses_what_it_loses_in_saelens() -> None:
+    """The sum over the nested SAEs, a mean over tokens; and the same gradients."""
+    peer = training("matryoshka_batchtopk", k=K, matryoshka_widths=[8, 24, 48])
+    sae = SAE(SAEConfig(d_in=D, d_sae=L, k=K, architecture="matryoshka", group_sizes=(8, 16, 24)))
+    with torch.no_grad():
+        sae.normalize_decoder()
+        for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+            getattr(peer, name).copy_(getattr(sae, name))
+        peer.b_dec += 0.1
+        sae.b_dec += 0.1
+    x = torch.randn(100, D, generator=generator())
+    theirs = peer.training_forward_pass(
+        TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False)
+    )
+    step = sae.training_step(x, x, TrainingState())
+    inner = sum(value for name, value in theirs.losses.items() if name.startswith("inner_mse_loss"))
+    torch.testing.assert_close(step.losses["squared_error"] / 100, theirs.losses["mse_loss"])
+    torch.testing.assert_close(step.losses["nested"] / 100, inner)
+    names = ("W_enc", "W_dec", "b_enc", "b_dec")
+    found = torch.autograd.grad(step.loss / 100, [getattr(sae, name) for name in names])
+    want = torch.autograd.grad(theirs.loss, [getattr(peer, name) for name in names])
+    for name, mine, other in zip(names, found, want):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5, msg=lambda m, at=name: f"{at} {m}")
+
+
 OLD = [
     ("standard", {}),
     ("standard", {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}),
@@ -181,6 +207,7 @@ OURS = [
     ("relu", {}),
     ("gated", {}),
     ("matryoshka", {}),
+    ("matryoshka_topk", {}),
     ("relu", {"transcoder": True, "d_out": D_OUT}),
     ("relu", {"transcoder": True, "d_out": D_OUT, "skip_connection": True}),
     ("jumprelu", {"transcoder": True}),

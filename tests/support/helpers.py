@@ -13,7 +13,7 @@ def make_sae(architecture: str = "topk", d_in: int = 8, d_sae: int = 64, k: int 
     g = torch.Generator().manual_seed(0)
     k = 4 if architecture == "groupmax" and d_sae % k else k
     options |= {"architecture": architecture, "k": k if SAE.architectures[architecture].uses_k else 0}
-    if architecture == "matryoshka":
+    if SAE.architectures[architecture].uses_groups:
         options.setdefault("group_sizes", (d_sae // 4, d_sae - d_sae // 4))
     if options.get("transcoder"):
         options.setdefault("apply_b_dec_to_input", False)
