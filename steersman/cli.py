@@ -67,6 +67,9 @@ COMMANDS: dict[str, Command] = {
         resumes=True,
         writes={"out": "file", "baselines": "folder"},
     ),
+    "crosscoder": Command(
+        "steersman.commands.crosscoder:run", "see what a crosscoder's hook points or models share", writes=FILE
+    ),
     "features": Command(
         "steersman.commands.features:run",
         "see what each feature fires on and writes; or a site of them",

@@ -17,6 +17,7 @@ NEEDS = {
     "train": ["--store", "s", "--d-sae", "8", "--k", "2"],
     "sweep": ["--store", "s", "--d-sae", "8", "--k", "2"],
     "eval": ["--sae", "a", "--store", "s"],
+    "crosscoder": ["a"],
     "features": ["--sae", "a", "--store", "s", "--model", "m"],
     "compare": ["a", "b"],
     "label": ["--sae", "a", "--model", "m"],

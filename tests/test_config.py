@@ -36,6 +36,7 @@ from steersman.steer import (
 from steersman.train import (
     CacheConfig,
     CaptureConfig,
+    CrosscoderConfig,
     EvaluateConfig,
     FeaturesConfig,
     PlanConfig,
@@ -119,6 +120,7 @@ CONFIGS: dict[type[Any], dict[str, Any]] = {
     StreamConfig: {"hook": "h"},
     PlanConfig: {"d_in": 8, "d_sae": 64, "k": 2},
     EvaluateConfig: {},
+    CrosscoderConfig: {},
     FeaturesConfig: {},
     EffectsConfig: {},
     EvaluationConfig: {},

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,19 @@ from support.training import HOOK, weight_bytes
 from steersman.errors import SteersmanError
 from steersman.sae import SAE, CrosscoderSAE, SAEConfig, Side
 from steersman.steer import SteeringVector
-from steersman.train import ActivationStore, HookView, SideBySide, TrainConfig, train_sae
+from steersman.train import (
+    ActivationStore,
+    CrosscoderConfig,
+    CrosscoderReport,
+    HookView,
+    SideBySide,
+    TrainConfig,
+    crosscoder_report,
+    train_sae,
+)
+from steersman.train.reports.crosscoder import latent_scaling
 from steersman.train.run.checkpoints import checkpoint_to_sae
+from steersman.train.store.side_by_side import open_sides
 
 HALF = 16
 """Features that both have, that A alone has, that B alone has."""
@@ -183,6 +195,41 @@ def test_it_resumes_to_the_same_bytes_and_its_checkpoints_are_crosscoders(both: 
     assert weight_bytes(tmp_path / "whole") == weight_bytes(tmp_path / "cut")
 
 
+def test_the_report_names_what_each_has(sae: CrosscoderSAE, both: SideBySide) -> None:
+    report = crosscoder_report(sae, both)
+    assert isinstance(report, CrosscoderReport)
+    assert min(report.counts[kind] for kind in ("shared", "A", "B")) >= 8
+    assert sum(report.counts.values()) == 3 * HALF
+    assert report.fvu == pytest.approx(sae.cfg.metadata["heldout_fvu_of_sides"], rel=1e-3)
+    assert crosscoder_report(sae).fvu == tuple(sae.cfg.metadata["heldout_fvu_of_sides"])
+    record = report.to_json(top=2)
+    assert record["sides"]["B"]["model_name"] == "tuned"
+    assert [one["kind"] for one in record["features"]][:4] == ["shared", "shared", "A", "A"]
+    for text in (report.to_text(top=3), report._repr_html_()):
+        assert f"{HOOK} of tuned" in text
+
+
+def test_latent_scaling_finds_a_feature_whose_decoder_row_was_shrunk_away() -> None:
+    """Two features of A alone by their decoder rows: one that is in B's error as it is in A, and one that is not."""
+    sides = tuple(replace(side, width=16) for side in SIDES)
+    cfg = SAEConfig(d_in=32, d_sae=32, k=2, architecture="crosscoder", sides=sides, apply_b_dec_to_input=False)
+    sae, g = SAE(cfg), torch.Generator().manual_seed(0)
+    assert isinstance(sae, CrosscoderSAE)
+    code = torch.rand(4000, 2, generator=g) * (torch.rand(4000, 2, generator=g) < 0.3)
+    unit = torch.eye(16)[:2]
+    x = torch.cat([code @ unit, code[:, :1] @ unit[:1]], dim=1)  # B has the first of them
+    with torch.no_grad():
+        for tensor in (sae.W_enc, sae.W_dec, sae.b_dec):
+            tensor.zero_()
+        sae.W_dec[:2, :16], sae.W_enc[:16, :2] = unit, unit.T
+        sae.threshold.zero_()
+    source: Any = SimpleNamespace(batches=lambda size, **_: (SimpleNamespace(x=part) for part in x.split(size)))
+    found = latent_scaling(sae, source, CrosscoderConfig(tokens=4000))
+    torch.testing.assert_close(found.error[:2], torch.tensor([[1.0, 1.0], [1.0, 0.0]]), atol=0.05, rtol=0)
+    torch.testing.assert_close(found.rebuilt[:2, 1], torch.zeros(2))
+    assert found.really_absent()[:2].tolist() == [[False, False], [False, True]]
+
+
 def test_one_side_is_a_decoder_to_steer_with(sae: CrosscoderSAE) -> None:
     part = sae.at("B")
     assert torch.equal(part.W_dec, sae.split(sae.W_dec)[1])
@@ -198,6 +245,32 @@ def test_one_side_is_a_decoder_to_steer_with(sae: CrosscoderSAE) -> None:
         sae.at(HOOK)
     with pytest.raises(SteersmanError, match="names none of this crosscoder's sides"):
         sae.at("C")
+
+
+def test_reports_of_what_does_not_fit_are_refused(
+    sae: CrosscoderSAE, both: SideBySide, stores: tuple[ActivationStore, ActivationStore]
+) -> None:
+    plain = SAE(SAEConfig(d_in=28, d_sae=8, k=2))
+    cases: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (plain, None, {}, "this is a topk SAE of one hook point"),
+        (
+            sae,
+            SideBySide([stores[1], stores[0]]),
+            {},
+            r"reads .* of base \[16\], .*in this order; given are .* of t",
+        ),
+        (sae, stores[0], {}, "in this order; given are"),
+        (sae, None, {"latent_scaling": True}, "latent scaling reads activations"),
+        (sae, both, {"latent_scaling": True}, "they need one width"),
+        (sae, None, {"absent": 0.9}, "absent the lower"),
+    ]
+    for one, source, settings, message in cases:
+        with pytest.raises(SteersmanError, match=message):
+            crosscoder_report(one, source, **settings)
+    with pytest.raises(SteersmanError, match="needs the stores of these, in their order: given are 1"):
+        open_sides([stores[0].path], sae.cfg.sides)
+    with pytest.raises(SteersmanError, match="has no latent scaling"):
+        crosscoder_report(sae).confirmed("A")
 
 
 def test_what_needs_one_hook_point_says_so(sae: CrosscoderSAE, stores: tuple[ActivationStore, ActivationStore]) -> None:

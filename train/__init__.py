@@ -6,6 +6,7 @@ from steersman.train.capture.capture import CaptureConfig
 from steersman.train.capture.stream import ActivationStream, StreamConfig, stream_activations
 from steersman.train.reports.baselines import random_baselines
 from steersman.train.reports.coactivation import CoActivations, co_activating
+from steersman.train.reports.crosscoder import CrosscoderConfig, CrosscoderReport, LatentScaling, crosscoder_report
 from steersman.train.reports.detailed import DetailedReport, FeatureDetail, detail_features
 from steersman.train.reports.evaluate import Dictionary, EvaluateConfig, Evaluation, FrequencyBucket, evaluate_sae
 from steersman.train.reports.features import FeatureReport, FeaturesConfig, summarize_features
@@ -31,6 +32,8 @@ __all__ = [
     "CacheConfig",
     "CaptureConfig",
     "CoActivations",
+    "CrosscoderConfig",
+    "CrosscoderReport",
     "DetailedReport",
     "Dictionary",
     "EvaluateConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "FeaturesConfig",
     "FrequencyBucket",
     "HookView",
+    "LatentScaling",
     "Mixture",
     "PlanConfig",
     "Recipe",
@@ -55,6 +59,7 @@ __all__ = [
     "WordMatch",
     "cache_activations",
     "co_activating",
+    "crosscoder_report",
     "detail_features",
     "evaluate_sae",
     "open_text",

@@ -135,12 +135,14 @@ def _warnings(parts: Parts, decoder: Tensor, encoder: Tensor) -> list[str]:
         warnings.append(f"{empty:,} latents have a decoder row of zeros")
     if parts.fold_decoder_norm:
         warnings.append("activations are ranked by decoder norm: loading makes the decoder rows unit vectors")
-    elif not bool(((decoder - 1).abs() < 1e-2).all()):
+    elif not cfg.sides and not bool(((decoder - 1).abs() < 1e-2).all()):
         warnings.append("decoder rows are not unit vectors: activations of different features have different units")
     if not cfg.hook_name:
         warnings.append("no hook point is recorded: name it when steering")
     if not cfg.model_name:
         warnings.append("no model is recorded")
+    if cfg.sides:
+        warnings.append("a crosscoder reads all of its hook points at once; steering needs its decoder at one (at)")
     if cfg.transcoder:
         warnings.append("a transcoder encodes and decodes; steering needs an SAE that writes where it reads")
     return warnings

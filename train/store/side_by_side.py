@@ -86,6 +86,20 @@ class SideBySide:
         return self._first.store.batches(batch_size, hook=self._first.hooks, beside=others, **options)
 
 
+def open_sides(paths: Sequence[str | os.PathLike[str]], sides: Sequence[Side]) -> HookView | SideBySide:
+    """The stores at `paths`, in the order of the hook points `sides` that they hold, side by side as a crosscoder reads
+    them. Raises a SteersmanError where that is not the number of hook points, and as the stores do."""
+    each, over = divmod(len(sides), len(paths))
+    hooks = [[side.hook_name for side in sides[number * each : (number + 1) * each]] for number in range(len(paths))]
+    if over or not each or any(len(set(here)) < each for here in hooks):
+        have = ", ".join(map(str, sides))
+        raise SteersmanError(
+            f"a crosscoder of {have} needs the stores of these, in their order: given are {len(paths)}"
+        )
+    views = [HookView(ActivationStore.open(path), here) for path, here in zip(paths, hooks)]
+    return views[0] if len(views) == 1 else SideBySide(views)
+
+
 def sides_of(source: ActivationSource) -> tuple[Side, ...]:
     """The hook points that a source has side by side, in the order of their columns: those of a `SideBySide`, of a view
     of a store or of a stream; one of anything else."""
