@@ -267,7 +267,7 @@ def test_reports_of_what_does_not_fit_are_refused(
     for one, source, settings, message in cases:
         with pytest.raises(SteersmanError, match=message):
             crosscoder_report(one, source, **settings)
-    with pytest.raises(SteersmanError, match="needs the stores of these, in their order: given are 1"):
+    with pytest.raises(SteersmanError, match="needs their stores, in this order: given are 1"):
         open_sides([stores[0].path], sae.cfg.sides)
     with pytest.raises(SteersmanError, match="has no latent scaling"):
         crosscoder_report(sae).confirmed("A")
