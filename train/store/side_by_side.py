@@ -93,9 +93,7 @@ def open_sides(paths: Sequence[str | os.PathLike[str]], sides: Sequence[Side]) -
     hooks = [[side.hook_name for side in sides[number * each : (number + 1) * each]] for number in range(len(paths))]
     if over or not each or any(len(set(here)) < each for here in hooks):
         have = ", ".join(map(str, sides))
-        raise SteersmanError(
-            f"a crosscoder of {have} needs the stores of these, in this order: given are {len(paths)}"
-        )
+        raise SteersmanError(f"a crosscoder of {have} needs their stores, in this order: given are {len(paths)}")
     views = [HookView(ActivationStore.open(path), here) for path, here in zip(paths, hooks)]
     return views[0] if len(views) == 1 else SideBySide(views)
 
