@@ -226,6 +226,11 @@ class SAE(nn.Module):
         """What is subtracted from the input before encoding: `b_dec` [D], or nothing."""
         return self.b_dec if self.cfg.apply_b_dec_to_input else None
 
+    @property
+    def code_bias(self) -> Tensor:
+        """What is added to the products with the encoder, [L], to decide what is active."""
+        return self.b_enc
+
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The code of x [N, D] at inference: values [N, K] fp32 and indices [N, K] int32."""
         raise NotImplementedError  # each architecture defines it
@@ -239,8 +244,10 @@ class SAE(nn.Module):
         Called without gradients; sums over tokens and latents that other ranks may hold go through `self.latents`."""
 
     def scale_code(self, factor: Tensor) -> None:
-        """Multiply every activation by `factor` (a scalar) in place, without gradients, while the biases are zero."""
+        """Multiply every activation by `factor` (a scalar) in place, without gradients, before the first step."""
         self.W_enc.mul_(factor)
+        if self.b_enc is not None:
+            self.b_enc.mul_(factor)
 
     def encode_training(self, x: Tensor, W_enc: Tensor | None = None) -> TrainingCode:
         """The code of x [N, D] while training, with gradients.

@@ -26,10 +26,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "p_annealed_relu": {"options": {"sparsity": 0.05}},
     "gained_relu": {"options": {"sparsity": 0.05}},
     "jumprelu": {"target_l0": 3.0},
+    "relu": {"target_l0": 4.0},
+    "gated": {},
     "abs_topk": {"k": 4},
 }
-KINDS = ["p_annealed_relu", "gained_relu", "jumprelu"]
-PENALTIES = {"jumprelu": ("l0_penalty", "aux"), "p_annealed_relu": ("sparsity",), "gained_relu": ("sparsity",)}
+KINDS = ["p_annealed_relu", "gained_relu", "jumprelu", "relu", "gated"]
+PENALTIES = {
+    "p_annealed_relu": ("sparsity",),
+    "gained_relu": ("sparsity",),
+    "jumprelu": ("l0_penalty", "aux"),
+    "relu": ("penalty", "aux"),
+    "gated": ("penalty", "gate_error", "aux"),
+}
 """What of the log is part of the loss beside the unexplained variance."""
 
 

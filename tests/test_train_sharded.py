@@ -30,6 +30,8 @@ CONFIGS = {
     # Groups of 1, 2, 4, 8 and 17 in 32: they end within ranks, and some ranks have none of one.
     "matryoshka": replace(CONFIG, architecture="matryoshka", dead_after=256, d_sae=32, k=2),
     "matryoshka_topk": replace(CONFIG, architecture="matryoshka_topk", dead_after=256, k_aux=2, k=2),
+    "relu": replace(CONFIG, architecture="relu", k=0, target_l0=2.5, grad_accumulation=2),
+    "gated": replace(CONFIG, architecture="gated", k=0, dead_after=256),
     "ema, clipping, parts": replace(CONFIG, ema=0.9, grad_clip=0.05, grad_accumulation=2),
     "whitened": replace(CONFIG, whiten="zca"),
 }

@@ -66,9 +66,9 @@ def auxk_code(
     """
     if rows is None:
         centred = x if sae.input_bias is None else x - sae.input_bias.detach()
-        Z = torch.addmm(sae.b_enc[candidates], centred, sae.W_enc.T[candidates].T)
+        Z = torch.addmm(sae.code_bias[candidates], centred, sae.W_enc.T[candidates].T)
     else:
-        Z = product(x, rows.T) + sae.b_enc[candidates]
+        Z = product(x, rows.T) + sae.code_bias[candidates]
     return _code(sae, Z, alive, k, width)
 
 

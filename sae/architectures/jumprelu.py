@@ -7,10 +7,11 @@ e, for the code f and the number of active features
 
 and neither has such a gradient in z. The loss is the squared error, as a fraction of the variance, plus
 
-    coefficient * (L0 / L0* - 1)^2,
+    coefficient * (L0 / L0* - 1 + c)^2,
 
-L0 the mean number of active features over the batch and L0* its target: the form of Gemma Scope 2. Dead latents learn
-by AuxK, as those of TopK do.
+L0 the mean number of active features over the batch and L0* its target: the form of Gemma Scope 2, with the control c
+of `steered_l0`, which takes away what such a penalty stops above its target. Dead latents learn by AuxK, as those of
+TopK do.
 
 Shape letters: N tokens, L latents, D width, K candidates a token.
 """
@@ -25,21 +26,24 @@ from steersman.errors import SteersmanError
 from steersman.kernels import Order, choose, with_gradient
 from steersman.sae.architectures.auxk import AuxKSAE
 from steersman.sae.architectures.elementwise import ElementwiseSAE, chosen
+from steersman.sae.architectures.relu import largest_of_batch
+from steersman.sae.architectures.steered_l0 import SteeredL0SAE
 from steersman.sae.config import SAEConfig
 from steersman.sae.training import Step, TrainingCode, TrainingState
 
 
-class JumpReLUSAE(AuxKSAE, ElementwiseSAE):
+class JumpReLUSAE(SteeredL0SAE, AuxKSAE, ElementwiseSAE):
     """`f = z H(z - threshold)`, `z = (x - b_dec) W_enc + b_enc` (eq. 3)."""
 
     name = "jumprelu"
     trainable = whole_batch = True
     host_free = False
     target_l0 = "required"
-    defaults: ClassVar[Mapping[str, Any]] = {"bandwidth": 0.3, "l0_coefficient": 3.0}
+    defaults: ClassVar[Mapping[str, Any]] = {"bandwidth": 0.3, "l0_coefficient": 0.5}
     """`bandwidth` is e above, in the units of training, where inputs have unit variance per dimension; `l0_coefficient`
     is what the penalty counts beside the unexplained fraction of the variance."""
     threshold: Tensor
+    l0_control: Tensor
 
     def __init__(self, cfg: SAEConfig, generator: torch.Generator | None = None):
         super().__init__(cfg, generator)
@@ -65,19 +69,15 @@ class JumpReLUSAE(AuxKSAE, ElementwiseSAE):
         return choose(x.device).threshold_select(x, self.W_enc.T, self.b_enc, self.threshold, self.input_bias)
 
     def prepare_training(self, config: Any) -> None:
+        super().prepare_training(config)
         threshold = self.threshold
         del self.threshold
         self.threshold = nn.Parameter(threshold)
 
     def begin_training(self, x: Tensor, config: Any) -> None:
         """One threshold for all latents, above which lie `target_l0` pre-activations a token."""
-        latents, k = self.latents, max(1, round(config.target_l0))
-        values, _, lowest = choose(x.device).batch_topk_encode(
-            x, self.W_enc.T, self.b_enc, min(k * latents.n_replicas, self.cfg.d_sae), self.input_bias
-        )
-        among = latents.keep_batch_topk(values, len(x) * latents.n_replicas * k)
-        lowest = lowest if among is None else among[1]
-        self.threshold.fill_(torch.where(lowest.isfinite(), lowest, self._least()))
+        k = max(1, round(config.target_l0))
+        self.threshold.fill_(largest_of_batch(self, x, self.b_enc, k).clamp_min(self._least()))
 
     def scale_code(self, factor: Tensor) -> None:
         super().scale_code(factor)
@@ -102,9 +102,8 @@ class JumpReLUSAE(AuxKSAE, ElementwiseSAE):
         step = super().training_step(x, target, state)
         code, bandwidth = step.code, self.options["bandwidth"]
         count: Any = _Count.apply(self.threshold, code.values, code.candidates, code.order, bandwidth)
-        n = len(x) * self.latents.n_replicas
-        l0, wanted = self.latents.over_batch(count.detach()) / n, state.config.target_l0
-        excess = l0 / wanted - 1
+        wanted = state.config.target_l0
+        excess = self.batch_l0(code) / wanted - 1 + self.l0_control
         weight = self.options["l0_coefficient"] * target.numel()
         # Its value is that of the batch; its gradient comes through the latents that are here.
         penalty = weight * (excess.square() + (2 / wanted) * excess * (count - count.detach()) / len(x))

@@ -1,16 +1,118 @@
 """ReLU, the "standard" architecture (Bricken et al. 2023, "Towards Monosemanticity"): every positive pre-activation.
-Inference only."""
+
+The loss is the squared error plus, with inputs of unit variance per dimension in D dimensions,
+
+    coefficient * sqrt(D) * sum_i phi(f_i),
+
+phi one of (option `penalty`)
+
+- `l1`: f. Decoder rows are unit vectors throughout, so this is also the L1 norm weighted by the decoder's norms.
+- `tanh`: s tanh(f / s), s = `tanh_scale` sqrt(D): an L1 norm that ends to grow where a feature is plainly active
+  (arXiv 2407.14435, app. B; Anthropic's update of January 2025).
+- `p_annealed`: s (f / s)^p, s = sqrt(D), p falling from 1 to `p_end` over the run (arXiv 2408.00113, sec. 4.2).
+
+The coefficient rises over the first `penalty_warmup` of the run; with `target_l0` there is no such rise, and it is
+multiplied by exp(c + 10 log(L0 / L0*)), c as in `steered_l0`. Dead latents learn by AuxK, as those of TopK do.
+
+Shape letters: N tokens, L latents, D width, K active latents of the fullest token.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from steersman.errors import SteersmanError
 from steersman.kernels import choose, with_gradient
+from steersman.sae.architectures.auxk import AuxKSAE
 from steersman.sae.architectures.elementwise import ElementwiseSAE, chosen
-from steersman.sae.training import TrainingCode
+from steersman.sae.architectures.steered_l0 import SteeredL0SAE
+from steersman.sae.base import SAE
+from steersman.sae.config import SAEConfig
+from steersman.sae.training import Step, TrainingCode, TrainingState
+
+PENALTIES = ("l1", "tanh", "p_annealed")
+_PROPORTIONAL = 10.0
+"""What the logarithm of the coefficient grows by for a log(L0 / L0*) of 1 in the batch at hand."""
+_SMALL = 1e-3
+"""Added to f / s before the power p below 1, which has no finite slope at 0."""
 
 
-class ReLUSAE(ElementwiseSAE):
-    """`f = ReLU((x - b_dec) W_enc + b_enc)`."""
+class PenalisedSAE(SteeredL0SAE, AuxKSAE, ElementwiseSAE):
+    """What ReLU and Gated SAEs share: a penalty on the size of a code, and where its coefficient comes from."""
+
+    trainable = True
+    host_free = False
+    target_l0 = "optional"
+    gain = 0.4
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "penalty": "l1", "coefficient": 0.1, "penalty_warmup": 0.1, "tanh_scale": 0.1, "p_end": 0.2,
+    }  # fmt: skip
+    gate_bias: ClassVar[str] = "b_enc"
+    """The bias that decides what is active."""
+
+    @classmethod
+    def check(cls, cfg: SAEConfig) -> None:
+        super().check(cfg)
+        if cls.defaults is not PenalisedSAE.defaults:  # a subclass has settings of its own
+            return
+        options = {**cls.defaults, **cfg.options}
+        if options["penalty"] not in PENALTIES:
+            raise SteersmanError(f"option penalty = {options['penalty']!r} must be one of {', '.join(PENALTIES)}")
+        for name, largest in (("coefficient", None), ("tanh_scale", None), ("penalty_warmup", 1), ("p_end", 1)):
+            value = options[name]
+            known = isinstance(value, int | float) and not isinstance(value, bool)
+            positive = known and (value >= 0 if name == "penalty_warmup" else value > 0) and value < float("inf")
+            if not positive or (largest is not None and value > largest):
+                raise SteersmanError(
+                    f"option {name} = {value!r} must be a number above 0" + f", at most {largest}" * bool(largest)
+                )
+
+    def begin_training(self, x: Tensor, config: Any) -> None:
+        """One negative bias for all latents, with which `target_l0` of them are active a token, or d_in / 4."""
+        k = max(1, min(self.whole_cfg.d_sae, round(config.target_l0 or self.cfg.d_in / 4)))
+        bias = self.get_parameter(self.gate_bias)
+        bias.fill_(-largest_of_batch(self, x, bias, k))
+
+    def penalty(self, code: TrainingCode, values: Tensor, state: TrainingState) -> Tensor:
+        """What counts in the loss for a code's values [N, K], 0 where not active: a scalar of all ranks' latents."""
+        options, unit = self.options, self.cfg.d_in**0.5
+        if options["penalty"] == "tanh":
+            scale = options["tanh_scale"] * unit
+            size = scale * (values / scale).tanh()
+        elif options["penalty"] == "p_annealed":
+            p = 1 - (1 - options["p_end"]) * state.progress
+            size = unit * ((values / unit + _SMALL).pow(p) - _SMALL**p)
+        else:
+            size = values
+        return self._coefficient(code, state) * unit * self.latents.total(size.sum())
+
+    def _coefficient(self, code: TrainingCode, state: TrainingState) -> Tensor | float:
+        control, options = getattr(self, "l0_control", None), self.options
+        if control is not None:
+            return options["coefficient"] * (control + _PROPORTIONAL * self.missed(code, state)).exp()
+        warm = options["penalty_warmup"]
+        return options["coefficient"] * (min(1.0, state.progress / warm) if warm else 1.0)
+
+
+def largest_of_batch(sae: SAE, x: Tensor, bias: Tensor, k: int) -> Tensor:
+    """Above which number (a scalar) lie the k largest pre-activations a token of the batch x [N, D], over all ranks,
+    with this bias [L]; 0 where none is positive."""
+    latents = sae.latents
+    values, _, lowest = choose(x.device).batch_topk_encode(
+        x, sae.W_enc.T, bias, min(k * latents.n_replicas, sae.cfg.d_sae), sae.input_bias
+    )
+    among = latents.keep_batch_topk(values, len(x) * latents.n_replicas * k)
+    lowest = lowest if among is None else among[1]
+    return torch.where(lowest.isfinite(), lowest, torch.zeros_like(lowest))
+
+
+class ReLUSAE(PenalisedSAE):
+    """`f = ReLU((x - b_dec) W_enc + b_enc)`.
+
+    A subclass with `defaults` of its own has the squared error alone from `training_step`, and adds its losses.
+    """
 
     name, saelens_name = "relu", "standard"
 
@@ -28,3 +130,9 @@ class ReLUSAE(ElementwiseSAE):
         bias = None if bias is None else self.latents.uses(bias)
         values, order = with_gradient(x, rows, self.b_enc, bias, values, indices)
         return TrainingCode(values, order)
+
+    def training_step(self, x: Tensor, target: Tensor, state: TrainingState) -> Step:
+        if "coefficient" not in self.defaults:
+            return SAE.training_step(self, x, target, state)
+        step = super().training_step(x, target, state)
+        return Step(step.code, {**step.losses, "penalty": self.penalty(step.code, step.code.values, state)}, step.logged)

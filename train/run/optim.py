@@ -33,7 +33,7 @@ from steersman.train.run.recipe import TrainConfig
 def parameters_of(sae: SAE) -> dict[str, Tensor]:
     """The trained tensors by name, in the order in which states list them."""
     named: dict[str, Tensor] = dict(sae.named_parameters())
-    return {name: named[name] for name in PARAMETERS} | named
+    return {name: named[name] for name in PARAMETERS if name in named} | named
 
 
 class Updater(Protocol):
@@ -304,6 +304,11 @@ class _WithRule:
     """
 
     def _start(self, sae: SAE, config: TrainConfig, operands: torch.dtype, ranks: Ranks, eps: float) -> None:
+        if lacking := [name for name in PARAMETERS if name not in parameters_of(sae)]:
+            raise SteersmanError(
+                f"{sae.name} has no {', '.join(lacking)}, which optimizer={config.optimizer} with "
+                f"state_dtype={config.state_dtype} moves: use optimizer=adam and state_dtype=float32"
+            )
         beta1, beta2 = config.betas
         self.rule = UpdateRule(name=config.optimizer, beta1=beta1, beta2=beta2, eps=eps, state_dtype=config.state_dtype)
         parameters = {name: parameter.detach() for name, parameter in parameters_of(sae).items()}
