@@ -4,7 +4,7 @@ other."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -145,6 +145,19 @@ def test_options_are_those_that_the_architecture_has() -> None:
         SAEConfig(d_in=8, d_sae=32, k=2, options={"l1": 1.0})
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("relu", {"penalty": "l2"}, "penalty = 'l2' must be one of l1, tanh, p_annealed"),
+        ("gated", {"p_end": 1.5}, "p_end = 1.5 must be a number between 0 and 1"),
+        ("jumprelu", {"bandwidth": 0.0}, "bandwidth must be a number above 0, got 0.0"),
+    ],
+)
+def test_options_that_cannot_be(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SteersmanError, match=message):
+        SAEConfig(d_in=8, d_sae=32, architecture=name, options=options)
+
+
 def test_an_unknown_name_lists_those_that_are_known() -> None:
     with pytest.raises(SteersmanError, match="unknown architecture 'batchtopk'; have .*nearest is 'batch_topk'"):
         SAEConfig(d_in=8, d_sae=32, k=2, architecture="batchtopk")
@@ -223,7 +236,7 @@ def dense_gated(sae: SAE, x: Tensor, config: Settings) -> Tensor:
 DENSE = {
     "jumprelu": (dense_jumprelu, Settings(target_l0=3.0), {"bandwidth": 0.6, "l0_coefficient": 0.7}),
     "relu": (dense_relu, Settings(), {}),
-    "relu tanh": (dense_relu, Settings(target_l0=5.0), {"penalty": "tanh", "coefficient": 0.3}),
+    "relu tanh": (dense_relu, Settings(), {"penalty": "tanh", "coefficient": 0.3}),
     "relu p_annealed": (dense_relu, Settings(), {"penalty": "p_annealed"}),
     "gated": (dense_gated, Settings(), {}),
 }

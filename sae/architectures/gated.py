@@ -68,7 +68,7 @@ class GatedSAE(PenalisedSAE):
         assert gates is not None
         from_gates = self.latents.sum(sparse_decode(gates, order, self.W_dec.detach())) + self.b_dec.detach()
         error = (target - from_gates).square().sum()
-        losses = {**step.losses, "gate_error": error, "penalty": self.penalty(step.code, gates, state)}
+        losses = {**step.losses, "gate_error": error, "penalty": self.penalty(gates, state)}
         return Step(step.code, losses, step.logged)
 
     def scale_code(self, factor: Tensor) -> None:

@@ -43,7 +43,6 @@ class JumpReLUSAE(SteeredL0SAE, AuxKSAE, ElementwiseSAE):
     """`bandwidth` is e above, in the units of training, where inputs have unit variance per dimension; `l0_coefficient`
     is what the penalty counts beside the unexplained fraction of the variance."""
     threshold: Tensor
-    l0_control: Tensor
 
     def __init__(self, cfg: SAEConfig, generator: torch.Generator | None = None):
         super().__init__(cfg, generator)
@@ -103,7 +102,9 @@ class JumpReLUSAE(SteeredL0SAE, AuxKSAE, ElementwiseSAE):
         code, bandwidth = step.code, self.options["bandwidth"]
         count: Any = _Count.apply(self.threshold, code.values, code.candidates, code.order, bandwidth)
         wanted = state.config.target_l0
-        excess = self.batch_l0(code) / wanted - 1 + self.l0_control
+        steering = self.steering(state)
+        control = 0.0 if steering is None else steering[0]
+        excess = self.l0_over_batch(count, len(x)) / wanted - 1 + control
         weight = self.options["l0_coefficient"] * target.numel()
         # Its value is that of the batch; its gradient comes through the latents that are here.
         penalty = weight * (excess.square() + (2 / wanted) * excess * (count - count.detach()) / len(x))

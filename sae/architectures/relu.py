@@ -12,7 +12,7 @@ phi one of (option `penalty`)
 - `p_annealed`: s (f / s)^p, s = sqrt(D), p falling from 1 to `p_end` over the run (arXiv 2408.00113, sec. 4.2).
 
 The coefficient rises over the first `penalty_warmup` of the run; with `target_l0` there is no such rise, and it is
-multiplied by exp(c + 10 log(L0 / L0*)), c as in `steered_l0`. Dead latents learn by AuxK, as those of TopK do.
+multiplied by exp(c + 10 m), c and m as in `steered_l0`. Dead latents learn by AuxK, as those of TopK do.
 
 Shape letters: N tokens, L latents, D width, K active latents of the fullest token.
 """
@@ -34,7 +34,7 @@ from steersman.sae.training import Step, TrainingCode, TrainingState
 
 PENALTIES = ("l1", "tanh", "p_annealed")
 _PROPORTIONAL = 10.0
-"""What the logarithm of the coefficient grows by for a log(L0 / L0*) of 1 in the batch at hand."""
+"""What m, by how much the last batch missed the target, counts in the logarithm of the coefficient."""
 _SMALL = 1e-3
 """Added to f / s before the power p below 1, which has no finite slope at 0."""
 
@@ -55,27 +55,32 @@ class PenalisedSAE(SteeredL0SAE, AuxKSAE, ElementwiseSAE):
     @classmethod
     def check(cls, cfg: SAEConfig) -> None:
         super().check(cfg)
-        if cls.defaults is not PenalisedSAE.defaults:  # a subclass has settings of its own
+        if not cls.penalised():
             return
         options = {**cls.defaults, **cfg.options}
         if options["penalty"] not in PENALTIES:
             raise SteersmanError(f"option penalty = {options['penalty']!r} must be one of {', '.join(PENALTIES)}")
-        for name, largest in (("coefficient", None), ("tanh_scale", None), ("penalty_warmup", 1), ("p_end", 1)):
-            value = options[name]
+        for name, largest in (("coefficient", 1e9), ("tanh_scale", 1e9), ("penalty_warmup", 1), ("p_end", 1)):
+            value, lowest = options[name], 0 if name == "penalty_warmup" else 1e-9
             known = isinstance(value, int | float) and not isinstance(value, bool)
-            positive = known and (value >= 0 if name == "penalty_warmup" else value > 0) and value < float("inf")
-            if not positive or (largest is not None and value > largest):
-                raise SteersmanError(
-                    f"option {name} = {value!r} must be a number above 0" + f", at most {largest}" * bool(largest)
-                )
+            if not (known and lowest <= value <= largest):
+                what = "between 0 and 1" if largest == 1 else "above 0"
+                raise SteersmanError(f"option {name} = {value!r} must be a number {what}")
+
+    @classmethod
+    def penalised(cls) -> bool:
+        """Whether the penalty is in the loss: not of a subclass whose settings are its own."""
+        return "coefficient" in cls.defaults
 
     def begin_training(self, x: Tensor, config: Any) -> None:
         """One negative bias for all latents, with which `target_l0` of them are active a token, or d_in / 4."""
+        if not self.penalised():
+            return
         k = max(1, min(self.whole_cfg.d_sae, round(config.target_l0 or self.cfg.d_in / 4)))
         bias = self.get_parameter(self.gate_bias)
         bias.fill_(-largest_of_batch(self, x, bias, k))
 
-    def penalty(self, code: TrainingCode, values: Tensor, state: TrainingState) -> Tensor:
+    def penalty(self, values: Tensor, state: TrainingState) -> Tensor:
         """What counts in the loss for a code's values [N, K], 0 where not active: a scalar of all ranks' latents."""
         options, unit = self.options, self.cfg.d_in**0.5
         if options["penalty"] == "tanh":
@@ -86,12 +91,13 @@ class PenalisedSAE(SteeredL0SAE, AuxKSAE, ElementwiseSAE):
             size = unit * ((values / unit + _SMALL).pow(p) - _SMALL**p)
         else:
             size = values
-        return self._coefficient(code, state) * unit * self.latents.total(size.sum())
+        return self._coefficient(state) * unit * self.latents.total(size.sum())
 
-    def _coefficient(self, code: TrainingCode, state: TrainingState) -> Tensor | float:
-        control, options = getattr(self, "l0_control", None), self.options
-        if control is not None:
-            return options["coefficient"] * (control + _PROPORTIONAL * self.missed(code, state)).exp()
+    def _coefficient(self, state: TrainingState) -> Tensor | float:
+        options, steering = self.options, self.steering(state)
+        if steering is not None:
+            c, m = steering
+            return options["coefficient"] * (c + _PROPORTIONAL * m).exp()
         warm = options["penalty_warmup"]
         return options["coefficient"] * (min(1.0, state.progress / warm) if warm else 1.0)
 
@@ -132,7 +138,7 @@ class ReLUSAE(PenalisedSAE):
         return TrainingCode(values, order)
 
     def training_step(self, x: Tensor, target: Tensor, state: TrainingState) -> Step:
-        if "coefficient" not in self.defaults:
+        if not self.penalised():
             return SAE.training_step(self, x, target, state)
         step = super().training_step(x, target, state)
-        return Step(step.code, {**step.losses, "penalty": self.penalty(step.code, step.code.values, state)}, step.logged)
+        return Step(step.code, {**step.losses, "penalty": self.penalty(step.code.values, state)}, step.logged)
