@@ -109,7 +109,8 @@ def test_graphs_keep_the_memory_of_a_step_beside_that_of_a_step() -> None:
         ),
         ({"flops": 0.0}, "flops = 0.0 must be above 0"),
         ({"skip_connection": True}, "skip_connection is a transcoder's: give d_out"),
-        ({"d_out": 8, "whiten": True}, "a transcoder trains without whiten and without the fused update"),
+        ({"d_out": 8, "whiten": True}, "whiten is for SAEs: a transcoder has two kinds of rows"),
+        ({"d_out": 8, "fused": True}, "the fused update trains transcoders of equal widths, not 96 and 8"),
     ],
 )
 def test_what_does_not_fit_is_named(options: dict[str, Any], message: str) -> None:

@@ -20,7 +20,7 @@ from steersman.deprecation import renamed_fields
 from steersman.errors import SteersmanError
 from steersman.files import format_bytes
 from steersman.html import card
-from steersman.kernels.torch_ops import BLOCK_BYTES
+from steersman.kernels.torch_ops import BLOCK_BYTES, CODE_BYTES
 from steersman.kernels.update import PART
 from steersman.parallel import Mesh
 from steersman.sae import SAE, SAEConfig, Side
@@ -32,6 +32,9 @@ _ADAM_BYTES = 28
 
 _LIBRARIES = 16 << 20
 """What matrix libraries and their threads keep beside the tensors, as measured on the CPU."""
+_FULLEST, _DENSE = 10, 3
+"""Of an architecture without k: the candidates of the fullest row, for each feature that is active on average; and how
+many times the dense code exists while they are found. As measured."""
 _ROW_INFO = 40
 """Bytes that the first model rank sends a row to say which it is and who has it."""
 
@@ -100,8 +103,12 @@ class PlanConfig:
             raise SteersmanError(f"k = {self.k} must be at most d_sae = {self.d_sae}")
         if self.d_out is None and self.skip_connection:
             raise SteersmanError("skip_connection is a transcoder's: give d_out")
-        if self.d_out is not None and (self.whiten or self.fused):
-            raise SteersmanError("a transcoder trains without whiten and without the fused update")
+        if self.d_out is not None and self.whiten:
+            raise SteersmanError("whiten is for SAEs: a transcoder has two kinds of rows")
+        if self.fused and self.out_width != self.d_in:
+            raise SteersmanError(
+                f"the fused update trains transcoders of equal widths, not {self.d_in} and {self.d_out}"
+            )
         if self.matryoshka_widths:
             self._training()  # which has the rules
 
@@ -248,11 +255,12 @@ def plan_run(config: PlanConfig) -> RunPlan:
 
 def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
     N, D, D_out, L = c.batch_size // mesh.data, c.d_in, c.out_width, c.d_sae // mesh.latent
-    sizes, transcoder = c.sizes, c.d_out is not None
+    sizes, transcoder, by_k = c.sizes, c.d_out is not None, SAE.architectures[c.architecture].uses_k
     matrix = L * sizes.largest * FP32
     held = (L * sizes.a_latent + sizes.shared) * FP32
     owned = (L * sizes.a_latent / mesh.data + sizes.shared) * FP32
-    P = min(c.k, L)
+    P = min(c.k if by_k else _FULLEST * c.k, L)
+    dense = min(BLOCK_BYTES, N * L * FP32) if by_k else _DENSE * min(CODE_BYTES, N * L * FP32)
     selection = mesh.latent * N * P * (2 * FP32 + 8 + FP32 + 1) if mesh.latent > 1 else 0
     held_throughout = {
         "weights": held,
@@ -276,7 +284,7 @@ def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
         {
             "batch": read_ahead + N * (D + D_out) * FP32,
             "encoder in bf16": 0 if c.fused else L * D * 2,
-            "pre-activations": min(BLOCK_BYTES, N * L * FP32),
+            "pre-activations": dense,
             **code,
         },
         # The gradients: the reconstruction and the residual come to the batch.
@@ -285,7 +293,7 @@ def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
         {"gradients": gradients, "update, exchange": matrix, "batch": read_ahead + N * row * FP32, **code},
     ]
     if c.fused:  # the gradients: the residual and the centred batch, in bf16, come to the scaled batch
-        moments[1:] = [{"batch": read_ahead + N * D * (FP32 + 2 * 2), **code, **nested}]
+        moments[1:] = [{"batch": read_ahead + N * D * (FP32 * (1 + transcoder) + 2 * 2), **code, **nested}]
     most = max(moments, key=lambda moment: sum(moment.values()))
     if c.cuda_graph:  # they read a batch of their own
         held_throughout["memory of the graphs"] = sum(most.values()) - read_ahead + N * D * _item(c)
