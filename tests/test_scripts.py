@@ -20,7 +20,7 @@ BARE = {
     "scripts/dev/kernel_resources.py",
 }
 """Those that run without tyro too."""
-PEERS = {"sae_lens", "sparsify"}
+PEERS = {"sae_bench", "sae_lens", "sae_probes", "sparsify"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
