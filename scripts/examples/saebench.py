@@ -41,7 +41,7 @@ class Config:
 def cache_states(lm: LanguageModel, hook: str, datasets: list[str], folder: Path, config: Config) -> None:
     """Write the states after the last token of each dataset's texts, as sae-probes names them."""
     import pandas as pd
-    from sae_probes.constants import DATA_PATH
+    from sae_probes.constants import DATA_PATH  # pyright: ignore[reportMissingImports]
 
     limit = min(config.max_length, lm.context_length or config.max_length)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,10 +62,10 @@ def cache_states(lm: LanguageModel, hook: str, datasets: list[str], folder: Path
 
 def main(config: Config) -> None:
     """Cache, evaluate, print."""
-    from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
-    from sae_bench.evals.sparse_probing_sae_probes.main import run_eval
-    from sae_lens import SAE
-    from sae_probes import DATASETS
+    from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig  # pyright: ignore[reportMissingImports]
+    from sae_bench.evals.sparse_probing_sae_probes.main import run_eval  # pyright: ignore[reportMissingImports]
+    from sae_lens import SAE  # pyright: ignore[reportMissingImports]
+    from sae_probes import DATASETS  # pyright: ignore[reportMissingImports]
 
     out = Path(config.out)
     lm = LanguageModel.load(config.model, device=config.device)
