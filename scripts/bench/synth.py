@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -314,7 +314,7 @@ def step_times(args: Config, cell: Row, source: Any, steps: int = 20, rounds: in
     recipe = resolve(config, source.d_in, source.n_batches(1))
     sae = SAEConfig(
         d_in=source.d_in, d_sae=config.d_sae, k=config.k, architecture=config.architecture,
-        group_sizes=tuple(b - a for a, b in pairwise([0, *getattr(config, "matryoshka_widths", ())])),
+        group_sizes=config.group_sizes,
     )  # fmt: skip
     trainer = Trainer(config, recipe, source.stats(), sae)
     peer = peer_trainer(args, {**cell, "rate": 3e-3}, source)
