@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from steersman.kernels import dispatch, torch_ops
+from steersman.kernels import dispatch, ops, torch_ops
 from steersman.kernels.autograd import Order
 
 TOKENS_AT_ONCE = 256
@@ -34,8 +34,11 @@ def group_parts(values: Tensor, indices: Tensor, W_dec: Tensor, ends: Tensor) ->
     kernels, (N, K), G = dispatch.choose(values.device), values.shape, len(ends)
     if kernels is not torch_ops or values.device.type != "cpu":  # entries of value 0 read nothing
         group = torch.bucketize(indices.long(), ends, right=True)
-        masked = (torch.where(group == g, values, torch.zeros_like(values)) for g in range(G))
-        return torch.stack([kernels.sparse_decode(part, indices, W_dec) for part in masked], dim=1)
+        parts = torch.empty(N, G, W_dec.shape[1], device=values.device)
+        for g in range(G):
+            own = torch.where(group == g, values, torch.zeros_like(values))
+            parts[:, g] = ops._op_sparse_decode(own, indices, W_dec, None, [])
+        return parts
     # In the order of their latents, the pairs of a token and a group are one bag.
     indices, order = indices.sort(dim=1)
     starts = F.pad(torch.searchsorted(indices, ends.to(indices.dtype).repeat(N, 1)), (1, -1))

@@ -115,14 +115,24 @@ def _(weights: Tensor, indices: Tensor, n_latents: int, order: Sequence[Tensor])
 
 
 @torch.library.custom_op("steersman::value_gradient", mutates_args=())
-def _op_value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor, order: Sequence[Tensor]) -> Tensor:
-    """See `reference.value_gradient`."""
-    return _order(indices, len(W_dec), order).value_gradient(g, W_dec)
+def _op_value_gradient(
+    g: Tensor, W_dec: Tensor, indices: Tensor, order: Sequence[Tensor], pair_rows: Tensor | None = None
+) -> Tensor:
+    """See `reference.value_gradient`; with pair_rows [N, K] a pair reads that row of g [M, D], not its token's."""
+    sorted_pairs = _order(indices, len(W_dec), order)
+    return (sorted_pairs if pair_rows is None else sorted_pairs.reading(pair_rows)).value_gradient(g, W_dec)
 
 
 @_op_value_gradient.register_fake
-def _(g: Tensor, W_dec: Tensor, indices: Tensor, order: Sequence[Tensor]) -> Tensor:
+def _(
+    g: Tensor, W_dec: Tensor, indices: Tensor, order: Sequence[Tensor], pair_rows: Tensor | None = None
+) -> Tensor:  # fmt: skip
     return g.new_empty(indices.shape, dtype=torch.float32)
+
+
+def value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor, pair_rows: Tensor) -> Tensor:
+    """`<g[pair_rows[n, k]], W_dec[indices[n, k]]>` [N, K] fp32; without gradients."""
+    return _op_value_gradient(g, W_dec, indices, _op_sort_by_latent(indices, len(W_dec)), pair_rows)
 
 
 class _Operators:

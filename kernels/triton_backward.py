@@ -296,7 +296,7 @@ class LatentOrder:
             pairs_ptr=self.pairs, out_ptr=out, n_pairs=n_pairs, L=self.n_latents, D=D, BLOCK_P=PAIRS,
             BLOCK_D=width_block(D), num_warps=4,
         )  # fmt: skip
-        return out.view(len(g), -1)
+        return out.view(self.indices.shape)
 
 
 def value_gradient(g: Tensor, W_dec: Tensor, indices: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steersman.kernels import reference, triton_backward
+from steersman.kernels import reference, torch_ops, triton_backward
 from steersman.kernels.triton_backward import LatentOrder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,6 +51,21 @@ def test_sums_over_pairs_equal_the_reference(
     want = reference.value_gradient(rows, W, indices)
     torch.testing.assert_close(order.value_gradient(rows, W), want, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(triton_backward.value_gradient(rows, W, indices), want, rtol=1e-5, atol=1e-4)
+
+
+def test_pairs_may_read_rows_that_are_not_their_tokens() -> None:
+    """As those of nested SAEs do, from a table with a row for each token and group."""
+    (values, indices), g = code(20, 9, 3, "hot"), torch.Generator().manual_seed(1)
+    table, W = torch.randn(40, 5, generator=g).to(DEVICE), torch.randn(9, 5, generator=g).to(DEVICE)
+    rows = torch.randint(0, 40, (20, 3), generator=g).to(DEVICE)
+    dots = (table[rows] * W[indices.long()]).sum(dim=2)
+    sums = torch.zeros(9, 5, device=DEVICE).index_add_(
+        0, indices.flatten().long(), (values[..., None] * table[rows]).flatten(0, 1)
+    )
+    for kind in (LatentOrder, torch_ops.LatentOrder):
+        order = kind(indices, 9).reading(rows)
+        torch.testing.assert_close(order.value_gradient(table, W), dots, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(order.scatter_rows(values, table), sums, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("N", "K", "L"), [(1, 1, 1), (300, 2, 3), (64, 8, 8), (1000, 1, 500), (257, 1, 1)])

@@ -215,7 +215,11 @@ class NoWaiting(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8", "optimizer": "adam_touched", "ema": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"state_dtype": "int8", "optimizer": "adam_touched", "ema": 0.9}, {"architecture": "matryoshka_topk"}],
+    ids=str,
+)
 def test_a_step_on_a_gpu_never_waits(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """On meta tensors, which have no numbers to read: everything from the batch to the new weights is queued."""
     monkeypatch.setattr(dispatch, "triton_obstacle", lambda device: None)

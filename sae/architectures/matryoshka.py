@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from steersman.errors import SteersmanError
-from steersman.kernels import AuxRows
+from steersman.kernels import AuxRows, ops
 from steersman.kernels.nested import pair_rows, prefix_errors, prefix_residuals, suffix_sums_
 from steersman.kernels.torch_ops import scaled
 from steersman.sae.architectures.auxk import AuxKSAE, auxk_code
@@ -120,7 +120,7 @@ class NestedSAE(AuxKSAE):
             losses["aux"] = aux.coefficient * logged["aux"]
         table = suffix_sums_(residuals).flatten(0, 1).to(batch.x.dtype)
         rows = pair_rows(indices, ends)
-        dots = code.order.get().reading(rows).value_gradient(table, W_dec)
+        dots = ops.value_gradient(table, W_dec, indices, rows)
         return Step(code, losses, logged), Gradients(table, -2 / batch.n_values, dots, aux_rows, rows=rows)
 
     def _auxk_gradients(
