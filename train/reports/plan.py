@@ -274,9 +274,9 @@ def _memory(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
     code = {"code and its order": N * P * (FP32 + 4 + 3 * 8 + 2 * FP32), "selection over ranks": selection}
     gradients = held + (owned if mesh.data > 1 else 0)
     nested = {}
-    if c.n_prefixes > 1:  # the residual of each, and their sums in bf16 or, over ranks, what each group adds
-        more = 2 if c.fused else FP32 * (mesh.latent > 1)
-        nested = {"residuals of the nested SAEs": c.n_prefixes * N * D_out * (FP32 + more)}
+    if c.n_prefixes > 1:  # the residual of each and, where they are not made a few tokens at a time, what each adds
+        n_tables = 2 if c.fused or mesh.latent > 1 else 1
+        nested = {"residuals of the nested SAEs": n_tables * c.n_prefixes * N * D_out * FP32}
     row = D + D_out if transcoder else D
     read_ahead = 2 * N * row * _item(c)
     moments = [
