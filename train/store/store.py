@@ -230,7 +230,12 @@ class ActivationStore:
     def hook_of(self, sae: SAE) -> str:
         """The hook point that an SAE reads; the first where it records none. Raises a SteersmanError naming both sides
         when it is of another model, hook point or width."""
-        sae.cfg.check_one_hook("reading a store alone")
+        if sae.cfg.sides:
+            have = ", ".join(map(str, sae.cfg.sides))
+            raise SteersmanError(
+                f"this is a crosscoder, which reads {have} side by side, not one store: see `steersman crosscoder` "
+                "(crosscoder_report) with all of its stores"
+            )
         what, origin = "the SAE", Origin.of_sae(sae)
         hook = canonical_hook(origin.hook_name or self.hook_name)
         if hook not in self.manifest.hooks:
