@@ -283,6 +283,8 @@ def test_what_needs_one_hook_point_says_so(sae: CrosscoderSAE, stores: tuple[Act
         sae.check_residual("steering")
     with pytest.raises(SteersmanError, match="which reads .* of base, .* of tuned side by side, not one store"):
         stores[0].hook_of(sae)
+    with pytest.raises(SteersmanError, match="the vector of a feature needs an SAE of one hook point"):
+        SteeringVector.of_feature(sae, 3)
     with pytest.raises(SteersmanError, match="side by side, not one store"):
         evaluate_sae(sae, stores[0])
     with pytest.raises(SteersmanError, match="SAELens has no crosscoder architecture"):

@@ -14,9 +14,9 @@ the first crosscoders does: the N*K largest of `f_j s_j` in a batch are kept, an
 threshold. The decoder row of all hook points together is a unit vector, as in every SAE that is trained here. The
 option `selection` says what s_j is: with "joint" the length of that row, which is 1, so that what is kept is what
 rebuilds most; with "sum", as in the paper, the sum of the lengths at the hook points, between 1 (at one of them) and
-the root of their number (equally at all). On planted dictionaries "joint" rebuilds better, and tells shared from
-exclusive features at least as well, as "sum" and as decoder rows of free length (`scripts/bench/crosscoder.py`): the
-sum favours shared features.
+the root of their number (equally at all). On planted dictionaries (`scripts/bench/crosscoder.py`) the two tell shared
+from exclusive features alike, as do decoder rows of free length; with half as many active features as the data have
+"joint" rebuilds better, as the sum favours shared features.
 
 In training the activations of every hook point have unit variance, so that none rules the others by its scale; decoder
 lengths are in these units (`decoder_norms`). The scales are folded into the weights at the end.

@@ -118,6 +118,7 @@ class SteeringVector:
     def of_feature(cls, sae: SAE, feature: int, *, hook_name: str = "") -> "SteeringVector":
         """A feature's decoder row, as it is: the vector that `Steerer.features` adds in mode `add` at strength 1."""
         sae.check_feature(feature)
+        sae.cfg.check_one_hook("the vector of a feature")
         hook = hook_name or sae.cfg.hook_name
         if not hook:
             raise SteersmanError("this SAE records no hook point: name the one it was trained at with hook_name=")
