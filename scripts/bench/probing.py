@@ -7,7 +7,7 @@ The labels are exact: the grammar says of which concept each token is. Three que
 
 `token`     is this token a word of the concept?
 `text`      does this story mention it? (the largest activation over the tokens, which is what a reader of texts has)
-`groups`    of the 15 groups of concepts (animal: pets, birds, ...), token by token, with splitting and absorption;
+`groups`    of the 14 groups of concepts (animal: pets, birds, ...), token by token, with splitting and absorption;
             which concept an absorbing feature stands for is known, too
 """
 

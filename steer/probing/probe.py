@@ -55,6 +55,13 @@ def probe_features(
             raise SteersmanError(f"the SAE {name!r} beside is of {one.cfg.hook_name}, or has a name that is taken")
         if max(config.ks) > one.cfg.d_sae:
             raise SteersmanError(f"a probe of {max(config.ks)} features needs more than the {one.cfg.d_sae} of {name}")
+    if config.absorption:
+        sae.check_residual("measuring absorption")
+        if sae.cfg.input_norm != "none":
+            raise SteersmanError(
+                f"absorption compares features with the states they were read from, and this SAE normalises each state "
+                f"({sae.cfg.input_norm}): probe it without absorption"
+            )
     given = labelled_texts(lm, texts, labels, config.level)
     _check_given(given, config)
     rows = read_rows(
