@@ -177,7 +177,7 @@ class Evaluation:
             return ""
         ids, above = self.dictionary.dense_features, self.dictionary.dense_above
         more = f" and {len(ids) - shown:,} more" if len(ids) > shown else ""
-        return f"features on more than {above:.0%} of the tokens: {' '.join(map(str, ids[:shown]))}{more}"
+        return f"features on more than {100 * above:g} % of the tokens: {' '.join(map(str, ids[:shown]))}{more}"
 
 
 def _shown(value: float | None, undefined: str) -> str:
