@@ -365,8 +365,8 @@ def key(cell: Row) -> str:
 
 def table(rows: list[Row]) -> str:
     """Rows at our defaults beside SAELens' at the rate with the best F1, in Markdown."""
-    lines = ["| L0 | architecture | trainer | F1 | MCC | uniqueness | explained variance | L0 found | µs a sample |"]
-    lines += ["|---" * 9 + "|"]
+    lines = ["| L0 | architecture | trainer | F1 | MCC | uniqueness | explained variance | L0 found |"]
+    lines += ["|---" * 8 + "|"]
     defaults = [
         row
         for row in rows
@@ -378,7 +378,7 @@ def table(rows: list[Row]) -> str:
         for one in (row, *([max(theirs, key=lambda other: other["f1"])] if theirs else [])):
             trainer = "Steersman" if one is row else f"SAELens, rate {one['rate']:g}"
             figures = [f"{one[name]:.3f}" for name in ("f1", "mcc", "uniqueness", "ev")]
-            figures += [f"{one['l0']:.1f}", f"{one['us_per_sample']:.0f}"]
+            figures += [f"{one['l0']:.1f}"]
             lines.append(f"| {one['target']} | `{one['architecture']}` | {trainer} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
