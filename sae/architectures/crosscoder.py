@@ -16,7 +16,7 @@ option `selection` says what s_j is: with "joint" the length of that row, which 
 rebuilds most; with "sum", as in the paper, the sum of the lengths at the hook points, between 1 (at one of them) and
 the root of their number (equally at all). On planted dictionaries (`scripts/bench/crosscoder.py`) the two tell shared
 from exclusive features alike, as do decoder rows of free length; with half as many active features as the data have
-"joint" rebuilds better, as the sum favours shared features.
+"joint" rebuilds better and tells them apart better, as the sum favours shared features.
 
 In training the activations of every hook point have unit variance, so that none rules the others by its scale; decoder
 lengths are in these units (`decoder_norms`). The scales are folded into the weights at the end.
