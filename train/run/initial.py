@@ -45,10 +45,12 @@ class InitialSAE:
     @torch.no_grad()
     def copy_into(self, sae: SAE, inputs: Inputs, held: tuple[int, int]) -> None:
         """Give an SAE in training, which has the latents `held` of all, these weights in the units of `inputs`."""
-        whole = self.sae.state_dict()
+        whole, trained = self.sae.state_dict(), dict(sae.named_parameters())
         for name, value in sae.state_dict().items():
-            if name not in whole:
+            if name not in whole and name in trained:
                 raise SteersmanError(f"init {self.path}: a {sae.name} SAE in training has a {name}, which files lack")
+            if name not in whole:  # a counter that only training has begins as ever
+                continue
             dim = sae.latent_dim(name)
             value.copy_(whole[name] if dim is None else whole[name].narrow(dim, held[0], held[1] - held[0]))
         inputs.unfold(sae)
