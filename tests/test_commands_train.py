@@ -71,6 +71,20 @@ def test_streaming_has_the_settings_of_caching(work: Path, tmp_path: Path) -> No
     assert not any(sae.W_dec.equal(plain.W_dec) for sae in other)
 
 
+def test_a_transcoder_of_a_stream_and_of_a_sweep(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--d-sae", "32", "--k", "2", "--tokens", "1000", "--hook-out", HOOKS[0], "--skip-connection"]
+    source = ["--model", MODEL, "--text", str(work / "stories.txt"), "--buffer-rows", "1024", "--model-batch-size", "2"]
+    main(["train", *source, *settings, "--hook", HOOKS[1], "--out", str(tmp_path / "streamed")])
+    main(["sweep", "--store", str(work / "acts"), *settings, "--hooks", HOOKS[1], "--out", str(tmp_path / "sweep")])
+    for run in ("streamed", f"sweep/hook-{HOOKS[1]}"):
+        cfg = SAE.load(tmp_path / run).cfg
+        assert (cfg.hook_name, cfg.hook_name_out, cfg.skip_connection) == (HOOKS[1], HOOKS[0], True)
+    line = refused(capsys, "train", *source, *settings, "--hook", "blocks.9.hook_resid_post", "--out", "run")
+    assert f"{HOOKS[0]} comes before blocks.9.hook_resid_post in the model" in line
+
+
 def test_a_text_that_is_held_out_whole(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = ["--model", MODEL, "--text", str(work / "stories.txt"), "--hook", HOOKS[0]]
     line = refused(capsys, "train", *source, "--d-sae", "32", "--k", "2", "--out", str(tmp_path / "run"))
@@ -85,7 +99,10 @@ def test_a_text_that_is_held_out_whole(work: Path, tmp_path: Path, capsys: pytes
         (["--dtype", "bfloat16"], "--dtype is for training straight from a model"),
         (["--option", "p=0.5"], "architecture 'topk' has no option 'p'"),
         (["--option", "p"], "option 'p' is not of the form name=value"),
-        (["--hook-out", "blocks.0.hook_mlp_out"], "blocks.0.hook_mlp_out"),
+        (["--hook-out", "blocks.2.hook_mlp_out"], "holds no hook point 'blocks.2.hook_mlp_out'; it has"),
+        (["--hook-out", HOOKS[0]], f"{HOOKS[0]} is what is read: a transcoder predicts another hook point"),
+        (["--hook-out", HOOKS[1]], f"{HOOKS[1]} comes before {HOOKS[0]} in the model"),
+        (["--skip-connection"], "is of a transcoder: say what it predicts with --hook-out"),
         (["--architecture", "topp"], "topk"),
     ],
 )

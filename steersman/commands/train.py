@@ -20,6 +20,7 @@ from steersman.train import (
     stream_activations,
     train_sae,
 )
+from steersman.train.run.run import check_predicted
 
 
 @renamed_fields(contexts="model_batch_size")
@@ -90,6 +91,8 @@ def _source(config: TrainCommand) -> ActivationStore | HookView | SideBySide | C
         raise SteersmanError("nothing to train on: give --store, or --model with --text and --hook or --layer")
     settings: dict[str, Any] = {name: getattr(config, name) for name in _STREAMED}
     given: list[str] = [*hooks, *([] if config.hook_out is None else [config.hook_out])]
+    if config.hook_out is not None:
+        check_predicted(hooks[0], config.hook_out)
     settings |= {"hook": given[0] if len(given) == 1 else tuple(given)}
     stream = StreamConfig(**settings | {"device": config.device, "batch_size": config.model_batch_size})
     return lambda: stream_activations(config=stream)

@@ -12,6 +12,7 @@ Shape letters: N tokens, L latents, D width, K active latents a token.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -28,6 +29,10 @@ from steersman.sae.training import Step, TrainingCode, TrainingState
 from steersman.train.run.checkpoints import PARAMETERS, state_key
 from steersman.train.run.frozen import Held
 from steersman.train.run.recipe import TrainConfig
+
+TRANSCODER_BIASES = 0.1
+"""Learning rate of a transcoder's biases in units of what others' have. Nothing is taken off its input, so the
+encoder's biases hold the latents' distances from the mean row, and at the full rate they silence many of them."""
 
 
 def parameters_of(sae: SAE) -> dict[str, Tensor]:
@@ -72,6 +77,8 @@ def make_updater(
     """The updater that the configuration asks for; lr is the peak learning rate, eps Adam's (see `recipe.adam_eps`)."""
     ranks = ranks or Ranks(Mesh())
     check_ranks(config, ranks.mesh)
+    if sae.cfg.transcoder:
+        config = replace(config, bias_lr_ratio=config.bias_lr_ratio * TRANSCODER_BIASES)
     fused = config.fused_update
     if fused is None:
         possible = (

@@ -63,7 +63,7 @@ class TrainConfig:
     """Peak learning rate of Adam for the weights; None: 0.05 / sqrt(d_in) * (1000 / steps)^(1/3), and a fifth of that
     with `init`."""
     bias_lr_ratio: float = 3.0
-    """Learning rate of the biases, in units of `lr`."""
+    """Learning rate of the biases, in units of `lr`; a transcoder's have a tenth of it."""
     warmup: float = 0.02
     """Fraction of the steps over which the learning rate rises from 0."""
     decay: float = 0.25

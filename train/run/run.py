@@ -22,7 +22,7 @@ from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.files import check_place
 from steersman.kernels import using
-from steersman.lm.origin import runs_before
+from steersman.lm.origin import canonical_hook, runs_before
 from steersman.parallel import Mesh, Ranks, rank_and_world_size, use_local_accelerator
 from steersman.progress import progress
 from steersman.sae import SAE, SAEConfig
@@ -298,6 +298,17 @@ def _with_what_is_labelled(config: TrainConfig, source: ActivationSource, ranks:
     return replace(config, architecture=plain, options={})
 
 
+def check_predicted(read: str, hook_out: str) -> None:
+    """Raise a SteersmanError where a transcoder of what is at `read` cannot predict what is at `hook_out`, as far as
+    their names tell."""
+    if canonical_hook(hook_out) == canonical_hook(read):
+        raise SteersmanError(f"hook_out = {hook_out} is what is read: a transcoder predicts another hook point")
+    if runs_before(hook_out, read):
+        raise SteersmanError(
+            f"hook_out = {hook_out} comes before {read} in the model: a transcoder predicts what follows"
+        )
+
+
 def with_target(source: ActivationSource, hook_out: str) -> HooksSideBySide:
     """The source with two hook points side by side: what a transcoder reads and, `hook_out`, what it predicts.
 
@@ -308,12 +319,7 @@ def with_target(source: ActivationSource, hook_out: str) -> HooksSideBySide:
     if not isinstance(source, HooksSideBySide):
         raise SteersmanError(f"hook_out = {hook_out} needs a store or stream that has it beside what is read")
     hook_out, read = source.resolve_hook(hook_out), source.hooks[0]
-    if hook_out == read:
-        raise SteersmanError(f"hook_out = {hook_out} is what is read: a transcoder predicts another hook point")
-    if runs_before(hook_out, read):
-        raise SteersmanError(
-            f"hook_out = {hook_out} comes before {read} in the model: a transcoder predicts what follows"
-        )
+    check_predicted(read, hook_out)
     if isinstance(source, HookView) and len(source.hooks) == 1:
         return HookView(source.store, [read, hook_out])
     if source.hooks[1:] != (hook_out,):

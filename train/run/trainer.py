@@ -121,14 +121,37 @@ class Trainer:
         """
         rows, _ = self.without_labels(self.large_rows.replaced(rows.to(self.device)))
         sae, (x, target) = self.sae, self.scaled(rows)
+        if self.cfg.transcoder and sae.b_enc is not None:  # nothing takes the mean off what is read
+            sae.b_enc.copy_(-(self._mean(x) @ sae.W_enc))
         sae.begin_training(x, self.config)
         centred = (target - sae.skip(x) if self.cfg.skip_connection else target) - sae.b_dec
+        if self.cfg.transcoder:
+            self._fit_decoder(x, centred)
         rebuilt = sae.decode_training(sae.encode_training(x)) - sae.b_dec
         products = torch.stack([(centred * rebuilt).sum(), rebuilt.square().sum()])
         along, squared = self.ranks.data.all_reduce_sum_(products)
         factor = along / squared
         sae.scale_code(torch.where(factor.isfinite() & (factor > 0), factor, torch.ones_like(factor)))
+        if self.cfg.transcoder:  # averages begin with the rows that were just made
+            for name, average in self.ema.items():
+                average.copy_(self.updater.parameters[name])
         self.large_rows.n_replaced.zero_()  # no step yet
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """The mean [D] of rows [N, D] over the replicas."""
+        sums = self.ranks.data.all_reduce_sum_(torch.cat([x.sum(dim=0), x.new_full((1,), len(x))]))
+        return sums[:-1] / sums[-1]
+
+    def _fit_decoder(self, x: Tensor, centred: Tensor) -> None:
+        """Have each latent of a transcoder write what its activations say of the targets (less their mean) [N, D_out]:
+        the direction of their products' sum. Its random encoder row says nothing of it, and a decoder row that is
+        random too would first of all be a reason not to fire. A latent that no token uses keeps its row."""
+        sae = self.sae
+        code = sae.encode_training(x)
+        rows = code.order.get().scatter_rows(code.values.detach(), centred)
+        rows = self.ranks.data.all_reduce_sum_(rows)
+        norms = rows.norm(dim=1, keepdim=True)
+        sae.W_dec.copy_(torch.where(norms > 0, rows / norms.clamp_min(torch.finfo(rows.dtype).tiny), sae.W_dec))
 
     def step(self, rows: Tensor) -> None:
         """One optimiser step on this replica's rows [N, D] of a batch."""
