@@ -119,16 +119,64 @@ class _Rows:
             reached = np.flatnonzero((sizes >= self.top[rows, 0]) & ~self.left[rows])
             order = reached[np.argsort(rows[reached].astype(np.min_scalar_type(C)), kind="stable")]
             rows, columns, values, sizes = rows[order], columns[order], values[order], sizes[order]
-        # Ascending keys: falling sizes, then rising columns; in the last bit the sign that the size lacks.
-        keys = (~_ordered(sizes.view(np.int32))).astype(np.int64) << 32 | columns << 1 | (values != sizes)
-        counts = np.bincount(rows, minlength=C)
-        padded = np.full((C, max(self.k, counts.max(initial=0))), np.iinfo(np.int64).max)
-        padded[rows, np.arange(len(rows)) - (counts.cumsum() - counts)[rows]] = keys
-        padded = np.sort(padded, axis=1)[:, : self.k]
-        largest = _ordered(~(padded >> 32).astype(np.int32)).view(np.float32)
-        if self.signed:
-            largest = np.where(padded & 1, -largest, largest)
-        return largest, ((padded & 0xFFFFFFFF) >> 1).astype(np.int32), self.left
+        largest, of_columns = _largest_first(rows, columns, sizes, values != sizes, C, self.k, self.k)
+        return largest, of_columns, self.left
+
+
+def _largest_first(
+    rows: NDArray, columns: NDArray, sizes: NDArray, negative: NDArray | bool, C: int, least: int, most: int | None
+) -> tuple[NDArray, NDArray]:
+    """Pairs of rows, in order, and columns as values and int32 columns [C, K], largest size first and lower columns
+    first among equals; K is the fullest row's count, from `least` to `most`. What fills a row up is no number."""
+    # Ascending keys: falling sizes, then rising columns; in the last bit the sign that the size lacks.
+    keys = (~_ordered(sizes.view(np.int32))).astype(np.int64) << 32 | columns << 1 | negative
+    counts = np.bincount(rows, minlength=C)
+    padded = np.full((C, max(least, counts.max(initial=0))), np.iinfo(np.int64).max)
+    padded[rows, np.arange(len(rows)) - (counts.cumsum() - counts)[rows]] = keys
+    padded = np.sort(padded, axis=1)[:, :most]
+    largest = _ordered(~(padded >> 32).astype(np.int32)).view(np.float32)
+    if negative is not False:
+        largest = np.where(padded & 1, -largest, largest)
+    return largest, ((padded & 0xFFFFFFFF) >> 1).astype(np.int32)
+
+
+class Above:
+    """The values of C rows that are above the thresholds of their columns, from tiles of columns in order.
+
+    >>> found = Above(2)
+    >>> found.add(torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([2.0, 2.0]), 0)
+    >>> found.finish()
+    (tensor([[3.],
+            [0.]]), tensor([[1],
+            [0]], dtype=torch.int32))
+    """
+
+    def __init__(self, n_rows: int):
+        self._n_rows = n_rows
+        self._found: list[tuple[NDArray, NDArray, NDArray]] = []
+
+    def add(self, Z: Tensor, threshold: Tensor, first: int) -> None:
+        """Look at Z [C, a tile's columns] fp32, whose first column is `first`; threshold [columns], none negative. A
+        NaN is above all."""
+        below, width = torch.le(Z, threshold).numpy(), Z.shape[1]
+        places = np.flatnonzero(~below)
+        rows = places // width
+        self._found.append((rows, places - rows * width + first, Z.numpy().reshape(-1)[places]))
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Values [C, K], largest first, and int32 columns [C, K], K the fullest row's count and at least 1; 0 and 0
+        where a row has fewer."""
+        rows, columns, values = self._found[0]
+        if len(self._found) > 1:
+            rows, columns, values = (np.concatenate(each) for each in zip(*self._found))
+            order = np.argsort(rows.astype(np.min_scalar_type(self._n_rows)), kind="stable")
+            rows, columns, values = rows[order], columns[order], values[order]
+        values, columns = _largest_first(rows, columns, values, False, self._n_rows, 1, None)
+        counts = np.bincount(rows, minlength=self._n_rows)
+        missing = np.arange(values.shape[1]) >= counts[:, None]
+        values, columns = values.copy(), columns.copy()
+        values[missing], columns[missing] = 0, 0
+        return torch.from_numpy(values), torch.from_numpy(columns)
 
 
 def _ordered(bits: NDArray) -> NDArray:

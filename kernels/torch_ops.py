@@ -162,8 +162,31 @@ def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor,
 def threshold_select(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.threshold_select`. Reads one number from the device."""
+    """See `reference.threshold_select`. Reads one number from the device. On the CPU in blocks of rows and latents."""
+    if x.device.type == "cpu":
+        return _select_above(x, W_enc, b_enc, threshold, b_dec)
     return largest_of_code(lambda part: threshold_encode(x[part], W_enc, b_enc, threshold, b_dec), len(x), len(W_enc))
+
+
+def _select_above(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x = x.float() if b_dec is None else x.float() - b_dec.float()
+    W_enc, b_enc, L = W_enc.float(), b_enc.float(), len(W_enc)
+    least = threshold.float().clamp_min(0.0).expand(L)
+    parts = []
+    for start in range(0, max(len(x), 1), ROWS_AT_ONCE):
+        x_block = x[start : start + ROWS_AT_ONCE]
+        C = len(x_block)
+        found, width = cpu_select.Above(C), max(1, BLOCK_BYTES // (4 * max(1, C)))
+        Z = torch.empty(C * min(width, L))
+        for first in range(0, L, width):
+            W = W_enc[first : first + width]
+            tile = Z[: C * len(W)].view(C, len(W))
+            torch.addmm(b_enc[first : first + width], x_block, W.T, out=tile)
+            found.add(tile, least[first : first + width], first)
+        parts.append(found.finish())
+    return _same_width(parts)
 
 
 def largest_of_code(dense: Callable[[slice], Tensor], N: int, L: int) -> tuple[Tensor, Tensor]:
@@ -172,7 +195,11 @@ def largest_of_code(dense: Callable[[slice], Tensor], N: int, L: int) -> tuple[T
     `dense` gives the code of a slice of the rows, so that no more than CODE_BYTES of it exist at a time.
     """
     rows = max(1, CODE_BYTES // (4 * L))
-    parts = [_largest_of_block(dense(slice(start, start + rows))) for start in range(0, max(N, 1), rows)]
+    return _same_width([_largest_of_block(dense(slice(start, start + rows))) for start in range(0, max(N, 1), rows)])
+
+
+def _same_width(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Codes of blocks of rows, one below the other."""
     if len(parts) == 1:
         return parts[0]
     width = max(values.shape[1] for values, _ in parts)
