@@ -198,7 +198,7 @@ def dense_jumprelu(sae: SAE, x: Tensor, config: Settings) -> Tensor:
     assert wanted is not None
     Z = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
     above = (theta < Z).float()
-    near = ((Z - theta).abs() < width / 2).float().detach() / width
+    near = (((Z - theta).abs() < width / 2) & (Z > 0)).float().detach() / width
     moved = theta - theta.detach()
     code = Z * above - theta.detach() * near * moved
     l0 = (above - near * moved).sum() / len(x)

@@ -5,7 +5,8 @@ e, for the code f and the number of active features
 
     df/d theta = -(theta / e) K((z - theta) / e),    dH/d theta = -(1 / e) K((z - theta) / e),
 
-and neither has such a gradient in z. The loss is the squared error, as a fraction of the variance, plus
+and neither has such a gradient in z. Only positive z count, as no other can become active. The loss is the squared
+error, as a fraction of the variance, plus
 
     coefficient * (L0 / L0* - 1 + c)^2,
 
@@ -83,7 +84,8 @@ class JumpReLUSAE(SteeredL0SAE, AuxKSAE, ElementwiseSAE):
         self.threshold.mul_(factor).clamp_min_(self._least())
 
     def _least(self) -> float:
-        return self.options["bandwidth"] / 2
+        """Thresholds stay above 0: below, they would let pass what a ReLU does not."""
+        return self.options["bandwidth"] / 100
 
     def encode_training(self, x: Tensor, W_enc: Tensor | None = None) -> TrainingCode:
         rows, bias = (self.W_enc.T, self.input_bias) if W_enc is None else (W_enc, None)
