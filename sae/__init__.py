@@ -7,6 +7,7 @@ from steersman.sae.architectures.crosscoder import CrosscoderSAE
 from steersman.sae.architectures.gated import GatedSAE
 from steersman.sae.architectures.groupmax import GroupMaxSAE
 from steersman.sae.architectures.jumprelu import JumpReLUSAE
+from steersman.sae.architectures.matching_pursuit import MatchingPursuitSAE
 from steersman.sae.architectures.matryoshka import MatryoshkaSAE, MatryoshkaTopKSAE
 from steersman.sae.architectures.relu import ReLUSAE
 from steersman.sae.architectures.supervised_topk import SupervisedTopKSAE
@@ -40,6 +41,7 @@ __all__ = [
     "GroupMaxSAE",
     "JumpReLUSAE",
     "Latents",
+    "MatchingPursuitSAE",
     "MatryoshkaSAE",
     "MatryoshkaTopKSAE",
     "Nearest",

@@ -98,6 +98,8 @@ class SAE(nn.Module):
     """What `SAEConfig.architecture` calls it. A class without one is a base that architectures share."""
     saelens_name: ClassVar[str] = ""
     """What SAELens calls one that computes the same; `name`, which SAELens may not know, if nothing else is said."""
+    saelens_options: ClassVar[tuple[str, ...]] = ()
+    """Those of its settings that SAELens' configuration has too, under the same name."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings of its own, by name, with their defaults: what `SAEConfig.options` may hold."""
     uses_k: ClassVar[bool] = False
@@ -227,6 +229,11 @@ class SAE(nn.Module):
         return self.b_dec if self.cfg.apply_b_dec_to_input else None
 
     @property
+    def output_bias(self) -> Tensor | None:
+        """What is added to the decoded code: `b_dec` [D], or nothing."""
+        return self.b_dec
+
+    @property
     def code_bias(self) -> Tensor:
         """What is added to the products with the encoder, [L], to decide what is active."""
         return self.b_enc
@@ -344,7 +351,8 @@ class SAE(nn.Module):
         An SAE that normalises its input undoes that: with the statistics of `like`, the input [..., D] that f codes,
         or of the input that `encode` saw last. Raises SteersmanError where neither has f's leading shape.
         """
-        y = f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+        y = f.to(self.W_dec.dtype) @ self.W_dec
+        y = y if self.output_bias is None else y + self.output_bias
         if self.cfg.transcoder or (self.cfg.input_norm == "none" and not self.cfg.reshape_heads):
             return y
         form = self._input_form if like is None else self._rows(like)[1]
@@ -361,7 +369,7 @@ class SAE(nn.Module):
     def decode_sparse(self, values: Tensor, indices: Tensor) -> Tensor:
         """A sparse code, values and indices [N, K] -> [N, D], in the units of the normalised input (if it is one) and
         without a skip connection's part: `reconstruct` has both."""
-        return choose(values.device).sparse_decode(values, indices, self.W_dec, self.b_dec)
+        return choose(values.device).sparse_decode(values, indices, self.W_dec, self.output_bias)
 
     def decode_training(self, code: TrainingCode) -> Tensor:
         """A training code -> [N, D_out], with gradients to the code, `W_dec` and `b_dec`."""

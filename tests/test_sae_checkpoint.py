@@ -14,7 +14,8 @@ from steersman.sae import SAE, FeatureStats
 
 
 @pytest.mark.parametrize(
-    "activation", ["topk", "batch_topk", "jumprelu", "relu", "gated", "matryoshka", "groupmax", "abs_topk"]
+    "activation",
+    ["topk", "batch_topk", "jumprelu", "relu", "gated", "matryoshka", "groupmax", "abs_topk", "matching_pursuit"],
 )
 def test_save_and_load_give_the_same_sae(activation: str, tmp_path: Path) -> None:
     sae = make_sae(activation)

@@ -11,8 +11,9 @@ error, as a fraction of the variance, plus
     coefficient * (L0 / L0* - 1 + c)^2,
 
 L0 the mean number of active features over the batch and L0* its target: the form of Gemma Scope 2, with the control c
-of `steered_l0`, which takes away what such a penalty stops above its target. Dead latents learn by AuxK, as those of
-TopK do.
+of `steered_l0`, which takes away what such a penalty stops above its target. A step of Adam moves thresholds by no more
+than the rate allows, so after each step all of them are multiplied by exp(m / 30), m as there, whatever the rate. Dead
+latents learn by AuxK, as those of TopK do.
 
 Shape letters: N tokens, L latents, D width, K candidates a token.
 """
@@ -111,6 +112,11 @@ class JumpReLUSAE(SteeredL0SAE, AuxKSAE, ElementwiseSAE):
         # Its value is that of the batch; its gradient comes through the latents that are here.
         penalty = weight * (excess.square() + (2 / wanted) * excess * (count - count.detach()) / len(x))
         return Step(code, {**step.losses, "l0_penalty": penalty}, step.logged)
+
+    @torch.no_grad()
+    def after_step(self, step: Step, state: TrainingState) -> None:
+        super().after_step(step, state)
+        self.threshold.mul_((self.get_buffer("l0_control")[1] / 30).exp())
 
     @torch.no_grad()
     def fold_input_scale(self, scale: float) -> None:

@@ -51,6 +51,7 @@ ARCHITECTURES = {
     "gated": "gated",
     "batchtopk": "batch_topk",
     "matryoshka_batchtopk": "matryoshka",
+    "matching_pursuit": "matching_pursuit",
     "transcoder": "relu",
     "skip_transcoder": "relu",
     "jumprelu_transcoder": "jumprelu",
@@ -191,6 +192,11 @@ def _read_saelens(source: Source, fields: dict[str, Any], file: TensorFile) -> P
     k = fields.get("k", 0) if kind.uses_k else 0
     if isinstance(k, float) and not kind.exact_k and math.isfinite(k):
         k = max(1, round(k))  # an average, and only used in training
+    if kind.saelens_options and scale is not None:
+        raise SteersmanError(
+            f"{path}: the input scale of a training checkpoint of {architecture!r} is folded by SAELens alone: have it "
+            "save its inference model (save_inference_model)"
+        )
     model = to_model_name(text(metadata, "model_name", "", path))
     cfg = SAEConfig(
         d_in=integer(fields["d_in"], "d_in", path),
@@ -207,6 +213,7 @@ def _read_saelens(source: Source, fields: dict[str, Any], file: TensorFile) -> P
         hook_name_out=hook_of_model(text(metadata, "hook_name_out", "", path), model) if transcoder else "",
         skip_connection="skip" in architecture,
         group_sizes=_group_sizes(fields, d_sae, path) if kind.uses_groups else (),
+        options={name: fields[name] for name in kind.saelens_options if name in fields},
         metadata=_kept(metadata),
     )
     finetuned = fields.get("finetuning_scaling_factor") is not None and flag(
@@ -338,6 +345,8 @@ def _config_to_json(cfg: SAEConfig, sum_of_weights: str) -> dict[str, Any]:
     }
     if SAE.architectures[cfg.architecture].saelens_name == "topk":
         fields |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
+    kind = SAE.architectures[cfg.architecture]
+    fields |= {name: {**kind.defaults, **cfg.options}[name] for name in kind.saelens_options}
     if cfg.transcoder:
         fields |= {"d_out": cfg.out_width}
     own = seal({"config": cfg.record(), **cfg.metadata, _WEIGHTS_SUM: sum_of_weights})

@@ -22,7 +22,7 @@ def make_sae(architecture: str = "topk", d_in: int = 8, d_sae: int = 64, k: int 
         if isinstance(sae, GatedSAE):
             for bias in (sae.b_gate, sae.b_mag, sae.r_mag):
                 bias.normal_(0, 0.3, generator=g)
-        else:
+        elif sae.b_enc is not None:
             sae.b_enc.normal_(0, 0.3, generator=g)
         sae.b_dec.normal_(0, 0.5, generator=g)
         if sae.cfg.skip_connection:
