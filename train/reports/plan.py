@@ -328,7 +328,7 @@ def _network(c: PlanConfig, mesh: Mesh) -> dict[str, float]:
     kind = SAE.architectures[c.architecture]
     if kind.exact_k:
         items["proposals"] = (n - 1) * N * P * FP32
-    if kind.whole_batch:
+    if kind.whole_batch and kind.uses_k:
         counts = 2 * 65536 * FP32
         items["selection by counting"] = (reduce_n + reduce_d) * (counts + FP32) + (n - 1) * N * FP32 + (d - 1) * FP32
     if c.dead:
