@@ -71,6 +71,21 @@ def test_auxk_reaches_the_encoder_of_silent_features_in_the_fused_update() -> No
     assert moved[0.25].any()
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adam_touched"])
+def test_thresholds_learn_beside_the_fused_pass(optimizer: Any) -> None:
+    config = replace(CONFIG, k=0, architecture="jumprelu", target_l0=3.0, optimizer=optimizer)
+    fused, errors = train(replace(config, fused_update=True), 40)
+    ordinary, want = train(config, 40)
+    assert float(ordinary.sums[1]) > 0, "the AuxK loss was never on"
+    assert errors[:20] == pytest.approx(want[:20], rel=1e-3)
+    assert errors == pytest.approx(want, rel=0.02)
+    penalty = fused.summed.index("l0_penalty")
+    assert float(fused.sums[penalty]) == pytest.approx(float(ordinary.sums[penalty]), rel=0.02)
+    thresholds = fused.sae.get_parameter("threshold").detach()
+    assert float((thresholds.max() - thresholds.min()) / thresholds.mean()) > 0.05, "they learned nothing of their own"
+    torch.testing.assert_close(thresholds, ordinary.sae.get_parameter("threshold"), rtol=5e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adam_touched", "signum"])
 def test_further_parameters_are_moved_beside_the_fused_pass(optimizer: Any) -> None:
     """By the gradients that the architecture says, as autograd would move them; and their state goes on elsewhere."""

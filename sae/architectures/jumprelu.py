@@ -29,8 +29,9 @@ from steersman.kernels import Order, choose, with_gradient
 from steersman.sae.architectures.auxk import AuxKSAE
 from steersman.sae.architectures.elementwise import ElementwiseSAE, chosen
 from steersman.sae.architectures.relu import largest_of_batch
-from steersman.sae.architectures.steered_l0 import SteeredL0SAE
+from steersman.sae.architectures.steered_l0 import SteeredL0SAE, count_active
 from steersman.sae.config import SAEConfig
+from steersman.sae.fused import FusedBatch, Gradients
 from steersman.sae.training import Step, TrainingCode, TrainingState
 
 
@@ -38,7 +39,7 @@ class JumpReLUSAE(SteeredL0SAE, AuxKSAE, ElementwiseSAE):
     """`f = z H(z - threshold)`, `z = (x - b_dec) W_enc + b_enc` (eq. 3)."""
 
     name = "jumprelu"
-    trainable = whole_batch = True
+    trainable = whole_batch = fused = True
     host_free = False
     target_l0 = "required"
     defaults: ClassVar[Mapping[str, Any]] = {"bandwidth": 0.3, "l0_coefficient": 0.5}
@@ -104,14 +105,36 @@ class JumpReLUSAE(SteeredL0SAE, AuxKSAE, ElementwiseSAE):
         step = super().training_step(x, target, state)
         code, bandwidth = step.code, self.options["bandwidth"]
         count: Any = _Count.apply(self.threshold, code.values, code.candidates, code.order, bandwidth)
-        wanted = state.config.target_l0
-        steering = self.steering(state)
-        control = 0.0 if steering is None else steering[0]
-        excess = self.l0_over_batch(count, len(x)) / wanted - 1 + control
+        excess, slope = self._excess(count, len(x), state)
         weight = self.options["l0_coefficient"] * target.numel()
         # Its value is that of the batch; its gradient comes through the latents that are here.
-        penalty = weight * (excess.square() + (2 / wanted) * excess * (count - count.detach()) / len(x))
+        penalty = weight * (excess.square() + slope * (count - count.detach()))
         return Step(code, {**step.losses, "l0_penalty": penalty}, step.logged)
+
+    def _excess(self, count: Tensor, n_tokens: int, state: TrainingState) -> tuple[Tensor, Tensor]:
+        """What the penalty squares, from the number of active entries of this rank's `n_tokens`, and the derivative of
+        the square by that number."""
+        wanted, steering = state.config.target_l0, self.steering(state)
+        control = 0.0 if steering is None else steering[0]
+        excess = self.l0_over_batch(count, n_tokens) / wanted - 1 + control
+        return excess, (2 / wanted) * excess / n_tokens
+
+    @torch.no_grad()
+    def fused_gradients(self, batch: FusedBatch) -> tuple[Step, Gradients]:
+        """See `SAE.fused_gradients`. A candidate below its threshold has a gradient too, that of the threshold, so the
+        products with its decoder row are taken beside those of the code."""
+        step, gradients = super().fused_gradients(batch)
+        code, bandwidth, order = step.code, self.options["bandwidth"], step.code.order.get()
+        excess, slope = self._excess(count_active(code), len(batch.x), batch.state)
+        weight = self.options["l0_coefficient"] * batch.target.numel()
+        assert code.candidates is not None, "its own code has them"
+        near = _near(code.candidates, self.threshold, code.order.indices, bandwidth)
+        d_values = gradients.scale * order.value_gradient(gradients.residual, batch.weights.dec_rows)
+        d_count = weight / batch.n_values * slope
+        d_threshold = self.threshold * order.scatter(near * d_values) + d_count * order.scatter(near)
+        further = {**gradients.further, "threshold": -d_threshold / bandwidth}
+        losses = {**step.losses, "l0_penalty": weight * excess.square()}
+        return Step(code, losses, step.logged), gradients._replace(further=further)
 
     @torch.no_grad()
     def after_step(self, step: Step, state: TrainingState) -> None:
