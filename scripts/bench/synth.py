@@ -22,6 +22,7 @@ Every finished row is in the file `--out` at once; a row that is there is not ru
 
 import json
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -411,6 +412,7 @@ def main(args: Config) -> None:
     replay = Replay(model, args.eval_samples)
     for name, cell in wanted:
         source, out = source_of(args, model, cell["samples"]), args.folder / name.replace("/", "_").replace(" ", ",")
+        shutil.rmtree(out, ignore_errors=True)  # an SAE that other code trained is not this one, nor its time
         cpu, wall = time.process_time(), time.perf_counter()
         SIDES[cell["side"]](args, cell, source, out)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
