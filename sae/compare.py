@@ -35,7 +35,7 @@ Similarity = Literal["decoder", "encoder", "both", "activations"]
 """What of the features is compared."""
 SHARED = 0.7
 """Similarity above which a matched pair counts as one feature (arXiv 2501.16615)."""
-MAX_PAIRS = 1 << 28
+MAX_PAIRS = 268_435_456
 """Pairs of features up to which the assignment problem is solved: 2 GiB of similarities."""
 SHOWN = 10
 """Unmatched features of each SAE that a table shows."""

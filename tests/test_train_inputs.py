@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.stopping import stopped_before
-from support.training import HOOK, assert_equal_weights, mixture, trainer_of, weight_bytes
+from support.training import HOOK, TRAINABLE, assert_equal_weights, mixture, trainer_of, weight_bytes
 from torch import Tensor
 
 from steersman.errors import SteersmanError
@@ -169,7 +169,7 @@ def test_no_step_gives_back_the_sae_that_was_there(layout: str, there: Path, tmp
 
 @pytest.mark.parametrize(
     "name",
-    [name for name, kind in SAE.architectures.items() if kind.trainable and not (kind.side_by_side or kind.supervised)],
+    [name for name, kind in TRAINABLE.items() if not (kind.side_by_side or kind.supervised)],
 )
 def test_every_architecture_can_be_trained_on(name: str, tmp_path: Path) -> None:
     kind = SAE.architectures[name]

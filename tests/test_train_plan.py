@@ -6,10 +6,9 @@ import pytest
 import torch
 from support.ranks import run_ranks
 from support.sharded_jobs import bytes_sent
-from support.training import mixture, trainer_of
+from support.training import TRAINABLE, mixture, trainer_of
 
 from steersman.errors import SteersmanError
-from steersman.sae import SAE
 from steersman.train.reports.plan import PlanConfig, plan_run
 
 SHAPE: dict[str, Any] = {"d_in": 96, "d_sae": 512, "k": 8, "batch_size": 512, "store_dtype": "float32"}
@@ -36,7 +35,7 @@ def test_bytes_sent_are_those_of_the_table(ranks: int, latent: int, more: dict[s
         assert sent == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("name", [name for name, kind in SAE.architectures.items() if kind.trainable])
+@pytest.mark.parametrize("name", TRAINABLE)
 def test_the_weights_and_their_state_are_those_of_a_trainer(name: str) -> None:
     config = PlanConfig(d_in=16, d_sae=64, k=4, architecture=name)
     memory, trainer = plan_run(config).memory, trainer_of(config._training())

@@ -313,7 +313,8 @@ def decode_jobs(capability: int, full: bool) -> Iterator[Job]:
 
 def backward_jobs(capability: int, full: bool) -> Iterator[Job]:
     """The kernels of `triton_backward`, with bf16 rows."""
-    types = dict.fromkeys(("tokens_ptr", "starts_ptr", "latents_ptr"), "*i32") | {"pairs_ptr": "*i64", "scale": "fp32"}
+    types = dict.fromkeys(("tokens_ptr", "g_rows_ptr", "starts_ptr", "latents_ptr"), "*i32")
+    types |= {"pairs_ptr": "*i64", "scale": "fp32"}
     types |= dict.fromkeys(("g_ptr", "x_ptr", "w_ptr", "rows_ptr"), "*bf16")
     types |= dict.fromkeys(("n_pairs", "n_halvings", "K", "L", "D"), "i32")
     chunk = {"CHUNK": triton_backward.CHUNK}
@@ -363,7 +364,7 @@ def update_job(
     """`triton_update.update_rows` for rows of width D with bf16 copies of the weights."""
     m, v = STATES[state]
     types = {"g_ptr": "*bf16", "x_ptr": "*bf16", "enc_rows_ptr": "*bf16", "dec_rows_ptr": "*bf16"}
-    types |= dict.fromkeys(("tokens_ptr", "starts_ptr", "slots_ptr", "n_steps_ptr"), "*i32")
+    types |= dict.fromkeys(("tokens_ptr", "g_rows_ptr", "starts_ptr", "slots_ptr", "n_steps_ptr"), "*i32")
     for matrix in ("enc", "dec"):
         types |= {f"m_{matrix}_ptr": m, f"v_{matrix}_ptr": v}
         types |= {f"{moment}_{matrix}_exp_ptr": "*u8" if state == "int8" else m for moment in "mv"}

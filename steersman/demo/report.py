@@ -97,11 +97,9 @@ def _marked(text: str, words: Sequence[str]) -> list[tuple[str, bool]]:
 
 
 def _measures(results: Results) -> list[list[Any]]:
-    evaluation = results.evaluation.to_json()
-    figures = [item for part in evaluation.values() if part for item in part.items()]
     return [
         [FIGURES.get(name, name.replace("_", " ")), "not defined" if value is None else value]
-        for name, value in figures
+        for name, value in results.evaluation.figures().items()
     ]
 
 

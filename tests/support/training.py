@@ -18,6 +18,14 @@ from steersman.train.store.statistics import StatsSums, row_norms
 HOOK = "blocks.0.hook_resid_post"
 
 
+TRAINABLE = {
+    name: kind
+    for name, kind in SAE.architectures.items()
+    if kind.trainable and kind.__module__.startswith("steersman.")  # tests register others
+}
+"""The architectures of the package that are trained, by name."""
+
+
 def dictionary(d_in: int = 16, atoms: int = 40) -> Tensor:
     """The planted unit vectors, [atoms, d_in]."""
     fixed = torch.Generator().manual_seed(0)
