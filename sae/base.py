@@ -118,6 +118,8 @@ class SAE(nn.Module):
     """Whether it says its gradients itself, in `fused_gradients`, so that the fused update trains it."""
     target_l0: ClassVar[Literal["", "optional", "required"]] = ""
     """Whether training reads `TrainConfig.target_l0`, how many features are to be active a token on average."""
+    rate: ClassVar[float] = 1.0
+    """The learning rate that training chooses for it, in units of the usual one: see `train.resolve`."""
     signed: ClassVar[bool] = False
     """Whether activations may be negative."""
     supervised: ClassVar[str] = ""

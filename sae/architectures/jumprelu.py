@@ -41,6 +41,7 @@ class JumpReLUSAE(SteeredL0SAE, AuxKSAE, ElementwiseSAE):
     name = "jumprelu"
     trainable = whole_batch = fused = True
     host_free = False
+    rate = 0.5
     target_l0 = "required"
     defaults: ClassVar[Mapping[str, Any]] = {"bandwidth": 0.3, "l0_coefficient": 0.5}
     """`bandwidth` is e above, in the units of training, where inputs have unit variance per dimension; `l0_coefficient`

@@ -44,6 +44,7 @@ class NestedSAE(AuxKSAE):
     """What Matryoshka SAEs share: their losses, and the SAEs within them. `cfg.group_sizes` says where those end."""
 
     uses_groups = True
+    rate = 0.5
     plain: ClassVar[str] = ""
     """The architecture of one prefix."""
     defaults: ClassVar[Mapping[str, Any]] = {"drawn": 0}

@@ -60,8 +60,8 @@ class TrainConfig:
     batch_size: int | None = None
     """Rows a step; None: a power of two between 512 and 4096 that leaves about 1000 steps."""
     lr: float | None = None
-    """Peak learning rate of Adam for the weights; None: 0.05 / sqrt(d_in) * (1000 / steps)^(1/3), and a fifth of that
-    with `init`."""
+    """Peak learning rate of Adam for the weights; None: 0.05 / sqrt(d_in) * (1000 / steps)^(1/3), half of it where the
+    architecture says so (matryoshka, jumprelu), and a fifth of that with `init`."""
     bias_lr_ratio: float = 3.0
     """Learning rate of the biases, in units of `lr`; a transcoder's have a tenth of it."""
     warmup: float = 0.02
@@ -419,6 +419,11 @@ def tokens_of(config: TrainConfig, n_rows: int | None) -> int:
     return tokens
 
 
+def _share_of_rate(config: TrainConfig) -> float:
+    """The learning rate that is chosen where none is given, in units of that of a TopK SAE from random weights."""
+    return SAE.architectures[config.architecture].rate * (FINE_TUNING if config.init else 1)
+
+
 def resolve(config: TrainConfig, d_in: int, n_rows: int | None) -> Recipe:
     """Fill in what `config` leaves open for activations of width d_in and `n_rows` rows to train on (None: endless).
 
@@ -437,7 +442,7 @@ def resolve(config: TrainConfig, d_in: int, n_rows: int | None) -> Recipe:
     return Recipe(
         batch_size=batch_size,
         n_steps=n_steps,
-        lr=(min(lr, 0.05 / math.sqrt(d_in) * 2) * (FINE_TUNING if config.init else 1)) if config.lr is None else lr,
+        lr=lr if config.lr is not None else min(lr, 0.05 / math.sqrt(d_in) * 2) * _share_of_rate(config),
         warmup_steps=round(config.warmup * n_steps),
         decay_steps=round(config.decay * n_steps),
         k_aux=config.k_aux if config.k_aux is not None else max(1, d_in // 2),
