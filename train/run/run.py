@@ -97,9 +97,9 @@ class Run:
             **what,
         )
         record = {"training": config.record(), "recipe": asdict(self.recipe), "data": data}
-        if config.init is not None:
-            initial = InitialSAE(config.init, cfg)
-            cfg, record["init"] = initial.cfg, initial.digest
+        self._initial = None if config.init is None else InitialSAE(config.init, cfg)
+        if self._initial is not None:
+            cfg, record["init"] = self._initial.cfg, self._initial.digest
         self.folder, tokens = RunFolder(out), tokens_of(config, rows)
         known, self.finished = self.ranks.on_rank_zero(lambda: self.folder.open(record, config, tokens))
         """`finished`: whether the folder held the trained SAE when it was opened."""
@@ -153,8 +153,7 @@ class Run:
         else:
             parts = ordinary_stats(self.source, self.config, self.recipe, parts)
             inputs = make_inputs(self.cfg, self.config, parts, self._covariance(parts[0]))
-        new = self.config.init is not None and not self.checkpoints.steps()
-        initial = InitialSAE(self.config.init or "", self.cfg) if new else None
+        initial, self._initial = (None if self.checkpoints.steps() else self._initial), None  # its memory is free again
         self.trainer = Trainer(self.config, self.recipe, parts, self.cfg, self.ranks, inputs, initial)
         if self.trainer.resume(self.checkpoints):
             log.info("%s: resuming from step %d of %d", self.folder.path, self.n_steps_done, self.recipe.n_steps)
@@ -250,8 +249,8 @@ class Run:
                 sae.feature_stats = features.stats(median_norm)
                 sae.cfg.metadata["heldout"] = result.record()
                 if cfg.sides:
-                    cuts = list(accumulate((side.width for side in cfg.sides), initial=0))
-                    sae.cfg.metadata[SIDE_FVUS] = [defined(heldout.fvu_of(*columns)) for columns in pairwise(cuts)]
+                    columns = pairwise(accumulate((side.width for side in cfg.sides), initial=0))
+                    sae.cfg.metadata[SIDE_FVUS] = [defined(heldout.fvu_of(*part)) for part in columns]
                     sae.cfg.metadata[MEDIAN_NORMS] = [stats.median_norm for stats in parts]
                 if left_out:
                     sae.cfg.metadata["rows_left_out"] = left_out
