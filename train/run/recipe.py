@@ -4,7 +4,8 @@ The defaults come from sweeps on real and planted data (`scripts/bench/recipe.py
 
 - Many steps beat large batches on short runs, so the batch grows with the number of tokens.
 - An Adam step moves every weight by about the learning rate, and the weights of a unit row are about 1/sqrt(d_in), so
-  the rate goes with 1/sqrt(d_in); it falls with the cube root of the number of steps.
+  the rate goes with 1/sqrt(d_in); it falls with the cube root of the number of steps. Architectures that find more at
+  another one say so (`SAE.rate`).
 - The last quarter of the run decays to zero, which is where the squared error falls most.
 """
 
