@@ -30,6 +30,7 @@ from steersman.html import card
 from steersman.sae.base import SAE
 from steersman.sae.feature_labels import FeatureLabels
 from steersman.sae.matching import FeatureMatching, RowSource, by_chance_of, correlations, cosines, matching, row_widths
+from steersman.visible import visible
 
 Similarity = Literal["decoder", "encoder", "both", "activations"]
 """What of the features is compared."""
@@ -180,6 +181,7 @@ class SAEComparison:
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
     """Columns two spaces apart, those of numbers to the right."""
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     left = {0, *(column for column, name in enumerate(rows[0]) if name == "label")}
     lines = [

@@ -1,6 +1,7 @@
 """Probes of few features: planted answers, exact truth from the grammar's labels, and labels that do not fit."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from itertools import islice
@@ -24,8 +25,8 @@ from steersman.steer.methods.logistic import fit_logistic
 from steersman.steer.probing.labels import labelled_texts
 from steersman.steer.probing.probe import probe_rows
 from steersman.steer.probing.rows import Codes, ProbeRows, read_rows
-from steersman.steer.probing.sparse import class_differences
-from steersman.steer.probing.split import split
+from steersman.steer.probing.sparse import class_differences, fit
+from steersman.steer.probing.split import Parts, split
 from steersman.steer.scores.reading import codes_of, states_of
 
 
@@ -230,6 +231,7 @@ TEXTS = ["w7 w20"] * 4 + ["w8 w20"] * 4
         (["a", ["b", "c"]] * 4, {}, "several kinds"),
         ([[0, 1]] * 7 + [[0, 1, 1]], {}, "text 7 has 2 tokens .* and 3 labels"),
         ([[(0, 9, "a")]] * 8, {}, "6 characters, and a span goes from 0 to 9"),
+        ([[(0, 9, "a")]] * 8, {"level": "text"}, "6 characters, and a span goes from 0 to 9"),
         ([[(3, 2, "a")]] * 8, {}, "is no span"),
         ([[]] * 8, {}, "no label"),
         ([0, 1] * 4, {"level": "token"}, "level token needs labels of spans"),
@@ -256,6 +258,20 @@ def test_absorption_needs_features_in_the_units_of_the_states(
     cfg = replace(sae.cfg, apply_b_dec_to_input=False, **settings)
     with pytest.raises(SteersmanError, match=said):
         probe_features(lm, SAE(cfg), TEXTS, [0, 1] * 4, absorption=True)
+
+
+@pytest.mark.parametrize("name", ["sae", "raw"])
+def test_an_sae_beside_does_not_take_the_name_of_another(lm: LanguageModel, sae: SAE, name: str) -> None:
+    with pytest.raises(SteersmanError, match=f"named '{name}'"):
+        probe_features(lm, sae, TEXTS, [0, 1] * 4, beside={name: sae})
+
+
+def test_one_penalty_is_measured_where_the_pooling_is_to_be_chosen() -> None:
+    y = torch.arange(40) % 2 == 0
+    parts = Parts(*(torch.ones(40, dtype=torch.bool) for _ in range(len(Parts._fields))))
+    x = torch.stack([y.float(), torch.zeros(40)], dim=1)
+    assert fit(x, y, parts, [0.1], score=True).choosing_auroc == 1.0
+    assert math.isnan(fit(x, y, parts, [0.1]).choosing_auroc)
 
 
 def test_the_command(lm: LanguageModel, sae: SAE, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,6 +128,7 @@ def test_shared_features_are_told_from_exclusive_ones(sae: CrosscoderSAE) -> Non
     shared = sae.relative_norms().amin(dim=1)
     assert auroc(shared[found], nearest.indices[found] < HALF) >= 0.98
     of_a = sae.relative_norms()[:, 1] < 0.2
+    assert bool((found & of_a).any())
     assert set(nearest.indices[found & of_a].tolist()) <= set(range(HALF, 2 * HALF))
 
 

@@ -149,6 +149,8 @@ def labelled_texts(
     for i, (given, one) in enumerate(zip(texts, said)):
         (example,) = as_examples([given], f"text {i},")
         text = counted(lm, example, f"text {i}")
+        if one.kind == "spans":
+            _check_spans(one, example.text, f"text {i}")
         if level == "token":
             has, known = _of_tokens(lm, example.text, one, text, column, f"text {i}")
         else:
@@ -156,6 +158,14 @@ def labelled_texts(
             has[0, [column[name] for name in one.names if name is not None and name in column]] = True
         found.append(LabelledTokens(text=text, has=has, known=known))
     return LabelledTexts(texts=found, classes=classes, level=level)
+
+
+def _check_spans(said: Said, document: Any, where: str) -> None:
+    if not isinstance(document, str):
+        raise SteersmanError(f"{where} is a conversation: spans are found in texts")
+    for start, end in said.ranges:
+        if end > len(document):
+            raise SteersmanError(f"{where} has {len(document)} characters, and a span goes from {start} to {end}")
 
 
 def _of_tokens(
@@ -171,12 +181,8 @@ def _of_tokens(
             if name is not None and name in column:
                 has[at, column[name]] = True
         return has, known
-    if not isinstance(document, str):
-        raise SteersmanError(f"{where} is a conversation: spans are found in texts")
     offsets = text_offsets(lm, document)
     for (start, end), name in zip(said.ranges, said.names):
-        if end > len(document):
-            raise SteersmanError(f"{where} has {len(document)} characters, and a span goes from {start} to {end}")
         for at, (left, right) in enumerate(offsets.characters[text.first :]):
             if max(left, start) < min(right, end):
                 has[at, column[str(name)]] = True

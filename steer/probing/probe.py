@@ -15,7 +15,7 @@ from steersman.sae import SAE
 from steersman.steer.probing.absorption import LabelAbsorption, absorption, main_features
 from steersman.steer.probing.config import ProbingConfig
 from steersman.steer.probing.labels import LabelledTexts, Labelling, labelled_texts
-from steersman.steer.probing.report import LabelProbe, ProbedFeatures, ProbeScore
+from steersman.steer.probing.report import TITLES, LabelProbe, ProbedFeatures, ProbeScore
 from steersman.steer.probing.rows import Codes, ProbeRows, read_rows
 from steersman.steer.probing.sparse import Fitted, HeldOut, Measured, averaged, class_differences, fit
 from steersman.steer.probing.split import Parts, check_counts, split
@@ -47,12 +47,12 @@ def probe_features(
     """
     config = merged(ProbingConfig, config, overrides)
     hook = check_sae_fits(lm, sae)
+    if taken := TITLES.keys() & (beside or {}).keys():
+        raise SteersmanError(f"an SAE beside is named {min(taken)!r}, as what else is probed is: give another name")
     saes = {"sae": sae, **(beside or {})}
     for name, one in saes.items():
-        if check_sae_fits(lm, one, hook) != hook or (
-            name != "sae" and name in ("random_sae", "random_features", "raw")
-        ):
-            raise SteersmanError(f"the SAE {name!r} beside is of {one.cfg.hook_name}, or has a name that is taken")
+        if check_sae_fits(lm, one, hook) != hook:
+            raise SteersmanError(f"the SAE {name!r} beside is of {one.cfg.hook_name}, not of {hook}")
         if max(config.ks) > one.cfg.d_sae:
             raise SteersmanError(f"a probe of {max(config.ks)} features needs more than the {one.cfg.d_sae} of {name}")
     if config.absorption:
@@ -146,7 +146,8 @@ def probe_rows(
 
 def _raw(rows: ProbeRows, y: Tensor, parts: Parts, config: ProbingConfig) -> tuple[Fitted, Tensor]:
     """The probe of the states, pooled in the way that does best on the samples that choose, and those states."""
-    tried = [(fit(states, y, parts, config.penalties), states) for states in rows.states.values()]
+    several = len(rows.states) > 1
+    tried = [(fit(states, y, parts, config.penalties, score=several), states) for states in rows.states.values()]
     return max(tried, key=lambda one: one[0].choosing_auroc)
 
 

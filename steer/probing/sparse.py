@@ -60,14 +60,15 @@ class Fitted:
     training_f1: float
     """F1 score at it, on the training samples."""
     choosing_auroc: float
-    """AUROC on the samples that chose the penalty; NaN where there was one only."""
+    """AUROC on the samples that choose, of the fit without them; NaN where there was nothing to choose."""
 
 
-def fit(x: Tensor, y: Tensor, parts: Parts, penalties: Sequence[float]) -> Fitted:
-    """The probe of x [N, K] for y [N] bool with the best of the penalties."""
+def fit(x: Tensor, y: Tensor, parts: Parts, penalties: Sequence[float], *, score: bool = False) -> Fitted:
+    """The probe of x [N, K] for y [N] bool with the best of the penalties. `score`: one penalty is measured too, where
+    something else is to be chosen by it."""
     scores = [float("nan")] * len(penalties)
     x = x.double()
-    if len(penalties) > 1 and x.shape[1] > 1:  # the order of one feature depends on no penalty
+    if score or (len(penalties) > 1 and x.shape[1] > 1):  # the order of one feature depends on no penalty
         for at, l2 in enumerate(penalties):
             logits, _ = _logits(x, y, parts.fitting, l2)
             scores[at] = float(auroc(logits[parts.choosing, None], y[parts.choosing, None]))

@@ -51,8 +51,11 @@ def run(config: CompareCommand) -> None:
     if config.tokens < 1 or config.top < 0 or config.max_pairs < 0:
         raise SteersmanError("--tokens must be at least 1, --top and --max-pairs at least 0")
     store = None if config.store is None else ActivationStore.open(config.store)
+    saes = [config.load_sae(path) for path in config.sae]
+    if config.feature is not None:
+        saes[0].check_feature(config.feature)
     found = compare_saes(
-        *[config.load_sae(path) for path in config.sae],
+        *saes,
         by=config.by,
         store=store,
         names=_names(config.sae),
