@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.training import HOOK, assert_equal_weights, mixture, trainer_of
+from support.training import HOOK, assert_equal_weights, mixture, stats_of, trainer_of
 from torch.nn import functional as F
 
 from steersman.errors import SteersmanError
@@ -15,8 +16,10 @@ from steersman.train import (
     Dictionary,
     FrequencyBucket,
     TrainConfig,
+    Trainer,
     evaluate_sae,
     random_baselines,
+    resolve,
     train_sae,
 )
 from steersman.train.run.frozen import Frozen
@@ -152,3 +155,21 @@ def test_rows_of_rare_tokens_stand_by_themselves(store: ActivationStore, sae: SA
     whole = sum(float(variance[part].sum()) * bucket.fvu for part, bucket in
                 zip((frequent, ~frequent), (buckets[0], buckets[1])))  # fmt: skip
     assert whole == pytest.approx(float(error.sum()), rel=0.02)
+
+
+@pytest.mark.parametrize(("frozen", "random"), [("decoder", True), ("soft_decoder", True), ("encoder", False)])
+def test_the_frozen_decoder_of_a_transcoder_is_random(frozen: Frozen, random: bool) -> None:
+    """The first batch fits the decoder of a transcoder that learns."""
+    x, y = mixture(256), mixture(256, seed=1)
+    places: dict[str, Any] = {
+        "transcoder": True,
+        "d_out": 16,
+        "apply_b_dec_to_input": False,
+        "hook_name_out": "blocks.1.hook_mlp_out",
+    }
+    config = TrainConfig(d_sae=32, k=3, hook_out="blocks.1.hook_mlp_out", frozen=frozen, batch_size=128, device="cpu")
+    cfg = SAEConfig(d_in=16, d_sae=32, k=3, **places)
+    trainer = Trainer(config, resolve(config, 16, 1280), [stats_of(x), stats_of(y)], cfg)
+    before = trainer.sae.W_dec.detach().clone()
+    trainer.fit_encoder_scale(torch.cat([x, y], dim=1))
+    assert torch.equal(trainer.sae.W_dec, before) == random

@@ -78,7 +78,7 @@ class PenalisedSAE(SteeredL0SAE, AuxKSAE, ElementwiseSAE):
             return
         k = max(1, min(self.whole_cfg.d_sae, round(config.target_l0 or self.cfg.d_in / 4)))
         bias = self.get_parameter(self.gate_bias)
-        bias.fill_(-largest_of_batch(self, x, bias, k))
+        bias.sub_(largest_of_batch(self, x, bias, k))
 
     def penalty(self, values: Tensor, state: TrainingState) -> Tensor:
         """What counts in the loss for a code's values [N, K], 0 where not active: a scalar of all ranks' latents."""

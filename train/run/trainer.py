@@ -125,7 +125,7 @@ class Trainer:
             sae.b_enc.copy_(-(self._mean(x) @ sae.W_enc))
         sae.begin_training(x, self.config)
         centred = (target - sae.skip(x) if self.cfg.skip_connection else target) - sae.b_dec
-        if self.cfg.transcoder:
+        if self.cfg.transcoder and self.config.frozen not in ("decoder", "soft_decoder"):  # these keep random rows
             self._fit_decoder(x, centred)
         rebuilt = sae.decode_training(sae.encode_training(x)) - sae.b_dec
         products = torch.stack([(centred * rebuilt).sum(), rebuilt.square().sum()])
