@@ -1,0 +1,198 @@
+"""What the parts of the study share: settings, the file of results, the activations and the SAEs."""
+
+import json
+import platform
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steersman import SAE, LanguageModel, SteersmanError, TrainConfig, cache_activations, train_sae
+from steersman.train import ActivationStore, HookView
+from study.material import Material, bundled, papers
+
+PACKAGES = ("steersman", "torch", "transformers", "triton", "sae-lens", "eai-sparsify")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Settings of every part."""
+
+    model: str = "steersman-demo"
+    """Folder or hub id of the model; `python scripts/study model OUT` makes the one that the results are of."""
+    data: Path | None = None
+    """Folder of the papers' data (`docs/results/index.md` says what lies in it); by default the bundled grammar's."""
+    work: Path = Path("runs/study")
+    """Folder of everything that is made: activations, SAEs, effects, results. The same command resumes."""
+    small: bool = False
+    """Each part in a few minutes, on few concepts and tokens: to see that it works."""
+    layers: tuple[int, ...] = (6, 12, 18, 24)
+    """Layers whose activations are cached, those of them that the model has."""
+    layer: int = 12
+    """The layer that is steered and taken apart; the middle one of a model that is not that deep."""
+    tokens: int = 600_000
+    """Rows of activations to cache and to train each SAE on."""
+    d_sae: int = 8192
+    """Features of the SAE that is steered with."""
+    k: int = 32
+    """Active features of it."""
+    threads: int = 0
+    """Threads of PyTorch; 0 leaves its default."""
+    device: str = "cpu"
+    """Where models run."""
+    seed: int = 0
+    """Seed of what is drawn."""
+
+
+class Results:
+    """The results of one part: a file of rows by name, of which those that are there are not measured again.
+
+    Beside the rows stand the settings, the versions, the seed, the device and the seconds that each row took.
+    """
+
+    def __init__(self, config: StudyConfig, part: str) -> None:
+        self.path = config.work / "results" / f"{part}.json"
+        settings = {k: _plain(v) for k, v in asdict(config).items() if k not in ("work", "threads", "data", "model")}
+        self._value: dict[str, Any] = {"part": part, "settings": settings, "rows": {}, "seconds": {}}
+        if self.path.exists():
+            self._value = json.loads(self.path.read_text())
+            other = {k for k, v in settings.items() if self._value["settings"].get(k) != v}
+            if other:
+                raise SteersmanError(
+                    f"{self.path} holds results of other settings ({', '.join(sorted(other))}): give another --work"
+                )
+        self._value |= {"model": Path(config.model).name, "about": about(config.device)}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.rows
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """What is known, by name."""
+        return self._value["rows"]
+
+    def row(self, name: str, make: Callable[[], Any]) -> Any:
+        """The row `name`: read, or made and written."""
+        if name not in self.rows:
+            start, used = time.monotonic(), time.process_time()
+            self.rows[name] = _plain(make())
+            seconds = {"wall": time.monotonic() - start, "processor": time.process_time() - used}
+            self._value["seconds"][name] = {k: round(v, 2) for k, v in seconds.items()}
+            self._value["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            self.save()
+            print(f"{self._value['part']}: {name} ({seconds['wall']:.0f} s)", flush=True)
+        return self.rows[name]
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._value, indent=1) + "\n")
+        temporary.replace(self.path)
+
+
+def about(device: str) -> dict[str, Any]:
+    """Versions, device and threads."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
+    return found | {"device": name, "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, so that what is made is what is read again."""
+    return json.loads(json.dumps(value, default=str))
+
+
+class Study:
+    """The model, the material and what is made of them in the work folder, each once."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config = config
+        self.lm = LanguageModel.load(config.model, device=config.device)
+        self.material: Material = bundled(config.small) if config.data is None else papers(config.data, config.small)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are cached: those asked for that the model has, or its middle one."""
+        found = tuple(layer for layer in self.config.layers if layer < self.lm.n_layers)
+        return found if self.layer in found else tuple(sorted({*found, self.layer}))
+
+    @property
+    def layer(self) -> int:
+        """The layer that is steered."""
+        return self.config.layer if self.config.layer < self.lm.n_layers else self.lm.n_layers // 2
+
+    def hook(self, layer: int | None = None) -> str:
+        """The hook point after a layer; by default the one that is steered."""
+        return f"blocks.{self.layer if layer is None else layer}.hook_resid_post"
+
+    @property
+    def tokens(self) -> int:
+        """Rows to cache and train on."""
+        return min(self.config.tokens, 30_000) if self.config.small else self.config.tokens
+
+    def store(self) -> ActivationStore:
+        """The activations of the mixture of texts after every layer of `layers`."""
+        text, context = self.material.mixture, self.material.context_length
+        longest = getattr(self.lm.model.config, "max_position_embeddings", context)
+        return cache_activations(
+            self.lm, text, hook=[self.hook(layer) for layer in self.layers], out=str(self.config.work / "acts"),
+            tokens=self.tokens, context_length=min(context, longest), batch_size=8,
+        )  # fmt: skip
+
+    def sae(self, layer: int | None = None, **settings: Any) -> SAE:
+        """An SAE of a layer, trained once: by default the one that is steered with (TopK).
+
+        `settings` are fields of `TrainConfig`, over the study's.
+        """
+        layer = self.layer if layer is None else layer
+        config = train_config(self, **settings)
+        name = "-".join(str(part) for part in sae_name(layer, config))
+        return train_sae(HookView(self.store(), self.hook(layer)), config, self.config.work / "saes" / name)
+
+
+def train_config(study: Study, **settings: Any) -> TrainConfig:
+    """How an SAE of the study is trained: Steersman's defaults at the study's width, k and tokens."""
+    c = study.config
+    d_sae, k = (min(c.d_sae, 512), min(c.k, 16)) if c.small else (c.d_sae, c.k)
+    given: dict[str, Any] = {"d_sae": d_sae, "tokens": study.tokens, "device": c.device, "seed": c.seed}
+    if not SAE.architectures[settings.get("architecture", "topk")].uses_k:
+        given["target_l0"] = float(settings.pop("k", k))
+    elif "k" not in settings:
+        given["k"] = k
+    return TrainConfig(**(given | settings))
+
+
+def sae_name(layer: int, config: TrainConfig) -> tuple[Any, ...]:
+    """What tells an SAE of the study from the others."""
+    return (
+        f"layer{layer}", config.architecture, config.d_sae, round(config.target_l0 or config.k), f"seed{config.seed}",
+    )  # fmt: skip
+
+
+def chosen(config: StudyConfig, **values: Any) -> Mapping[str, Any]:
+    """The values that `--small` gives a part's own settings, where those are at their default; else none."""
+    if not config.small:
+        return {}
+    default = {f.name: f.default for f in fields(config)}
+    return {name: value for name, value in values.items() if getattr(config, name) == default[name]}
