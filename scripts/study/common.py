@@ -57,7 +57,8 @@ class Results:
 
     def __init__(self, config: StudyConfig, part: str) -> None:
         self.path = config.work / "results" / f"{part}.json"
-        settings = {k: _plain(v) for k, v in asdict(config).items() if k not in ("work", "threads", "data", "model")}
+        settings = {k: _plain(v) for k, v in asdict(config).items() if k not in ("work", "threads")}
+        settings |= {"model": Path(config.model).name, "data": "the papers'" if config.data else "the grammar's"}
         self._value: dict[str, Any] = {"part": part, "settings": settings, "rows": {}, "seconds": {}}
         if self.path.exists():
             self._value = json.loads(self.path.read_text())
@@ -66,7 +67,7 @@ class Results:
                 raise SteersmanError(
                     f"{self.path} holds results of other settings ({', '.join(sorted(other))}): give another --work"
                 )
-        self._value |= {"model": Path(config.model).name, "about": about(config.device)}
+        self._value["about"] = about(config.device)
 
     def __contains__(self, name: str) -> bool:
         return name in self.rows

