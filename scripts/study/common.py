@@ -12,7 +12,18 @@ from typing import Any
 
 import torch
 
-from steersman import SAE, LanguageModel, SteersmanError, TrainConfig, cache_activations, train_sae
+from steersman import (
+    SAE,
+    EffectMap,
+    LanguageModel,
+    SteeringVector,
+    SteersmanError,
+    TrainConfig,
+    cache_activations,
+    collect_effects,
+    train_sae,
+)
+from steersman.steer import Effects, EffectsConfig
 from steersman.train import ActivationStore, HookView
 from study.material import Material, bundled, papers
 
@@ -131,6 +142,7 @@ class Study:
         self.config = config
         self.lm = LanguageModel.load(config.model, device=config.device)
         self.material: Material = bundled(config.small) if config.data is None else papers(config.data, config.small)
+        self._effects: EffectMap | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -170,6 +182,35 @@ class Study:
         config = train_config(self, **settings)
         name = "-".join(str(part) for part in sae_name(layer, config))
         return train_sae(HookView(self.store(), self.hook(layer)), config, self.config.work / "saes" / name)
+
+    def effects_config(self, **settings: Any) -> EffectsConfig:
+        """How effects are measured for SAE-TS."""
+        small = self.config.small
+        given: dict[str, Any] = {
+            "vectors": "decoder", "n_vectors": 192 if small else 1000, "rollouts": 8 if small else 16, "new_tokens": 16,
+            "base_rollouts": 128 if small else 1024, "scale_rule": "norm", "scale_target": 0.7, "seed": self.config.seed,
+        }  # fmt: skip
+        return EffectsConfig(**(given | settings))
+
+    def measured(self) -> Effects:
+        """The effects of many vectors on the features of `sae()`, measured once."""
+        return collect_effects(
+            self.lm, self.sae(), self.material.held_out, self.effects_config(), out=str(self.config.work / "effects")
+        )
+
+    def effects(self) -> EffectMap:
+        """The map from vectors to their effects, for SAE-TS."""
+        if self._effects is None:
+            self._effects = self.measured().fit(heldout=0.1)
+        return self._effects
+
+    def targeted(self, targets: int | Mapping[int, float], method: str = "sae_ts") -> SteeringVector:
+        """The vector for a feature, or for weights of several: by `sae_ts`, or by `rotation` of the decoder rows."""
+        if method == "rotation":
+            return self.effects().solve_rotated(targets, self.sae(), min_signal=1.0)
+        if method != "sae_ts":
+            raise SteersmanError(f"no way to target a feature is called {method!r}: use sae_ts or rotation")
+        return self.effects().solve(targets, min_signal=0.0)
 
 
 def train_config(study: Study, **settings: Any) -> TrainConfig:
