@@ -104,7 +104,7 @@ class Results:
         """Write the file, whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._value, indent=1) + "\n")
+        temporary.write_text(_lines(self._value))
         temporary.replace(self.path)
 
 
@@ -126,6 +126,17 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def _lines(value: Mapping[str, Any]) -> str:
+    """JSON with a line for each row, so that a file of many figures stays small and what is new in it is seen."""
+    parts = []
+    for key, one in value.items():
+        text = json.dumps(one)
+        if isinstance(one, dict) and one:
+            text = "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in one.items()) + "\n }"
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _plain(value: Any) -> Any:
