@@ -11,7 +11,7 @@ from steersman.files import write_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["png", "save_figure"]
+__all__ = ["png", "save_figure", "svg"]
 
 DPI = 110
 
@@ -20,6 +20,16 @@ def png(figure: Figure, dpi: int = DPI) -> bytes:
     """The figure as a PNG file."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=dpi)
+    return content.getvalue()
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as an SVG file, the same bytes each time: without a date, its ids from what is drawn."""
+    import matplotlib as mpl
+
+    content = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "steersman"}):
+        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": f"Matplotlib {mpl.__version__}"})
     return content.getvalue()
 
 

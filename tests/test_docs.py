@@ -3,6 +3,8 @@
 `support/pages.py` says how a page is run, and how it says that a block cannot be.
 """
 
+import dataclasses
+import importlib
 import json
 import os
 import re
@@ -16,6 +18,7 @@ from support.pages import ARITHMETIC, ROOT, Block, Pages, Ran, arithmetic, pages
 from steersman.cli import COMMANDS
 from steersman.errors import SteersmanError
 from steersman.flags import config_type, parse
+from study.__main__ import PARTS
 
 PAGES = {page.name: page for page in pages()}
 RUN = [name for name, page in PAGES.items() if page.runs]
@@ -114,6 +117,9 @@ def check_command(words: list[str]) -> None:
         name = " ".join(arguments[: 2 if " ".join(arguments[:2]) in COMMANDS else 1])
         assert name in COMMANDS, " ".join(words)
         parse(config_type(COMMANDS[name].load()), arguments[len(name.split()) :], f"steersman {name}")
+    elif program == "scripts/study":
+        assert arguments[0] in PARTS, " ".join(words)
+        check_part(*arguments)
     elif "/" in program:
         assert script.is_file(), program
         flags = {word.split("=")[0] for word in arguments if word.startswith("--")}
@@ -122,9 +128,19 @@ def check_command(words: list[str]) -> None:
             assert not unknown, " ".join(unknown)
 
 
+def check_part(part: str, *arguments: str) -> None:
+    """Whether a part of the study has such settings."""
+    names = {field.name for field in dataclasses.fields(importlib.import_module(f"study.{part}").Config)}
+    flags = {word.split("=")[0][2:].replace("-", "_") for word in arguments if word.startswith("--")}
+    unknown = {flag for flag in flags if flag not in names and flag.removeprefix("no_") not in names}
+    assert not unknown, f"{part}: {', '.join(sorted(unknown))}"
+
+
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
+        ("python scripts/study none", "none"),
+        ("python scripts/study pages --small", "pages: small"),
         ("steersman cache --model M --text T --out O --no-such-flag 3", "no flag --no-such-flag"),
         ("torchrun --nproc-per-node 8 -m steersman train --store S --out O --d-sae many", "many"),
         ("steersman vector mend", "vector mend"),

@@ -4,7 +4,7 @@ import json
 import platform
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +28,8 @@ from steersman.train import ActivationStore, HookView
 from study.material import Material, bundled, papers
 
 PACKAGES = ("steersman", "torch", "transformers", "triton", "sae-lens", "eai-sparsify")
+PAPERS = "the papers'"
+"""Whose data results are of, where they are not the bundled grammar's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ class Results:
     def __init__(self, config: StudyConfig, part: str) -> None:
         self.path = config.work / "results" / f"{part}.json"
         settings = {k: _plain(v) for k, v in asdict(config).items() if k not in ("work", "threads")}
-        settings |= {"model": Path(config.model).name, "data": "the papers'" if config.data else "the grammar's"}
+        settings |= {"model": Path(config.model).name, "data": PAPERS if config.data else "the grammar's"}
         self._value: dict[str, Any] = {"part": part, "settings": settings, "rows": {}, "seconds": {}}
         if self.path.exists():
             self._value = json.loads(self.path.read_text())
@@ -87,6 +89,10 @@ class Results:
     def rows(self) -> dict[str, Any]:
         """What is known, by name."""
         return self._value["rows"]
+
+    def planned(self, names: Iterable[str]) -> None:
+        """Say which rows there are to be, so that the page names those that are missing."""
+        self._value["planned"] = list(names)
 
     def row(self, name: str, make: Callable[[], Any]) -> Any:
         """The row `name`: read, or made and written."""
