@@ -76,6 +76,21 @@ def test_a_site_of_ours_is_replaced_and_nothing_else_is(report: DetailedReport, 
         check_site(tmp_path / "folder")
 
 
+def test_a_site_of_some_features_leads_to_no_other(report: DetailedReport, tmp_path: Path) -> None:
+    out = write_site(report, tmp_path / "some", name="some", only=[40, 3, 129, 40]).parent
+    assert sorted(path.name for path in (out / "features").iterdir()) == ["129.html", "3.html", "40.html"]
+    table = json.loads((out / "features.js").read_text().removeprefix("const FEATURES = ").rstrip(";\n"))
+    assert table["id"] == [3, 40, 129]
+    assert table["density"] == [float(f"{report.features[i].density:.4g}") for i in (3, 40, 129)]
+    page = (out / "features" / "40.html").read_text()
+    assert set(re.findall(r"href=(\d+)\.html", page)) <= {"3", "129"}
+    assert "rel=prev href=3.html" in page
+    assert "rel=next href=129.html" in page
+    assert "3 of them have a page here" in (out / "index.html").read_text()
+    with pytest.raises(SteersmanError, match="features 3 to 130 asked for of an SAE of 130"):
+        write_site(report, tmp_path / "some", name="some", only=[3, 130])
+
+
 def test_what_interrupts_the_writing_leaves_the_old_site_or_none(
     report: DetailedReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +175,16 @@ def test_the_table_is_searched_and_sorted(index: Path, report: DetailedReport, o
     assert ids(page)[:3] == [128, 127, 125]
     page.locator("#forward").click()
     assert ids(page)[-1] == 129, "what has no score comes last"
+
+
+@needs_browser
+def test_the_table_of_some_features_has_their_ids(report: DetailedReport, opened: Any, tmp_path: Path) -> None:
+    page = opened(write_site(report, tmp_path / "some", name="some", only=[3, 40, 129])).page
+    assert sorted(ids(page)) == [3, 40]
+    page.fill("#search", "129")
+    assert ids(page) == [129]
+    page.locator("#table tbody a").first.click()
+    assert page.locator("h1").inner_text().startswith("Feature 129")
 
 
 @needs_browser

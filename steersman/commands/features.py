@@ -33,7 +33,7 @@ class FeaturesCommand(ComputeOptions, LabelOptions, PrintOptions):
     model: str
     """Folder or hub id of the model, for its tokenizer and output weights."""
     feature: tuple[str, ...] = ()
-    """Feature ids to show; the `top` ones if none are given."""
+    """Feature ids to show, and to have pages in the site; the `top` ones and all if none are given."""
     top: int = 20
     """How many features to show when none are named."""
     sort: Literal["typical", "max_act", "density", "id"] = "typical"
@@ -45,7 +45,7 @@ class FeaturesCommand(ComputeOptions, LabelOptions, PrintOptions):
     """File of all features as JSON, written or, where it has what is asked for, read; by default features.json in the
     SAE's folder."""
     html: str | None = None
-    """Folder of a site to write: a table of all features to search and sort, and a page for each with contexts of every
+    """Folder of a site to write: a table of the features to search and sort, and a page for each with contexts of every
     level of activation. It opens from disk; one that is there is replaced, any other folder is not."""
     scores: str | None = None
     """File of `steersman scores`, for the site's table and pages."""
@@ -85,7 +85,7 @@ def run(config: FeaturesCommand) -> None:
     config.show(lambda: features_to_text(chosen, sae.labels).rstrip("\n"), record)
     config.note(f"{len(described)} features {'written to' if stored is None else 'read from'} {out}")
     if report is not None and config.html is not None:
-        page = write_site(report, config.html, name=config.sae, labels=sae.labels, scores=scores)
+        page = write_site(report, config.html, name=config.sae, labels=sae.labels, scores=scores, only=asked)
         config.note(f"a page for each: open {page}")
 
 

@@ -7,10 +7,10 @@ const byId = id => document.getElementById(id);
 const heads = [...byId("table").tHead.rows[0].cells];
 const columns = heads.map(head => ({ key: head.dataset.key, kind: head.dataset.kind, head }));
 const body = byId("table").tBodies[0];
-FEATURES.id = [...Array(n).keys()];
+const places = [...Array(n).keys()];  // rows of the table's data; FEATURES.id has the features' own numbers
 
-const haystack = FEATURES.id.map(i =>
-  [i, FEATURES.label[i], ...FEATURES.fires[i], ...FEATURES.promotes[i]].join("\n").toLowerCase());
+const haystack = places.map(i =>
+  [FEATURES.id[i], FEATURES.label[i], ...FEATURES.fires[i], ...FEATURES.promotes[i]].join("\n").toLowerCase());
 const scale = new Map(columns.filter(c => c.kind === "number").map(c =>
   [c.key, FEATURES[c.key].reduce((top, value) => Math.max(top, Math.abs(value ?? 0)), 0)]));
 
@@ -48,11 +48,12 @@ function find() {
   const values = FEATURES[state.sort];
   const empty = value => value === null || value === "" || value.length === 0;
   const number = words.length === 1 && /^\d+$/.test(words[0]) ? Number(words[0]) : -1;
-  shown = FEATURES.id.filter(i =>
-    (state.dead || FEATURES.density[i] > 0 || i === number) && words.every(word => haystack[i].includes(word)));
+  shown = places.filter(i =>
+    (state.dead || FEATURES.density[i] > 0 || FEATURES.id[i] === number) && words.every(word => haystack[i].includes(word)));
   const sign = state.down ? -1 : 1;
   shown.sort((i, j) => {
-    if ((i === number) !== (j === number)) return i === number ? -1 : 1;
+    const named = FEATURES.id[i] === number;
+    if (named !== (FEATURES.id[j] === number)) return named ? -1 : 1;
     const [a, b] = [values[i], values[j]];
     if (empty(a) || empty(b)) return empty(a) - empty(b) || i - j;  // what is not known comes last either way
     return sign * ascending(a, b, kind) || i - j;
@@ -64,8 +65,8 @@ function cell(i, column) {
   const value = FEATURES[column.key][i];
   if (column.kind === "id") {
     const link = document.createElement("a");
-    link.href = `features/${i}.html`;
-    link.textContent = i;
+    link.href = `features/${value}.html`;
+    link.textContent = value;
     made.append(link);
   } else if (column.kind === "tokens") {
     for (const token of value) {

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -54,10 +54,13 @@ def columns(scores: Mapping[str, ScoreColumn], *, labelled: bool) -> list[TableC
     ]
 
 
-def table_script(report: DetailedReport, labels: FeatureLabels, scores: Mapping[str, ScoreColumn]) -> str:
-    """The table's data, column by column, as a script: a page on disk may load no other kind of file."""
-    features = report.features
+def table_script(
+    report: DetailedReport, labels: FeatureLabels, scores: Mapping[str, ScoreColumn], shown: Sequence[int]
+) -> str:
+    """The data of the features `shown`, column by column, as a script: a page on disk may load no other kind of file."""
+    features = [report.features[i] for i in shown]
     data: dict[str, list[Any]] = {
+        "id": list(shown),
         "label": [visible(labels.text(one.id)) for one in features],
         "fires": [[visible(token) for token in one.fires_on[:_TOKENS]] for one in features],
         "promotes": [[visible(token) for token in one.promotes[:_TOKENS]] for one in features],
@@ -66,7 +69,7 @@ def table_script(report: DetailedReport, labels: FeatureLabels, scores: Mapping[
         "typical": [_short(one.typical_act) for one in features],
     }
     for name, column in scores.items():
-        data[f"score {name}"] = [_short(value) for value in column.values.tolist()]
+        data[f"score {name}"] = [_short(float(column.values[i])) for i in shown]
     return f"const FEATURES = {json.dumps(data, separators=(',', ':'), allow_nan=False)};\n"
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from steersman.errors import SteersmanError
@@ -46,6 +46,7 @@ def write_site(
     name: str,
     labels: FeatureLabels | None = None,
     scores: Mapping[str, ScoreColumn] | None = None,
+    only: Collection[int] = (),
 ) -> Path:
     """Write the site of `report` to `folder`, in place of one of ours that is there, and return its first page.
 
@@ -55,12 +56,16 @@ def write_site(
         name: what the SAE is called.
         labels: what the features stand for.
         scores: scores of the features by name, columns of the table.
+        only: the features that have a row in the table and a page; all of them if none are given.
 
     Raises:
-        SteersmanError: a folder that holds anything else than a site of ours, or cannot be written. Whatever is raised,
+        SteersmanError: a feature that the SAE does not have; a folder that holds anything else than a site of ours, or cannot be written. Whatever is raised,
             and when the process is killed, what was in `folder` before stays as it was.
     """
     check_site(folder)
+    shown = sorted(set(only)) or list(range(len(report)))
+    if not 0 <= shown[0] <= shown[-1] < len(report):
+        raise SteersmanError(f"features {shown[0]} to {shown[-1]} asked for of an SAE of {len(report)}")
     folder = Path(os.path.abspath(folder))
     labels, scores = labels or FeatureLabels(), scores or {}
     made, old = (folder.with_name(f".{folder.name}.{word}.tmp") for word in ("new", "old"))
@@ -68,7 +73,7 @@ def write_site(
     try:
         for left in (made, old):  # by a process that was killed
             _remove(left)
-        _write(report, made, name, labels, scores)
+        _write(report, made, name, labels, scores, shown)
         os.sync()
         if folder.exists():
             folder.rename(old)
@@ -119,8 +124,9 @@ def _remove(folder: Path) -> None:
 
 
 def _write(
-    report: DetailedReport, folder: Path, name: str, labels: FeatureLabels, scores: Mapping[str, ScoreColumn]
-) -> None:
+    report: DetailedReport, folder: Path, name: str, labels: FeatureLabels, scores: Mapping[str, ScoreColumn],
+    shown: list[int],
+) -> None:  # fmt: skip
     (folder / PAGES).mkdir(parents=True)
     features = report.features
     alive = sum(one.max_act > 0 or bool(one.contexts) for one in features)
@@ -129,6 +135,7 @@ def _write(
         "model": visible(report.model_name),
         "hook": visible(report.hook_name),
         "features": len(features),
+        "pages": len(shown),
         "alive": alive,
         "tokens": report.stats.n_tokens,
         "pairs_share": report.details.share,
@@ -139,17 +146,19 @@ def _write(
     for script in SCRIPTS:
         (folder / script).write_bytes((TEMPLATES / script).read_bytes())
     (folder / "site.css").write_text(style() + style("site.css"), encoding="utf-8")
-    (folder / "features.js").write_text(table_script(report, labels, scores), encoding="utf-8")
+    (folder / "features.js").write_text(table_script(report, labels, scores, shown), encoding="utf-8")
     index = render(
         "site_index.html",
         root="",
         about=about,
+        ends=(shown[0], shown[-1]),
         columns=columns(scores, labelled=bool(labels)),
         figure=plot_table(report),
     )
     (folder / "index.html").write_text(index, encoding="utf-8")
-    for detail in progress(report, desc="pages", total=len(features), unit="page"):
+    there, around = set(shown), zip([None, *shown[:-1]], [*shown[1:], None])
+    for detail, (before, after) in zip(progress(map(report.detail, shown), desc="pages", total=len(shown)), around):
         known = {score: float(column.values[detail.feature.id]) for score, column in scores.items()}
         page = feature_page(detail, features, labels, known, report.details.share)
-        html = render("site_feature.html", root="../", page=page, n=len(features))
+        html = render("site_feature.html", root="../", page=page, before=before, after=after, there=there)
         (folder / PAGES / f"{page.id}.html").write_text(html, encoding="utf-8")
