@@ -10,8 +10,9 @@ At test the gate is gone: h + scale m v, with m the largest activation on the po
 notes), so scale 1 is as strong as the concept ever is. Traps of the published code that are not here: v is not of unit
 length after its last step; padding may be among the k largest; equal entries at first are the direction (1, ..., 1),
 whatever the model. A start whose push is wrong is turned until no token activates it, where there is no gradient any
-more: here v starts half-way between the mean state of the positives and what raises their likelihood. Detection reads
-the same v: see `detection`.
+more: here v starts half-way between the mean state of the positives, less that of the negatives where there are some,
+and what raises the positives' likelihood. (In a model whose states share a large mean, that mean alone opens the gate
+everywhere, and tells nothing apart.) Detection reads the same v: see `detection`.
 """
 
 from collections.abc import Mapping
@@ -85,13 +86,18 @@ class ReFTR1(TrainedMethod):
 
     @staticmethod
     def _start(lm: LanguageModel, examples: Examples, hooks: list[str], config: ContrastConfig) -> dict[str, Tensor]:
-        """At each hook point between the mean state of the positive examples, which opens the gate, and the direction
-        that raises their likelihood."""
+        """At each hook point between the difference of the means (the mean state of the positive examples where there
+        are no negative ones), which opens the gate, and the direction that raises their likelihood."""
         reader = Reader(lm, hooks, positions="all", batch_size=config.batch_size, max_length=config.max_length)
-        means = {hook: RunningMean() for hook in hooks}
-        for batch in reader.samples(Examples(positive=examples.positive, negative=[]), "sides"):
-            for hook, mean in means.items():
-                mean.add(batch.at(hook).x)
+        means = {hook: (RunningMean(), RunningMean()) for hook in hooks}
+        for batch in reader.samples(examples, "sides"):
+            for hook, (plus, minus) in means.items():
+                part = batch.at(hook)
+                plus.add(part.x[part.positive])
+                minus.add(part.x[~part.positive])
+        opens = {
+            hook: (plus.mean - minus.mean if minus.n else plus.mean).float() for hook, (plus, minus) in means.items()
+        }
         uphill = gradient(
             lm,
             {hook: torch.zeros(lm.hook_width(hook)) for hook in hooks},
@@ -99,7 +105,7 @@ class ReFTR1(TrainedMethod):
             Likelihood(examples.positive),
             batch_size=config.batch_size,
         )
-        return {hook: normalize(means[hook].mean.float(), dim=0) - normalize(uphill[hook], dim=0) for hook in hooks}
+        return {hook: normalize(opens[hook], dim=0) - normalize(uphill[hook], dim=0) for hook in hooks}
 
     def made(
         self,
