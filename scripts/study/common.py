@@ -157,6 +157,7 @@ class Study:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
+        self._saes: dict[str, SAE] = {}
         self.lm = LanguageModel.load(config.model, device=config.device)
         self.material: Material = bundled(config.small) if config.data is None else papers(config.data, config.small)
         self._effects: EffectMap | None = None
@@ -198,7 +199,10 @@ class Study:
         layer = self.layer if layer is None else layer
         config = train_config(self, **settings)
         name = "-".join(str(part) for part in sae_name(layer, config))
-        return train_sae(HookView(self.store(), self.hook(layer)), config, self.config.work / "saes" / name)
+        if name not in self._saes:
+            store = HookView(self.store(), self.hook(layer))
+            self._saes[name] = train_sae(store, config, self.config.work / "saes" / name)
+        return self._saes[name]
 
     def effects_config(self, **settings: Any) -> EffectsConfig:
         """How effects are measured for SAE-TS."""

@@ -58,9 +58,9 @@ class Sizes:
     """Texts of each side that `reft_r1` and `ssv` (of the positive side alone) are trained on."""
     trained_tokens: int = 24
     """Tokens of each of those."""
-    epochs: int = 4
+    epochs: int = 2
     """Passes over them."""
-    batch: int = 4
+    batch: int = 2
     """Texts of a step."""
     reft_r1_rate: float = 0.01
     """Learning rate, AxBench's."""
@@ -70,7 +70,7 @@ class Sizes:
 
 def sizes(study: Study) -> Sizes:
     """The sizes of a study."""
-    return Sizes(positives=8, negatives=16, trained=4, trained_tokens=16, epochs=2) if study.config.small else Sizes()
+    return Sizes(positives=8, negatives=16, trained=4, trained_tokens=16) if study.config.small else Sizes()
 
 
 @dataclass(frozen=True, kw_only=True)
