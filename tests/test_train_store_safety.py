@@ -222,6 +222,14 @@ def test_a_store_whose_text_has_ended_grows_with_the_text(
 # Several at one folder
 
 
+def test_a_finished_store_is_asked_for_by_many_at_once(lm: LanguageModel, tmp_path: Path) -> None:
+    rows = cached(lm, tmp_path / "acts").n_rows
+    with FolderLock(tmp_path / "acts", "this", shared=True):  # as another that looks whether the store is its own
+        assert cached(lm, tmp_path / "acts").n_rows == rows
+    with FolderLock(tmp_path / "acts", "this"), pytest.raises(SteersmanError, match="another process is writing"):
+        cached(lm, tmp_path / "acts")
+
+
 def test_one_writes_a_folder_at_a_time(lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "acts"
     out.mkdir()

@@ -5,6 +5,7 @@ python scripts/study pages --work runs/study    # copies the results in a work f
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from steersman import SteersmanError
+from steersman.ui.site import check_site
 from study import report
 from study.__main__ import PARTS
 
@@ -20,6 +22,8 @@ MEASURED = {name: told for name, told in PARTS.items() if name not in ("model", 
 """The parts that have results."""
 LARGEST = 400_000
 """Bytes that a file of results may have to be published."""
+SITE = "features"
+"""Folder of the browser's pages."""
 SOURCES = (
     ("`wikitext2.jsonl`", '121 articles, `{"text": ...}` a line', "WikiText-2 (`Salesforce/wikitext`), CC BY-SA 3.0"),
     ("`tinystories_1000.jsonl`", "1,000 stories, likewise", "TinyStories (`roneneldan/TinyStories`), "
@@ -109,7 +113,7 @@ def main(config: Config) -> None:
 
 
 def publish(source: Path, results: Path) -> None:
-    """Copy the files of results, those of the parts alone."""
+    """Copy the files of results, those of the parts alone, and the browser's pages of features beside their folder."""
     found = [source / f"{name}.json" for name in MEASURED if (source / f"{name}.json").exists()]
     if not found:
         raise SteersmanError(f"{source} holds no results of a part ({', '.join(MEASURED)})")
@@ -121,6 +125,11 @@ def publish(source: Path, results: Path) -> None:
                 f"{path} has {len(content):,} bytes, more than the {LARGEST:,} that belong beside pages"
             )
         (results / path.name).write_bytes(content)
+    site = source / SITE
+    if site.is_dir():
+        check_site(results.parent / SITE)
+        shutil.rmtree(results.parent / SITE, ignore_errors=True)
+        shutil.copytree(site, results.parent / SITE)
 
 
 def index(pages: Mapping[str, tuple[report.Page, Mapping[str, Any]]]) -> str:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure as Drawing
 
 from steersman.figures import svg
 from steersman.steer import Estimate
-from study.common import PAPERS, StudyConfig
+from study.common import PAPERS
 
 COLOURS = ("#0969da", "#e8710a", "#1a7f37", "#8250df", "#cf222e", "#9a6700", "#0e7490", "#bf3989")
 """Told apart by those who see colours otherwise too, on the white that every plot brings along."""
@@ -250,12 +250,11 @@ def duration(seconds: float) -> str:
 def command(results: Mapping[str, Any]) -> str:
     """The command of a part: its settings where they are not the default."""
     words = [f"python scripts/study {results['part']}"]
-    settings = results["settings"]
-    if settings["model"] != StudyConfig.model:
+    settings, config = results["settings"], import_module(f"study.{results['part']}").Config
+    if settings["model"] != config.model:
         words.append(f"--model runs/{settings['model']}")
     if settings["data"] == PAPERS:
         words.append("--data DATA")
-    config = import_module(f"study.{results['part']}").Config
     for one in fields(config):
         value = settings.get(one.name)
         if one.name not in settings or one.name in ("model", "data") or value == plain(one.default):

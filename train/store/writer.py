@@ -56,6 +56,11 @@ def merged_sums(folder: Path, manifest: Manifest) -> dict[str, StatsSums]:
     return sums
 
 
+def _finished(folder: Path) -> bool:
+    """Whether there is a store that nothing will be written to: many may look at once whether it is theirs."""
+    return (folder / MANIFEST).exists() and Manifest.load(folder).complete
+
+
 class StoreWriter:
     """Appends rows to a store, shard by shard; use `begin`, then `append` until done, then `finish` (or `abandon`).
 
@@ -110,7 +115,7 @@ class StoreWriter:
         with disk_errors(folder, "choose another place for the store"):
             made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
-            lock = lock or FolderLock(folder, "this store")
+            lock = lock or FolderLock(folder, "this store", shared=_finished(folder))
             try:
                 asked, begun = manifest, (folder / MANIFEST).exists()
                 if begun:
