@@ -157,6 +157,7 @@ class Study:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
+        self._store: ActivationStore | None = None
         self._saes: dict[str, SAE] = {}
         self.lm = LanguageModel.load(config.model, device=config.device)
         self.material: Material = bundled(config.small) if config.data is None else papers(config.data, config.small)
@@ -184,12 +185,14 @@ class Study:
 
     def store(self) -> ActivationStore:
         """The activations of the mixture of texts after every layer of `layers`."""
-        text, context = self.material.mixture, self.material.context_length
-        longest = getattr(self.lm.model.config, "max_position_embeddings", context)
-        return cache_activations(
-            self.lm, text, hook=[self.hook(layer) for layer in self.layers], out=str(self.config.work / "acts"),
-            tokens=self.tokens, context_length=min(context, longest), batch_size=8,
-        )  # fmt: skip
+        if self._store is None:
+            text, context = self.material.mixture, self.material.context_length
+            longest = getattr(self.lm.model.config, "max_position_embeddings", context)
+            self._store = cache_activations(
+                self.lm, text, hook=[self.hook(layer) for layer in self.layers], out=str(self.config.work / "acts"),
+                tokens=self.tokens, context_length=min(context, longest), batch_size=8,
+            )  # fmt: skip
+        return self._store
 
     def sae(self, layer: int | None = None, **settings: Any) -> SAE:
         """An SAE of a layer, trained once: by default the one that is steered with (TopK).
@@ -209,7 +212,8 @@ class Study:
         small = self.config.small
         given: dict[str, Any] = {
             "vectors": "decoder", "n_vectors": 192 if small else 1000, "rollouts": 8 if small else 16, "new_tokens": 16,
-            "base_rollouts": 128 if small else 1024, "scale_rule": "norm", "scale_target": 0.7, "seed": self.config.seed,
+            "base_rollouts": 128 if small else 1024, "scale_rule": "norm", "scale_target": 0.7,
+            "seed": self.config.seed,
         }  # fmt: skip
         return EffectsConfig(**(given | settings))
 

@@ -3,8 +3,8 @@
     python scripts/study protein
 
 The weights are not in the package registry, so they are drawn at random: what is measured is whether every step works
-on an encoder of residues, and nothing about proteins. Sequences are drawn too: stretches rich in the residues of helices,
-of strands or of loops, of lengths as in proteins.
+on an encoder of residues, and nothing about proteins. Sequences are drawn too: stretches rich in the residues of
+helices, of strands or of loops, of lengths as in proteins.
 """
 
 import math
