@@ -9,8 +9,7 @@ import torch
 from support.tiny_models import D, build, toy_sae, with_text
 
 from steersman.errors import SteersmanError
-from steersman.lm import LanguageModel
-from steersman.lm.session import Session
+from steersman.lm import LanguageModel, Session
 from steersman.steer import Steerer
 
 PROMPTS = ["w5 w6 w7 w8", "w9", "w10 w11 w12"]
@@ -101,6 +100,17 @@ def test_a_fork_goes_its_own_way(lm: LanguageModel) -> None:
     alone = Session(lm, PROMPTS)
     alone.feed(torch.tensor([[20, 40], [21, 41], [22, 42]]))
     torch.testing.assert_close(session.logits, alone.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fork_copies_what_was_read_once(lm: LanguageModel) -> None:
+    read = Session(lm, PROMPTS)
+    other = read.fork(copies=2)
+    alone = Session(lm, PROMPTS, copies=2)
+    fed = torch.arange(20, 26)
+    torch.testing.assert_close(other.feed(fed), alone.feed(fed), rtol=1e-4, atol=1e-4)
+    assert read.rows == 3
+    with pytest.raises(SteersmanError, match="at least 1"):
+        read.fork(copies=0)
 
 
 def test_what_cannot_be_a_session(lm: LanguageModel) -> None:

