@@ -47,7 +47,7 @@ def test_a_page_has_its_sections_and_says_what_was_not_run(tmp_path: Path) -> No
     assert headings == [
         "What was asked", "How", "Results", "What it means", "What would change it", "How it was run",
     ]  # fmt: skip
-    assert "\npython scripts/study features --model runs/lab --data DATA\n" in text
+    assert "\npython scripts/study features --model runs/lab --data DATA --seed 3\n" in text
     assert "Not run: a GPU, `b`." in text
     assert "90 s (3 min of the processor)" in text
     first = (tmp_path / "lab-one.svg").read_bytes()
