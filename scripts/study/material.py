@@ -262,4 +262,4 @@ def _words(name: str) -> list[str]:
 def _before(text: str, name: str) -> str:
     """A story as far as its first word of the concept."""
     places = [text.find(word) for word in CONCEPTS[name].words if word in text]
-    return text[: min(places)].rstrip() if places and min(places) > 0 else "One day"
+    return (text[: min(places)].rstrip() if places else "") or "One day"
