@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,7 @@ def _axbench(folder: Path) -> Iterator[Concept]:
     yield from (concept for turn in zip(*found) for concept in turn)
 
 
+@cache
 def bundled(small: bool = False) -> Material:
     """The story grammar of the bundled model, which labels every concept exactly."""
     names = [name for name, concept in CONCEPTS.items() if concept.group != "name"][:: 12 if small else 4]
@@ -216,7 +218,8 @@ def bundled(small: bool = False) -> Material:
         for concept in concepts[:2]
     ]
     return Material(
-        name="bundled", mixture=Mixture([(texts(12_000, seed=0), 1.0)]), shares={"stories": 1.0}, context_length=128,
+        name="bundled", mixture=Mixture([(texts(1_500 if small else 12_000, seed=0), 1.0)]), shares={"stories": 1.0},
+        context_length=128,
         held_out=texts(60, seed=6), openings=openings, instructions=openings, concepts=concepts,
         goals=[
             Goal(name=c.name, positive=[e.text for e in c.positive[:10]], negative=[e.text for e in c.negative[:10]])
