@@ -16,8 +16,9 @@ from steersman.demo.targets import Target
 from steersman.demo.vectors import Targeted, Way
 from steersman.sae import FeatureLabel, FeatureLabels
 from steersman.sae.metrics import Reconstruction
-from steersman.train.reports.evaluate import Evaluation, SplicedLoss
+from steersman.train.reports.evaluate import Evaluation
 from steersman.train.reports.feature import Context, Feature
+from steersman.train.reports.spliced import SplicedLoss
 
 EVIL = "<img src=x onerror=alert(1)>"
 

@@ -16,7 +16,8 @@ from steersman.steer import Steerer, SteeringVector, decompose, measure_retentio
 from steersman.steer.effects.folder import Effects
 from steersman.steer.effects.map import EffectMap
 from steersman.steer.effects.vectors import given_vectors
-from steersman.train.reports.evaluate import evaluate_sae, spliced_loss
+from steersman.train.reports.evaluate import evaluate_sae
+from steersman.train.reports.spliced import spliced_loss
 
 HOOK, NAME = "blocks.1.hook_resid_post", "google/gemma-2-2b"
 

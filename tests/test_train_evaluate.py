@@ -13,8 +13,9 @@ from steersman.sae import SAE, SAEConfig
 from steersman.sae.features import Rows
 from steersman.sae.features import summarize_features as summarize_rows
 from steersman.train import ActivationStore, HookView, TrainConfig, cache_activations, train_sae
-from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae, spliced_loss
+from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae
 from steersman.train.reports.features import Feature, FeaturesConfig, described, features_to_text, summarize_features
+from steersman.train.reports.spliced import spliced_loss
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
 
@@ -87,6 +88,22 @@ def test_the_first_names_of_the_losses_are_written(lm: LanguageModel, store: Act
     assert result.reconstruction.n_tokens == store.n_rows
     with pytest.raises(SteersmanError, match="unknown setting 'spilt'; near it: split"):
         evaluate_sae(sae, store, spilt="all")
+
+
+def test_baselines_share_the_passes_without_an_sae(
+    lm: LanguageModel, store: ActivationStore, sae: SAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = texts(3, seed=8)
+    earlier = SAE(replace(sae.cfg, hook_name=HOOKS[0], metadata={}))
+    others = {"earlier": earlier, "untrained": SAE(replace(sae.cfg, metadata={})), "again": sae}
+    alone = {name: evaluate_sae(one, store, lm, given).loss for name, one in others.items()}
+    passes: list[int] = []
+    logits = lm.logits
+    monkeypatch.setattr(lm, "logits", lambda *args: [passes.append(1), logits(*args)][1])
+    found = evaluate_sae(sae, store, lm, given, baselines=others)
+    assert len(passes) == 1 + 4 + 2  # unchanged, each SAE, the mean at each of two hook points
+    assert {name: one.loss for name, one in found.baselines.items()} == alone
+    assert found.loss == alone["again"]
 
 
 def test_evaluation_uses_the_held_out_rows(store: ActivationStore, sae: SAE) -> None:

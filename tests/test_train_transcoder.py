@@ -18,7 +18,7 @@ from steersman.lm import LanguageModel
 from steersman.sae import SAE, SAEConfig
 from steersman.sae.training import TrainingState
 from steersman.train import ActivationStore, HookView, TrainConfig, Trainer, evaluate_sae, resolve, train_sae
-from steersman.train.reports.evaluate import spliced_loss
+from steersman.train.reports.spliced import spliced_loss
 from steersman.train.run.checkpoints import checkpoint_to_sae
 from steersman.train.run.optim import FusedUpdater
 from steersman.train.store.manifest import Manifest

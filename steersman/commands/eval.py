@@ -15,7 +15,8 @@ from steersman.text import TextSource, open_text
 from steersman.train import ActivationStore
 from steersman.train.capture.text_digest import is_of_text
 from steersman.train.reports.baselines import random_baselines
-from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae, no_loss
+from steersman.train.reports.evaluate import EvaluateConfig, evaluate_sae
+from steersman.train.reports.spliced import no_loss
 
 log = logging.getLogger(__name__)
 

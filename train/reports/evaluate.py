@@ -1,62 +1,32 @@
 """`steersman eval`: how well an SAE rebuilds activations, and what its reconstruction does to the model.
 
-With a model, the residual stream at the hook point (of a transcoder, what is where it writes) is replaced by the SAE's
-reconstruction and the next-token loss is compared with the unchanged model's and with that of the stream set to its
-mean (SAEBench's core metrics, arXiv 2503.09532). BOS and padding are left as they are, as caching leaves them out.
+With a model, its next-token loss with the reconstruction in place of the residual stream is measured (`spliced.py`).
 
 How alike features are to one another, which fire on many tokens, and how well rows of rare tokens are rebuilt stand
 beside it, since a good reconstruction alone says little (`docs/concepts/judging-saes.md`).
-
-Shape letters: B rows, S positions, D width, V vocabulary.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from steersman.config import check_types, merged
 from steersman.errors import SteersmanError
 from steersman.html import card
-from steersman.lm import LanguageModel, TokenBatch
-from steersman.lm.origin import canonical_hook, written_at
+from steersman.lm import LanguageModel
+from steersman.lm.origin import canonical_hook
 from steersman.progress import progress
 from steersman.sae import SAE
 from steersman.sae.metrics import DENSE, GroupedSums, Reconstruction, ReconstructionSums, defined, large_rows
 from steersman.sae.neighbours import crowding
 from steersman.train.reports.features import BATCH_ROWS
 from steersman.train.reports.frequency import TokenFrequency
+from steersman.train.reports.spliced import SplicedLoss, no_loss, spliced_losses
 from steersman.train.store.batch import ActivationBatch
 from steersman.train.store.store import ActivationStore
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplicedLoss:
-    """What replacing the residual stream by its reconstruction does to the model, in nats per predicted token."""
-
-    ce_clean: float
-    """Cross-entropy of the unchanged model."""
-    ce_with_sae: float
-    """With the SAE's reconstruction in place of the stream."""
-    ce_mean_ablated: float
-    """With the mean activation in place of the stream."""
-    ce_loss_score: float
-    """(ce_mean_ablated - ce_with_sae) / (ce_mean_ablated - ce_clean): 1 is perfect. NaN where setting the stream to its
-    mean changes nothing."""
-    kl: float
-    """KL(unchanged || with the reconstruction)."""
-    n_predictions: int
-    """Tokens predicted."""
-
-    def record(self) -> dict[str, float | None]:
-        """The figures as files and tables have them: under the names that they always had, None for what is not
-        defined."""
-        on_disk = {"ce_clean": "ce_unsteered", "ce_with_sae": "ce_spliced", "ce_loss_score": "ce_recovered"}
-        return {on_disk.get(name, name): defined(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +183,8 @@ def evaluate_sae(
         lm: its model; without one only the reconstruction is measured.
         texts: what to measure the model's loss on, each cut to the store's context length.
         config: an `EvaluateConfig`.
-        baselines: other SAEs by name, such as those of `random_baselines`, measured in the same way.
+        baselines: other SAEs by name, such as those of `random_baselines`, measured in the same way: the passes of the
+            model without any SAE serve all of them.
         overrides: fields of `EvaluateConfig`, over those of `config`.
 
     Raises:
@@ -221,40 +192,49 @@ def evaluate_sae(
             no next-token loss to measure, as `no_loss` says.
     """
     config = merged(EvaluateConfig, config, overrides)
-    hook = store.hook_of(sae)
-    if lm is not None and (obstacle := no_loss(sae, lm)):
+    saes = [sae, *(baselines or {}).values()]
+    hooks = [_hooks(one, store) for one in saes]
+    if lm is not None and (obstacle := next(filter(None, (no_loss(one, lm) for one in saes)), "")):
         raise SteersmanError(f"{obstacle}: leave out the model to measure the reconstruction alone")
     if lm is not None and not texts:
         raise SteersmanError("measuring the model's loss needs texts: give --text")
-    split: Any = {"split": config.split, "heldout_fraction": config.heldout_fraction, "drop_last": False}
-    hooks = [hook, canonical_hook(sae.cfg.hook_name_out)] if sae.cfg.transcoder else [hook]
-    batches = store.batches(BATCH_ROWS, hook=hooks, shuffle=False, **split)
-    bar = progress(batches, desc="reconstruction", total=store.n_batches(BATCH_ROWS, **split), unit="batch")
-    sums, by_frequency = _measured(sae, store, hooks, bar, TokenFrequency(store, config.heldout_fraction))
-    reconstruction = sums.result()
-    loss = None
+    found = [_evaluated(one, store, of, config) for one, of in zip(saes, hooks)]
     if lm is not None and texts:
         length = store.manifest.config.get("context_length")
-        loss = spliced_loss(
-            sae,
+        losses = spliced_losses(
+            [(one, of[-1]) for one, of in zip(saes, hooks)],
             lm,
             texts,
-            store.stats(hooks[-1]).mean,
+            {of[-1]: store.stats(of[-1]).mean for of in hooks},
             config.batch_size,
-            hooks[-1],
             max_tokens=config.model_tokens,
             context_length=length if isinstance(length, int) else None,
         )
+        found = [replace(one, loss=loss) for one, loss in zip(found, losses)]
+    return replace(found[0], baselines=dict(zip(baselines or {}, found[1:])))
+
+
+def _hooks(sae: SAE, store: ActivationStore) -> list[str]:
+    """Where it reads and, of a transcoder, where it writes."""
+    hook = store.hook_of(sae)
+    return [hook, canonical_hook(sae.cfg.hook_name_out)] if sae.cfg.transcoder else [hook]
+
+
+def _evaluated(sae: SAE, store: ActivationStore, hooks: list[str], config: EvaluateConfig) -> Evaluation:
+    """All but the loss."""
+    split: Any = {"split": config.split, "heldout_fraction": config.heldout_fraction, "drop_last": False}
+    batches = store.batches(BATCH_ROWS, hook=hooks, shuffle=False, **split)
+    bar = progress(batches, desc="reconstruction", total=store.n_batches(BATCH_ROWS, **split), unit="batch")
+    sums, by_frequency = _measured(sae, store, hooks, bar, TokenFrequency(store, config.heldout_fraction))
     alike, density = crowding(sae), sums.density()
     often = density.argsort(descending=True, stable=True)[: int((density > DENSE).sum())]
     return Evaluation(
-        reconstruction=reconstruction,
-        loss=loss,
+        reconstruction=sums.result(),
+        loss=None,
         dictionary=Dictionary(
             decoder_cosine=alike.mean_abs, nearest_cosine=alike.nearest, dense_features=tuple(often.tolist())
         ),
         by_frequency=by_frequency,
-        baselines={name: evaluate_sae(one, store, lm, texts, config) for name, one in (baselines or {}).items()},
     )
 
 
@@ -291,101 +271,3 @@ def _read_and_wanted(
         parts = batch.x.split(widths, dim=1)
         large = torch.stack([large_rows(part, norm) for part, norm in zip(parts, norms)]).any(0)
         yield batch, (parts[0], parts[-1], large)
-
-
-def no_loss(sae: SAE, lm: LanguageModel) -> str:
-    """Why there is no next-token loss to measure; nothing where there is one."""
-    if not lm.can_generate:
-        return f"{lm.name} is an encoder, which sees the next token and does not predict it"
-    return ""
-
-
-@torch.no_grad()
-def spliced_loss(
-    sae: SAE,
-    lm: LanguageModel,
-    texts: list[str],
-    mean: Tensor,
-    batch_size: int = 16,
-    hook: str | None = None,
-    *,
-    max_tokens: int | None = None,
-    context_length: int | None = None,
-) -> SplicedLoss:
-    """The model's loss on `texts` with the stream as it is, rebuilt by `sae`, and set to `mean` [D]. A transcoder's
-    prediction takes the place of what stands where it writes, such as an MLP's output.
-
-    `hook`, where the SAE writes, is needed only for one that records no hook point. Each text is cut to
-    `context_length` tokens or the model's own limit; no further text is read once they have `max_tokens` tokens.
-    """
-    hook = written_at(lm, sae, hook)
-    read_at = lm.resolve_hook(sae.cfg.hook_name) if sae.cfg.transcoder else hook
-    if obstacle := no_loss(sae, lm):
-        raise SteersmanError(obstacle)
-    length = min((n for n in (context_length, lm.context_length) if n is not None), default=None)
-
-    def look(h: Tensor, fwd: Any) -> Tensor:
-        fwd.memo[sae] = h
-        return h
-
-    def rebuilt(h: Tensor, fwd: Any) -> Tensor:
-        read = h if read_at == hook else fwd.memo[sae]
-        return torch.where(editable(fwd), sae(read.float()).to(h), h)
-
-    def flattened(h: Tensor, fwd: Any) -> Tensor:
-        return torch.where(editable(fwd), mean.to(h), h)
-
-    def editable(fwd: Any) -> Tensor:
-        return (fwd.real & ~fwd.is_bos)[..., None]
-
-    sums = torch.zeros(4, dtype=torch.float64, device=lm.device)
-    n_predictions = 0
-    batches = _within_budget(lm, texts, batch_size, length, max_tokens)
-    bar = progress(desc="model loss", total=sum(int(batch.attention_mask.sum()) for batch in batches), unit="tok")
-    for batch in batches:
-        predicted = batch.attention_mask[:, 1:].bool()
-        clean = lm.logits(batch.input_ids, batch.attention_mask)[:, :-1][predicted].float().log_softmax(-1)
-        target = batch.input_ids[:, 1:][predicted]
-        losses = [F.nll_loss(clean, target, reduction="sum")]
-        divergence = torch.zeros((), device=lm.device)
-        for replace in (rebuilt, flattened):
-            with ExitStack() as edits:
-                if read_at != hook:
-                    edits.enter_context(lm.edit(read_at, look))
-                edits.enter_context(lm.edit(hook, replace))
-                logits = lm.logits(batch.input_ids, batch.attention_mask)[:, :-1][predicted].float().log_softmax(-1)
-            losses.append(F.nll_loss(logits, target, reduction="sum"))
-            if replace is rebuilt:
-                divergence = F.kl_div(logits, clean, reduction="sum", log_target=True)
-        sums += torch.stack([*losses, divergence]).double()
-        n_predictions += len(target)
-        bar.update(int(batch.attention_mask.sum()))
-    bar.close()
-    if n_predictions == 0:
-        raise SteersmanError("the texts are too short: no token of them is predicted from another")
-    clean_loss, with_sae, ablated, kl = (sums / n_predictions).tolist()
-    return SplicedLoss(
-        ce_clean=clean_loss,
-        ce_with_sae=with_sae,
-        ce_mean_ablated=ablated,
-        ce_loss_score=(ablated - with_sae) / (ablated - clean_loss) if ablated != clean_loss else float("nan"),
-        kl=kl,
-        n_predictions=n_predictions,
-    )
-
-
-def _within_budget(
-    lm: LanguageModel, texts: list[str], batch_size: int, length: int | None, max_tokens: int | None
-) -> list[TokenBatch]:
-    """The texts in batches of token ids, up to the one that reaches `max_tokens`."""
-    batches, n_tokens = [], 0
-    for start in range(0, len(texts), batch_size):
-        part = texts[start : start + batch_size]
-        batch = lm.encode(part, max_length=length)
-        reached = n_tokens + batch.attention_mask.sum(dim=1).cumsum(0)
-        if max_tokens is not None and int(reached[-1]) >= max_tokens:
-            n = int((reached < max_tokens).sum()) + 1
-            return [*batches, lm.encode(part[:n], max_length=length)]
-        batches.append(batch)
-        n_tokens = int(reached[-1])
-    return batches
