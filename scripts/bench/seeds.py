@@ -12,21 +12,22 @@ resumed or read again. Run it with the `peers` extra; `--peers none` leaves them
 import json
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
-from itertools import count
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("STEERSMAN_PROGRESS", "0")
 
-import torch
 import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from steersman.sae import SAE, compare_saes
 from steersman.train import ActivationStore, TrainConfig, evaluate_sae, resolve, train_sae
+from study.peers import PeerConfig, installed, train_peer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,49 +60,6 @@ def config_of(args: Config, architecture: str, seed: int, tokens: int) -> TrainC
     )  # fmt: skip
 
 
-def rows_again(store: ActivationStore, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """The batches of `train_sae`, pass after pass."""
-    for epoch in count():
-        yield from (batch.x.float() for batch in store.batches(batch_size, seed=seed, epoch=epoch))
-
-
-def train_peer(store: ActivationStore, args: Config, name: str, lr: float, seed: int, tokens: int, batch: int) -> SAE:
-    """An SAE of SAELens' trainer, read from the files that it writes."""
-    from sae_lens import (  # pyright: ignore[reportMissingImports]
-        BatchTopKTrainingSAE,
-        BatchTopKTrainingSAEConfig,
-        TopKTrainingSAE,
-        TopKTrainingSAEConfig,
-    )
-    from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
-    from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]
-
-    kinds: dict[str, Any] = {
-        "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
-        "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
-    }
-    kind, settings = kinds[name]
-    torch.manual_seed(seed)
-    sae = kind(
-        settings(
-            d_in=store.d_in, d_sae=args.d_sae, k=args.k, normalize_activations="expected_average_only_in",
-            device="cpu",
-        )
-    )  # fmt: skip
-    steps = tokens // batch
-    trainer = SAETrainer(
-        cfg=SAETrainerConfig(
-            total_training_samples=steps * batch, train_batch_size_samples=batch, lr=lr, lr_end=lr / 10,
-            lr_decay_steps=steps // 5, n_batches_for_norm_estimate=20, dead_feature_window=max(10, steps // 100),
-        ),
-        sae=sae,
-        data_provider=rows_again(store, batch, seed),
-    )  # fmt: skip
-    folder = args.out / f"saelens-{name}-{lr:g}-{seed}"
-    trainer.fit().save_inference_model(str(folder))
-    return SAE.load(folder)
-
-
 def agreement(saes: list[SAE]) -> dict[str, float]:
     """Of the pairs of seeds: MCC, its chance level, and the share of features above 0.7."""
     found = compare_saes(*saes).matchings.values()
@@ -121,13 +79,17 @@ def main(args: Config) -> None:
         for name in args.architectures
         if name != "none"
     }
-    if args.peers != ("none",) and not find_spec("sae_lens"):
+    if args.peers != ("none",) and "sae-lens" not in installed():
         print("sae-lens is not installed: left out (pip install steersman[peers] for it)")
     elif args.peers != ("none",):
         for name in args.peers:
             for lr in args.peer_rates:
-                makers[f"saelens-{name}-{lr:g}"] = lambda seed, name=name, lr=lr: train_peer(
-                    store, args, name, lr, seed, tokens, batch
+                settings = PeerConfig(
+                    library="sae-lens", architecture=name, d_sae=args.d_sae, k=args.k, lr=lr, batch_size=batch,
+                    n_steps=tokens // batch,
+                )  # fmt: skip
+                makers[f"saelens-{name}-{lr:g}"] = lambda seed, name=name, lr=lr, settings=settings: train_peer(
+                    store, replace(settings, seed=seed), args.out / f"saelens-{name}-{lr:g}-{seed}"
                 )
     rows: list[dict[str, Any]] = []
     for name, make in makers.items():
