@@ -176,7 +176,7 @@ class SparsifyTrainer(PeerTrainer):
         self._sae.save_to_disk(folder)
 
 
-PEERS: dict[str, Any] = {"sae-lens": SAELensTrainer, "eai-sparsify": SparsifyTrainer}
+PEERS: dict[str, Any] = {"eai-sparsify": SparsifyTrainer, "sae-lens": SAELensTrainer}
 """The trainers by the names of their packages."""
 
 
