@@ -83,7 +83,7 @@ class PeerTrainer(ABC):
     module: ClassVar[str]
     """The module that the library is imported as."""
     rates: ClassVar[tuple[float, float]]
-    """Two learning rates to try first, rising."""
+    """Two learning rates to try, the more usual one first."""
 
     @abstractmethod
     def step(self, x: Tensor) -> None:
@@ -98,7 +98,7 @@ class SAELensTrainer(PeerTrainer):
     """sae-lens."""
 
     module = "sae_lens"
-    rates = (1e-3, 3e-3)
+    rates = (3e-3, 1e-2)
 
     def __init__(self, config: PeerConfig, source: Source) -> None:
         import sae_lens  # pyright: ignore[reportMissingImports]
@@ -138,7 +138,7 @@ class SparsifyTrainer(PeerTrainer):
     """eai-sparsify. Its own rate for signum is 5e-3 / sqrt(d_sae / 16384): 7.1e-3 at 8,192 features."""
 
     module = "sparsify"
-    rates = (2e-3, 7e-3)
+    rates = (7e-3, 2e-3)
 
     def __init__(self, config: PeerConfig, source: Source) -> None:
         from schedulefree import ScheduleFreeWrapper  # pyright: ignore[reportMissingImports]

@@ -101,8 +101,9 @@ class Part:
         for name in (OURS, *config.peers):
             yield f"memory {name}", partial(self.memory, name) if name in (OURS, *known) else None
         peers = {name: [self.peer(name, number) for number in (1, 2, 3)] for name in config.peers}
-        for name, items in peers.items():
-            yield from self.group(name, items, able=name in there)
+        for number in range(3):
+            for name, items in peers.items():
+                yield from self.group(items[number].name, [items[number]], able=name in there)
         others = [self.ours(architecture=name) for name in kinds[1:]]
         yield from self.group("architectures", others)
         again = self.ours(seed=config.seed + 1)
@@ -121,7 +122,7 @@ class Part:
             yield f"{name} on training rows", make if name in there else None
 
     def group(self, name: str, items: Sequence[Item], able: bool = True) -> Iterator[tuple[str, Make | None]]:
-        """A row for each SAE, then one of what all of them do to the model, which share its other passes."""
+        """A row for each SAE, then one of what they do to the model, for which its other passes are shared."""
         for item in items:
             yield item.name, partial(self.quality, item) if able else None
         yield f"loss, {name}", partial(self.losses, items) if able else None
@@ -162,12 +163,13 @@ class Part:
         return self.config.work / "saes" / f"{library}-{self.peer_config(library, number).lr:g}"
 
     def peer_config(self, library: str, number: int) -> PeerConfig:
-        first = train_config(self.study)
-        low, high = PEERS[library].rates
-        rate = (low, high)[number - 1] if number < 3 else 0.0
-        if not rate:
-            fvu = [self.results.rows[f"{library} {i}"]["fvu_ordinary"] for i in (1, 2)]
-            rate = low * low / high if fvu[0] < fvu[1] else high * high / low
+        first, rates = train_config(self.study), PEERS[library].rates
+        if number < 3:
+            rate = rates[number - 1]
+        else:
+            fvu = {rate: self.results.rows[f"{library} {i}"]["fvu_ordinary"] for i, rate in enumerate(rates, 1)}
+            better, worse = sorted(fvu, key=lambda rate: fvu[rate])
+            rate = better * better / worse
         return PeerConfig(
             library=library, d_sae=first.d_sae, k=first.k, lr=float(f"{rate:.1e}"), seed=first.seed,
             batch_size=self.recipe.batch_size, n_steps=self.recipe.n_steps,
@@ -219,13 +221,13 @@ class Part:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            return compared(self.steps(), [self.peer_config(name, 2) for name in peers], self.config.rounds)
+            return compared(self.steps(), [self.peer_config(name, 1) for name in peers], self.config.rounds)
         finally:
             torch.set_num_threads(before)
 
     def memory(self, name: str) -> float | None:
         """MB that steps of a trainer add to a process."""
-        return peak_mb(self.steps(), None if name == OURS else self.peer_config(name, 2))
+        return peak_mb(self.steps(), None if name == OURS else self.peer_config(name, 1))
 
     def steps(self) -> Steps:
         """What the trainers that are timed train on."""
