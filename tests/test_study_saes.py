@@ -24,7 +24,7 @@ def test_rows_are_trained_measured_resumed_and_told(tmp_path: Path, capsys: pyte
     first = json.loads(path.read_text())
     open_rows = {name for name in first["planned"] if name not in first["rows"]}
     assert open_rows
-    assert all("absent" in name or name.startswith("speed") for name in open_rows)
+    assert all("absent" in name or name.startswith(("speed", "memory")) for name in open_rows)
     found = first["rows"]["layer2 topk 64 4 seed0"]
     assert (found["l0_asked"], found["n_steps"] * found["batch_size"]) == (4, found["training_rows"] // 512 * 512)
     assert found["fvu_ordinary"] < first["rows"]["frozen decoder"]["fvu_ordinary"]

@@ -99,7 +99,7 @@ class Part:
         for threads in (1, 2):
             yield f"speed {threads}", partial(self.speed, known, threads) if known else None
         for name in (OURS, *config.peers):
-            yield f"memory {name}", partial(self.memory, name) if name in (OURS, *known) else None
+            yield f"memory {name}", partial(self.memory, name) if known and name in (OURS, *known) else None
         peers = {name: [self.peer(name, number) for number in (1, 2, 3)] for name in config.peers}
         for number in range(3):
             for name, items in peers.items():
@@ -125,7 +125,8 @@ class Part:
         """A row for each SAE, then one of what they do to the model, for which its other passes are shared."""
         for item in items:
             yield item.name, partial(self.quality, item) if able else None
-        yield f"loss, {name}", partial(self.losses, items) if able else None
+        if items:
+            yield f"loss, {name}", partial(self.losses, items) if able else None
 
     # The SAEs
 
