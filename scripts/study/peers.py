@@ -101,12 +101,21 @@ class SAELensTrainer(PeerTrainer):
     rates = (3e-3, 1e-2)
 
     def __init__(self, config: PeerConfig, source: Source) -> None:
-        import sae_lens  # pyright: ignore[reportMissingImports]
+        from sae_lens import (  # pyright: ignore[reportMissingImports]
+            BatchTopKTrainingSAE,
+            BatchTopKTrainingSAEConfig,
+            TopKTrainingSAE,
+            TopKTrainingSAEConfig,
+        )
         from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
         from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]
 
-        kind = {"topk": "TopKTrainingSAE", "batchtopk": "BatchTopKTrainingSAE"}[config.architecture]
-        settings = getattr(sae_lens, f"{kind}Config")(
+        kinds: dict[str, Any] = {
+            "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
+            "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
+        }
+        kind, settings_of = kinds[config.architecture]
+        settings = settings_of(
             d_in=source.d_in, d_sae=config.d_sae, k=config.k, normalize_activations="expected_average_only_in",
             device="cpu",
         )  # fmt: skip
@@ -117,7 +126,7 @@ class SAELensTrainer(PeerTrainer):
                 total_training_samples=steps * batch, train_batch_size_samples=batch, lr=config.lr,
                 lr_end=config.lr / 10, lr_decay_steps=steps // 5, dead_feature_window=max(10, steps // 100),
             ),
-            sae=getattr(sae_lens, kind)(settings),
+            sae=kind(settings),
             data_provider=iter(()),
         )  # fmt: skip
         norms = [x.norm(dim=1).mean() for x in islice(rows_again(source, batch, config.seed), 20)]
@@ -141,9 +150,9 @@ class SparsifyTrainer(PeerTrainer):
     rates = (7e-3, 2e-3)
 
     def __init__(self, config: PeerConfig, source: Source) -> None:
-        from schedulefree import ScheduleFreeWrapper  # pyright: ignore[reportMissingImports]
         from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
         from sparsify.sign_sgd import SignSGD  # pyright: ignore[reportMissingImports]
+        from sparsify.trainer import ScheduleFreeWrapper  # pyright: ignore[reportMissingImports]
 
         if config.architecture != "topk":
             raise SteersmanError(f"{config.library} trains topk, not {config.architecture}")
