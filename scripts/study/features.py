@@ -321,7 +321,9 @@ def scatter(groups: Mapping[str, list[dict[str, Any]]]) -> Drawing:
         known = [one for one in features if one.get("effective")]
         x, y = [one["density"] for one in known], [one["effective"] for one in known]
         axes.plot(x, y, "o", color=colour, markersize=4, alpha=0.8, markeredgewidth=0, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="density", ylabel="effective tokens")
+    axes.set(xlabel="density", ylabel="effective tokens")
+    if any(one.get("effective") for features in groups.values() for one in features):
+        axes.set(xscale="log", yscale="log")
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
 

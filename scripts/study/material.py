@@ -119,17 +119,24 @@ INSTRUCTIONS = (
 )  # fmt: skip
 
 
-def papers(folder: Path, small: bool = False) -> Material:
-    """The papers' data. `small`: two goals, four concepts and two traits."""
+def check_papers(folder: Path) -> None:
+    """Raise SteersmanError where a folder lacks some of the papers' data."""
     for needed in ("wikitext2.jsonl", "tinystories_1000.jsonl", "axbench_concept10", "sae_ts_goals.json", "behaviours"):
         if not (folder / needed).exists():
             raise SteersmanError(f"{folder} lacks {needed}: docs/results/index.md says where the data are from")
+
+
+def papers(folder: Path, small: bool = False, *, template: bool = True) -> Material:
+    """The papers' data. `small`: two goals, four concepts and two traits. Without a chat `template` conversations are
+    texts, a line a turn."""
+    check_papers(folder)
     shares = {"wiki": 0.45, "stories": 0.2, "chat": 0.35}
+    chats = list(_chats(folder / "axbench_concept10"))
     wiki, tales = (_lines(folder / name) for name in ("wikitext2.jsonl", "tinystories_1000.jsonl"))
     sources: dict[str, list[Any]] = {
         "wiki": [row["text"] for row in wiki],
         "stories": [row["text"] for row in tales],
-        "chat": list(_chats(folder / "axbench_concept10")),
+        "chat": chats if template else ["\n".join(turn["content"] for turn in chat) for chat in chats],
     }
     kept = {name: [d for i, d in enumerate(found) if i % HELD_OUT != HELD_OUT - 1] for name, found in sources.items()}
     aside = [sources[name][HELD_OUT - 1 :: HELD_OUT] for name in ("wiki", "stories")]

