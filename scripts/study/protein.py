@@ -233,7 +233,7 @@ def page(results: dict[str, Any]) -> Page:
         ),
         tables=[
             Table(
-                caption="The SAE on held-out rows, and its features as on [the page of features](features.md), beside "
+                caption="The SAE on held-out rows, and its features by the measures of the part `features`, beside "
                 "random directions. Intervals over features.",
                 header=["", *both],
                 rows=[
