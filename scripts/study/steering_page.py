@@ -139,13 +139,13 @@ def how(found: Found, n: str) -> str:
     return f"""\
 Topics: {n}, the goals of SAE-TS (arXiv 2411.02193) and the concepts of AxBench (arXiv 2501.17148). Each vector is made
 from a topic's training texts (of a goal: every other contrast prompt) at layer {s["layer"]}; SAE-TS and its rotation
-aim at the feature that is best by AUROC. Vectors are scaled to KL(steered || unsteered) of {listed(found.budgets)} nats
-per token on the same {about["neutral_tokens"]} tokens of neutral texts, within {number(TOLERANCE, percent=True)}
-({missed} of {scales} searches ended further off). Prompting puts one sentence with the concept's name before the text
-and has the KL that it has. The model continues {s["prompts"]} prompts a topic (requests in its chat template for
-concepts, openings for goals) by {s["new_tokens"]} tokens, greedily; the prompt's last token and what follows are
-steered. At its best scale a way has, topic by topic, the KL whose overall score is highest on {half} of the prompts;
-every figure here is of the other {s["prompts"] - half}.
+aim at the feature that is best by AUROC, through the map that `Study.effects` makes. Vectors are scaled to
+KL(steered || unsteered) of {listed(found.budgets)} nats per token on the same {about["neutral_tokens"]} tokens of
+neutral texts, within {number(TOLERANCE, percent=True)} ({missed} of {scales} searches ended further off). Prompting
+puts one sentence with the concept's name before the text and has the KL that it has. The model continues
+{s["prompts"]} prompts a topic (requests in its chat template for concepts, openings for goals) by {s["new_tokens"]}
+tokens, greedily; the prompt's last token and what follows are steered. At its best scale a way has, topic by topic, the
+KL whose overall score is highest on {half} of the prompts; every figure here is of the other {s["prompts"] - half}.
 
 Measures, none of which asks a judge:
 
@@ -317,6 +317,13 @@ def means(found: Found) -> str:
     )
     order = ", ".join(f"{NAMES[way]} ({number(one.mean)})" for way, one in ranked)
     paragraphs.append(f"By the mean at their best scale, in order: {order}; unsteered {number(mean(found.plain()))}.")
+    last = found.budgets[-1]
+    told = sorted(
+        ((way, one) for way in listed_ways(found) if (one := found.of(way, last, "likelihood")) is not None),
+        key=lambda item: -item[1].mean,
+    )
+    order = ", ".join(f"{NAMES[way]} ({number(one.mean, 2, signed=True)})" for way, one in told)
+    paragraphs.append(f"By the likelihood of held-out texts at a KL of {last}, nats per token, in order: {order}.")
     vectors = [way for way, _ in ranked if way != "prompting"]
     if vectors:
         above = [NAMES[w] for w in vectors if w != "random" and side(found.less(w, "random", BEST)) > 0]
@@ -324,6 +331,12 @@ def means(found: Found) -> str:
             f"At their best scale {listed(above)} score above a random direction." if above
             else "At its best scale no vector scores above a random direction by more than its interval."
         )  # fmt: skip
+        share = [found.at_the_largest(way) for way in vectors]
+        paragraphs[-1] += (
+            f" On {number(float(np.mean(share)), 2, percent=True)} of topics and ways the scale that was chosen is the "
+            f"largest, a KL of {last}"
+            + (", so that a search further up might find better ones." if np.mean(share) > 0.3 else ".")
+        )
         first = vectors[0]
         if "prompting" in found.ways:
             gap = found.less("prompting", first, BEST)
