@@ -227,8 +227,14 @@ def footer(page: Page, results: Mapping[str, Any]) -> list[str]:
 
 def not_run(page: Page, results: Mapping[str, Any]) -> list[str]:
     """What the part's page says that was not run."""
-    missing = [name for name in results.get("planned", ()) if name not in results["rows"]]
-    return [*page.not_run, *(f"`{name}`" for name in missing)]
+    missing = [f"`{name}`" for name in results.get("planned", ()) if name not in results["rows"]]
+    if len(missing) > MOST_NAMED:
+        missing = [*missing[: MOST_NAMED // 2], f"{len(missing) - MOST_NAMED // 2} more rows, up to {missing[-1]}"]
+    return [*page.not_run, *missing]
+
+
+MOST_NAMED = 8
+"""Missing rows that are all named; of more the first ones are."""
 
 
 def answer(page: Page) -> str:

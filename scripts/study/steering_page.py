@@ -126,9 +126,8 @@ its rotation, FGAA), a vector from contrasted texts (diffmean, CAA, PCA, a probe
 steering vector), or an instruction in the prompt? And does SAE-TS beat the plain feature at equal KL?"""
 CHANGE = """\
 A larger model, which follows vectors and instructions otherwise; completions longer than {tokens} tokens; a judge in
-place of the classifier; an SAE trained on more tokens, whose features are finer; more vectors for the effect map (see
-[targeting](targeting.md)); prompts that a language model writes for each concept, as AxBench's are; scales beyond a KL
-of {last}."""
+place of the classifier; an SAE trained on more tokens, whose features are finer; more vectors for the effect
+map; prompts that a language model writes for each concept, as AxBench's are; scales beyond a KL of {last}."""
 
 
 def how(found: Found, n: str) -> str:
@@ -309,7 +308,7 @@ def means(found: Found) -> str:
         ]
         paragraphs.append(
             f"By measure, at a KL of {last}, SAE-TS less the feature: {listed(parts)}. "
-            "[Targeting](targeting.md) follows the causes up."
+            "The page on targeting follows the causes up."
         )
     ranked = sorted(
         ((way, one) for way in listed_ways(found) if (one := found.of(way, BEST)) is not None),
