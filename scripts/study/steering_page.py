@@ -137,8 +137,10 @@ def how(found: Found, n: str) -> str:
     half, (missed, scales) = s["prompts"] // 2, found.missed()
     return f"""\
 Topics: {n}, the goals of SAE-TS (arXiv 2411.02193) and the concepts of AxBench (arXiv 2501.17148). Each vector is made
-from a topic's training texts (of a goal: every other contrast prompt) at layer {s["layer"]}; SAE-TS and its rotation
-aim at the feature that is best by AUROC, through the map that `Study.effects` makes. Vectors are scaled to
+from a topic's training texts (of a goal: every other contrast prompt) at layer {s["layer"]}. SAE-TS and its rotation
+aim at the feature that is best by AUROC, FGAA at several; the effect map is the study's, measured by gradients of
+unsteered texts' likelihood, and SAE-TS and FGAA stand for the vector that it says raises the targets most at a given
+KL, not for the paper's formula without that metric (the page on targeting compares such choices). Vectors are scaled to
 KL(steered || unsteered) of {listed(found.budgets)} nats per token on the same {about["neutral_tokens"]} tokens of
 neutral texts, within {number(TOLERANCE, percent=True)} ({missed} of {scales} searches ended further off). Prompting
 puts one sentence with the concept's name before the text and has the KL that it has. The model continues
