@@ -5,6 +5,7 @@ from typing import Any
 
 from study.peers import PEERS
 from study.report import listed, number
+from study.steps import NO_AUXK, OURS, PRODUCT
 
 Row = Mapping[str, Any]
 TITLES = {
@@ -120,9 +121,16 @@ class Words:
                 f"{listed(slower)} as ours."
             )
         if speeds:
+            used = {name: one["ms"] for name, one in speeds[0]["processor"].items()}
+            others = {name: ms for name, ms in used.items() if name in PEERS}
+            fastest = min(others, key=lambda name: others[name])
+            half = others[fastest] / 2
             told.append(
-                "Every trainer multiplies each row by all of the encoder, which is the floor of a step; ours and "
-                "sae-lens's also train dead features (AuxK), which eai-sparsify's leaves out by default."
+                f"Of {number(used[OURS])} ms of processor time on one thread, the product of the rows with the encoder, "
+                f"which all have, takes {number(used[PRODUCT])}, dead features (AuxK, which eai-sparsify's "
+                f"trainer leaves out by default) {number(used[OURS] - used[NO_AUXK])} and the rest "
+                f"{number(used[NO_AUXK] - used[PRODUCT])}; half of {fastest}'s is {number(half)}, "
+                f"{'less' if half < used[PRODUCT] else 'more'} than the product alone."
             )
         memory = {name.split()[1]: mb for name, mb in self.rows.items() if name.startswith("memory ") and mb}
         if len(memory) > 1:

@@ -24,6 +24,9 @@ from steersman.train import ActivationStats, ActivationStore, HookView, Trainer,
 from study.peers import PeerConfig, peer_trainer, rows_again
 
 OURS = "steersman"
+NO_AUXK = "steersman without AuxK"
+PRODUCT = "the encoder's product alone"
+"""What every trainer that computes all pre-activations does at least."""
 UNTIMED = 14
 """Steps before those that are timed: until features may count as dead, so that AuxK is part of a step."""
 REFERENCES = Path("/proc/self/clear_refs")
@@ -75,10 +78,20 @@ def our_step(steps: Steps) -> Step:
     return trainer.step
 
 
+def product(steps: Steps) -> Step:
+    """The product [N, L] of a batch with an encoder."""
+    W = torch.randn(steps.config.d_sae, steps.source().d_in)
+    Z = torch.empty(steps.batch_size, len(W))
+    return lambda x: torch.mm(x, W.T, out=Z)
+
+
 def compared(steps: Steps, peers: Sequence[PeerConfig], rounds: int) -> dict[str, Any]:
-    """Milliseconds of a step of each trainer, rows a second, and how many times ours each takes."""
-    takers: dict[str, Step] = {OURS: our_step(steps)}
+    """Milliseconds of a step of each trainer, of ours without AuxK and of the bare product; rows a second; and how many
+    times ours each takes."""
+    without = replace(steps, config=replace(steps.config, aux_coefficient=0.0))
+    takers: dict[str, Step] = {OURS: our_step(steps), NO_AUXK: our_step(without)}
     takers |= {one.library: peer_trainer(one, steps.source()).step for one in peers}
+    takers[PRODUCT] = product(steps)
     clocks = {"wall": time.perf_counter, "processor": time.process_time}
     times: dict[str, dict[str, list[float]]] = {name: {clock: [] for clock in clocks} for name in takers}
     for number, x in enumerate(steps.batches(UNTIMED + rounds)):
