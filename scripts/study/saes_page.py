@@ -125,7 +125,7 @@ class Of(Words):
         header = ["trainer"]
         for speed in speeds:
             of = f"{speed['threads']} thread" + "s" * (speed["threads"] > 1)
-            header += [f"rows/s, {of}", "clock, × ours", "processor, × ours"]
+            header += [f"rows/s, {of}", "time, ours = 1", "processor, ours = 1"]
         return Table(
             caption="**Speed and memory** of training steps on those rows, the trainers in turn in one process"
             + (f"; medians of {speeds[0]['rounds']} rounds" if speeds else "")

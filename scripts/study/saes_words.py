@@ -126,7 +126,7 @@ class Words:
             fastest = min(others, key=lambda name: others[name])
             half = others[fastest] / 2
             told.append(
-                f"Of {number(used[OURS])} ms of processor time on one thread, the product of the rows with the encoder, "
+                f"Of {number(used[OURS])} ms of processor time on one thread the product of rows and encoder, "
                 f"which all have, takes {number(used[PRODUCT])}, dead features (AuxK, which eai-sparsify's "
                 f"trainer leaves out by default) {number(used[OURS] - used[NO_AUXK])} and the rest "
                 f"{number(used[NO_AUXK] - used[PRODUCT])}; half of {fastest}'s is {number(half)}, "
