@@ -57,7 +57,8 @@ class Of(Words):
             f"The other trainers ({listed(list(PEERS))}) train TopK SAEs of the same width and k on the same rows in "
             "the same order and batches, with their own losses and optimisers, each at three learning rates: two, and "
             "a third on the side of the better. The rows of huge norm are taken out of their batches too. Their best "
-            "is chosen by the held-out FVU that is reported, which favours them a little."
+            "is chosen by the held-out FVU that is reported, which favours them a little. Steps are timed in turn, as "
+            "the machine may have other work, which times by the clock show more than processor time."
         )
 
     # Tables
@@ -83,8 +84,10 @@ class Of(Words):
             rows=[[str(r["layer"]), f"{r['d_sae']:,}", *self.quality(r)] for r in same],
         )
 
-    def table_of_architectures(self) -> Table:
+    def table_of_architectures(self) -> Table | None:
         same = [r for r in self.ours.values() if self.alike(r, "architecture", "l0_asked")]
+        if len(same) == 1:
+            return None
         same.sort(key=lambda r: r["l0_asked"])
         return Table(
             caption=f"**Architectures** after layer {self.first['layer']}, {self.first['d_sae']:,} features.",

@@ -86,11 +86,12 @@ class Words:
         best, first, parts = self.best_peers(), self.first, []
         for library, row in best.items():
             rates = sorted(r["lr"] for r in self.peers.values() if r["library"] == library)
-            at = f"at {row['lr']:g}, the one rate that was run," if len(rates) == 1 else (
-                f"at {row['lr']:g}, the best of {len(rates)} rates" + " and the last on its side," * (
-                    row["lr"] in (rates[0], rates[-1])
-                ) + "," * (row["lr"] not in (rates[0], rates[-1]))
-            )  # fmt: skip
+            at = f"at {row['lr']:g}, the better of {len(rates)} rates,"
+            if len(rates) == 1:
+                at = f"at {row['lr']:g}, the one rate that was run,"
+            elif len(rates) > 2:
+                edge = " and the last on its side" if row["lr"] in (rates[0], rates[-1]) else ""
+                at = f"at {row['lr']:g}, the best of {len(rates)} rates{edge},"
             part = f"{library} {at} has an FVU of {number(row['fvu_ordinary'])}"
             part += f" and recovers {number(row['ce_recovered'], 4)} of the loss" if "ce_recovered" in row else ""
             parts.append(f"{part}, with {number(row['dead_share'], percent=True)} silent on the held-out rows")
@@ -103,9 +104,20 @@ class Words:
         every = [r["ce_recovered"] for r in self.peers.values() if "ce_recovered" in r]
         if "ce_recovered" in first and every:
             above = "above" if first["ce_recovered"] > max(every) else "not above"
-            text += f", and recovers {number(first['ce_recovered'], 4)}, {above} the best of all their runs"
-            text += f" ({number(max(every), 4)})"
-        return text + "."
+            text += f", and recovers {number(first['ce_recovered'], 4)}, {above} the best of those of theirs that were "
+            text += f"measured ({number(max(every), 4)})"
+        huge = min(row["fvu"] for row in self.peers.values())
+        text += (
+            f". With the rows of huge norm counted, which no trainer was given, FVU is {number(first['fvu'])} for ours "
+            f"and {number(huge)} for the best of theirs."
+        )
+        few = [name for name in best if sum(r["library"] == name for r in self.peers.values()) < 3]
+        if few:
+            text += (
+                f" Of {listed(few)} fewer than three rates were run, so that this does not say what "
+                f"{'it reaches' if len(few) == 1 else 'they reach'} at the best one."
+            )
+        return text
 
     def of_speed(self) -> str:
         speeds = [self.rows[name] for name in ("speed 1", "speed 2") if name in self.rows]

@@ -31,7 +31,7 @@ UNTIMED = 14
 """Steps before those that are timed: until features may count as dead, so that AuxK is part of a step."""
 REFERENCES = Path("/proc/self/clear_refs")
 
-Step = Callable[[Tensor], None]
+Step = Callable[[Tensor], object]
 
 
 @dataclass(frozen=True, kw_only=True)
