@@ -249,8 +249,9 @@ def page(results: dict[str, Any]) -> Page:
                 draw=lambda: intervals(shares(means), "share (mean over features)"),
             ),
         ],
-        means=meaning(means, [one["kind"] for one in found["features"]]),
+        means="\n\n".join(meaning(means, [one["kind"] for one in found["features"]])),
         change=CHANGE,
+        answer=" ".join(meaning(means, [one["kind"] for one in found["features"]])[:2]),
     )  # fmt: skip
 
 
@@ -328,8 +329,8 @@ def scatter(groups: Mapping[str, list[dict[str, Any]]]) -> Drawing:
     return figure
 
 
-def meaning(means: Mapping[str, Mapping[str, Any]], kinds: list[str]) -> str:
-    """What the figures say."""
+def meaning(means: Mapping[str, Mapping[str, Any]], kinds: list[str]) -> list[str]:
+    """What the figures say, by paragraph."""
     ours, random = means[OURS], means.get(NULL)
     parts = [
         f"Of {len(kinds)} features chosen by id: dead {kinds.count('dead')}, too rare to judge {kinds.count('rare')}, "
@@ -351,11 +352,13 @@ def meaning(means: Mapping[str, Mapping[str, Any]], kinds: list[str]) -> str:
             "which a label from the strongest does not name."
         )
     if random and random["strongest"] and ours["strongest"]:
+        covered = side(ours["strongest"], random["strongest"].high) > 0
         narrower = side(ours["effective"], random["effective"].low) < 0
         parts.append(
-            f"Of an SAE whose directions are random the mean feature has {cell(random['effective'])} effective tokens, "
-            f"of this one {cell(ours['effective'])}; there labels cover {cell(random['strongest'], percent=True)} of "
-            "the strongest firings. "
-            + ("Training made features narrower." if narrower else "Training is not seen in the number of tokens.")
+            f"Of an SAE whose directions are random labels cover {cell(random['strongest'], percent=True)} of the "
+            f"strongest firings, and the mean feature has {cell(random['effective'])} effective tokens, of this one "
+            f"{cell(ours['effective'])}. "
+            + ("Training is seen where features fire most strongly" if covered else "Training is not seen in labels")
+            + (", and in how few tokens they fire on." if narrower else ", and not in how many tokens they fire on.")
         )
-    return "\n\n".join(parts)
+    return parts
