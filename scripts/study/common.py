@@ -214,26 +214,33 @@ class Study:
             self._saes[name] = train_sae(store, config, self.config.work / "saes" / name)
         return self._saes[name]
 
-    def effects_config(self, **settings: Any) -> EffectsConfig:
-        """How effects are measured for SAE-TS."""
-        small = self.config.small
-        given: dict[str, Any] = {
-            "vectors": "decoder", "n_vectors": 192 if small else 1000, "rollouts": 8 if small else 16, "new_tokens": 16,
-            "base_rollouts": 128 if small else 1024, "scale_rule": "norm", "scale_target": 0.7,
-            "seed": self.config.seed,
-        }  # fmt: skip
-        return EffectsConfig(**(given | settings))
+    def rollout_prompts(self) -> tuple[str, ...]:
+        """Beginnings of texts that are not in the mixture, each of eight tokens, and the material's openings."""
+        found: dict[str, None] = {}
+        for text in self.material.held_out[::-1]:
+            ids = self.lm.token_ids(text)[:8]
+            cut = self.lm.tokenizer.decode(ids)
+            if len(found) < 44 and self.lm.token_ids(cut) == ids:  # of one length, so of one batch
+                found[cut] = None
+        return (*found, *self.material.openings)
 
-    def measured(self) -> Effects:
-        """The effects of many vectors on the features of `sae()`, measured once."""
-        return collect_effects(
-            self.lm, self.sae(), self.material.held_out, self.effects_config(), out=str(self.config.work / "effects")
-        )
+    def measured(self, name: str = "effects", **settings: Any) -> Effects:
+        """What steering does to the features of `sae()`, measured once for each `name`.
+
+        `settings` are fields of `EffectsConfig`, over the study's.
+        """
+        n = 8 * self.lm.d_model
+        given: dict[str, Any] = {
+            "n_vectors": min(n, 1024) if self.config.small else n, "rollouts": 16, "new_tokens": 16,
+            "base_rollouts": 512, "shard_vectors": 512, "batch_rows": 512, "seed": self.config.seed,
+            "prompts": self.rollout_prompts(), "out": str(self.config.work / name),
+        }  # fmt: skip
+        return collect_effects(self.lm, self.sae(), self.material.held_out, EffectsConfig(**(given | settings)))
 
     def effects(self) -> EffectMap:
         """The map from vectors to their effects, for SAE-TS."""
         if self._effects is None:
-            self._effects = self.measured().fit(heldout=0.1)
+            self._effects = self.measured().fit()
         return self._effects
 
     def targeted(self, targets: int | Mapping[int, float], method: str = "sae_ts") -> SteeringVector:

@@ -1,7 +1,9 @@
 """Measuring what steering vectors do to an SAE's features: the first half of SAE-TS (arXiv 2411.02193).
 
 The main path, top to bottom: vectors, the unsteered baseline, then shard by shard a scale for each vector, texts
-sampled under many vectors at once, the average of each feature over those texts, minus the baseline.
+sampled under many vectors at once, the average of each feature over those texts, minus the baseline. With `gradients`
+(the default) nothing is steered: a shard is of unsteered texts, each with its features and the gradient of its
+likelihood, see `gradients.py`.
 """
 
 import hashlib
@@ -38,6 +40,7 @@ from steersman.steer.effects.folder import (
     write_baseline,
     write_tensors,
 )
+from steersman.steer.effects.gradients import text_scores
 from steersman.steer.effects.measured import (
     MANIFEST,
     Baseline,
@@ -95,6 +98,7 @@ def collect_effects(
         check_sae_fits(lm, source)
         directions, sources = make_vectors(config, source, lm.hook_width(hook)), source_tensors(config, source)
     else:
+        config = replace(config, vectors="decoder") if config.by_gradients else config
         given = given_vectors(vectors, lm, hook)
         directions, sources = unit_rows(given), [given]
     heldout = _first_texts(texts, config) if config.needs_texts else []
@@ -179,8 +183,10 @@ def _saying_what_is_kept(folder: Path | None, manifest: EffectsManifest) -> Iter
 
 
 def _shard(meter: RolloutMeter, rule: ScaleRule, vectors: Tensor, first: int, baseline: Baseline) -> EffectShard:
-    """The effects of the vectors [n, D] that are the `first`-th and following."""
+    """The effects of the vectors [n, D] that are the `first`-th and following; of as many texts, for gradients."""
     config = meter.config
+    if config.by_gradients:
+        return _text_shard(meter, first, len(vectors), baseline)
     scales = rule.find(vectors, None if math.isnan(baseline.typical_scale) else baseline.typical_scale)
     numbers = range(first, first + len(vectors))
     averages = meter.measure(vectors, scales.scale, numbers, config.rollouts, config.seed)
@@ -197,6 +203,21 @@ def _shard(meter: RolloutMeter, rule: ScaleRule, vectors: Tensor, first: int, ba
         effect=(averages.mean - baseline.mean.double()).float(),
         standard_error=averages.standard_error.float(),
         positions=averages.positions,
+    )
+
+
+def _text_shard(meter: RolloutMeter, first: int, n: int, baseline: Baseline) -> EffectShard:
+    texts = text_scores(meter, first, n)
+    if not bool(texts.mean.isfinite().all() & texts.gradient.isfinite().all()):
+        raise SteersmanError(f"{meter.lm.name} gives NaN or infinite activations or gradients on texts that it writes")
+    return EffectShard(
+        vectors=texts.gradient,
+        scale=torch.ones(n),
+        achieved=torch.full((n,), math.nan),
+        reached=torch.ones(n, dtype=torch.bool),
+        effect=texts.mean - baseline.mean,
+        standard_error=torch.zeros_like(texts.mean),
+        positions=texts.positions,
     )
 
 
@@ -301,6 +322,7 @@ def _claim(folder: Path, manifest: EffectsManifest, vectors: Tensor, held: ExitS
     for number in progress(done, desc="checking finished shards", unit="shard", shown=len(done) > 100):
         start, stop = there.shard(number)
         found = read_shard(folder, number, there, vectors.shape[1]).vectors
-        if not torch.allclose(found, vectors[start:stop], rtol=0, atol=1e-5):
+        made = manifest.settings["vectors"] != "gradients"
+        if made and not torch.allclose(found, vectors[start:stop], rtol=0, atol=1e-5):
             raise SteersmanError(f"{folder}: shard {number} was measured on other vectors; choose another folder")
     return there

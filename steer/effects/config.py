@@ -23,10 +23,12 @@ class EffectsConfig(ChatOptions):
 
     out: str | None = setting(None, identity=False)
     """Folder for the effects. Run again, it resumes where it stopped; None keeps everything in memory."""
-    vectors: Literal["decoder", "pairs", "random"] = "decoder"
-    """Which vectors to measure: rows of the decoder, pairs of rows with random weights, or random directions."""
+    vectors: Literal["gradients", "decoder", "pairs", "random"] = "gradients"
+    """What to measure with: gradients of the likelihood of unsteered texts, each of which tells of every direction; or
+    texts steered by rows of the decoder (the SAE-TS paper), pairs of rows with random weights, or random directions."""
     n_vectors: int | None = None
-    """How many; None takes every row for `decoder`, and eight for each dimension of the residual stream otherwise."""
+    """How many (texts, for `gradients`); None takes every row for `decoder`, and eight for each dimension of the
+    residual stream otherwise."""
     hook: str | None = None
     """Hook point to steer at; that of the SAE if not given."""
     scale_rule: Literal["loss", "kl", "norm", "fixed"] = "loss"
@@ -111,7 +113,12 @@ class EffectsConfig(ChatOptions):
     @property
     def needs_texts(self) -> bool:
         """Whether the scale rule measures on held-out texts."""
-        return self.scale_rule in ("loss", "kl")
+        return self.scale_rule in ("loss", "kl") and not self.by_gradients
+
+    @property
+    def by_gradients(self) -> bool:
+        """Whether texts are not steered, and the gradients of their likelihood taken."""
+        return self.vectors == "gradients"
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the numbers, defaults resolved, as JSON can hold them."""

@@ -106,7 +106,11 @@ def ridge_fit(rows: Rows, ridge: float | None = None, dtype: torch.dtype = torch
     >>> bool(torch.allclose(fit.M.float(), M, atol=1e-5)), bool(torch.allclose(fit.b.float(), torch.ones(6), atol=1e-5))
     (True, True)
     """
-    sums = Moments.over(rows)
+    return ridge_of(Moments.over(rows), ridge, dtype)
+
+
+def ridge_of(sums: Moments, ridge: float | None = None, dtype: torch.dtype = torch.float64) -> LinearFit:
+    """`ridge_fit` from the sums, which it uses up."""
     D, L, n = *sums.xy.shape, sums.n
     check_enough(n, D, ridge)
     mean_x, mean_y, square = sums.x / n, sums.y / n, sums.yy.clone()
@@ -216,6 +220,30 @@ def adam_fit(
     scatter = _inverse(torch.linalg.eigvalsh(xx).clamp_min(0), 0.0).sum()
     signal = _ratio(M.double().square().sum(0), variance * scatter)
     return LinearFit(M.to(dtype), b.to(dtype), 0.0, signal.float(), variance.sqrt().float())
+
+
+class Response(NamedTuple):
+    """What the gradients of n unsteered texts say: `steer/effects/gradients.py`."""
+
+    M: Tensor
+    """[D, L] fp32: derivative of each feature's average with respect to a vector that is added."""
+    metric: Tensor
+    """[D, D] float64, F: half of v^T F v is the KL per token that a small v costs, in nats."""
+    damping: float
+    """What to add to the diagonal of F before it is inverted, by cross-validation of f_j on g."""
+    natural: LinearFit
+    """The ridge fit of features on gradients, whose columns are directions of (F + damping)^-1 M."""
+
+
+def response_fit(rows: Rows, tokens: float, ridge: float | None = None) -> Response:
+    """The response to steering, from blocks of (gradients [n, D], features [n, L]) of texts of `tokens` tokens each."""
+    sums = Moments.over(rows)
+    check_enough(sums.n, len(sums.x), ridge)
+    M = torch.addr(sums.xy, sums.x, sums.y / sums.n, alpha=-1).div_(sums.n).float()
+    metric = torch.addr(sums.xx, sums.x, sums.x / sums.n, alpha=-1) / (sums.n * tokens)
+    count = sums.n * tokens
+    natural = ridge_of(sums, ridge, torch.float32)
+    return Response(M, metric, natural.ridge / count, natural)
 
 
 class Score(NamedTuple):

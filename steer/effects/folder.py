@@ -4,8 +4,8 @@ The folder holds
 
 - `manifest.json`: what was measured and how, written once at the start; nothing in it changes afterwards;
 - `baseline.safetensors`: `mean`, `standard_error` [L] of the unsteered rollouts, `median_norm`, `typical_scale`;
-- `00000.safetensors`, ...: for the vectors of a shard `vectors` [n, D], `scale`, `achieved` [n], `reached` [n],
-  `effect`, `standard_error` [n, L], `positions` [n].
+- `00000.safetensors`, ...: for the vectors (or texts) of a shard `vectors` [n, D], `scale`, `achieved` [n], `reached`
+  [n], `effect`, `standard_error` [n, L], `positions` [n].
 
 A file exists only when it is whole, so the folder itself says what is done. Each carries the manifest's fingerprint and
 a checksum of itself, compared when it is read, and nothing in any of them depends on when, in how many attempts or by
@@ -140,6 +140,11 @@ class Effects:
     def to_text(self) -> str:
         """What was measured, in a few lines."""
         m, scale, reached = self.manifest, self.column("scale"), self.column("reached")
+        if m.settings.get("vectors") == "gradients":
+            return (
+                f"{m.n_vectors} unsteered texts and their gradients at {m.hook_name} of {m.model_name}, "
+                f"{m.sae['d_sae']} features; {int(self.column('positions').sum()):,} positions"
+            )
         lines = [
             f"{m.n_vectors} vectors at {m.hook_name} of {m.model_name}, {m.sae['d_sae']} features; "
             f"{int(self.column('positions').sum()):,} positions",

@@ -10,6 +10,11 @@ the limit of large mu of the ridge solution
 
 whose other end, mu = 0, is the pseudo-inverse: the vector whose predicted effect is nearest to c t, noise and all.
 
+A map measured by gradients (`gradients.py`) also knows what steering costs: KL per token = 1/2 x^T F x. Of all vectors
+that cost the same, the one that raises t most is
+
+    s = (F + damping)^-1 M t.
+
 Shape letters: D width, L latents.
 """
 
@@ -28,7 +33,8 @@ from steersman.html import card
 from steersman.lm.origin import Origin, check_same_origin
 from steersman.sae import SAE
 from steersman.steer.effects import map_file
-from steersman.steer.effects.fit import adam_fit, check_enough, ridge_fit, score
+from steersman.steer.effects.config import DEFAULT_TARGETS
+from steersman.steer.effects.fit import adam_fit, check_enough, response_fit, ridge_fit, score
 from steersman.steer.effects.measured import Baseline, Measured, sae_identity
 from steersman.steer.effects.vectors import unit_rows
 from steersman.steer.vectors.vector import SteeringVector, VectorLike
@@ -70,6 +76,8 @@ class EffectMap:
     """The SAE whose features these are: see `sae_identity`."""
     provenance: Mapping[str, Any]
     """How it was measured and fitted, and its overall scores."""
+    metric: Tensor | None = None
+    """[D, D] fp32, F: the KL per token of adding x is x^T F x / 2; None for maps that were measured by steering."""
 
     @classmethod
     def fit(
@@ -84,6 +92,9 @@ class EffectMap:
     ) -> "EffectMap":
         """Fit a map to measured effects; vectors whose scale was not reached are left out.
 
+        Effects measured by gradients give the response to a small vector, and the `metric` of what it costs; `predict`
+        is then the straight line on to a scale of half the median norm of the states.
+
         `method`: `closed` (ridge regression; `ridge` None chooses by generalised cross-validation) or `adam` (with
         `lr`, `epochs` and `batch_size`). The fraction `heldout` of the vectors is kept for the scores and takes no part
         in the fit. Raises SteersmanError for too few vectors for the map's width.
@@ -94,6 +105,10 @@ class EffectMap:
             raise SteersmanError(f"{', '.join(adam)} are settings of method='adam'")
         if not 0 <= heldout < 1:
             raise SteersmanError(f"heldout is a fraction of the vectors, from 0 to below 1, got {heldout}")
+        if effects.manifest.settings.get("vectors") == "gradients":
+            if method != "closed":
+                raise SteersmanError("effects measured by gradients are fitted in closed form: use method='closed'")
+            return cls._of_gradients(effects, ridge)
         reached = effects.column("reached")
         used = reached.nonzero()[:, 0]
         order = torch.randperm(len(used), generator=torch.Generator().manual_seed(seed))
@@ -143,6 +158,37 @@ class EffectMap:
             provenance=notes,
         )
 
+    @classmethod
+    def _of_gradients(cls, effects: Measured, ridge: float | None) -> "EffectMap":
+        tokens = float(effects.column("positions").double().mean())
+        found = response_fit(((s.vectors, s.effect) for s in effects.iterate()), tokens, ridge)
+        L = found.M.shape[1]
+        scale = DEFAULT_TARGETS["norm"] * effects.baseline.median_norm
+        unknown = torch.full((L,), math.nan)
+        notes = {
+            "method": "gradients",
+            "ridge": found.natural.ridge,
+            "damping": found.damping,
+            "n_vectors": effects.manifest.n_vectors,
+            "median_scale": scale,
+            "vectors_hash": effects.manifest.vectors_hash,
+            "effects": effects.manifest.settings,
+        }
+        return cls(
+            M=found.M * scale,
+            b=torch.zeros(L),
+            signal=found.natural.signal,
+            noise=found.natural.noise,
+            r2=unknown,
+            ceiling=unknown,
+            baseline=effects.baseline,
+            model_name=effects.manifest.model_name,
+            hook_name=effects.manifest.hook_name,
+            sae=effects.manifest.sae,
+            provenance=notes,
+            metric=found.metric.float(),
+        )
+
     @property
     def d_in(self) -> int:
         """D."""
@@ -155,7 +201,8 @@ class EffectMap:
 
     @property
     def median_scale(self) -> float:
-        """The median scale that the vectors were measured at: a place to start from when steering."""
+        """The median scale that the vectors were measured at, for gradients half the median norm of the states: a place
+        to start from when steering."""
         return float(self.provenance.get("median_scale", 1.0))
 
     def __repr__(self) -> str:
@@ -189,7 +236,7 @@ class EffectMap:
         return unit_rows(x)
 
     def predict(self, vector: Tensor | VectorLike) -> Tensor:
-        """The effect [L] of a vector (or [n, L] of n rows), at the scale the map was measured at."""
+        """The effect [L] of a vector (or [n, L] of n rows) at the map's `median_scale`."""
         return self.direction(vector) @ self.M + self.b
 
     # What brings an effect about
@@ -242,20 +289,37 @@ class EffectMap:
             total += self.M[:, part].double() @ t[part]
         return total
 
+    @cached_property
+    def _damped(self) -> Tensor:
+        """The Cholesky factor [D, D] of F + damping, float64."""
+        assert self.metric is not None
+        F = self.metric.double()
+        least = 1e-6 * float(F.trace()) / self.d_in
+        damping = max(float(self.provenance.get("damping", 0.0)), least)
+        return torch.linalg.cholesky(F + damping * torch.eye(self.d_in, dtype=torch.float64))
+
     def solve(
         self,
         targets: Targets,
         *,
-        ridge: float = math.inf,
+        ridge: float | None = None,
         bias_weight: float = 1.0,
         min_signal: float = WEAK,
     ) -> SteeringVector:
-        """The unit vector that raises the target features and as little else as `ridge` allows.
+        """The unit vector that raises the target features: where the map has a `metric`, the one that raises them most
+        at its KL; else that of SAE-TS.
 
-        `ridge` is mu in the page's formulas: infinite is SAE-TS, 0 the pseudo-inverse; `ridge_unit` is the scale
-        between. `bias_weight` is the fraction of the general effect b that is worked against. Raises SteersmanError for
-        targets as `targets` does.
+        `ridge` is mu in the page's formulas: infinite (the default without a metric) is SAE-TS, 0 the pseudo-inverse;
+        `ridge_unit` is the scale between. Given, it takes the place of the metric. `bias_weight` is the fraction of the
+        general effect b that is worked against. Raises SteersmanError for targets as `targets` does.
         """
+        if ridge is None and self.metric is not None:
+            t = self.targets(targets, min_signal)
+            x = torch.cholesky_solve(self._times(t)[:, None], self._damped)[:, 0]
+            if not float(x.norm()) > 0:
+                raise SteersmanError("the effects of the targets cancel: no direction raises them all")
+            return self._vector(x, t, "sae_ts_natural")
+        ridge = math.inf if ridge is None else ridge
         if math.isnan(ridge) or ridge < 0:
             raise SteersmanError(f"ridge must be 0 or more (infinity is SAE-TS), got {ridge}")
         t = self.targets(targets, min_signal)
@@ -300,8 +364,9 @@ class EffectMap:
     def rotation(self, sae: SAE, min_signal: float = WEAK) -> Tensor:
         """R [D, D] float64, the rotation that brings decoder directions nearest to the vectors that write them: R d_j.
 
-        With unit columns m_j of M and unit rows d_j of W_dec, sum_j m_j d_j^T = U S V^T and R = U V^T, which maximises
-        sum_j m_j . R d_j over all rotations (orthogonal Procrustes). Columns weaker than `min_signal` times noise are
+        With the directions m_j that raise each feature (columns of M, or of (F + damping)^-1 M) and unit rows d_j of
+        W_dec, sum_j m_j d_j^T = U S V^T and R = U V^T, which maximises sum_j m_j . R d_j over all rotations (orthogonal
+        Procrustes). Columns weaker than `min_signal` times noise are
         left out. (The authors' code applies the transpose of R.) Raises SteersmanError for another SAE than the map's.
         """
         self.check_sae(sae)
@@ -314,9 +379,14 @@ class EffectMap:
         W = sae.W_dec.detach().double().cpu()
         total = torch.zeros(self.d_in, self.d_in, dtype=torch.float64)
         for part in good.split(2048):
-            total.addmm_(unit_rows(self.M[:, part].T.double()).T, unit_rows(W[part]))
+            total.addmm_(unit_rows(self._writers(part).T).T, unit_rows(W[part]))
         U, _, Vh = torch.linalg.svd(total)
         return U @ Vh
+
+    def _writers(self, features: Tensor) -> Tensor:
+        """[D, n] float64: the directions that raise each of the features, before they are unit vectors."""
+        M = self.M[:, features].double()
+        return M if self.metric is None else torch.cholesky_solve(M, self._damped)
 
     def solve_rotated(
         self, targets: Targets, sae: SAE, *, of: SAE | None = None, min_signal: float = WEAK
@@ -347,7 +417,8 @@ class EffectMap:
         p, known = self.provenance, self.r2.isfinite()
         lines = [repr(self)]
         if "method" in p:
-            lines.append(f"fitted ({p['method']}, ridge {p.get('ridge', 0):.3g}) to {p.get('n_vectors', '?')} vectors")
+            what = "texts" if self.metric is not None else "vectors"
+            lines.append(f"fitted ({p['method']}, ridge {p.get('ridge', 0):.3g}) to {p.get('n_vectors', '?')} {what}")
         if p.get("r2") is not None and p.get("r2_ceiling") is not None:
             median = float(self.r2[known].median()) if bool(known.any()) else float("nan")
             lines.append(
@@ -364,6 +435,7 @@ class EffectMap:
     def save(self, path: str | Path) -> None:
         """Write it as one safetensors file with a JSON header, whole or not at all."""
         tensors = {"M": self.M, **{name: getattr(self, name) for name in _COLUMNS}}
+        tensors |= {} if self.metric is None else {"metric": self.metric}
         tensors |= {"baseline_mean": self.baseline.mean, "baseline_standard_error": self.baseline.standard_error}
         about = {
             "model_name": self.model_name,

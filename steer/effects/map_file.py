@@ -1,8 +1,9 @@
 """Files of effect maps: safetensors whose header holds the rest as JSON, with a checksum of the whole.
 
 The rules: tensors `M` [D, L], `b`, `signal`, `noise`, `r2`, `ceiling`, `baseline_mean`, `baseline_standard_error` [L],
-all fp32. The header's metadata holds `format` = `steersman.effect_map`, `version` = `1` and `about`, a JSON object with
-`model_name`, `hook_name`, `sae`, `median_norm` and `provenance`. Files of earlier versions have no checksum.
+and, of maps measured by gradients, `metric` [D, D], all fp32. The header's metadata holds `format` =
+`steersman.effect_map`, `version` = `1` and `about`, a JSON object with `model_name`, `hook_name`, `sae`, `median_norm`
+and `provenance`. Files of earlier versions have no checksum.
 """
 
 from collections.abc import Mapping
@@ -26,8 +27,8 @@ ABOUT = ("model_name", "hook_name", "sae", "median_norm", "provenance")
 _NUMBER, _FIGURE = (int, float), (int, float, type(None))
 _NOTES: dict[str, tuple[type, ...]] = {
     "method": (str,), "ridge": _NUMBER, "n_vectors": (int,), "n_heldout": (int,), "n_not_reached": (int,),
-    "r2": _FIGURE, "r2_ceiling": _FIGURE, "median_scale": _NUMBER, "seed": (int,), "vectors_hash": (str,),
-    "effects": (dict,),
+    "damping": _NUMBER, "r2": _FIGURE, "r2_ceiling": _FIGURE, "median_scale": _NUMBER, "seed": (int,),
+    "vectors_hash": (str,), "effects": (dict,),
 }  # fmt: skip
 """What entries of the provenance are, where it has them."""
 
@@ -53,8 +54,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise SteersmanError(f"{path} is an effect map of version {named}; this program reads {VERSION}")
     if lacking := [name for name in ("M", *COLUMNS) if name not in tensors]:
         raise SteersmanError(f"{path} lacks the tensor {', '.join(lacking)}")
-    tensors = {name: tensors[name] for name in ("M", *COLUMNS)}
+    tensors = {name: tensors[name] for name in ("M", *COLUMNS, "metric") if name in tensors}
     M = tensors["M"]
+    metric = tensors.get("metric")
+    if metric is not None and (M.ndim != 2 or metric.shape != (len(M), len(M)) or not bool(metric.isfinite().all())):
+        raise SteersmanError(f"{path}: its metric is not a finite [D, D]")
     if M.ndim != 2 or any(tensors[name].shape != M.shape[1:] for name in COLUMNS) or not M.numel():
         raise SteersmanError(f"{path}: the shapes of its tensors contradict each other")
     if any(tensor.dtype != torch.float32 for tensor in tensors.values()):

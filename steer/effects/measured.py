@@ -150,7 +150,7 @@ class EffectShard(NamedTuple):
     """The effects of n vectors."""
 
     vectors: Tensor
-    """[n, D] fp32, unit norm."""
+    """[n, D] fp32, unit norm; of n unsteered texts the gradients of their log-likelihood (`gradients.py`)."""
     scale: Tensor
     """[n] fp32: the norm of what was added."""
     achieved: Tensor

@@ -157,6 +157,12 @@ class RolloutMeter:
         r = torch.arange(rollouts)
         return r[torch.isin(r % len(self.config.openings), group.members)]
 
+    def unsteered(
+        self, group: "PromptGroup", nothing: Tensor, rows: Tensor, drawn: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """As `_batch`, of texts that are not steered: `nothing` is [1, D] of zeros."""
+        return self._batch(group, nothing, torch.zeros(1), rows, drawn)
+
     def base(self) -> tuple[Averages, float]:
         """Averages over the unsteered rollouts (G = 1), and the median norm of their states where vectors are added."""
         config = self.config

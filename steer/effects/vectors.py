@@ -5,6 +5,7 @@
 | `decoder` | d_j / |d_j| for rows j drawn without replacement |
 | `pairs` | w d_i / |d_i| + (1 - w) d_j / |d_j|, w uniform on [0, 1), two different rows; then unit norm |
 | `random` | uniform on the sphere |
+| `gradients` | none: for each unsteered text, the gradient of its likelihood (`gradients.py`) |
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,9 +42,12 @@ def n_vectors(config: EffectsConfig, sae: SAE, width: int) -> int:
 
 
 def make_vectors(config: EffectsConfig, sae: SAE, width: int) -> Tensor:
-    """Unit vectors [n, D] fp32 on the CPU, as `config` asks. Raises SteersmanError where the SAE has too few rows."""
+    """Unit vectors [n, D] fp32 on the CPU, as `config` asks: zeros in place of gradients, which are measured. Raises
+    SteersmanError where the SAE has too few rows."""
     g = torch.Generator().manual_seed(config.seed)
     n = n_vectors(config, sae, width)
+    if config.by_gradients:
+        return torch.zeros(1, width).expand(n, width)
     if config.vectors == "random":
         return unit_rows(torch.randn(n, width, generator=g))
     if sae.cfg.d_in != width:
@@ -70,7 +74,7 @@ def source_tensors(config: EffectsConfig, sae: SAE) -> list[Tensor]:
 
     Unit vectors do not, as a norm is rounded differently from one CPU to another.
     """
-    return [] if config.vectors == "random" else [sae.W_dec.detach().cpu(), usable_rows(sae)]
+    return [] if config.vectors in ("random", "gradients") else [sae.W_dec.detach().cpu(), usable_rows(sae)]
 
 
 def given_vectors(given: Any, lm: LanguageModel, hook: str) -> Tensor:

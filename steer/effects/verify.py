@@ -186,7 +186,7 @@ def check_verifiable(
     settings = dict(effect_map.provenance.get("effects", {}))
     if "prompts" not in settings:
         raise SteersmanError("this effect map was not measured by rollouts: there is no setting to measure under")
-    settings |= {"vectors": "random"} if settings.get("vectors") == "given" else {}
+    settings |= {"vectors": "random"} if settings.get("vectors") in ("given", "gradients") else {}
     config = EffectsConfig.from_identity(settings, batch_rows=batch_rows)
     if rollouts is not None and rollouts < 2:
         raise SteersmanError(f"rollouts must be at least 2, got {rollouts}")

@@ -1,7 +1,6 @@
 """`steersman target`."""
 
 import json
-import math
 from dataclasses import dataclass
 
 from steersman.commands.options import ComputeOptions, LabelOptions, PrintOptions, as_json, on_kernels
@@ -35,8 +34,9 @@ class TargetCommand(ComputeOptions, LabelOptions, PrintOptions):
     """And how many that fall."""
     max_density: float = 0.01
     """Features denser than this are no targets taken from text."""
-    ridge: float = math.inf
-    """How much of the effects' interplay to leave out: inf is SAE-TS, 0 the pseudo-inverse."""
+    ridge: float | None = None
+    """In place of the map's metric, how much of the effects' interplay to leave out: inf is SAE-TS, 0 the
+    pseudo-inverse. A map measured by steering has no metric: inf is its default."""
     bias_weight: float = 1.0
     """Fraction of the general effect of steering that is worked against."""
     min_signal: float = WEAK
@@ -106,8 +106,8 @@ def run(config: TargetCommand) -> None:
         signal = float(effect_map.signal[j])
         told = f"predicted effect {float(predicted[j]):+.4f}, signal {signal:.1f} x noise"
         config.note(f"{named_feature(j, labels.text(j))}: {told}")
-    scale = effect_map.median_scale
-    config.note(f"{config.out}: {vector.method}, unit norm; the map's vectors had a median scale of {scale:.4g}")
+    scale = vector.metadata["median_scale"]
+    config.note(f"{config.out}: {vector.method}, unit norm; a scale to start from is {scale:.4g}")
     effects = {
         j: {
             "weight": w,
