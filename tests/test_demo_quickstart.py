@@ -17,7 +17,7 @@ from steersman.sae import SAE
 def test_quickstart_makes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "STRENGTHS", (0.0, 1.0))
     config = QuickstartConfig(
-        out=str(tmp_path / "out"), tokens=40_000, d_sae=256, targets=1, samples=4, max_new_tokens=12, effect_vectors=0
+        out=str(tmp_path / "out"), tokens=40_000, d_sae=256, targets=1, samples=4, max_new_tokens=12, effect_texts=0
     )
     results = quickstart(config)
     assert results.evaluation.loss is not None

@@ -31,7 +31,7 @@ def results(run: Path) -> Results:
     target = Target(name=f"rain {EVIL}", words=("rain", "<b>"), candidates=(3,))
     way = Way(name="unsteered", norm=0.0, kl=0.0, rate=1.0, nll=2.0, texts=plain)
     ways = [way, *(dataclasses.replace(way, name=name, texts=steered) for name in ("feature direction", "SAE-TS"))]
-    targeted = Targeted(target=target, feature=3, signal=9.0, n_vectors=4, cosine=0.5, ways=ways)
+    targeted = Targeted(target=target, feature=3, signal=9.0, n_texts=4, cosine=0.5, ways=ways)
     context = Context(activation=3.0, before="", token=EVIL, after="", document=0, position=0)
     features = [
         Feature(id=i, density=0.1, max_act=3.0, typical_act=2.0, p999=3.0, fires_on=[EVIL, "\n"], promotes=["שלום"],

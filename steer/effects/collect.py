@@ -94,6 +94,7 @@ def collect_effects(
     read_at = check_sae_fits(lm, sae)
     hook = read_at if config.hook is None else lm.resolve_hook(config.hook)
     if vectors is None or isinstance(vectors, str):
+        config = replace(config, vectors="decoder") if config.by_gradients and rows_of is not None else config
         source = sae if rows_of is None else rows_of
         check_sae_fits(lm, source)
         directions, sources = make_vectors(config, source, lm.hook_width(hook)), source_tensors(config, source)
@@ -101,7 +102,7 @@ def collect_effects(
         config = replace(config, vectors="decoder") if config.by_gradients else config
         given = given_vectors(vectors, lm, hook)
         directions, sources = unit_rows(given), [given]
-    heldout = _first_texts(texts, config) if config.needs_texts else []
+    heldout = _first_texts(texts, config) if config.needs_texts and not config.by_gradients else []
     rank, world_size = rank_and_world_size()
     if folder is None and world_size > 1:
         raise SteersmanError("several processes exchange their work through a folder: give out=")
@@ -182,10 +183,10 @@ def _saying_what_is_kept(folder: Path | None, manifest: EffectsManifest) -> Iter
         raise PreemptedError(f"asked to end: {kept()}") from error
 
 
-def _shard(meter: RolloutMeter, rule: ScaleRule, vectors: Tensor, first: int, baseline: Baseline) -> EffectShard:
+def _shard(meter: RolloutMeter, rule: ScaleRule | None, vectors: Tensor, first: int, baseline: Baseline) -> EffectShard:
     """The effects of the vectors [n, D] that are the `first`-th and following; of as many texts, for gradients."""
     config = meter.config
-    if config.by_gradients:
+    if rule is None:
         return _text_shard(meter, first, len(vectors), baseline)
     scales = rule.find(vectors, None if math.isnan(baseline.typical_scale) else baseline.typical_scale)
     numbers = range(first, first + len(vectors))
@@ -228,16 +229,19 @@ def _baseline(
     manifest: EffectsManifest,
     folder: Path | None,
     ranks: Ranks,
-) -> tuple[Baseline, ScaleRule]:
-    """The unsteered rollouts, measured by rank 0 where they are not there yet; and the rule for scales."""
+) -> tuple[Baseline, ScaleRule | None]:
+    """The unsteered rollouts, measured by rank 0 where they are not there yet; and the rule for scales, where texts are
+    steered."""
 
     def rule(median_norm: float) -> ScaleRule:
         return ScaleRule(meter.lm, meter.hook, meter.config, median_norm, texts)
 
-    def measured() -> tuple[Baseline, ScaleRule]:
+    def measured() -> tuple[Baseline, ScaleRule | None]:
         averages, median_norm = meter.base()
-        scales = rule(median_norm)
-        typical = scales.typical(vectors[:_PILOTS]) if meter.config.needs_texts else math.nan
+        scales = None if meter.config.by_gradients else rule(median_norm)
+        typical = math.nan
+        if scales is not None and meter.config.needs_texts:
+            typical = scales.typical(vectors[:_PILOTS])
         return Baseline(averages.mean[0].float(), averages.standard_error[0].float(), median_norm, typical), scales
 
     def write_missing() -> None:
@@ -248,7 +252,7 @@ def _baseline(
         return measured()
     ranks.on_rank_zero(write_missing)
     baseline = read_baseline(folder, manifest)
-    return baseline, rule(baseline.median_norm)
+    return baseline, None if meter.config.by_gradients else rule(baseline.median_norm)
 
 
 def _check_reached(effects: Effects, config: EffectsConfig, baseline: Baseline) -> None:

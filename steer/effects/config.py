@@ -113,7 +113,7 @@ class EffectsConfig(ChatOptions):
     @property
     def needs_texts(self) -> bool:
         """Whether the scale rule measures on held-out texts."""
-        return self.scale_rule in ("loss", "kl") and not self.by_gradients
+        return self.scale_rule in ("loss", "kl")
 
     @property
     def by_gradients(self) -> bool:

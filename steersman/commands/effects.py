@@ -53,7 +53,7 @@ class EffectsCommand(EffectsConfig, ComputeOptions, PrintOptions):
     ridge: float | None = None
     """Ridge of the closed form; chosen by cross-validation if not given."""
     heldout: float = 0.1
-    """Fraction of the vectors kept out of the fit, for its scores."""
+    """Fraction of the vectors kept out of the fit, for its scores; not of texts whose gradients are taken."""
 
 
 @on_kernels
@@ -62,8 +62,12 @@ def run(config: EffectsCommand) -> None:
     openings = (*config.prompt, *(text for source in config.prompts for text in _openings(source)))
     hook = hook_point(config.hook, config.layer, config.model, config.revision)
     settings = replace(part_of(EffectsConfig, config), prompts=openings, hook=hook)
+    if settings.by_gradients and (config.vector or config.rows_of):
+        settings = replace(settings, vectors="decoder")
     if config.ridge is not None and config.fit != "closed":
         raise SteersmanError(f"--ridge is a setting of --fit closed, and --fit is {config.fit}")
+    if settings.by_gradients and config.fit == "adam":
+        raise SteersmanError("--fit adam fits what was measured by steering: give --vectors decoder, or another kind")
     if not 0 <= config.heldout < 1:
         raise SteersmanError(f"--heldout is a fraction of the vectors, from 0 to below 1, got {config.heldout}")
     check_folder(Path(config.out))
@@ -103,11 +107,12 @@ def _openings(source: str) -> list[str]:
 
 def _check_enough(config: EffectsCommand, n: int, width: int) -> None:
     """Raise SteersmanError before n vectors are measured that are too few for a map."""
-    check_enough(n - round(config.heldout * n), width, config.ridge)
+    heldout = 0 if config.vectors == "gradients" and not config.vector and not config.rows_of else config.heldout
+    check_enough(n - round(heldout * n), width, config.ridge)
 
 
 def _texts(source: str | None, config: EffectsConfig) -> list[str]:
-    if not config.needs_texts:
+    if config.by_gradients or not config.needs_texts:
         return []
     if source is None:
         raise SteersmanError(f"scale_rule {config.scale_rule!r} needs --text: held-out text; or use norm or fixed")

@@ -23,6 +23,7 @@ from steersman.demo.report import write_report
 from steersman.demo.results import Dose, Results, SteeredTarget
 from steersman.demo.targets import Target, word_rate
 from steersman.demo.vectors import take_apart, target_feature
+from steersman.deprecation import renamed_fields
 from steersman.device import pick_device
 from steersman.errors import SteersmanError
 from steersman.files import write_json
@@ -51,6 +52,7 @@ HELDOUT_SEED = 3
 """Stories of this seed were trained on neither by the bundled model nor by the SAE."""
 
 
+@renamed_fields(effect_vectors="effect_texts")
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
     """See features, steer by them and read a report: on the bundled model, or on --model with --text."""
@@ -73,8 +75,8 @@ class QuickstartConfig:
     """Active features a token."""
     targets: int = 4
     """Features to steer by: the ones that did most, of those tried on texts of their own."""
-    effect_vectors: int = 512
-    """Directions whose effects are measured for SAE-TS; 0 leaves it out. More than the model is wide."""
+    effect_texts: int = 2048
+    """Texts whose gradients SAE-TS takes its map from; 0 leaves it out. More than the model is wide."""
     samples: int = 16
     """Texts generated at each strength."""
     max_new_tokens: int = 48
@@ -150,7 +152,7 @@ def quickstart(config: QuickstartConfig) -> Results:
 
     log.info("[7/8] a vector for the effect of a feature (SAE-TS)")
     targeted, few = None, unseen[:SCREENED]
-    if config.effect_vectors:
+    if config.effect_texts:
         targeted = target_feature(
             lm,
             sae,
@@ -158,7 +160,7 @@ def quickstart(config: QuickstartConfig) -> Results:
             {one.target.name: one.feature for one in steered},
             few,
             prompts,
-            n_vectors=config.effect_vectors,
+            n_texts=config.effect_texts,
             max_new_tokens=config.max_new_tokens,
             seed=config.seed,
         )

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 BUDGET = 0.5
 """Nats per token of KL(steered || base) that every vector is given."""
 WIDEST = 256
-"""Width of the residual stream up to which an effect map is measured: a wider one needs more vectors than fit here."""
+"""Width of the residual stream up to which an effect map is measured: a wider one needs more texts than fit here."""
 EXAMPLES = 60
 """Stories of each concept that a contrast is made from."""
 POSITIVE_SEED, NEGATIVE_SEED = 21, 22
@@ -71,8 +71,8 @@ class Targeted:
     """The feature."""
     signal: float
     """Strength of the feature's column in the effect map against noise."""
-    n_vectors: int
-    """Vectors that the effect map was fitted on."""
+    n_texts: int
+    """Texts that the effect map was fitted on."""
     cosine: float
     """Cosine of the two vectors."""
     ways: list[Way]
@@ -121,7 +121,7 @@ def target_feature(
     unseen: Sequence[str],
     prompts: Sequence[str],
     *,
-    n_vectors: int,
+    n_texts: int,
     max_new_tokens: int,
     seed: int,
 ) -> Targeted | None:
@@ -132,26 +132,16 @@ def target_feature(
     model is too wide for a map measured in a minute.
     """
     if lm.d_model > WIDEST or not targets:
-        log.info("no effect map: a model of width %d needs more vectors than fit here", lm.d_model)
+        log.info("no effect map: a model of width %d needs more texts than fit here", lm.d_model)
         return None
-    # Random directions: at this number they say more to the map about every feature than as many decoder rows do.
     effects = collect_effects(
-        lm,
-        sae,
-        vectors="random",
-        n_vectors=n_vectors,
-        rollouts=32,
-        new_tokens=16,
-        base_rollouts=1024,
-        scale_rule="norm",
-        scale_target=1.0,
-        seed=seed,
+        lm, sae, n_vectors=n_texts, new_tokens=16, base_rollouts=512, shard_vectors=512, seed=seed
     )
-    effect_map = EffectMap.fit(effects, heldout=0.0)
+    effect_map = EffectMap.fit(effects)
     known = [t for t in targets if float(effect_map.signal[t.candidates[0]]) >= WEAK]
     known = [t for t in known if t.name in steered_by] or known
     if not known:
-        log.info("no target's feature has a signal in an effect map of %d vectors", n_vectors)
+        log.info("no target's feature has a signal in an effect map of %d texts", n_texts)
         return None
     target = max(known, key=lambda t: float(effect_map.signal[t.candidates[0]]))
     feature = target.candidates[0]
@@ -164,7 +154,7 @@ def target_feature(
         target=target,
         feature=feature,
         signal=float(effect_map.signal[feature]),
-        n_vectors=n_vectors,
+        n_texts=n_texts,
         cosine=vectors["feature direction"].cosine(vectors["SAE-TS"]),
         ways=_compare(lm, vectors, target, unseen, prompts, max_new_tokens, seed),
     )

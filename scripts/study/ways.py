@@ -1,0 +1,210 @@
+"""Ways to make vectors for features from measured effects, and what the vectors do at equal KL.
+
+Outcomes: on the grammar's concepts, the concept's words in 100 words of continuations of stories; on texts, the rise of
+the log-likelihood of held-out texts with the concept less that of texts without it, in nats per token.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from steersman import SAE, EffectMap, LanguageModel, Steerer, collect_effects
+from steersman.demo import CONCEPTS, stories, texts, word_rate
+from steersman.demo.concept_features import match_concepts, writing_features
+from steersman.steer import Effects, bootstrap, ridge_fit, token_nll
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topics:
+    """Concepts, each with the feature that is aimed at."""
+
+    names: list[str]
+    features: list[int]
+    """The feature that tells each apart best when it is read (AUROC, on other texts)."""
+    writing: list[int]
+    """On the grammar, the feature whose decoder row raises the logits of its words most."""
+
+    def half(self, which: int) -> list[int]:
+        """Every other concept: 0 to choose on, 1 to report."""
+        return list(range(which, len(self.names), 2))
+
+
+def grammar_topics(lm: LanguageModel, sae: SAE, n: int) -> Topics:
+    """Concepts of the grammar, names of people left out."""
+    found = [m for m in match_concepts(lm, sae, list(islice(stories(3), 400))) if CONCEPTS[m.concept].group != "name"]
+    found = sorted(found[:n], key=lambda m: m.concept)
+    writing = [writing_features(lm, sae, CONCEPTS[m.concept].words, 1)[0] for m in found]
+    return Topics(names=[m.concept for m in found], features=[m.feature for m in found], writing=writing)
+
+
+def scales_at(lm: LanguageModel, sae: SAE, vectors: Tensor, kl: float, held: Sequence[str], tokens: int) -> Tensor:
+    """The scales [n] of unit vectors [n, D] at a KL per token of the held-out texts; NaN where it is out of reach."""
+    found = collect_effects(
+        lm, sae, held, vectors=vectors, scale_rule="kl", scale_target=kl, heldout_texts=len(held), rollouts=2,
+        heldout_tokens=tokens, new_tokens=1, base_rollouts=2, prompts=("The",), batch_rows=256,
+    )  # fmt: skip
+    return found.column("scale").masked_fill(~found.column("reached"), float("nan"))
+
+
+@torch.no_grad()
+def word_rates(
+    lm: LanguageModel, hook: str, pushes: Tensor, topics: Sequence[str], prompts: Sequence[str], tokens: int, seed: int
+) -> list[float | None]:
+    """The words of each topic per 100 in continuations under its push [n, D]; None where the push is NaN."""
+    found: list[float | None] = []
+    for start in range(0, len(pushes), max(1, 768 // len(prompts))):
+        part = pushes[start : start + max(1, 768 // len(prompts))]
+        with Steerer(lm).vector(part.nan_to_num().repeat_interleave(len(prompts), 0), hook=hook):
+            made = lm.generate(list(prompts) * len(part), max_new_tokens=tokens, do_sample=True, seed=seed)
+        for i in range(len(part)):
+            own = made.completions[i * len(prompts) : (i + 1) * len(prompts)]
+            rate = word_rate(own, CONCEPTS[topics[start + i]].words)
+            found.append(None if bool(part[i].isnan().any()) else rate)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grammar:
+    """Where outcomes on the grammar are measured: prompts and held-out stories that nothing was made from."""
+
+    lm: LanguageModel
+    sae: SAE
+    topics: Topics
+    prompts: int
+    tokens: int
+    seed: int
+
+    def outcome(self, vectors: Tensor, kl: float) -> list[float | None]:
+        """For each topic the words per 100 under its vector [n, D] at a KL."""
+        unit = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        usable = unit.norm(dim=1) > 0.5
+        unit[~usable, 0] = 1.0
+        scale = scales_at(self.lm, self.sae, unit, kl, texts(16, seed=6), 48)
+        scale[~usable] = float("nan")
+        hook = self.sae.cfg.hook_name
+        starts = [" ".join(text.split()[:8]) for text in texts(self.prompts, seed=7)]
+        return word_rates(
+            self.lm, hook, unit * scale[:, None], self.topics.names, starts, self.tokens, self.seed
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def preference(
+    lm: LanguageModel, hook: str, push: Tensor, positive: Sequence[str], negative: Sequence[str], tokens: int
+) -> float:
+    """Rise of the mean log-likelihood per token of the positive texts under a push [D], less that of the negative."""
+    batch = lm.encode([*positive, *negative], max_length=tokens)
+    real = batch.attention_mask[:, 1:].bool()
+    base = token_nll(lm.logits(batch), batch.input_ids)
+    with Steerer(lm).vector(push, hook=hook):
+        rise = base - token_nll(lm.logits(batch), batch.input_ids)
+    each = (rise * real).sum(1) / real.sum(1)
+    return float(each[: len(positive)].mean() - each[len(positive) :].mean())
+
+
+def paired(a: Sequence[float | None], b: Sequence[float | None], which: Sequence[int]) -> dict[str, float] | None:
+    """The mean over the concepts `which` of a less b, with its interval over concepts."""
+    differences = [x - y for i in which if (x := a[i]) is not None and (y := b[i]) is not None]
+    found = bootstrap(differences) if differences else None
+    return None if found is None else {"mean": found.mean, "low": found.low, "high": found.high, "n": found.n}
+
+
+# Maps
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """Effects as tensors, of vectors that reached their scale."""
+
+    x: Tensor
+    """[n, D], unit."""
+    y: Tensor
+    """[n, L]."""
+    scale: Tensor
+    """[n]."""
+
+    @classmethod
+    def of(cls, effects: Effects, keep: Tensor | None = None) -> "Measured":
+        """All of them, or those of the mask `keep`."""
+        keep = effects.column("reached") if keep is None else keep
+        shards = list(effects.iterate())
+        x, y = (torch.cat([getattr(s, name) for s in shards])[keep] for name in ("vectors", "effect"))
+        return cls(x=x, y=y, scale=effects.column("scale")[keep])
+
+    def first(self, n: int) -> "Measured":
+        """The first n."""
+        return Measured(x=self.x[:n], y=self.y[:n], scale=self.scale[:n])
+
+    def last(self, n: int) -> "Measured":
+        """The last n."""
+        return Measured(x=self.x[-n:], y=self.y[-n:], scale=self.scale[-n:])
+
+    def raw(self) -> "Measured":
+        """With what was added in place of its direction."""
+        return Measured(x=self.x * self.scale[:, None] / self.scale.median(), y=self.y, scale=self.scale)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Linear:
+    """y = x M + b."""
+
+    M: Tensor
+    b: Tensor
+
+    @classmethod
+    def fit(cls, data: Measured, ridge: float | None = None) -> "Linear":
+        """Ridge regression, its ridge by cross-validation where none is given."""
+        found = ridge_fit([(data.x, data.y)], ridge, torch.float32)
+        return cls(M=found.M, b=found.b)
+
+    def r2(self, data: Measured) -> float:
+        """R2 on vectors, over all features together."""
+        rest = (data.y - data.x @ self.M - self.b).square().sum()
+        return float(1 - rest / (data.y - data.y.mean(0)).square().sum())
+
+    def of_rank(self, rank: int, data: Measured) -> "Linear":
+        """The reduced-rank regression: M on the first directions of what it predicts for the vectors."""
+        _, _, Vh = torch.linalg.svd((data.x - data.x.mean(0)) @ self.M, full_matrices=False)
+        return Linear(M=self.M @ Vh[:rank].T @ Vh[:rank], b=self.b)
+
+    def vectors(self, features: Sequence[int], bias_weight: float = 1.0) -> Tensor:
+        """[n, D]: SAE-TS for each feature."""
+        columns = self.M[:, list(features)].T
+        unit = columns / columns.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        general = self.M @ self.b
+        return unit - bias_weight * general / general.norm().clamp_min(1e-30)
+
+    def still(self, features: Sequence[int], ridge: float) -> Tensor:
+        """[n, D]: the others kept still, (M M^T + mu)^-1 M t with mu in units of the mean eigenvalue."""
+        gram = (self.M @ self.M.T).double()
+        mu = ridge * float(gram.trace()) / len(gram) * torch.eye(len(gram), dtype=torch.float64)
+        return torch.linalg.solve(gram + mu, self.M[:, list(features)].double()).T.float()
+
+
+def ceiling(a: Measured, b: Measured) -> float:
+    """The R2 that exact effects would have on `a`, from a second measurement `b` of the same vectors: the share of the
+    variance that both measurements have in common."""
+    ya, yb = a.y - a.y.mean(0), b.y - b.y.mean(0)
+    return float((ya * yb).sum() / ya.square().sum())
+
+
+def solved(effect_map: EffectMap, features: Sequence[int], **settings: float) -> Tensor:
+    """[n, D]: `EffectMap.solve` for each feature, zeros where the map knows nothing of it."""
+    known = effect_map.M[:, list(features)].norm(dim=0) > 0
+    rows = [
+        effect_map.solve(int(j), min_signal=0.0, **settings).vector if ok else torch.zeros(effect_map.d_in)
+        for j, ok in zip(features, known)
+    ]
+    return torch.stack(rows)
+
+
+def means(table: Mapping[str, Sequence[float | None]], which: Sequence[int]) -> dict[str, float]:
+    """Each way's mean over the concepts `which`."""
+    found = {}
+    for name, values in table.items():
+        kept = [v for i in which if (v := values[i]) is not None]
+        found[name] = sum(kept) / len(kept) if kept else float("nan")
+    return found
