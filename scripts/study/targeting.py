@@ -18,6 +18,7 @@ from steersman import Steerer, collect_effects
 from steersman.steer import Effects, EffectsConfig, ridge_fit
 from study.common import Results, Study, StudyConfig, chosen
 from study.material import Concept
+from study.targeting_page import page
 from study.vectors import best_features, cut, held_out, spread
 from study.ways import (
     Grammar,
@@ -29,6 +30,8 @@ from study.ways import (
     scales_at,
     solved,
 )
+
+__all__ = ["Config", "main", "page"]
 
 KLS = (0.03, 0.1, 0.3, 1.0)
 """Nats per token that the measuring vectors cost."""
@@ -324,8 +327,8 @@ class Model:
         """What is measured, the most telling first."""
         topics = self.study.material.concepts[: self.config.model_concepts]
         found: dict[str, Callable[[], Any]] = {"effects": self.effects, "one at a time": self.one_at_a_time}
-        found |= {"together": self.together}
-        return found | {c.name: partial(self.concept, c) for c in topics}
+        found |= {c.name: partial(self.concept, c) for c in topics}
+        return found | {"together": self.together, "all together": self.all_together}
 
     def effects(self) -> dict[str, Any]:
         """The map that the study uses."""
@@ -369,8 +372,17 @@ class Model:
         """The effects of steering by decoder rows."""
         return self.study.measured("effects-steered", **self.settings())
 
-    def together(self) -> dict[str, Any]:
-        """The same for all vectors, measured together; and how well their map holds."""
+    def together(self, n: int = 48) -> dict[str, Any]:
+        """The same for a few vectors, measured together, with what all share left out."""
+        rows = self.study.sae().W_dec.detach().float()[:n]
+        settings = self.settings(out=None, base_rollouts=2, vectors="decoder", n_vectors=None)
+        config = EffectsConfig(**settings, prompts=self.study.rollout_prompts())
+        start = time.process_time()
+        collect_effects(self.study.lm, self.study.sae(), (), config, vectors=rows)
+        return {"vectors": n, "seconds": (time.process_time() - start) / n}
+
+    def all_together(self) -> dict[str, Any]:
+        """All vectors of the paper's way, and how well their map holds."""
         settings = self.settings()
         folder = self.config.work / "effects-steered"
         done = settings["shard_vectors"] * len(list(folder.glob("0*.safetensors")))
@@ -393,7 +405,8 @@ class Model:
             "derivative": lambda j: natural.solve(j, min_signal=0.0, ridge=float("inf")).vector,
             "natural": lambda j: natural.solve(j, min_signal=0.0).vector,
         }
-        if self.config.model_vectors > self.study.lm.d_model:
+        folder = self.config.work / "effects-steered"
+        if len(list(folder.glob("0*.safetensors"))) * 50 >= self.config.model_vectors > self.study.lm.d_model:
             steered = self.steered().fit(heldout=0.0)
             found["paper"] = lambda j: steered.solve(j, min_signal=0.0).vector
             found["steered, no bias"] = lambda j: steered.solve(j, min_signal=0.0, bias_weight=0.0).vector

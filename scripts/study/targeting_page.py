@@ -1,0 +1,298 @@
+"""The page on what decides whether SAE-TS beats the plain feature, from its results."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from steersman.steer import Estimate, bootstrap
+from study import report
+
+TITLES = {
+    "feature": "the feature's own direction", "paper": "SAE-TS as in the paper",
+    "steered, no bias": "SAE-TS without the bias term", "derivative": "gradients, without the metric",
+    "natural": "gradients with the metric (the default)", "random": "a random direction",
+    "writing": "direction of the feature that writes most",
+}  # fmt: skip
+ASKED = """\
+Does the vector that SAE-TS makes for a feature steer better than the feature's own direction at equal KL, and if not,
+why? Each suspected cause has an experiment that changes it alone: the scale that effects are measured at, how many
+vectors and which, the noise of the measurement, the ridge, what is added to the direction, and whether anything has
+to be steered at all to know what steering does."""
+
+
+def values(row: Any) -> np.ndarray:
+    """[concepts], NaN where a vector could not be made or its budget was out of reach."""
+    return np.array([np.nan if v is None else v for v in row], dtype=float)
+
+
+def estimate(x: np.ndarray) -> Estimate | None:
+    """The mean over concepts with its interval."""
+    kept = x[np.isfinite(x)]
+    return bootstrap(kept) if len(kept) else None
+
+
+class Read:
+    """The results, and what is asked of them."""
+
+    def __init__(self, results: Mapping[str, Any]) -> None:
+        self.rows: Mapping[str, Any] = results["rows"]
+        self.settings: Mapping[str, Any] = results["settings"]
+
+    def grammar(self, name: str) -> Any:
+        """A row of the bundled model, or None."""
+        return self.rows.get(f"grammar/{name}")
+
+    def outcome(self, name: str, way: str) -> np.ndarray | None:
+        """The outcome of a way in a row."""
+        row = self.grammar(name)
+        return None if row is None else values(row["outcome"][way])
+
+    def named(self, prefix: str) -> list[tuple[float, Any]]:
+        """(number, row) of the rows of the bundled model whose name is the prefix and a number, rising."""
+        found = [
+            (float(name.rpartition(" ")[2]), row)
+            for name, row in self.rows.items()
+            if name.rpartition(" ")[0] == f"grammar/{prefix}"
+        ]
+        return sorted(found, key=lambda pair: pair[0])
+
+    def concepts(self) -> dict[str, Any]:
+        """The rows of the study's model that are of a concept."""
+        return {n: r for n, r in self.rows.items() if n.startswith("model/") and "outcome" in r}
+
+    def model(self, way: str, less: str | None = None) -> Estimate | None:
+        """The preference under a way, or its difference to another's on the same concepts."""
+        rows = [r["outcome"] for r in self.concepts().values()]
+        if less is None:
+            return estimate(np.array([r[way] for r in rows if way in r]))
+        return estimate(np.array([r[way] - r[less] for r in rows if way in r and less in r]))
+
+    def ways(self) -> list[str]:
+        """The ways that were measured on the study's model."""
+        return list(dict.fromkeys(way for row in self.concepts().values() for way in row["outcome"]))
+
+
+def model_table(read: Read) -> report.Table:
+    """The study's model."""
+    rows = [
+        [TITLES[way], report.cell(read.model(way), signed=True),
+         "" if way == "feature" else report.cell(read.model(way, "feature"), signed=True)]
+        for way in read.ways()
+    ]  # fmt: skip
+    caption = (
+        f"**The study's model**, {len(read.concepts())} concepts of AxBench, each by its best feature (AUROC on "
+        "training texts), at 0.3 nats of KL per token: rise of the log-likelihood of evaluation texts with the concept "
+        "less that of texts without it, nats per token; 95 % intervals over concepts. Nothing was chosen on these."
+    )
+    return report.Table(caption=caption, header=["way", "preference", "less the feature"], rows=rows)
+
+
+def compare_table(read: Read) -> report.Table:
+    """The ways on the bundled model."""
+    rows = []
+    for kl, row in read.named("compare"):
+        for aim, found in row["outcome"].items():
+            for way, given in found.items():
+                x, plain = values(given), values(found["feature"])
+                difference = "" if way == "feature" else report.cell(estimate(x - plain), signed=True)
+                rows.append([report.number(kl), aim, TITLES[way], report.cell(estimate(x)), difference])
+    caption = (
+        "**The bundled model**: the concept's words per 100 of continuations, at equal KL (nats per token), for the "
+        "feature that *reads* each concept best and for the one that *writes* it most; 95 % intervals over concepts."
+    )
+    return report.Table(caption=caption, header=["KL", "feature that", "way", "words", "less the feature"], rows=rows)
+
+
+CAUSES = {
+    "scale": "measured at a KL of {}", "vectors": "{} random vectors", "kind": "measured with {}",
+    "normalised": "regressed on what was added, not on its direction", "ridge": "ridge of cross-validation times {}",
+    "prompts": "averaged over the prompts too", "rank": "rank {}", "encoder": "shrunk to the encoder, {}",
+    "target": "{}", "gradients": "gradients of {} texts, {}",
+}  # fmt: skip
+
+
+def cause_rows(read: Read) -> list[tuple[str, np.ndarray, float | None, float | None]]:
+    """(experiment, outcome, R2, ceiling)."""
+    found: list[tuple[str, np.ndarray, float | None, float | None]] = []
+    plain = read.grammar("plain")
+    if plain is not None:
+        found += [(TITLES[w], values(plain["outcome"][w]), None, None) for w in ("feature", "writing", "random")]
+    roof = read.grammar("ceiling")
+    for name, row in read.rows.items():
+        kind, _, detail = name.removeprefix("grammar/").partition(" ")
+        if not name.startswith("grammar/") or kind not in CAUSES:
+            continue
+        for way, given in row["outcome"].items():
+            told = CAUSES[kind].format(*(x for x in (detail, way) if x)) if "{}" in CAUSES[kind] else CAUSES[kind]
+            known = row.get("r2")
+            r2 = known.get(way) if isinstance(known, dict) else known
+            top = row.get("ceiling", None if roof is None or r2 is None else roof["ceiling"])
+            told += f", {way}" if way.startswith("bias") and kind != "target" else ""
+            found.append((told, values(given), r2, top))
+    return found
+
+
+def cause_table(read: Read) -> report.Table:
+    """Each cause."""
+    reference = read.outcome("plain", "feature")
+    rows = []
+    for told, x, r2, top in cause_rows(read):
+        less = None if reference is None else estimate(x - reference)
+        share = None if r2 is None or not top or top <= 0 else r2 / top
+        rows.append([told, report.cell(estimate(x)), report.cell(less, signed=True), report.number(r2),
+                     report.number(top), report.number(share)])  # fmt: skip
+    caption = (
+        "**The causes, one at a time** (bundled model, KL 0.3, the feature that reads each concept): words per 100, "
+        "and less the feature's own direction. R2 is on vectors that the map was not fitted to; its ceiling is the "
+        "share of their effects' variance that a second measurement finds again. `bias 1` takes the general effect of "
+        "steering away as the paper does, `bias 0` does not."
+    )
+    header = ["experiment", "words per 100", "less the feature", "R2", "ceiling", "R2 / ceiling"]
+    return report.Table(caption=caption, header=header, rows=rows)
+
+
+def speed_table(read: Read) -> report.Table | None:
+    """Effects of many vectors."""
+    one, all_ = read.rows.get("model/one at a time"), read.rows.get("model/together")
+    if one is None:
+        return None
+    rows = [["a loop: generate, read again, encode", str(one["vectors"]), report.number(one["seconds"]), "1"]]
+    if all_ is not None:
+        ratio = report.number(one["seconds"] / all_["seconds"])
+        rows.append(["`collect_effects`", str(all_["vectors"]), report.number(all_["seconds"]), ratio])
+    caption = "**Measuring by steering**, 16 rollouts of 16 tokens for a vector, seconds of the processor, one thread."
+    if all_ is not None:
+        minutes = report.number(1000 * all_["seconds"] / 60)
+        caption += f" At this rate 1,000 vectors take {minutes} minutes of the processor."
+    return report.Table(caption=caption, header=["way", "vectors", "seconds a vector", "times as fast"], rows=rows)
+
+
+def said(sign: int, above: str, below: str, level: str) -> str:
+    """The words for an interval above, below or about 0."""
+    return {1: above, -1: below, 0: level}[sign]
+
+
+def answer(read: Read) -> str:
+    """The question, answered."""
+    parts = []
+    if read.concepts():
+        found = read.model("natural", "feature")
+        parts.append(
+            "On the study's model SAE-TS by gradients with the metric "
+            + said(report.side(found), "beats", "does worse than", "is not told apart from")
+            + f" the feature's own direction at a KL of 0.3: {report.cell(found, signed=True)} nats per token."
+        )
+    for kl, row in read.named("compare"):
+        found = row["outcome"]["reading"]
+        less = estimate(values(found["natural"]) - values(found["feature"]))
+        paper = estimate(values(found["paper"]) - values(found["feature"]))
+        parts.append(
+            f"On the bundled model at a KL of {report.number(kl)} it "
+            + said(report.side(less), "beats", "does worse than", "is not told apart from")
+            + f" the direction of the feature that reads a concept ({report.cell(less, signed=True)} words per 100), "
+            + "and the paper's recipe "
+            + said(report.side(paper), "does too", "does worse", "is not told apart from it")
+            + f" ({report.cell(paper, signed=True)})."
+        )
+    return " ".join(parts) or "Not enough was run to say."
+
+
+def pair(read: Read, a: tuple[str, str], b: tuple[str, str]) -> Estimate | None:
+    """The difference of two outcomes on the bundled model."""
+    x, y = read.outcome(*a), read.outcome(*b)
+    return None if x is None or y is None else estimate(x - y)
+
+
+def meaning(read: Read) -> str:
+    """What the figures mean."""
+    parts = [answer(read)]
+    texts, counts = read.named("gradients"), read.named("vectors")
+    if texts:
+        most, least = (f"gradients {n:g}" for n, _ in (texts[-1], texts[0]))
+        metric = pair(read, (most, "natural"), (most, "derivative"))
+        more = pair(read, (most, "natural"), (least, "natural"))
+        parts.append(
+            "**What steering costs** decides: the metric, at equal KL, "
+            + said(report.side(metric), "adds", "takes", "changes by")
+            + f" {report.cell(metric, signed=True)} words per 100. Texts: {texts[-1][0]:g} against {texts[0][0]:g} "
+            + said(report.side(more), "are better by", "are worse by", "differ by")
+            + f" {report.cell(more, signed=True)}."
+        )
+    if counts:
+        first, last = (f"vectors {n:g}" for n, _ in (counts[0], counts[-1]))
+        gain, bias = pair(read, (last, "bias 0"), (first, "bias 0")), pair(read, (last, "bias 0"), (last, "bias 1"))
+        parts.append(
+            f"**More vectors**, {counts[-1][0]:g} against {counts[0][0]:g}: {report.cell(gain, signed=True)} words per "
+            f"100 ({said(report.side(gain), 'better', 'worse', 'not told apart')}), and R2 from "
+            f"{report.number(counts[0][1]['r2'])} to {report.number(counts[-1][1]['r2'])}. **The bias term**: leaving "
+            f"it out changes {report.cell(bias, signed=True)} "
+            f"({said(report.side(bias), 'better', 'worse', 'not told apart')})."
+        )
+    roof = read.grammar("ceiling")
+    if roof is not None and counts:
+        top, r2 = roof["ceiling"], counts[-1][1]["r2"]
+        noise = "mostly the noise of the measurement" if r2 > 0.5 * top else "not the noise of the measurement alone"
+        parts.append(
+            f"**The noise ceiling** of R2 at these rollouts is {report.number(top)}, the map reaches "
+            f"{report.number(r2)}: what is missing from 1 is {noise}."
+        )
+    return "\n\n".join(parts)
+
+
+def page(results: Mapping[str, Any]) -> report.Page:
+    """The page on targeting."""
+    read, s = Read(results), results["settings"]
+    how = f"""\
+On the bundled model (width 128, an SAE of 512 features) effects are measured of {s["vectors"]} random vectors (an
+eighth of them where the table does not say how many), {s["rollouts"]} texts of {s["new_tokens"]} tokens for each, at a
+KL of 0.3 nats per token unless it says otherwise; gradients of unsteered texts of the same length. Vectors for
+features are calibrated to equal KL on held-out stories; {s["prompts"]} stories are continued with each (twice as many
+in the comparison), and the grammar's words of the concept counted. The study's model is measured with the map that
+the rest of the study uses: gradients of 4,608 unsteered texts of 16 tokens. That gradients and the metric help
+was first seen on some of the bundled model's concepts; the study's model had no part in it."""
+    tables: Sequence[report.Table | None] = (
+        model_table(read) if read.concepts() else None, compare_table(read) if read.named("compare") else None,
+        cause_table(read), speed_table(read),
+    )  # fmt: skip
+    figures = []
+    curves = learning(read)
+    if curves:
+        figures.append(
+            report.Figure(
+                name="learning", alt="Words per 100 over how much was measured",
+                draw=lambda: report.curves(curves, "vectors, or texts", "words per 100", log=True),
+            )
+        )  # fmt: skip
+    if read.concepts():
+        shown = {TITLES[w]: e for w in read.ways() if w != "feature" and (e := read.model(w, "feature")) is not None}
+        figures.append(
+            report.Figure(
+                name="model", alt="Each way less the feature on the study's model",
+                draw=lambda: report.intervals(shown, "preference less the feature's, nats per token", at=0.0),
+            )
+        )  # fmt: skip
+    return report.Page(
+        name="targeting", title="When does SAE-TS beat the feature, and why", asked=ASKED, how=how,
+        tables=[table for table in tables if table is not None], figures=figures, means=meaning(read), change=CHANGE,
+        answer=answer(read),
+    )  # fmt: skip
+
+
+CHANGE = """\
+Texts in which the concepts occur more often: a gradient says of a feature only what the texts show. Longer texts, whose
+later tokens answer to earlier ones. More concepts and a second model. The metric is that of small pushes, and the
+budgets are not small: averaging the gradients over texts that are steered already would measure it where one steers.
+The paper's scale, 50,000 vectors with 896 texts each, was not tried."""
+
+
+def learning(read: Read) -> dict[str, list[tuple[float, Any]]]:
+    """Outcomes over how much was measured."""
+    series: dict[str, list[tuple[float, Any]]] = {}
+    for prefix, ways in (("gradients", ("natural", "derivative")), ("vectors", ("bias 0", "bias 1"))):
+        for way in ways:
+            points = [(n, estimate(values(row["outcome"][way]))) for n, row in read.named(prefix)]
+            kept = [(n, e) for n, e in points if e is not None]
+            if kept:
+                series[f"{prefix}, {way}"] = kept
+    return series
