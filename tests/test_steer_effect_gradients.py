@@ -71,14 +71,14 @@ def test_by_default_effects_are_of_gradients(tmp_path: Path) -> None:
     fitted = effects.fit()
     assert fitted.metric is not None
     feature = int(fitted.signal.argmax())
-    vector = fitted.solve(feature, min_signal=0.0)
+    vector = fitted.solve(feature, min_signal=0.0, metric=True)
     assert vector.method == "sae_ts_natural"
     at_its_cost = [v.vector @ fitted.M[:, feature] / (v.vector @ fitted.metric @ v.vector).sqrt()
-                   for v in (vector, fitted.solve(feature, ridge=float("inf"), min_signal=0.0))]  # fmt: skip
+                   for v in (vector, fitted.solve(feature, min_signal=0.0))]  # fmt: skip
     assert at_its_cost[0] > at_its_cost[1]
     fitted.save(tmp_path / "map.safetensors")
     assert torch.equal(
-        EffectMap.load(tmp_path / "map.safetensors").solve(feature, min_signal=0.0).vector, vector.vector
+        EffectMap.load(tmp_path / "map.safetensors").solve(feature, min_signal=0.0, metric=True).vector, vector.vector
     )
     with pytest.raises(SteersmanError, match="closed form"):
         effects.fit(method="adam")

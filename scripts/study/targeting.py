@@ -204,8 +204,8 @@ class Bench:
             "damping": fitted.provenance["damping"] / float(fitted.metric.trace() / fitted.d_in),
             "known": int((fitted.signal >= 2).sum()),
             "outcome": {
-                "derivative": self.outcome(solved(fitted, features, ridge=float("inf"))),
-                "natural": self.outcome(solved(fitted, features)),
+                "derivative": self.outcome(solved(fitted, features)),
+                "natural": self.outcome(solved(fitted, features, metric=True)),
             },
         }  # fmt: skip
 
@@ -307,7 +307,7 @@ class Bench:
             ways = {
                 "feature": rows[features], "paper": steered.vectors(features, 1.0),
                 "steered, no bias": steered.vectors(features, 0.0),
-                "derivative": solved(fitted, features, ridge=float("inf")), "natural": solved(fitted, features),
+                "derivative": solved(fitted, features), "natural": solved(fitted, features, metric=True),
             }  # fmt: skip
             found[aim] = {
                 name: [v if v is None else round(v, 3) for v in wide.outcome(x, kl)] for name, x in ways.items()
@@ -402,8 +402,8 @@ class Model:
         rows, natural = self.study.sae().W_dec.detach().float(), self.study.effects()
         found: dict[str, Callable[[int], Tensor]] = {
             "feature": lambda j: rows[j] / rows[j].norm(),
-            "derivative": lambda j: natural.solve(j, min_signal=0.0, ridge=float("inf")).vector,
-            "natural": lambda j: natural.solve(j, min_signal=0.0).vector,
+            "derivative": lambda j: natural.solve(j, min_signal=0.0).vector,
+            "natural": lambda j: natural.solve(j, min_signal=0.0, metric=True).vector,
         }
         folder = self.config.work / "effects-steered"
         if len(list(folder.glob("0*.safetensors"))) * 50 >= self.config.model_vectors > self.study.lm.d_model:

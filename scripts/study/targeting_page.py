@@ -10,8 +10,8 @@ from study import report
 
 TITLES = {
     "feature": "the feature's own direction", "paper": "SAE-TS as in the paper",
-    "steered, no bias": "SAE-TS without the bias term", "derivative": "gradients, without the metric",
-    "natural": "gradients with the metric (the default)", "random": "a random direction",
+    "steered, no bias": "SAE-TS without the bias term", "derivative": "gradients of unsteered texts (the default)",
+    "natural": "gradients, with the metric", "random": "a random direction",
     "writing": "direction of the feature that writes most",
 }  # fmt: skip
 ASKED = """\
@@ -173,29 +173,44 @@ def said(sign: int, above: str, below: str, level: str) -> str:
     return {1: above, -1: below, 0: level}[sign]
 
 
+def by_halves(read: Read) -> tuple[str, Estimate | None, Estimate | None] | None:
+    """The way to use gradients that is best on every other concept; on the rest of them, what it is better by than the
+    feature that reads the concept, and than the one that writes it."""
+    texts, plain = read.named("gradients"), read.grammar("plain")
+    if not texts or plain is None:
+        return None
+    found = {way: values(x) for way, x in texts[-1][1]["outcome"].items()}
+    best = max(found, key=lambda way: float(np.nanmean(found[way][::2])))
+    less = [estimate((found[best] - values(plain["outcome"][name]))[1::2]) for name in ("feature", "writing")]
+    return best, less[0], less[1]
+
+
 def answer(read: Read) -> str:
     """The question, answered."""
     parts = []
+    chosen = by_halves(read)
+    if chosen is not None:
+        best, reading, writing = chosen
+        parts.append(
+            f"On the bundled model, at a KL of 0.3, the vector from {TITLES[best]}, the way chosen on half of the "
+            f"concepts, {said(report.side(reading), 'beats', 'does worse than', 'is not told apart from')} the "
+            f"direction of the same feature on the other half by {report.cell(reading, signed=True)} of the concept's words per "
+            f"100, and {said(report.side(writing), 'beats', 'does worse than', 'is not told apart from')} the direction "
+            f"of the feature that writes the concept's words most ({report.cell(writing, signed=True)})."
+        )
     if read.concepts():
-        found = read.model("natural", "feature")
+        for way in ("derivative", "natural"):
+            found = read.model(way, "feature")
+            parts.append(
+                f"On the study's model the vector from {TITLES[way]} "
+                + said(report.side(found), "beats", "does worse than", "is not told apart from")
+                + f" the feature's direction: {report.cell(found, signed=True)} nats per token."
+            )
+    else:
         parts.append(
-            "On the study's model SAE-TS by gradients with the metric "
-            + said(report.side(found), "beats", "does worse than", "is not told apart from")
-            + f" the feature's own direction at a KL of 0.3: {report.cell(found, signed=True)} nats per token."
+            "The study's model was not measured here: the page on [steering](steering.md) compares SAE-TS there."
         )
-    for kl, row in read.named("compare"):
-        found = row["outcome"]["reading"]
-        less = estimate(values(found["natural"]) - values(found["feature"]))
-        paper = estimate(values(found["paper"]) - values(found["feature"]))
-        parts.append(
-            f"On the bundled model at a KL of {report.number(kl)} it "
-            + said(report.side(less), "beats", "does worse than", "is not told apart from")
-            + f" the direction of the feature that reads a concept ({report.cell(less, signed=True)} words per 100), "
-            + "and the paper's recipe "
-            + said(report.side(paper), "does too", "does worse", "is not told apart from it")
-            + f" ({report.cell(paper, signed=True)})."
-        )
-    return " ".join(parts) or "Not enough was run to say."
+    return " ".join(parts)
 
 
 def pair(read: Read, a: tuple[str, str], b: tuple[str, str]) -> Estimate | None:
@@ -211,13 +226,28 @@ def meaning(read: Read) -> str:
     if texts:
         most, least = (f"gradients {n:g}" for n, _ in (texts[-1], texts[0]))
         metric = pair(read, (most, "natural"), (most, "derivative"))
-        more = pair(read, (most, "natural"), (least, "natural"))
         parts.append(
-            "**What steering costs** decides: the metric, at equal KL, "
-            + said(report.side(metric), "adds", "takes", "changes by")
-            + f" {report.cell(metric, signed=True)} words per 100. Texts: {texts[-1][0]:g} against {texts[0][0]:g} "
-            + said(report.side(more), "are better by", "are worse by", "differ by")
-            + f" {report.cell(more, signed=True)}."
+            "**What steering costs**: dividing by the metric of small pushes "
+            + said(report.side(metric), "adds", "takes away", "changes nothing that is told apart:")
+            + f" {report.cell(metric, signed=True)} words per 100 at equal KL."
+        )
+        if most != least:
+            more = pair(read, (most, "derivative"), (least, "derivative"))
+            parts.append(
+                f"**More texts**, {texts[-1][0]:g} against {texts[0][0]:g}: {report.cell(more, signed=True)} words per "
+                f"100 ({said(report.side(more), 'better', 'worse', 'not told apart')})."
+            )
+    effects = read.rows.get("model/effects")
+    if effects is not None:
+        parts.append(
+            f"**Signal over noise**: on the study's model {effects['texts']:,} texts leave "
+            f"{effects['known']:,} of {effects['features']:,} features with a derivative of at least twice its noise "
+            f"({report.number(effects['known'] / effects['features'], percent=True)}). `EffectMap.solve` refuses the "
+            "others unless it is told not to."
+        )
+    if not (counts and read.named("scale") and read.named("compare")):
+        parts.append(
+            "Causes whose rows are not in the table were not measured: what is said here is of those that are."
         )
     if counts:
         first, last = (f"vectors {n:g}" for n, _ in (counts[0], counts[-1]))
@@ -249,8 +279,8 @@ eighth of them where the table does not say how many), {s["rollouts"]} texts of 
 KL of 0.3 nats per token unless it says otherwise; gradients of unsteered texts of the same length. Vectors for
 features are calibrated to equal KL on held-out stories; {s["prompts"]} stories are continued with each (twice as many
 in the comparison), and the grammar's words of the concept counted. The study's model is measured with the map that
-the rest of the study uses: gradients of 4,608 unsteered texts of 16 tokens. That gradients and the metric help
-was first seen on some of the bundled model's concepts; the study's model had no part in it."""
+the rest of the study uses: gradients of 4,608 unsteered texts of 16 tokens. That gradients help was
+first seen on some of the bundled model's concepts; the study's model had no part in it."""
     tables: Sequence[report.Table | None] = (
         model_table(read) if read.concepts() else None, compare_table(read) if read.named("compare") else None,
         cause_table(read), speed_table(read),

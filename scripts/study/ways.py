@@ -7,6 +7,7 @@ the log-likelihood of held-out texts with the concept less that of texts without
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -191,7 +192,7 @@ def ceiling(a: Measured, b: Measured) -> float:
     return float((ya * yb).sum() / ya.square().sum())
 
 
-def solved(effect_map: EffectMap, features: Sequence[int], **settings: float) -> Tensor:
+def solved(effect_map: EffectMap, features: Sequence[int], **settings: Any) -> Tensor:
     """[n, D]: `EffectMap.solve` for each feature, zeros where the map knows nothing of it."""
     known = effect_map.M[:, list(features)].norm(dim=0) > 0
     rows = [

@@ -10,8 +10,8 @@ the limit of large mu of the ridge solution
 
 whose other end, mu = 0, is the pseudo-inverse: the vector whose predicted effect is nearest to c t, noise and all.
 
-A map measured by gradients (`gradients.py`) also knows what steering costs: KL per token = 1/2 x^T F x. Of all vectors
-that cost the same, the one that raises t most is
+A map measured by gradients (`gradients.py`) has no b, and knows what a small push costs: KL per token = 1/2 x^T F x. Of
+all vectors that cost the same, the one that raises t most is
 
     s = (F + damping)^-1 M t.
 
@@ -302,24 +302,26 @@ class EffectMap:
         self,
         targets: Targets,
         *,
-        ridge: float | None = None,
+        ridge: float = math.inf,
         bias_weight: float = 1.0,
         min_signal: float = WEAK,
+        metric: bool = False,
     ) -> SteeringVector:
-        """The unit vector that raises the target features: where the map has a `metric`, the one that raises them most
-        at its KL; else that of SAE-TS.
+        """The unit vector that raises the target features and as little else as `ridge` allows.
 
-        `ridge` is mu in the page's formulas: infinite (the default without a metric) is SAE-TS, 0 the pseudo-inverse;
-        `ridge_unit` is the scale between. Given, it takes the place of the metric. `bias_weight` is the fraction of the
-        general effect b that is worked against. Raises SteersmanError for targets as `targets` does.
+        `ridge` is mu in the page's formulas: infinite is SAE-TS, 0 the pseudo-inverse; `ridge_unit` is the scale
+        between. `bias_weight` is the fraction of the general effect b that is worked against (a map of gradients has
+        none). `metric` takes the vector that raises the targets most at the KL that the map's metric gives, in place
+        of those. Raises SteersmanError for targets as `targets` does, and for a map without a metric.
         """
-        if ridge is None and self.metric is not None:
+        if metric:
+            if self.metric is None:
+                raise SteersmanError("this effect map has no metric: it was measured by steering, not by gradients")
             t = self.targets(targets, min_signal)
             x = torch.cholesky_solve(self._times(t)[:, None], self._damped)[:, 0]
             if not float(x.norm()) > 0:
                 raise SteersmanError("the effects of the targets cancel: no direction raises them all")
             return self._vector(x, t, "sae_ts_natural")
-        ridge = math.inf if ridge is None else ridge
         if math.isnan(ridge) or ridge < 0:
             raise SteersmanError(f"ridge must be 0 or more (infinity is SAE-TS), got {ridge}")
         t = self.targets(targets, min_signal)

@@ -1,6 +1,7 @@
 """`steersman target`."""
 
 import json
+import math
 from dataclasses import dataclass
 
 from steersman.commands.options import ComputeOptions, LabelOptions, PrintOptions, as_json, on_kernels
@@ -34,9 +35,10 @@ class TargetCommand(ComputeOptions, LabelOptions, PrintOptions):
     """And how many that fall."""
     max_density: float = 0.01
     """Features denser than this are no targets taken from text."""
-    ridge: float | None = None
-    """In place of the map's metric, how much of the effects' interplay to leave out: inf is SAE-TS, 0 the
-    pseudo-inverse. A map measured by steering has no metric: inf is its default."""
+    ridge: float = math.inf
+    """How much of the effects' interplay to leave out: inf is SAE-TS, 0 the pseudo-inverse."""
+    metric: bool = False
+    """In place of that, the vector that raises the targets most at its KL, from a map measured by gradients."""
     bias_weight: float = 1.0
     """Fraction of the general effect of steering that is worked against."""
     min_signal: float = WEAK
@@ -99,7 +101,7 @@ def run(config: TargetCommand) -> None:
         vector = effect_map.solve_rotated(targets, sae, min_signal=config.min_signal)
     else:
         settings = {"ridge": config.ridge, "bias_weight": config.bias_weight, "min_signal": config.min_signal}
-        vector = effect_map.solve(targets, **settings)
+        vector = effect_map.solve(targets, metric=config.metric, **settings)
     vector.save(config.out)
     predicted = effect_map.predict(vector)
     for j in list(targets)[:8]:

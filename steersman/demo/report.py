@@ -139,7 +139,7 @@ def _targeting(results: Results) -> dict[str, Any] | None:
     name = visible(targeted.target.name)
     intro = (
         f"SAE-TS looks for the vector whose effect on text is feature {targeted.feature}, which fires when the "
-        f"words of {name} are read, most at a given cost: from the gradients of {targeted.n_texts} unsteered texts "
+        f"words of {name} are read, and little else: from the gradients of {targeted.n_texts} unsteered texts "
         f"(signal of this feature {targeted.signal:.1f} times noise). Its cosine to the feature's own direction is "
         f"{targeted.cosine:.2f}. All push equally hard: the same KL per token on held-out texts."
     )
