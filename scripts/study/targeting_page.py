@@ -191,12 +191,13 @@ def answer(read: Read) -> str:
     chosen = by_halves(read)
     if chosen is not None:
         best, reading, writing = chosen
+        words = ("beats", "does worse than", "is not told apart from")
         parts.append(
             f"On the bundled model, at a KL of 0.3, the vector from {TITLES[best]}, the way chosen on half of the "
-            f"concepts, {said(report.side(reading), 'beats', 'does worse than', 'is not told apart from')} the "
-            f"direction of the same feature on the other half by {report.cell(reading, signed=True)} of the concept's words per "
-            f"100, and {said(report.side(writing), 'beats', 'does worse than', 'is not told apart from')} the direction "
-            f"of the feature that writes the concept's words most ({report.cell(writing, signed=True)})."
+            f"concepts, {said(report.side(reading), *words)} the direction of the same feature on the other half by "
+            f"{report.cell(reading, signed=True)} of the concept's words per 100, and "
+            f"{said(report.side(writing), *words)} the direction of the feature that writes the concept's words most "
+            f"({report.cell(writing, signed=True)})."
         )
     if read.concepts():
         for way in ("derivative", "natural"):
