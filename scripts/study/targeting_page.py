@@ -61,6 +61,11 @@ class Read:
         """The rows of the study's model that are of a concept."""
         return {n: r for n, r in self.rows.items() if n.startswith("model/") and "outcome" in r}
 
+    @property
+    def enough(self) -> bool:
+        """Whether the study's model was measured on enough concepts to say something of the mean."""
+        return len(self.concepts()) >= 5
+
     def model(self, way: str, less: str | None = None) -> Estimate | None:
         """The preference under a way, or its difference to another's on the same concepts."""
         rows = [r["outcome"] for r in self.concepts().values()]
@@ -199,7 +204,7 @@ def answer(read: Read) -> str:
             f"{said(report.side(writing), *words)} the direction of the feature that writes the concept's words most "
             f"({report.cell(writing, signed=True)})."
         )
-    if read.concepts():
+    if read.enough:
         for way in ("derivative", "natural"):
             found = read.model(way, "feature")
             parts.append(
@@ -209,7 +214,8 @@ def answer(read: Read) -> str:
             )
     else:
         parts.append(
-            "The study's model was not measured here: the page on [steering](steering.md) compares SAE-TS there."
+            f"On the study's model {len(read.concepts())} of the concepts were measured here, too few to say: the part "
+            "on steering compares SAE-TS with the feature there."
         )
     return " ".join(parts)
 
@@ -283,7 +289,7 @@ in the comparison), and the grammar's words of the concept counted. The study's 
 the rest of the study uses: gradients of 4,608 unsteered texts of 16 tokens. That gradients help was
 first seen on some of the bundled model's concepts; the study's model had no part in it."""
     tables: Sequence[report.Table | None] = (
-        model_table(read) if read.concepts() else None, compare_table(read) if read.named("compare") else None,
+        model_table(read) if read.enough else None, compare_table(read) if read.named("compare") else None,
         cause_table(read), speed_table(read),
     )  # fmt: skip
     figures = []
@@ -295,7 +301,7 @@ first seen on some of the bundled model's concepts; the study's model had no par
                 draw=lambda: report.curves(curves, "vectors, or texts", "words per 100", log=True),
             )
         )  # fmt: skip
-    if read.concepts():
+    if read.enough:
         shown = {TITLES[w]: e for w in read.ways() if w != "feature" and (e := read.model(w, "feature")) is not None}
         figures.append(
             report.Figure(
