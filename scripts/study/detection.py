@@ -19,16 +19,16 @@ from steersman.steer import Estimate, bootstrap
 from study import report
 from study.common import PAPERS, Results, Study, StudyConfig, chosen
 from study.material import Concept
-from study.vectors import METHODS, States, best_features, read, sizes, spread, vector
+from study.vectors import METHODS, States, best_features, read, sizes, spread, training, vector
 
 FEATURES = ("feature", "feature_output")
 """Methods whose score is the feature's activation."""
-VECTORS = "vectors"
-"""The row that says how the vectors were made."""
+VECTORS, FEW = "vectors", " (few texts)"
+"""The row that says how the vectors were made; and how rows of `from_few` end."""
 TITLES = {
     "diffmean": "difference of the means", "caa": "CAA", "probe": "probe", "reft_r1": "ReFT-r1",
-    "ssv": "supervised steering vector", "feature": "feature, by AUROC", "features": "8 features, by AUROC, summed",
-    "feature_output": "feature, by output score", "feature_row": "the feature's decoder row as a direction",
+    "ssv": "supervised steering vector", "feature": "feature by AUROC", "features": "8 features by AUROC, summed",
+    "feature_output": "feature by output score", "feature_row": "the feature's decoder row as a direction",
     "pca": "PCA of paired texts", "pca_tokens": "PCA of all tokens", "random": "random direction",
 }  # fmt: skip
 """What the page calls the methods."""
@@ -46,6 +46,8 @@ class Config(StudyConfig):
     """Evaluation texts of each kind."""
     eval_tokens: int = 64
     """Tokens of a text, of its prompt a third at most."""
+    few: int = 12
+    """Concepts for which the difference of the means is made from what ReFT-r1 is trained on, too."""
 
 
 def main(config: Config) -> None:
@@ -53,10 +55,27 @@ def main(config: Config) -> None:
     config = replace(config, **chosen(config, texts=12))
     results, study = Results(config, "detection"), Study(config)
     concepts = {f"{concept.group}: {concept.name}": concept for concept in study.material.concepts[: config.concepts]}
-    results.planned([VECTORS, *concepts])
+    few = {f"{name}{FEW}": concept for name, concept in list(concepts.items())[: config.few]}
+    results.planned([VECTORS, *concepts, *few])
     results.row(VECTORS, lambda: asdict(sizes(study)) | {"hook": study.hook()})
     for name, concept in concepts.items():
         results.row(name, partial(measured, study, config, concept))
+    for name, concept in few.items():
+        results.row(name, partial(from_few, study, config, concept))
+
+
+def from_few(study: Study, config: Config, concept: Concept) -> dict[str, float]:
+    """How the difference of the means of the texts that ReFT-r1 is trained on tells evaluation texts apart."""
+    size, texts = sizes(study), training(concept)
+    plus, minus = (
+        read(study, spread(side, size.trained), size.trained_tokens) for side in (texts.positive, texts.negative)
+    )
+    v = plus.x.mean(0) - minus.x.mean(0)
+    found = {}
+    for kind, side in (("positive", concept.eval_positive), ("negative", concept.eval_negative)):
+        states = read(study, spread(side, config.texts), config.eval_tokens)
+        found[kind] = {"diffmean": _pooled(states, states.x @ (v / v.norm()))}
+    return _told("diffmean", found)
 
 
 def measured(study: Study, config: Config, concept: Concept) -> dict[str, Any]:
@@ -115,7 +134,8 @@ def _auroc(plus: Tensor, minus: Tensor) -> float:
 
 def page(results: dict[str, Any]) -> report.Page:
     """The page of this part."""
-    rows = {name: row for name, row in results["rows"].items() if name != VECTORS}
+    rows = {name: row for name, row in results["rows"].items() if name != VECTORS and not name.endswith(FEW)}
+    few = {name.removesuffix(FEW): row for name, row in results["rows"].items() if name.endswith(FEW)}
     made, settings = results["rows"][VECTORS], results["settings"]
     known = {kind: {m: column(rows, m, kind) for m in TITLES} for kind in ("auroc", "hard", "mean")}
     means = {kind: {m: estimate(values) for m, values in found.items()} for kind, found in known.items()}
@@ -163,7 +183,7 @@ def page(results: dict[str, Any]) -> report.Page:
             trained=made["trained"], trained_tokens=made["trained_tokens"], epochs=made["epochs"],
             batch=made["batch"], reft_rate=made["reft_r1_rate"], ssv_rate=made["ssv_rate"],
         ),
-        means=meaning(means["auroc"], means["hard"], known["auroc"], trained, fires),
+        means=meaning(means["auroc"], means["hard"], known["auroc"], trained, fires) + "\n\n" + as_few(rows, few),
         change=CHANGE, answer=answer(known["auroc"]),
     )  # fmt: skip
 
@@ -223,6 +243,31 @@ def answer(known: Mapping[str, np.ndarray]) -> str:
     parts += [f"not told apart: {report.listed(tied)}"] if tied else []
     parts += [f"the other way round: {report.listed(turned)}"] if turned else []
     return f"Of the paper's ordering: {'; '.join(parts)}."
+
+
+def as_few(rows: Mapping[str, Any], few: Mapping[str, Any]) -> str:
+    """Whether what ReFT-r1 lacks is texts."""
+    names = [name for name in few if name in rows]
+    if not names:
+        return ""
+    means, reft, all_ = (
+        np.array([found[name] for name in names])
+        for found in (
+            {name: row["auroc"] for name, row in few.items()},
+            *({name: row["methods"][m]["auroc"] for name, row in rows.items()} for m in ("reft_r1", "diffmean")),
+        )
+    )
+    lead, lost = estimate(reft - means), estimate(means - all_)
+    return (
+        f"ReFT-r1 saw less than the others: from the same few short texts the difference of the means reaches "
+        f"{report.cell(estimate(means))} over {len(names)} of the concepts ({report.cell(lost, signed=True)} to what "
+        f"it reaches from all), and ReFT-r1 {report.cell(estimate(reft))}: "
+        + {
+            1: "given the same texts, training adds to it.",
+            0: "given the same texts they are not told apart.",
+            -1: "given the same texts, training takes away from it.",
+        }[report.side(lead)]
+    )
 
 
 def meaning(
