@@ -30,8 +30,8 @@ KINDS = ("caa", "diffmean")
 PLAIN = ("encode", "encode_scaled")
 """What asks the encoder about v."""
 METHODS = (*PLAIN, "nnls", "omp", "gradient", "lasso", "antipodal", "contrast", "response")
-STEERED = ("omp", "encode", "nnls", "encode_scaled", "lasso", "contrast", "gradient", "antipodal", "response")
-"""The order in which reconstructions are steered with: the most telling first."""
+STEERED = ("omp", "encode", "nnls", "encode_scaled")
+"""Methods whose reconstructions are steered with, the most telling first."""
 RANDOM = 4
 """Random directions whose features are compared with a vector's."""
 
@@ -64,7 +64,13 @@ def main(config: Config) -> None:
         TraitVector(study, config, trait, kind) for trait in study.material.traits[: config.traits] for kind in KINDS
     ]
     parts = {f"{v.name}: parts": v.parts for v in vectors}
-    effects = {f"{v.name}: {m} steered": partial(v.effect, m) for m in ("vector", *STEERED) for v in vectors}
+    effects = {
+        f"{v.name}: {m} steered": partial(v.effect, m)
+        for kind in KINDS
+        for m in ("vector", *STEERED)
+        for v in vectors
+        if v.kind == kind
+    }
     results.planned([*parts, *effects])
     for name, make in (parts | effects).items():
         results.row(name, make)

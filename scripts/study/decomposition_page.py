@@ -82,7 +82,8 @@ CHANGE = """\
 A larger model, whose persona vectors change more than the preference for an answer; an SAE of more features or a
 smaller error, to whose rows a vector may be nearer; other budgets of features and of KL. `behaviour`, which fits
 coefficients by gradients through the model, and `effect`, which asks an effect map, were not run: the first costs
-minutes a vector here, the second says what a vector does to text, not what it is made of."""
+minutes a vector here, the second says what a vector does to text, not what it is made of. Nor were the reconstructions
+of the other methods steered with."""
 
 
 def _of(rows: Rows, ending: str) -> dict[str, Any]:
@@ -266,8 +267,12 @@ def bias(parts: Rows) -> str:
     like = above(parts, "encode", "zero", "like_omp")
     random, opposite = of_method(parts, "encode", "random"), of_method(parts, "encode", "opposite")
     scaled = of_method(parts, "encode_scaled", "zero")
+    first = [row["top"]["encode"][0]["feature"] for row in parts.values()]
+    same = max(first.count(feature) for feature in first)
     text = (
-        f"Of what plain encoding finds for a vector, {report.cell(random)} (Jaccard) is also found for a random "
+        f"Its largest feature is one and the same for {same} of the {len(first)} vectors. "
+        * (2 * same > len(first))
+        + f"Of what plain encoding finds for a vector, {report.cell(random)} (Jaccard) is also found for a random "
         f"direction of its norm, and {report.cell(opposite)} for the vector turned round, all of whose parts have the "
         "other sign. "
     )

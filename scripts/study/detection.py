@@ -295,7 +295,7 @@ def meaning(
     )
     several = ahead(known, "features", "feature")
     feature += (
-        ", and eight features together do better: a concept of the paper is spread over several features."
+        ", and eight features together do better: no single one has all that the SAE tells about a concept."
         if several > 0
         else ", and eight features together do no better: what is missing is not in the next best ones."
         if several == 0
