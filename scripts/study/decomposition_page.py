@@ -161,6 +161,7 @@ def steering_table(steered: Rows, over: str) -> report.Table:
                 [TITLES[m], one(m, equal, "retained"), one(m, equal, "agreement"), one(m, at_kl, "retained"),
                  one(m, at_kl, "agreement"), one(m, "residual", "retained"), margin(m)]
             )  # fmt: skip
+    kinds = report.listed(sorted({f"`{name.split(', ')[1].split(':')[0]}`" for name in steered}))
     known = "omp" if kept(steered, "omp", "residual", "retained") is not None else "encode"
     random = "random, equal norm"
     rows.append(
@@ -168,8 +169,8 @@ def steering_table(steered: Rows, over: str) -> report.Table:
          margin("random")]
     )  # fmt: skip
     return report.Table(
-        caption="Steering with what was found: reconstructions at the vector's norm and at its KL, and what is left "
-        f"over (the residual, as it is); change of the margin in nats at equal KL. 95 % intervals over {over}.",
+        caption=f"Steering with what was found ({kinds}): reconstructions at the vector's norm and at its KL, and what "
+        f"is left over (the residual, as it is); change of the margin in nats at equal KL. 95 % intervals over {over}.",
         header=["steering with", "retained, equal norm", "agreement, equal norm", "retained, equal KL",
                 "agreement, equal KL", "retained by the residual", "margin"],
         rows=rows,
@@ -179,7 +180,9 @@ def steering_table(steered: Rows, over: str) -> report.Table:
 def kept(steered: Rows, method: str, variant: str, figure: str, kind: str = "") -> Estimate | None:
     """A figure of steering with a variant of what a method found."""
     rows = {name: row for name, row in steered.items() if name.endswith(f": {method}")}
-    return over_traits(rows, lambda row: row[variant][figure] if variant in row else None, kind)
+    found = over_traits(rows, lambda row: row[variant][figure] if variant in row else None, kind)
+    traits = {name.split(", ")[0] for name in steered}
+    return found if found is not None and found.n >= min(3, len(traits)) else None  # of one or two there is no interval
 
 
 def gain(steered: Rows, what: str) -> Estimate | None:
@@ -335,9 +338,13 @@ def steers(steered: Rows) -> str:
     lead = over_traits(rows, lambda row: row[at]["agreement"] - row["random, equal norm"]["agreement"])
     vector, none = gain(steered, "vector"), gain(steered, "random")
     text = (
-        f"At equal KL the reconstruction of {TITLES[best]} agrees best with the vector's effect "
-        f"({report.cell(measured[best])}), that of {TITLES[worst]} least ({report.cell(measured[worst])}); a random "
-        f"direction of the vector's norm has {report.cell(random)}, "
+        f"At equal KL the reconstruction of {TITLES[best]} agrees with the vector's effect by "
+        f"{report.cell(measured[best])}"
+        + (
+            f", most of those measured, that of {TITLES[worst]} least ({report.cell(measured[worst])})"
+            * (best != worst)
+        )
+        + f"; a random direction of the vector's norm has {report.cell(random)}, "
         + {1: "less beyond chance. ", 0: "which is not told from the best. ", -1: "more beyond chance. "}[
             report.side(lead)
         ]
@@ -345,14 +352,20 @@ def steers(steered: Rows) -> str:
     left = kept(steered, best, "residual", "retained")
     text += f"What {TITLES[best]} leaves over retains {report.cell(left)} of the effect by itself. "
     moved = report.side(vector)
+    base = {name: row for name, row in steered.items() if name.endswith(": vector")}
+    apart = over_traits(base, lambda row: row["vector"] - row["random"])
     text += (
         f"The vectors themselves move the answers by {report.cell(vector, signed=True)} nats "
         f"(random {report.cell(none, signed=True)})"
-        + {1: ", towards the trait.", 0: ", which is not told from nothing.", -1: ", away from the trait."}[moved]
-    )
+        + {1: ", towards the trait", 0: ", which is not told from nothing", -1: ", away from the trait"}[moved]
+        + {1: ", and further than a random direction.", 0: "; a random direction is not told from them.", -1: "; a "
+           "random direction goes further."}[report.side(apart)]
+    )  # fmt: skip
     if moved > 0:
         keep = [TITLES[m] for m in measured if report.side(gain(steered, m)) > 0]
         lose = [TITLES[m] for m in measured if report.side(gain(steered, m)) <= 0]
-        text += f" So do the reconstructions of {report.listed(keep)}" if keep else " No reconstruction does"
+        text += (
+            f" Towards it go the reconstructions of {report.listed(keep)}, too" if keep else " No reconstruction does"
+        )
         text += f"; not beyond chance those of {report.listed(lose)}." if keep and lose else "."
     return text
