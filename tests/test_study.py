@@ -32,8 +32,10 @@ def page(**given: Any) -> report.Page:
 
 
 def test_the_pages_of_results_are_written_from_their_json(tmp_path: Path) -> None:
-    pages.main(pages.Config(out=tmp_path))
-    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "README").write_text(pages.README.read_text())
+    pages.main(pages.Config(out=tmp_path / "out", readme=tmp_path / "README"))
+    assert (tmp_path / "README").read_text() == pages.README.read_text(), "python scripts/study pages"
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     committed = {path.name: path.read_bytes() for path in pages.DOCS.iterdir() if path.suffix in (".md", ".svg")}
     assert set(written) == set(committed)
     creator = f"Matplotlib {report.mpl.__version__}<".encode()

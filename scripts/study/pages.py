@@ -14,10 +14,11 @@ from typing import Any
 
 from steersman import SteersmanError
 from steersman.ui.site import check_site
-from study import report
+from study import readme, report
 from study.__main__ import PARTS
 
-DOCS = Path(__file__).parents[2] / "docs" / "results"
+ROOT = Path(__file__).parents[2]
+DOCS, README = ROOT / "docs" / "results", ROOT / "README.md"
 MEASURED = {name: told for name, told in PARTS.items() if name not in ("model", "pages")}
 """The parts that have results."""
 LARGEST = 400_000
@@ -93,6 +94,8 @@ class Config:
     """Work folder whose results are copied there first."""
     out: Path = DOCS
     """Folder to write: index.md, and PART.md with its figures for each part that has results."""
+    readme: Path | None = None
+    """File with a table of the study between two marks; by default the README's where `out` is."""
 
 
 def main(config: Config) -> None:
@@ -109,6 +112,8 @@ def main(config: Config) -> None:
             pages[name] = page, results
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "index.md").write_text(index(pages), encoding="utf-8")
+    if config.readme is not None or config.out == DOCS:
+        readme.write({name: results for name, (_, results) in pages.items()}, config.readme or README)
     print(f"{config.out}: {', '.join(pages) or 'no results'}")
 
 
