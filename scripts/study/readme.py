@@ -69,7 +69,7 @@ def of_steering(results: Results) -> Iterator[tuple[str, str, str]]:
 
 def of_detection(results: Results) -> Iterator[tuple[str, str, str]]:
     """AUROC of concepts in texts."""
-    rows = {name: row for name, row in results["rows"].items() if name != detection.VECTORS}
+    rows = {name: row for name, row in results["rows"].items() if "methods" in row}
     means = {name: detection.estimate(detection.column(rows, name, "auroc")) for name in
              ("diffmean", "probe", "feature", "random")}  # fmt: skip
     told = ", ".join(f"{detection.TITLES[name]} {number(one.mean)}" for name, one in means.items())
