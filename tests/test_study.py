@@ -179,7 +179,7 @@ def test_a_protein_model_goes_through_every_step(
 @pytest.mark.skipif(not (SHARED / "models" / "stories260k").is_dir(), reason="stories260k is not here")
 def test_features_of_another_model_on_the_papers_data(tmp_path: Path, no_progress: None) -> None:
     model = str(SHARED / "models" / "stories260k")
-    little = LITTLE | {"tokens": 12_000}  # of several documents
+    little: dict[str, Any] = LITTLE | {"tokens": 12_000}  # of several documents
     features.main(features.Config(model=model, data=SHARED / "data", work=tmp_path, **little))
     results = results_of(tmp_path, "features")
     assert results["settings"]["data"] == "the papers'"
