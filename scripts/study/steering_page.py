@@ -319,11 +319,9 @@ def means(found: Found) -> str:
     order = ", ".join(f"{NAMES[way]} ({number(one.mean)})" for way, one in ranked)
     paragraphs.append(f"By the mean at their best scale, in order: {order}; unsteered {number(mean(found.plain()))}.")
     last = found.budgets[-1]
-    rises = sorted(
-        ((way, one) for way in listed_ways(found) if (one := found.of(way, last, "likelihood")) is not None),
-        key=lambda item: -item[1].mean,
-    )
-    order = ", ".join(f"{NAMES[way]} ({number(one.mean, 2, signed=True)})" for way, one in rises)
+    measured = [(way, found.of(way, last, "likelihood")) for way in listed_ways(found)]
+    rises = sorted(((way, rise) for way, rise in measured if rise is not None), key=lambda item: -item[1].mean)
+    order = ", ".join(f"{NAMES[way]} ({number(rise.mean, 2, signed=True)})" for way, rise in rises)
     paragraphs.append(f"By the likelihood of held-out texts at a KL of {last}, nats per token, in order: {order}.")
     vectors = [way for way, _ in ranked if way != "prompting"]
     if vectors:
