@@ -166,7 +166,7 @@ def test_a_protein_model_goes_through_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_progress: None
 ) -> None:
     monkeypatch.setattr(protein, "METHODS", ("diffmean",))
-    little = {"tokens": 3000, "d_sae": 64, "sequences": 2, "looked_at": 4, "budgets": (0.05,)}
+    little: dict[str, Any] = {"tokens": 3000, "d_sae": 64, "sequences": 2, "looked_at": 4, "budgets": (0.05,)}
     protein.main(protein.Config(work=tmp_path, small=True, **little))
     results = results_of(tmp_path, "protein")
     (one,) = results["rows"]["diffmean"]["budgets"].values()

@@ -25,6 +25,7 @@ PARTS = {
     "decomposition": "4: vectors of traits taken apart",
     "detection": "5: concepts told from texts",
     "protein": "6: a protein model's shape",
+    "picture": "the README's picture",
     "pages": "write docs/results/ from the results",
 }
 
