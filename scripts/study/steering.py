@@ -40,8 +40,14 @@ from study.vectors import best_features, held_out, training, vector
 __all__ = ["Config", "main", "page"]
 
 VECTORS = ("feature", "feature_output", "diffmean", "caa", "pca", "probe", "reft_r1", "ssv", "random")
-TARGETED = ("sae_ts", "rotation", "fgaa")
-GROUPS = {"": ("prompting",), "vectors": VECTORS, "targeted": TARGETED}
+TARGETED = {"sae_ts": "sae_ts", "sae_ts_metric": "metric", "rotation": "rotation"}
+"""Ways to aim at the best feature -> the method of `Study.targeted`."""
+FGAA = {"fgaa": "sae_ts", "fgaa_metric": "metric"}
+"""The same of the several features that FGAA aims at."""
+GROUPS = {
+    "": ("prompting",), "vectors": VECTORS, "targeted": ("sae_ts", "fgaa"),
+    "metric": ("sae_ts_metric", "rotation", "fgaa_metric"),
+}  # fmt: skip
 """The rows of a topic, and what is measured in each."""
 COLUMNS = (
     "budget", "kl", "size", "chosen_by", "overall", "concept", "fluency", "words", "nll", "repeated", "kl_written",
@@ -272,12 +278,12 @@ class TopicBench:
     def direction(self, method: str) -> SteeringVector:
         """The vector of a method."""
         study, subject = self.bench.study, self.topic.subject
-        if method in ("sae_ts", "rotation"):
-            return study.targeted(best_features(study, subject)[0], method)
-        if method == "fgaa":
+        if method in TARGETED:
+            return study.targeted(best_features(study, subject)[0], TARGETED[method])
+        if method in FGAA:
             built = training(subject)
             texts = [[self.bench.cut(e.text, 48) for e in side[:48]] for side in (built.positive, built.negative)]
-            return study.targeted(fgaa_targets(study.lm, study.sae(), *texts))
+            return study.targeted(fgaa_targets(study.lm, study.sae(), *texts), FGAA[method])
         return vector(study, subject, method)
 
     def ways(self, methods: Sequence[str]) -> tuple[dict[str, list[Way]], dict[str, str]]:
@@ -447,8 +453,8 @@ def measure(bench: Bench, results: Results, topic: Topic, last: bool) -> None:
     """The rows of a topic that are not there. Those of SAE-TS wait for the last round, unless its effects are measured
     already: they take longest."""
     missing = [group for group in GROUPS if f"{topic.key} {group}".strip() not in results]
-    if not last and "targeted" in missing and not has_effects(bench.study):
-        missing.remove("targeted")
+    if not last and not has_effects(bench.study):
+        missing = [group for group in missing if group not in ("targeted", "metric")]
     if missing:
         mine = TopicBench(bench, topic)
         for group in missing:

@@ -10,7 +10,8 @@ from study.report import Figure, Page, Table, bounds, cell, curves, intervals, l
 
 NAMES = {
     "feature": "SAE feature (AUROC)", "feature_output": "SAE feature (output score)", "sae_ts": "SAE-TS",
-    "rotation": "SAE-TS rotation", "fgaa": "FGAA", "diffmean": "diffmean", "caa": "CAA", "pca": "PCA", "probe": "probe",
+    "sae_ts_metric": "SAE-TS, metric", "rotation": "SAE-TS rotation", "fgaa": "FGAA", "fgaa_metric": "FGAA, metric",
+    "diffmean": "diffmean", "caa": "CAA", "pca": "PCA", "probe": "probe",
     "reft_r1": "ReFT-r1", "ssv": "supervised vector", "random": "random", "prompting": "prompting",
 }  # fmt: skip
 """What tables call a way, in their order."""
@@ -18,6 +19,8 @@ DETAILS = {
     "concept": "concept, 0 to 2", "fluency": "fluency, 0 to 2", "words": "words in 100", "likelihood": "likelihood",
     "nll": "NLL", "repeated": "repeated", "kl": "KL", "kl_written": "KL written", "relevance": "on the request",
 }  # fmt: skip
+GROUPS = ("", "vectors", "targeted", "metric")
+"""What the rows of a topic are called after its name."""
 BEST = "best scale"
 TOLERANCE = 0.1
 """By which fraction a KL may miss its budget."""
@@ -34,13 +37,14 @@ class Found:
         rows, self.settings = results["rows"], results["settings"]
         self.about, self.budgets = rows["about"], [f"{budget:g}" for budget in results["settings"]["budgets"]]
         every = [name for name in rows if name != "about" and f"{name} vectors" in rows]
-        whole = [name for name in every if f"{name} targeted" in rows]
+        groups = [group for group in GROUPS if any(f"{name} {group}".strip() in rows for name in every)]
+        whole = [name for name in every if all(f"{name} {group}".strip() in rows for group in groups)]
         self.topics = whole or every
         self.own = {topic: rows[topic] for topic in self.topics}
         self.ways: dict[str, Points] = {name: {} for name in NAMES}
         self.missing: dict[str, int] = {}
         for topic in self.topics:
-            for group in ("", "vectors", "targeted"):
+            for group in GROUPS:
                 row = rows.get(f"{topic} {group}".strip(), {"methods": {}})
                 for method, points in row["methods"].items():
                     self.ways[method][topic] = self._scales([self._point(point) for point in points])
@@ -138,9 +142,10 @@ def how(found: Found, n: str) -> str:
     return f"""\
 Topics: {n}, the goals of SAE-TS (arXiv 2411.02193) and the concepts of AxBench (arXiv 2501.17148). Each vector is made
 from a topic's training texts (of a goal: every other contrast prompt) at layer {s["layer"]}. SAE-TS and its rotation
-aim at the feature that is best by AUROC, FGAA at several; the effect map is the study's, measured by gradients of
-unsteered texts' likelihood, and SAE-TS and FGAA stand for the vector that it says raises the targets most at a given
-KL, not for the paper's formula without that metric (the page on targeting compares such choices). Vectors are scaled to
+aim at the feature that is best by AUROC, FGAA at several. The effect map is the study's, measured by gradients of
+unsteered texts' likelihood in place of the paper's regression on steered texts: SAE-TS and FGAA are the directions in
+which small vectors raise the targets most, those of `metric` divided by the map's metric of what a small vector costs
+(the page on targeting compares such choices). Vectors are scaled to
 KL(steered || unsteered) of {listed(found.budgets)} nats per token on the same {about["neutral_tokens"]} tokens of
 neutral texts, within {number(TOLERANCE, percent=True)} ({missed} of {scales} searches ended further off). Prompting
 puts one sentence with the concept's name before the text and has the KL that it has. The model continues
