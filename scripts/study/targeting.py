@@ -69,7 +69,7 @@ class Config(StudyConfig):
 
 
 SMALL = {
-    "concepts": 8, "vectors": 1536, "rollouts": 2, "gradient_texts": 1024, "prompts": 4, "new_tokens": 8,
+    "concepts": 4, "vectors": 1280, "rollouts": 2, "gradient_texts": 1024, "prompts": 4, "new_tokens": 8,
     "budgets": (0.3,), "model_vectors": 8, "model_concepts": 2, "model_texts": 4,
 }  # fmt: skip
 
@@ -94,8 +94,8 @@ class Bench:
         self.config = config
         self.study = Study(
             StudyConfig(
-                small=config.small, work=config.work / "grammar", layers=(2,), layer=2, d_sae=512, k=16, tokens=400_000,
-                threads=config.threads, device=config.device, seed=config.seed,
+                small=config.small, work=config.work / "grammar", layers=(2,), layer=2, d_sae=512, k=16,
+                tokens=min(config.tokens, 400_000), threads=config.threads, device=config.device, seed=config.seed,
             )
         )  # fmt: skip
         self.lm = self.study.lm
@@ -117,9 +117,9 @@ class Bench:
         """Effects of steering on texts, at the KL that the vectors cost."""
         given: dict[str, Any] = {
             "scale_rule": "kl", "scale_target": kl, "heldout_texts": 4, "heldout_tokens": 24, "seed": seed,
-            "rollouts": self.config.rollouts, "new_tokens": self.config.new_tokens, "base_rollouts": 512,
-            "prompts": self.study.rollout_prompts()[-14:], "out": str(self.config.work / "grammar" / name),
-            "scale_limit": 4.0,
+            "rollouts": self.config.rollouts, "new_tokens": self.config.new_tokens,
+            "base_rollouts": 128 if self.config.small else 512, "prompts": self.study.rollout_prompts()[-14:],
+            "out": str(self.config.work / "grammar" / name), "scale_limit": 4.0,
         }  # fmt: skip
         texts = self.study.material.held_out
         return collect_effects(self.lm, self.study.sae(), texts, EffectsConfig(**(given | settings)), vectors=vectors)

@@ -280,13 +280,15 @@ def meaning(read: Read) -> str:
 def page(results: Mapping[str, Any]) -> report.Page:
     """The page on targeting."""
     read, s = Read(results), results["settings"]
+    texts = results["rows"].get("model/effects", {}).get("texts")
+    told = f"gradients of {texts:,} unsteered texts of 16 tokens" if texts else "gradients of unsteered texts"
     how = f"""\
 On the bundled model (width 128, an SAE of 512 features) effects are measured of {s["vectors"]} random vectors (an
 eighth of them where the table does not say how many), {s["rollouts"]} texts of {s["new_tokens"]} tokens for each, at a
 KL of 0.3 nats per token unless it says otherwise; gradients of unsteered texts of the same length. Vectors for
 features are calibrated to equal KL on held-out stories; {s["prompts"]} stories are continued with each (twice as many
 in the comparison), and the grammar's words of the concept counted. The study's model is measured with the map that
-the rest of the study uses: gradients of 4,608 unsteered texts of 16 tokens. That gradients help was
+the rest of the study uses: {told}. That gradients help was
 first seen on some of the bundled model's concepts; the study's model had no part in it."""
     tables: Sequence[report.Table | None] = (
         model_table(read) if read.enough else None, compare_table(read) if read.named("compare") else None,
