@@ -42,10 +42,13 @@ def of_saes(results: Results) -> Iterator[tuple[str, str, str]]:
             if any(r["library"] == name for r in alike)}  # fmt: skip
     told = ", ".join(f"{name} {number(value)}" for name, value in best.items() if name != "steersman")
     yield "saes", "FVU of TopK, 8,192 features, equal tokens", f"{number(best['steersman'])} ({told})"
-    if "speed 1" in rows:
-        speed = {name: row["rows_per_second"] for name, row in rows["speed 1"]["wall"].items()}
+    parts = []
+    for threads in (n for n in (1, 2) if f"speed {n}" in rows):
+        speed = {name: row["rows_per_second"] for name, row in rows[f"speed {threads}"]["wall"].items()}
         told = ", ".join(f"{name} {number(speed[name])}" for name in PEERS if name in speed)
-        yield "saes", "training rows a second, one thread", f"{number(speed['steersman'])} ({told})"
+        parts.append(f"{number(speed['steersman'])} ({told})")
+    if parts:
+        yield "saes", "training rows a second, one thread; two", "; ".join(parts)
 
 
 def of_features(results: Results) -> Iterator[tuple[str, str, str]]:
