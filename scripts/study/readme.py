@@ -63,6 +63,8 @@ def of_steering(results: Results) -> Iterator[tuple[str, str, str]]:
     found = Found(results)
     scores = {name: found.of(name, BEST) for name in ("prompting", "diffmean", "feature", "sae_ts", "random")}
     told = ", ".join(f"{NAMES[name]} {number(one.mean)}" for name, one in scores.items() if one)
+    if (plain := found.plain()) is not None:
+        told += f", unsteered {number(plain.mean)}"
     yield "steering", f"steering score of {len(found.topics)} goals and concepts, 0 to 2, best scale", told
     less = {budget: found.less("sae_ts", "feature", budget) for budget in found.budgets}
     told = "; ".join(f"{cell(one, signed=True)} at {budget}" for budget, one in less.items() if one)

@@ -55,9 +55,10 @@ class Of(Words):
             "texts that nothing was cached of: the reconstruction takes the place of the residual stream, and 0 of CE "
             "recovered is the loss with the stream at its mean. "
             f"The other trainers ({listed(list(PEERS))}) train TopK SAEs of the same width and k on the same rows in "
-            "the same order and batches, with their own losses and optimisers, each at three learning rates: two, and "
-            "a third on the side of the better. The rows of huge norm are taken out of their batches too. Their best "
-            "is chosen by the held-out FVU that is reported, which favours them a little. Steps are timed in turn, as "
+            "the same order and batches, with their own losses and optimisers, each at up to three learning rates: "
+            "two, and a third on the side of the better. The rows of huge norm are taken out of their batches too. "
+            "Their best is chosen by the held-out FVU that is reported, which favours them a little. Steps are timed "
+            "in turn, as "
             "the machine may have other work, which times by the clock show more than processor time."
         )
 

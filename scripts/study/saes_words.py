@@ -127,7 +127,9 @@ class Words:
             fastest = min(others, key=lambda name: others[name])
             slower = [f"{name}'s {number(ratio)} times as long" for name, ratio in others.items()]
             of = "one thread" if speed["threads"] == 1 else f"{speed['threads']} threads"
-            reached = "twice as fast as" if others[fastest] >= 2 else "not twice as fast as"
+            ratio = others[fastest]
+            reached = "at least twice as fast as" if ratio >= 2 else "faster than, but not twice as fast as,"
+            reached = reached if ratio > 1 else "slower than"
             told.append(
                 f"With {of} a step of ours is {reached} the faster of the others, {fastest}'s: "
                 f"{listed(slower)} as ours."

@@ -130,7 +130,7 @@ its rotation, FGAA), a vector from contrasted texts (diffmean, CAA, PCA, a probe
 steering vector), or an instruction in the prompt? And does SAE-TS beat the plain feature at equal KL?"""
 CHANGE = """\
 A larger model, which follows vectors and instructions otherwise; completions longer than {tokens} tokens; a judge in
-place of the classifier; an SAE trained on more tokens, whose features are finer; more vectors for the effect
+place of the classifier; an SAE trained on more tokens, whose features are finer; more texts for the effect
 map; prompts that a language model writes for each concept, as AxBench's are; scales beyond a KL of {last}."""
 
 
@@ -297,6 +297,8 @@ def answer(found: Found) -> str:
         return f"SAE-TS beats the plain feature at some budgets only: against it, it {told}."
     if above:
         return f"Whether SAE-TS beats the plain feature depends on the budget: against it, it {told}."
+    if not below:
+        return f"SAE-TS is not shown to beat the plain feature here: against it, it {told}."
     return f"SAE-TS does not beat the plain feature here: against it, it {told}."
 
 
