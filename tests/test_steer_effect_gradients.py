@@ -12,6 +12,7 @@ from steersman.lm.sampling import Sampling
 from steersman.steer.effects.fit import response_fit
 from steersman.steer.effects.gradients import text_scores
 from steersman.steer.effects.rollouts import RolloutMeter, uniforms
+from steersman.steer.effects.verify import verify_effect
 
 
 @pytest.mark.parametrize("scope", ["all", "generation"])
@@ -76,6 +77,8 @@ def test_by_default_effects_are_of_gradients(tmp_path: Path) -> None:
     at_its_cost = [v.vector @ fitted.M[:, feature] / (v.vector @ fitted.metric @ v.vector).sqrt()
                    for v in (vector, fitted.solve(feature, min_signal=0.0))]  # fmt: skip
     assert at_its_cost[0] > at_its_cost[1]
+    found = verify_effect(fitted, lm, sae, vector, rollouts=2)  # no held-out text: no scale has to be looked for
+    assert found.scale == pytest.approx(fitted.median_scale)
     fitted.save(tmp_path / "map.safetensors")
     assert torch.equal(
         EffectMap.load(tmp_path / "map.safetensors").solve(feature, min_signal=0.0, metric=True).vector, vector.vector

@@ -135,7 +135,7 @@ def best_vector(
 def effect_map(lm: LanguageModel, sae: SAE, work: Path, arguments: dict[str, Any]) -> EffectMap:
     """The effect map for SAE-TS, from the SAE's own decoder rows; measured once, then read from the folder."""
     openings = tuple(" ".join(text.split()[:4]) for text in texts(14, seed=SCREEN))
-    settings = {"out": str(work / "effects"), "prompts": openings, **arguments}
+    settings = {"vectors": "decoder", "out": str(work / "effects"), "prompts": openings, **arguments}
     return collect_effects(lm, sae, texts(16, seed=BUDGET), **settings).fit()
 
 

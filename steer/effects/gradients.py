@@ -73,7 +73,7 @@ def _gradients(meter: RolloutMeter, group: PromptGroup, tokens: Tensor, mask: Te
         on = steered[part][..., None]
 
         def add(h: Tensor, _fwd: ForwardPass, v: Tensor = v, on: Tensor = on) -> Tensor:
-            return h + (v * on).to(h.dtype)
+            return h + (v * on).to(h)
 
         with torch.enable_grad(), lm.edit(meter.hook, add):
             logits = _last_logits(meter, tokens[part], mask[part], config.new_tokens + 1)[:, :-1]
@@ -88,9 +88,7 @@ def _last_logits(meter: RolloutMeter, tokens: Tensor, mask: Tensor, n: int) -> T
     """Logits [B, n, V] after the last n tokens."""
     inputs: dict[str, object] = {"input_ids": tokens, "use_cache": False}
     if bool((mask == 0).any()):
-        inputs["attention_mask"] = mask
-        if meter.lm.accepts("position_ids"):
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs["attention_mask"] = mask  # texts that ended are padded behind, which moves no position
     if meter.lm.accepts("logits_to_keep"):
         inputs["logits_to_keep"] = n
     return meter.lm.model(**inputs).logits[:, -n:]

@@ -123,6 +123,8 @@ def verify_effect(
 ) -> Verification:
     """Steer with `vector` as the map's vectors were steered, on texts of their own, and compare with the prediction.
 
+    The vector of a map of gradients is steered with at the map's `median_scale`.
+
     `targets` as for `EffectMap.solve`; None takes those that a solved vector carries. `scale` None finds the scale by
     the map's own rule, on the held-out `texts` where the rule needs them. `rollouts` None takes four times as many as
     the map's vectors had. Raises SteersmanError for a vector, SAE or model that is not the map's.
@@ -186,7 +188,10 @@ def check_verifiable(
     settings = dict(effect_map.provenance.get("effects", {}))
     if "prompts" not in settings:
         raise SteersmanError("this effect map was not measured by rollouts: there is no setting to measure under")
-    settings |= {"vectors": "random"} if settings.get("vectors") in ("given", "gradients") else {}
+    if settings.get("vectors") == "gradients":  # no scale was looked for: the map predicts at the one that it carries
+        settings |= {"vectors": "random", "scale_rule": "fixed", "scale_target": effect_map.median_scale}
+    elif settings.get("vectors") == "given":
+        settings |= {"vectors": "random"}
     config = EffectsConfig.from_identity(settings, batch_rows=batch_rows)
     if rollouts is not None and rollouts < 2:
         raise SteersmanError(f"rollouts must be at least 2, got {rollouts}")

@@ -61,7 +61,7 @@ def run(config: EvalCommand) -> None:
         as_cached = store.manifest.config.get("bos_token", 0) is not None
         lm = replace(config, bos=config.bos and as_cached).load_model(config.model)
         check_sae_fits(lm, sae, hook)
-        if obstacle := no_loss(sae, lm):
+        if obstacle := no_loss(lm):
             log.warning("the model's loss is not measured: %s", obstacle)
             lm = None
     if lm is not None and config.text is not None:

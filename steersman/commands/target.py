@@ -76,8 +76,12 @@ def run(config: TargetCommand) -> None:
         raise SteersmanError(
             f"--{'rotation' if config.rotation else 'verify' if config.verify else 'positive'} needs --sae"
         )
+    if config.metric and config.rotation:
+        raise SteersmanError("give --metric or --rotation: they are two ways to make the vector")
     targets = parse_features(config.feature) if config.feature else {}
     effect_map = EffectMap.load(config.effects)
+    if config.metric and effect_map.metric is None:
+        raise SteersmanError("this effect map has no metric: it was measured by steering, not by gradients")
     sae = None if config.sae is None else config.load_sae(config.sae, config.labels)
     labels = sae.labels if sae is not None else read_labels(config.labels) if config.labels else FeatureLabels()
     if sae is not None:

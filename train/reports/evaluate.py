@@ -194,7 +194,7 @@ def evaluate_sae(
     config = merged(EvaluateConfig, config, overrides)
     saes = [sae, *(baselines or {}).values()]
     hooks = [_hooks(one, store) for one in saes]
-    if lm is not None and (obstacle := next(filter(None, (no_loss(one, lm) for one in saes)), "")):
+    if lm is not None and (obstacle := no_loss(lm)):
         raise SteersmanError(f"{obstacle}: leave out the model to measure the reconstruction alone")
     if lm is not None and not texts:
         raise SteersmanError("measuring the model's loss needs texts: give --text")

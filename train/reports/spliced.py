@@ -47,7 +47,7 @@ class SplicedLoss:
         return {on_disk.get(name, name): defined(value) for name, value in asdict(self).items()}
 
 
-def no_loss(sae: SAE, lm: LanguageModel) -> str:
+def no_loss(lm: LanguageModel) -> str:
     """Why there is no next-token loss to measure; nothing where there is one."""
     if not lm.can_generate:
         return f"{lm.name} is an encoder, which sees the next token and does not predict it"
@@ -100,9 +100,8 @@ def spliced_losses(
 
     Raises SteersmanError for an SAE that does not belong to the model, and for texts without a token to predict.
     """
-    for sae, _ in saes:
-        if obstacle := no_loss(sae, lm):
-            raise SteersmanError(obstacle)
+    if obstacle := no_loss(lm):
+        raise SteersmanError(obstacle)
     length = min((n for n in (context_length, lm.context_length) if n is not None), default=None)
     places = list(dict.fromkeys(hook for _, hook in saes))
     edits = [

@@ -115,7 +115,8 @@ class StoreWriter:
         with disk_errors(folder, "choose another place for the store"):
             made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
-            lock = lock or FolderLock(folder, "this store", shared=_finished(folder))
+            shared = lock is None and _finished(folder)
+            lock = lock or FolderLock(folder, "this store", shared=shared)
             try:
                 asked, begun = manifest, (folder / MANIFEST).exists()
                 if begun:
@@ -124,6 +125,8 @@ class StoreWriter:
                     raise SteersmanError(
                         f"{folder}: exists and is not an activation store; choose an empty or new folder"
                     )
+                if shared and not manifest.complete:
+                    raise SteersmanError(f"{folder}: the finished store that was there is being replaced; try again")
                 writer = cls(
                     folder, manifest, shard_rows=shard_rows, max_rows=max_rows, skip_bad=on_nonfinite == "skip"
                 )
