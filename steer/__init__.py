@@ -111,7 +111,7 @@ from steersman.steer.labels.neuronpedia import read_neuronpedia, write_neuronped
 from steersman.steer.labels.prompts import LabelExample
 from steersman.steer.labels.read import read_labels
 from steersman.steer.labels.tokens import TokenLabelConfig, label_features
-from steersman.steer.measures import CostMeter, generated_tokens, token_kl, token_nll
+from steersman.steer.measures import CostMeter, common_prefix, generated_tokens, repetition_rate, token_kl, token_nll
 from steersman.steer.methods import METHODS, ContrastConfig, action_entropy, contrast, style_vectors
 from steersman.steer.methods.affine import AFFINE_METHODS, AffineConfig, fit_affine
 from steersman.steer.methods.head_vectors import ITIConfig, function_vector, intervene_on_heads
@@ -287,6 +287,7 @@ __all__ = [
     "calibrate",
     "coarse_to_fine",
     "collect_effects",
+    "common_prefix",
     "concept_shift",
     "contrast",
     "darwin",
@@ -336,6 +337,7 @@ __all__ = [
     "read_labelled",
     "read_labels",
     "read_neuronpedia",
+    "repetition_rate",
     "rewarded_answers",
     "ridge_fit",
     "sae_ssv",

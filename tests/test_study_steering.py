@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from steersman import LanguageModel, Steerer, SteeringVector
+from steersman.steer import repetition_rate
 from study import measures, steering
 from study.common import Study
 from study.report import markdown
@@ -43,7 +44,7 @@ def test_scores_are_those_of_the_page() -> None:
     assert measures.overall(0.0, 2.0) == measures.overall(2.0, 0.0) == 0
     assert measures.fluency(1.0, 3.0, 0.0) == 2.0
     assert measures.fluency(3.0 + math.log(2), 3.0, 0.5) == pytest.approx(0.5)
-    assert measures.repeated_share([1, 2, 1, 2, 1, 2], n=2) == pytest.approx(0.6)
+    assert repetition_rate([1, 2, 1, 2, 1, 2], n=2) == pytest.approx(0.6)
     assert measures.lexical_rate("Red, red wine and a RED hat", ["red"]) == pytest.approx(300 / 7)
     assert measures.characteristic_words(["the red ball", "a red kite"], ["the blue ball", "a blue kite"])[0] == "red"
 

@@ -204,16 +204,6 @@ def lexical_rate(text: str, words: Sequence[str]) -> float:
     return 100 * sum(word in words for word in found) / len(found) if found else 0.0
 
 
-def repeated_share(tokens: Sequence[int], n: int = 4) -> float:
-    """The share of the n-grams of `tokens` that were there before; 0 for fewer tokens than one holds.
-
-    >>> repeated_share([1, 2, 1, 2, 1, 2], n=2)
-    0.6
-    """
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def fluency(nll: float, natural: float, repeated: float) -> float:
     """From 0 to 2, of a completion's NLL under the unsteered model and that of neutral texts, in nats per token, and
     the share of its 4-grams that were there before.

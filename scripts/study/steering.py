@@ -21,7 +21,17 @@ from torch import Tensor
 
 from steersman import LanguageModel, SteeringVector, SteersmanError
 from steersman.lm import Session, TokenBatch
-from steersman.steer import CostMeter, Effects, ScaleSearch, fgaa_targets, search_scale, steered, token_kl, token_nll
+from steersman.steer import (
+    CostMeter,
+    Effects,
+    ScaleSearch,
+    fgaa_targets,
+    repetition_rate,
+    search_scale,
+    steered,
+    token_kl,
+    token_nll,
+)
 from steersman.steer.evaluation import Continuations, likelihoods
 from study.common import Results, Study, StudyConfig, chosen
 from study.material import Concept, Goal
@@ -32,7 +42,6 @@ from study.measures import (
     fluency,
     lexical_rate,
     overall,
-    repeated_share,
 )
 from study.steering_page import TOLERANCE, page
 from study.vectors import best_features, held_out, training, vector
@@ -200,7 +209,7 @@ class Writer:
         texts = [str(self.lm.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
         return Written(
             texts=[texts[c::C] for c in range(C)], nll=mean(nll), kl=mean(kl),
-            repeated=np.array([repeated_share(row) for row in ids]).reshape(P, C).T,
+            repeated=np.array([repetition_rate(row) for row in ids]).reshape(P, C).T,
         )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from steersman import SAE, SteeringVector
 from steersman.files import write_whole
 from steersman.ranking import auroc
-from steersman.steer import ContrastConfig, contrast, score_features
+from steersman.steer import ContrastConfig, common_prefix, contrast, score_features
 from steersman.steer.methods import METHODS as CONTRASTS
 from steersman.steer.methods import StreamedMethod
 from study.common import Study
@@ -195,16 +195,11 @@ def read(study: Study, examples: Sequence[Example], tokens: int, batch_size: int
         for i, (prompt, _) in enumerate(pairs):
             length, first = int(batch.lengths[i]), int(lm.bos_token_id is not None)
             if prompt:
-                first = max(first, _common(batch.input_ids[i].tolist(), lm.token_ids(prompt, bos=True)))
+                first = max(first, common_prefix(batch.input_ids[i].tolist(), lm.token_ids(prompt, bos=True)))
             first = min(first, length - 1)
             rows.append(h[i, first:length])
             owners += [start + i] * (length - first)
     return States(x=torch.cat(rows), text=torch.tensor(owners), n=len(examples))
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many entries two lists begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 # Making
