@@ -24,6 +24,7 @@ from steersman import (
     collect_effects,
     train_sae,
 )
+from steersman.files import make_folder, write_text
 from steersman.steer import Effects, EffectsConfig
 from steersman.train import ActivationStore, HookView
 from study.material import Material, bundled, check_papers, papers
@@ -111,10 +112,8 @@ class Results:
 
     def save(self) -> None:
         """Write the file, whole or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(_lines(self._value))
-        temporary.replace(self.path)
+        make_folder(self.path.parent)
+        write_text(self.path, _lines(self._value))
 
 
 def about(device: str) -> dict[str, Any]:

@@ -170,7 +170,8 @@ def steering_table(steered: Rows, over: str) -> report.Table:
     )  # fmt: skip
     return report.Table(
         caption=f"Steering with what was found ({kinds}): reconstructions at the vector's norm and at its KL, and what "
-        f"is left over (the residual, as it is); change of the margin in nats at equal KL. 95 % intervals over {over}.",
+        f"is left over (the residual, as it is); change of the margin in nats at equal KL (of the random direction at "
+        f"equal norm). 95 % intervals over {over}.",
         header=["steering with", "retained, equal norm", "agreement, equal norm", "retained, equal KL",
                 "agreement, equal KL", "retained by the residual", "margin"],
         rows=rows,

@@ -282,7 +282,7 @@ def meaning(rows: dict[str, Any], tried: dict[str, Any]) -> str:
     nll = bootstrap(rows["unsteered"]["nll"])
     return "\n\n".join(
         [
-            f"The path {'holds' if trained < null and exact and any(met) else 'has gaps'}: the SAE leaves "
+            f"Every step {'runs' if trained < null and exact and all(met) else 'runs, with gaps'}: the SAE leaves "
             f"{number(trained, percent=True)} of the variance unexplained (random directions "
             f"{number(null, percent=True)}), {sum(met)} of {len(met)} calibrations reached their KL"
             + ("" if all(met) else ", the others say how far they came at the largest scale allowed")

@@ -4,7 +4,7 @@ Outcomes: on the grammar's concepts, the concept's words in 100 words of continu
 the log-likelihood of held-out texts with the concept less that of texts without it, in nats per token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from steersman import SAE, EffectMap, LanguageModel, Steerer, collect_effects
 from steersman.demo import CONCEPTS, stories, texts, word_rate
 from steersman.demo.concept_features import match_concepts, writing_features
-from steersman.steer import Effects, bootstrap, ridge_fit, token_nll
+from steersman.steer import Effects, ridge_fit, token_nll
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +27,6 @@ class Topics:
     """The feature that tells each apart best when it is read (AUROC, on other texts)."""
     writing: list[int]
     """On the grammar, the feature whose decoder row raises the logits of its words most."""
-
-    def half(self, which: int) -> list[int]:
-        """Every other concept: 0 to choose on, 1 to report."""
-        return list(range(which, len(self.names), 2))
 
 
 def grammar_topics(lm: LanguageModel, sae: SAE, n: int) -> Topics:
@@ -104,13 +100,6 @@ def preference(
         rise = base - token_nll(lm.logits(batch), batch.input_ids)
     each = (rise * real).sum(1) / real.sum(1)
     return float(each[: len(positive)].mean() - each[len(positive) :].mean())
-
-
-def paired(a: Sequence[float | None], b: Sequence[float | None], which: Sequence[int]) -> dict[str, float] | None:
-    """The mean over the concepts `which` of a less b, with its interval over concepts."""
-    differences = [x - y for i in which if (x := a[i]) is not None and (y := b[i]) is not None]
-    found = bootstrap(differences) if differences else None
-    return None if found is None else {"mean": found.mean, "low": found.low, "high": found.high, "n": found.n}
 
 
 # Maps
@@ -200,12 +189,3 @@ def solved(effect_map: EffectMap, features: Sequence[int], **settings: Any) -> T
         for j, ok in zip(features, known)
     ]
     return torch.stack(rows)
-
-
-def means(table: Mapping[str, Sequence[float | None]], which: Sequence[int]) -> dict[str, float]:
-    """Each way's mean over the concepts `which`."""
-    found = {}
-    for name, values in table.items():
-        kept = [v for i in which if (v := values[i]) is not None]
-        found[name] = sum(kept) / len(kept) if kept else float("nan")
-    return found

@@ -27,8 +27,8 @@ class EffectsConfig(ChatOptions):
     """What to measure with: gradients of the likelihood of unsteered texts, each of which tells of every direction; or
     texts steered by rows of the decoder (the SAE-TS paper), pairs of rows with random weights, or random directions."""
     n_vectors: int | None = None
-    """How many (texts, for `gradients`); None takes every row for `decoder`, and eight for each dimension of the
-    residual stream otherwise."""
+    """How many (texts, for `gradients`, which take no account of rollouts, scales and held-out texts); None takes every
+    row for `decoder`, and eight for each dimension of the residual stream otherwise."""
     hook: str | None = None
     """Hook point to steer at; that of the SAE if not given."""
     scale_rule: Literal["loss", "kl", "norm", "fixed"] = "loss"
