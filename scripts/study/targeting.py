@@ -326,9 +326,11 @@ class Model:
     def rows(self) -> dict[str, Callable[[], Any]]:
         """What is measured, the most telling first."""
         topics = self.study.material.concepts[: self.config.model_concepts]
-        found: dict[str, Callable[[], Any]] = {"effects": self.effects, "one at a time": self.one_at_a_time}
-        found |= {c.name: partial(self.concept, c) for c in topics}
-        return found | {"together": self.together, "all together": self.all_together}
+        found: dict[str, Callable[[], Any]] = {
+            "effects": self.effects, "one at a time": self.one_at_a_time, "together": self.together,
+            "all together": self.all_together,
+        }  # fmt: skip
+        return found | {c.name: partial(self.concept, c) for c in topics}  # of which some are made from all of those
 
     def effects(self) -> dict[str, Any]:
         """The map that the study uses."""
