@@ -244,13 +244,13 @@ class Study:
         return self._effects
 
     def targeted(self, targets: int | Mapping[int, float], method: str = "sae_ts") -> SteeringVector:
-        """The vector for a feature, or for weights of several: by `sae_ts`, as `EffectMap.solve` does by default, by
-        the map's `metric`, or by `rotation` of the decoder rows."""
+        """The vector for a feature, or for weights of several: by `sae_ts`, as `EffectMap.solve` does by default, or by
+        `rotation` of the decoder rows."""
         if method == "rotation":
             return self.effects().solve_rotated(targets, self.sae(), min_signal=1.0)
-        if method not in ("sae_ts", "metric"):
-            raise SteersmanError(f"no way to target a feature is called {method!r}: use sae_ts, metric or rotation")
-        return self.effects().solve(targets, min_signal=0.0, metric=method == "metric")
+        if method != "sae_ts":
+            raise SteersmanError(f"no way to target a feature is called {method!r}: use sae_ts or rotation")
+        return self.effects().solve(targets, min_signal=0.0)
 
 
 def train_config(study: Study, **settings: Any) -> TrainConfig:

@@ -49,14 +49,7 @@ from study.vectors import best_features, held_out, training, vector
 __all__ = ["Config", "main", "page"]
 
 VECTORS = ("feature", "feature_output", "diffmean", "caa", "pca", "probe", "reft_r1", "ssv", "random")
-TARGETED = {"sae_ts": "sae_ts", "sae_ts_metric": "metric", "rotation": "rotation"}
-"""Ways to aim at the best feature -> the method of `Study.targeted`."""
-FGAA = {"fgaa": "sae_ts", "fgaa_metric": "metric"}
-"""The same of the several features that FGAA aims at."""
-GROUPS = {
-    "": ("prompting",), "vectors": VECTORS, "targeted": ("sae_ts", "fgaa"),
-    "metric": ("sae_ts_metric", "rotation", "fgaa_metric"),
-}  # fmt: skip
+GROUPS = {"": ("prompting",), "vectors": VECTORS, "targeted": ("sae_ts", "rotation", "fgaa")}
 """The rows of a topic, and what is measured in each."""
 COLUMNS = (
     "budget", "kl", "size", "chosen_by", "overall", "concept", "fluency", "words", "nll", "repeated", "kl_written",
@@ -76,7 +69,7 @@ START = 0.3
 class Config(StudyConfig):
     """Settings of the comparison."""
 
-    budgets: tuple[float, ...] = (0.1, 0.3, 1.0)
+    budgets: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     """KL of each scale, in nats per token, rising."""
     concepts: int = 1000
     """Concepts to take at most, in the material's order, after all goals."""
@@ -287,12 +280,12 @@ class TopicBench:
     def direction(self, method: str) -> SteeringVector:
         """The vector of a method."""
         study, subject = self.bench.study, self.topic.subject
-        if method in TARGETED:
-            return study.targeted(best_features(study, subject)[0], TARGETED[method])
-        if method in FGAA:
+        if method in ("sae_ts", "rotation"):
+            return study.targeted(best_features(study, subject)[0], method)
+        if method == "fgaa":
             built = training(subject)
             texts = [[self.bench.cut(e.text, 48) for e in side[:48]] for side in (built.positive, built.negative)]
-            return study.targeted(fgaa_targets(study.lm, study.sae(), *texts), FGAA[method])
+            return study.targeted(fgaa_targets(study.lm, study.sae(), *texts))
         return vector(study, subject, method)
 
     def ways(self, methods: Sequence[str]) -> tuple[dict[str, list[Way]], dict[str, str]]:
@@ -463,7 +456,7 @@ def measure(bench: Bench, results: Results, topic: Topic, last: bool) -> None:
     already: they take longest."""
     missing = [group for group in GROUPS if f"{topic.key} {group}".strip() not in results]
     if not last and not has_effects(bench.study):
-        missing = [group for group in missing if group not in ("targeted", "metric")]
+        missing = [group for group in missing if group != "targeted"]
     if missing:
         mine = TopicBench(bench, topic)
         for group in missing:

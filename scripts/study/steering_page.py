@@ -10,8 +10,7 @@ from study.report import Figure, Page, Table, bounds, cell, curves, intervals, l
 
 NAMES = {
     "feature": "SAE feature (AUROC)", "feature_output": "SAE feature (output score)", "sae_ts": "SAE-TS",
-    "sae_ts_metric": "SAE-TS, metric", "rotation": "SAE-TS rotation", "fgaa": "FGAA", "fgaa_metric": "FGAA, metric",
-    "diffmean": "diffmean", "caa": "CAA", "pca": "PCA", "probe": "probe",
+    "rotation": "SAE-TS rotation", "fgaa": "FGAA", "diffmean": "diffmean", "caa": "CAA", "pca": "PCA", "probe": "probe",
     "reft_r1": "ReFT-r1", "ssv": "supervised vector", "random": "random", "prompting": "prompting",
 }  # fmt: skip
 """What tables call a way, in their order."""
@@ -19,9 +18,10 @@ DETAILS = {
     "concept": "concept, 0 to 2", "fluency": "fluency, 0 to 2", "words": "words in 100", "likelihood": "likelihood",
     "nll": "NLL", "repeated": "repeated", "kl": "KL", "kl_written": "KL written", "relevance": "on the request",
 }  # fmt: skip
-GROUPS = ("", "vectors", "targeted", "metric")
+GROUPS = ("", "vectors", "targeted")
 """What the rows of a topic are called after its name."""
 BEST = "best scale"
+UNSTEERED = "unsteered"
 TOLERANCE = 0.1
 """By which fraction a KL may miss its budget."""
 Point = Mapping[str, Any]
@@ -68,6 +68,8 @@ class Found:
         return bootstrap([np.nan if value is None else value for value in values])
 
     def value(self, way: str, topic: str, scale: str, figure: str) -> float | None:
+        if way == UNSTEERED:
+            return self.unsteered[topic][figure]
         point = self.ways.get(way, {}).get(topic, {}).get(scale)
         return None if point is None else point[figure]
 
@@ -144,8 +146,7 @@ Topics: {n}, the goals of SAE-TS (arXiv 2411.02193) and the concepts of AxBench 
 from a topic's training texts (of a goal: every other contrast prompt) at layer {s["layer"]}. SAE-TS and its rotation
 aim at the feature that is best by AUROC, FGAA at several. The effect map is the study's, measured by gradients of
 unsteered texts' likelihood in place of the paper's regression on steered texts: SAE-TS and FGAA are the directions in
-which small vectors raise the targets most, those of `metric` divided by the map's metric of what a small vector costs
-(the page on targeting compares such choices). Vectors are scaled to
+which small vectors raise the targets most (the page on targeting compares such choices). Vectors are scaled to
 KL(steered || unsteered) of {listed(found.budgets)} nats per token on the same {about["neutral_tokens"]} tokens of
 neutral texts, within {number(TOLERANCE, percent=True)} ({missed} of {scales} searches ended further off). Prompting
 puts one sentence with the concept's name before the text and has the KL that it has. The model continues
@@ -332,11 +333,10 @@ def means(found: Found) -> str:
     paragraphs.append(f"By the likelihood of held-out texts at a KL of {last}, nats per token, in order: {order}.")
     vectors = [way for way, _ in ranked if way != "prompting"]
     if vectors:
-        above = [NAMES[w] for w in vectors if w != "random" and side(found.less(w, "random", BEST)) > 0]
         paragraphs.append(
-            f"At their best scale {listed(above)} score above a random direction." if above
-            else "At its best scale no vector scores above a random direction by more than its interval."
-        )  # fmt: skip
+            f"Above a random direction at their best scale: {better(found, 'random')}. Above the unsteered model: "
+            f"{better(found, UNSTEERED)}."
+        )
         share = [found.at_the_largest(way) for way in vectors]
         paragraphs[-1] += (
             f" On {number(float(np.mean(share)), 2, percent=True)} of topics and ways the scale that was chosen is the "
@@ -351,6 +351,12 @@ def means(found: Found) -> str:
                 f"neutral texts is {cell(found.of('prompting', BEST, 'kl'))}."
             )
     return "\n\n".join(paragraphs)
+
+
+def better(found: Found, other: str) -> str:
+    """The ways that score higher than another at their best scale, by more than the interval; or "none"."""
+    above = [way for way in listed_ways(found) if way != other and side(found.less(way, other, BEST)) > 0]
+    return listed([NAMES[way] for way in above]) if above else "none by more than its interval"
 
 
 def word(estimate: Estimate | None) -> str:
