@@ -12,7 +12,14 @@ switches (MODE, SIGNED, ...). Kernels are launched by keyword, by the plain func
 """
 
 from steersman.deprecation import moved
-from steersman.kernels.autograd import Order, sparse_decode, topk_encode, with_gradient
+from steersman.kernels.autograd import (
+    Order,
+    collect_row_gradients,
+    gather_rows,
+    sparse_decode,
+    topk_encode,
+    with_gradient,
+)
 from steersman.kernels.dispatch import Implementation, choose, using
 from steersman.kernels.operands import precision
 from steersman.kernels.update import AuxRows, RuleName, StateDtype, UpdateRule, UpdateState
@@ -26,6 +33,8 @@ __all__ = [
     "UpdateRule",
     "UpdateState",
     "choose",
+    "collect_row_gradients",
+    "gather_rows",
     "precision",
     "sparse_decode",
     "topk_encode",

@@ -7,9 +7,11 @@ the same operations go through `ops`, as operators that the compiler knows.
 Shape letters: N tokens, L latents, D width, K active latents a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,3 +127,67 @@ def sparse_decode(values: Tensor, order: Order, W_dec: Tensor, b_dec: Tensor | N
         return ops._op_sparse_decode(values, order.indices, W_dec, b_dec, order.tensors)
     decoded: Any = _Decode.apply(values, W_dec, b_dec, order)
     return decoded
+
+
+class RowGradient(NamedTuple):
+    """The gradient of some rows of a parameter."""
+
+    parameter: Tensor
+    ids: Tensor
+    """[A]."""
+    rows: Tensor
+    """[A, D]."""
+    dim: int
+    """The dimension of the parameter that the rows are numbered by."""
+
+    def add(self) -> None:
+        """Add it to the parameter's gradient."""
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(self.parameter)
+        self.parameter.grad.movedim(self.dim, 0).index_add_(0, self.ids, self.rows.to(self.parameter.grad.dtype))
+
+
+_COLLECTED: ContextVar[list[RowGradient] | None] = ContextVar("collected", default=None)
+
+
+@contextmanager
+def collect_row_gradients() -> Iterator[list[RowGradient]]:
+    """Within this, what `gather_rows` reads has its gradient put into the list that is given, when backward comes to
+    it, instead of into a tensor as large as the parameter, which would be cleared and added for the sake of few rows.
+    The caller adds each (`RowGradient.add`) after the backward pass."""
+    found: list[RowGradient] = []
+    token = _COLLECTED.set(found)
+    try:
+        yield found
+    finally:
+        _COLLECTED.reset(token)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, ids: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.W, ctx.dim, ctx.collected = W, dim, _COLLECTED.get()
+        return W.movedim(dim, 0)[ids]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None]:
+        (ids,), g = ctx.saved_tensors, grad_outputs[0]
+        if ctx.collected is not None and ctx.W.is_leaf:
+            ctx.collected.append(RowGradient(ctx.W, ids, g, ctx.dim))
+            return None, None, None
+        whole = torch.zeros_like(ctx.W)
+        whole.movedim(ctx.dim, 0).index_add_(0, ids, g)
+        return whole, None, None
+
+
+def gather_rows(W: Tensor, ids: Tensor, dim: int = 0) -> Tensor:
+    """The rows [A, D] of W [L, D] (with dim=1 [D, L]) that ids [A] name; see `collect_row_gradients`.
+
+    >>> gather_rows(torch.arange(6.0).view(3, 2), torch.tensor([2, 0])).tolist()
+    [[4.0, 5.0], [0.0, 1.0]]
+    """
+    if torch.compiler.is_compiling():
+        return W.movedim(dim, 0)[ids]
+    rows: Any = _GatherRows.apply(W, ids, dim)
+    return rows

@@ -3,7 +3,8 @@
 import torch
 from support.helpers import make_sae
 
-from steersman.sae import auxk_loss
+from steersman.kernels import collect_row_gradients
+from steersman.sae import SAE, auxk_loss
 
 
 def test_auxk_equals_brute_force() -> None:
@@ -39,3 +40,23 @@ def test_more_places_than_dead_features() -> None:
     x = torch.randn(5, 8)
     loss = auxk_loss(sae, x, x, torch.tensor([1, 2]), torch.tensor([True, True]), k_aux=10)
     torch.testing.assert_close(loss, x.square().sum())
+
+
+def test_gradients_of_rows_that_are_collected_are_those_of_the_whole() -> None:
+    x, residual = torch.randn(50, 8), torch.randn(50, 8)
+    candidates, alive = torch.tensor([3, 60, 7]), torch.tensor([False, True, False])
+    dense, collecting = make_sae(), make_sae()
+
+    def loss(sae: SAE) -> torch.Tensor:
+        return auxk_loss(sae, x, residual, candidates, alive, k_aux=2) + (x - sae(x)).square().sum()
+
+    loss(dense).backward()
+    with collect_row_gradients() as few:
+        total = loss(collecting)
+    assert not few, "the backward pass fills it"
+    total.backward()
+    assert {tuple(one.rows.shape) for one in few} == {(3, 8)}, "no gradient here is as large as a matrix"
+    for one in few:
+        one.add()
+    for a, b in zip(dense.parameters(), collecting.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)

@@ -6,7 +6,7 @@ Shape letters: N tokens, L latents, D width, A candidates.
 import torch
 from torch import Tensor
 
-from steersman.kernels import AuxRows
+from steersman.kernels import AuxRows, gather_rows
 from steersman.sae.base import SAE
 from steersman.sae.fused import FusedBatch, Gradients, product
 from steersman.sae.training import AuxTerm, Step, TrainingState
@@ -48,7 +48,7 @@ def auxk_loss(
     N x L matrix.
     """
     code = auxk_code(sae, x, candidates, alive, k_aux, width)
-    rebuilt = sae.latents.sum(code @ sae.W_dec[candidates])
+    rebuilt = sae.latents.sum(code @ gather_rows(sae.W_dec, candidates))
     return (rebuilt - residual.detach()).square().sum()
 
 
@@ -66,7 +66,7 @@ def auxk_code(
     """
     if rows is None:
         centred = x if sae.input_bias is None else x - sae.input_bias.detach()
-        Z = torch.addmm(sae.code_bias[candidates], centred, sae.W_enc.T[candidates].T)
+        Z = torch.addmm(sae.code_bias[candidates], centred, gather_rows(sae.W_enc, candidates, dim=1).T)
     else:
         Z = product(x, rows.T) + sae.code_bias[candidates]
     return _code(sae, Z, alive, k, width)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from steersman.errors import SteersmanError
-from steersman.kernels import AuxRows, ops
+from steersman.kernels import AuxRows, gather_rows, ops
 from steersman.kernels.nested import pair_rows, prefix_errors, prefix_residuals, suffix_sums_
 from steersman.kernels.torch_ops import scaled
 from steersman.sae.architectures.auxk import AuxKSAE, auxk_code
@@ -102,7 +102,7 @@ class NestedSAE(AuxKSAE):
 
     def _auxk_loss(self, x: Tensor, residuals: Tensor, aux: AuxTerm, ends: Tensor) -> Tensor:
         code = auxk_code(self, x, aux.candidates, aux.alive, aux.k, aux.width)
-        groups, rows = Groups(aux.candidates, ends), self.W_dec[aux.candidates]
+        groups, rows = Groups(aux.candidates, ends), gather_rows(self.W_dec, aux.candidates)
         rebuilt = self.latents.sum(groups.products(code, rows))
         return (rebuilt - residuals).square().sum()
 

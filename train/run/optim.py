@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import SteersmanError
-from steersman.kernels import UpdateRule, UpdateState, choose, ops
+from steersman.kernels import UpdateRule, UpdateState, choose, collect_row_gradients, ops
 from steersman.kernels.operands import versions
 from steersman.kernels.update import PART, StepSizes, apply_rule, move_b_dec, update_matrix, update_vector
 from steersman.parallel import Mesh, Ranks
@@ -141,8 +141,11 @@ class _DenseGradients:
 
     def backward(self, x: Tensor, target: Tensor, n_values: int, state: TrainingState, scale: float = 1.0) -> Step:
         target = target - self.sae.skip(x) if self.sae.cfg.skip_connection else target
-        step = self.sae.training_step(x, target, state)
+        with collect_row_gradients() as few:
+            step = self.sae.training_step(x, target, state)
         (step.loss / n_values).backward()
+        for one in few:
+            one.add()
         return step
 
     @torch.no_grad()
