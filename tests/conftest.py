@@ -45,6 +45,21 @@ def _interpreter_obstacle() -> str | None:
 OBSTACLE = _interpreter_obstacle()
 
 
+LONGEST = (
+    "test_docs.py", "test_kernels_compiled.py", "test_docs_notebooks.py", "test_demo_quickstart.py",
+    "test_kernels_triton_update.py", "test_train_sharded_update.py", "test_train_trainer.py",
+    "test_train_parallel_cache.py", "test_train_transcoder.py", "test_docs_site.py", "test_train_model_ranks.py",
+    "test_steer_training_vectors.py", "test_train_cache.py", "test_earlier_versions.py",
+)  # fmt: skip
+"""Modules of a minute or so: they come first, so that no process is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest modules before the others."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests of the kernels that cannot run fail, so that nobody takes a suite without them for one that passed."""
     if OBSTACLE and (item.path.name.startswith("test_kernels_triton_") or "runs_on_triton" in item.name):
