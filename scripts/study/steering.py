@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,11 +45,12 @@ from study.measures import (
 )
 from study.steering_page import TOLERANCE, page
 from study.vectors import best_features, held_out, training, vector
+from study.ways import OwnTexts
 
 __all__ = ["Config", "main", "page"]
 
 VECTORS = ("feature", "feature_output", "diffmean", "caa", "pca", "probe", "reft_r1", "ssv", "random")
-GROUPS = {"": ("prompting",), "vectors": VECTORS, "targeted": ("sae_ts", "rotation", "fgaa")}
+GROUPS = {"": ("prompting",), "vectors": VECTORS, "targeted": ("sae_ts", "rotation", "fgaa"), "own": ("own_texts",)}
 """The rows of a topic, and what is measured in each."""
 COLUMNS = (
     "budget", "kl", "size", "chosen_by", "overall", "concept", "fluency", "words", "nll", "repeated", "kl_written",
@@ -219,6 +220,12 @@ class Bench:
         self.norm = self.meter.norms([self.hook])[self.hook]
         self.natural = self._natural(texts)
 
+    @cached_property
+    def own(self) -> OwnTexts:
+        """The vectors of the best features of all topics from their own texts."""
+        every = topics(self.study, self.config)
+        return OwnTexts(self.study, [best_features(self.study, topic.subject)[0] for topic in every])
+
     def cut(self, text: str, tokens: int, start: int = 0) -> str:
         """So many of a text's tokens, as a text."""
         ids = self.lm.token_ids(text)[start : start + tokens]
@@ -280,6 +287,8 @@ class TopicBench:
     def direction(self, method: str) -> SteeringVector:
         """The vector of a method."""
         study, subject = self.bench.study, self.topic.subject
+        if method == "own_texts":
+            return self.bench.own.vector(best_features(study, subject)[0])
         if method in ("sae_ts", "rotation"):
             return study.targeted(best_features(study, subject)[0], method)
         if method == "fgaa":

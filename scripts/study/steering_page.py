@@ -10,15 +10,16 @@ from study.report import Figure, Page, Table, bounds, cell, curves, intervals, l
 
 NAMES = {
     "feature": "SAE feature (AUROC)", "feature_output": "SAE feature (output score)", "sae_ts": "SAE-TS",
-    "rotation": "SAE-TS rotation", "fgaa": "FGAA", "diffmean": "diffmean", "caa": "CAA", "pca": "PCA", "probe": "probe",
-    "reft_r1": "ReFT-r1", "ssv": "supervised vector", "random": "random", "prompting": "prompting",
+    "own_texts": "SAE-TS, own texts", "rotation": "SAE-TS rotation", "fgaa": "FGAA", "diffmean": "diffmean",
+    "caa": "CAA", "pca": "PCA", "probe": "probe", "reft_r1": "ReFT-r1", "ssv": "supervised vector", "random": "random",
+    "prompting": "prompting",
 }  # fmt: skip
 """What tables call a way, in their order."""
 DETAILS = {
     "concept": "concept, 0 to 2", "fluency": "fluency, 0 to 2", "words": "words in 100", "likelihood": "likelihood",
     "nll": "NLL", "repeated": "repeated", "kl": "KL", "kl_written": "KL written", "relevance": "on the request",
 }  # fmt: skip
-GROUPS = ("", "vectors", "targeted")
+GROUPS = ("", "vectors", "targeted", "own")
 """What the rows of a topic are called after its name."""
 BEST = "best scale"
 UNSTEERED = "unsteered"
@@ -146,13 +147,15 @@ Topics: {n}, the goals of SAE-TS (arXiv 2411.02193) and the concepts of AxBench 
 from a topic's training texts (of a goal: every other contrast prompt) at layer {s["layer"]}. SAE-TS and its rotation
 aim at the feature that is best by AUROC, FGAA at several. The effect map is the study's, measured by gradients of
 unsteered texts' likelihood in place of the paper's regression on steered texts: SAE-TS and FGAA are the directions in
-which small vectors raise the targets most (the page on targeting compares such choices). Vectors are scaled to
-KL(steered || unsteered) of {listed(found.budgets)} nats per token on the same {about["neutral_tokens"]} tokens of
-neutral texts, within {number(TOLERANCE, percent=True)} ({missed} of {scales} searches ended further off). Prompting
-puts one sentence with the concept's name before the text and has the KL that it has. The model continues
+which small vectors raise the targets most (the page on targeting compares such choices). SAE-TS of own texts takes the
+gradients of the cached texts in which the feature fires most in place of those of what the model writes. Vectors are
+scaled to KL(steered || unsteered) of {listed(found.budgets)} nats per token on the same {about["neutral_tokens"]}
+tokens of neutral texts, within {number(TOLERANCE, percent=True)} ({missed} of {scales} searches ended further off).
+Prompting puts one sentence with the concept's name before the text and has the KL that it has. The model continues
 {s["prompts"]} prompts a topic (requests in its chat template for concepts, openings for goals) by {s["new_tokens"]}
-tokens, greedily; the prompt's last token and what follows are steered. At its best scale a way has, topic by topic, the
-KL whose overall score is highest on {half} of the prompts; every figure here is of the other {s["prompts"] - half}.
+tokens, greedily; the prompt's last token and what follows are steered. At its best scale a way has, topic by topic,
+the KL whose overall score is highest on {half} of the prompts; every figure here is of the other
+{s["prompts"] - half}.
 
 Measures, none of which asks a judge:
 

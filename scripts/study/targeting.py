@@ -6,7 +6,7 @@ reported on the rest. What is chosen there is measured on the study's model as i
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steersman import Steerer, collect_effects
+from steersman import EffectMap, Steerer, collect_effects
 from steersman.steer import Effects, EffectsConfig, ridge_fit
 from study.common import Results, Study, StudyConfig, chosen
 from study.material import Concept
-from study.targeting_page import page
+from study.targeting_page import AT, GRAMMAR_FEATURES, page
 from study.vectors import best_features, cut, held_out, spread
 from study.ways import (
     Grammar,
     Linear,
     Measured,
+    OwnTexts,
     ceiling,
     grammar_topics,
     preference,
@@ -35,11 +36,14 @@ __all__ = ["Config", "main", "page"]
 
 KLS = (0.03, 0.1, 0.3, 1.0)
 """Nats per token that the measuring vectors cost."""
-AT = 0.3
-"""Nats per token at which outcomes of the experiments are compared."""
 RANKS = (8, 16, 32, 64)
 STILL = (0.01, 0.1, 1.0, 10.0)
 PRIORS = (0.3, 1.0, 3.0)
+WAYS = ("plain", "own texts", "paper")
+"""Groups of the ways that are compared on the study's model, each a row of a concept."""
+GRADIENTS: Mapping[str, Mapping[str, Any]] = {"derivative": {}, "natural": {"metric": True}}
+STEERED: Mapping[str, Mapping[str, Any]] = {"paper": {}, "steered, no bias": {"bias_weight": 0.0}}
+"""Ways to use a map -> settings of `EffectMap.solve`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,7 @@ class Bench:
         self.config = config
         self.study = Study(
             StudyConfig(
-                small=config.small, work=config.work / "grammar", layers=(2,), layer=2, d_sae=512, k=16,
+                small=config.small, work=config.work / "grammar", layers=(2,), layer=2, d_sae=GRAMMAR_FEATURES, k=16,
                 tokens=min(config.tokens, 400_000), threads=config.threads, device=config.device, seed=config.seed,
             )
         )  # fmt: skip
@@ -167,6 +171,7 @@ class Bench:
         texts = [n for n in (256, 1024, 4096, 16384) if n <= c.gradient_texts]
         found: dict[str, Callable[[], Any]] = {"plain": self.plain}
         found |= {f"gradients {n}": partial(self.gradients, n) for n in texts[::-1]}
+        found |= {"own texts": self.own}
         found |= {f"vectors {n}": lambda n=n: self.both(Linear.fit(self.many.first(n))) for n in counts}
         found |= {f"compare {c.budgets[0]:g}": partial(self.compare, c.budgets[0]), "ceiling": self.reliability}
         found |= {f"scale {kl:g}": partial(self.at_scale, kl) for kl in KLS}
@@ -208,6 +213,15 @@ class Bench:
                 "natural": self.outcome(solved(fitted, features, metric=True)),
             },
         }  # fmt: skip
+
+    def own(self) -> dict[str, Any]:
+        """Gradients of the texts of the store in which each feature fires most."""
+        own = OwnTexts(self.study, self.place.topics.features)
+        found = [own.vector(feature) for feature in self.place.topics.features]
+        return {
+            "signal": [round(v.metadata["signal"], 2) for v in found],
+            "outcome": {"texts": self.outcome(torch.stack([v.vector for v in found]))},
+        }
 
     def at_scale(self, kl: float) -> dict[str, Any]:
         """Vectors measured at another KL, twice, so that what the texts' sampling hides is known."""
@@ -326,11 +340,14 @@ class Model:
     def rows(self) -> dict[str, Callable[[], Any]]:
         """What is measured, the most telling first."""
         topics = self.study.material.concepts[: self.config.model_concepts]
-        found: dict[str, Callable[[], Any]] = {
-            "effects": self.effects, "one at a time": self.one_at_a_time, "together": self.together,
-            "all together": self.all_together,
-        }  # fmt: skip
-        return found | {c.name: partial(self.concept, c) for c in topics}  # of which some are made from all of those
+        found: dict[str, Callable[[], Any]] = {"effects": self.effects}
+        for group in WAYS:
+            if group == "paper":
+                found |= {
+                    "one at a time": self.one_at_a_time, "together": self.together, "all together": self.all_together,
+                }  # fmt: skip
+            found |= {f"{concept.name}, {group}": partial(self.concept, concept, group) for concept in topics}
+        return found
 
     def effects(self) -> dict[str, Any]:
         """The map that the study uses."""
@@ -398,26 +415,34 @@ class Model:
             "r2": None if fitted is None else fitted.provenance["r2"],
         }  # fmt: skip
 
-    @cached_property
-    def ways(self) -> dict[str, Callable[[int], Tensor]]:
-        """The ways that are compared."""
-        rows, natural = self.study.sae().W_dec.detach().float(), self.study.effects()
-        found: dict[str, Callable[[int], Tensor]] = {
-            "feature": lambda j: rows[j] / rows[j].norm(),
-            "derivative": lambda j: natural.solve(j, min_signal=0.0).vector,
-            "natural": lambda j: natural.solve(j, min_signal=0.0, metric=True).vector,
-        }
-        folder = self.config.work / "effects-steered"
-        if len(list(folder.glob("0*.safetensors"))) * 50 >= self.config.model_vectors > self.study.lm.d_model:
-            steered = self.steered().fit(heldout=0.0)
-            found["paper"] = lambda j: steered.solve(j, min_signal=0.0).vector
-            found["steered, no bias"] = lambda j: steered.solve(j, min_signal=0.0, bias_weight=0.0).vector
-        return found
+    def vectors(self, group: str, feature: int) -> dict[str, Tensor]:
+        """The vectors of a group of ways, unit."""
+        if group == "plain":
+            row = self.study.sae().W_dec[feature].detach().float()
+            return {"feature": row / row.norm()} | self._solved(self.study.effects(), GRADIENTS, feature)
+        if group == "own texts":
+            return {"own texts": self.own.vector(feature).vector}
+        return self._solved(self.steered_map, STEERED, feature)
 
-    def concept(self, concept: Concept) -> dict[str, Any]:
-        """What each way's vector for the concept's best feature prefers, at `AT`."""
+    def _solved(self, effects: EffectMap, ways: Mapping[str, Mapping[str, Any]], feature: int) -> dict[str, Tensor]:
+        return {name: effects.solve(feature, min_signal=0.0, **given).vector for name, given in ways.items()}
+
+    @cached_property
+    def own(self) -> OwnTexts:
+        """The vectors of the concepts' features from their own texts."""
+        topics = self.study.material.concepts[: self.config.model_concepts]
+        return OwnTexts(self.study, [best_features(self.study, concept)[0] for concept in topics])
+
+    @cached_property
+    def steered_map(self) -> EffectMap:
+        """The map of the vectors that were steered with."""
+        return self.steered().fit(heldout=0.0)
+
+    def concept(self, concept: Concept, group: str) -> dict[str, Any]:
+        """What the vectors of a group of ways for the concept's best feature prefer, at `AT`."""
         feature = best_features(self.study, concept)[0]
-        vectors = torch.stack([make(feature) for make in self.ways.values()])
+        made = self.vectors(group, feature)
+        vectors = torch.stack(list(made.values()))
         scale = scales_at(self.study.lm, self.study.sae(), vectors, AT, self.held, self.tokens)
         sides = held_out(concept)
         positive, negative = (
@@ -426,8 +451,8 @@ class Model:
         )
         found = {
             name: round(preference(self.study.lm, self.study.hook(), v * s, positive, negative, 2 * self.tokens), 5)
-            for name, v, s in zip(self.ways, vectors, scale)
+            for name, v, s in zip(made, vectors, scale)
             if s.isfinite()
         }
         signal = float(self.study.effects().signal[feature])
-        return {"feature": feature, "signal": round(signal, 2), "outcome": found}
+        return {"concept": concept.name, "feature": feature, "signal": round(signal, 2), "outcome": found}

@@ -8,10 +8,15 @@ import numpy as np
 from steersman.steer import Estimate, bootstrap
 from study import report
 
+AT = 0.3
+"""Nats per token at which outcomes of the experiments are compared."""
+GRAMMAR_FEATURES = 512
+"""Features of the bundled model's SAE."""
 TITLES = {
     "feature": "the feature's own direction", "paper": "SAE-TS as in the paper",
     "steered, no bias": "SAE-TS without the bias term", "derivative": "gradients of unsteered texts (the default)",
-    "natural": "gradients, with the metric", "random": "a random direction",
+    "natural": "gradients, with the metric", "own texts": "gradients of texts in which the feature fires",
+    "random": "a random direction",
     "writing": "direction of the feature that writes most",
 }  # fmt: skip
 ASKED = """\
@@ -58,8 +63,13 @@ class Read:
         return sorted(found, key=lambda pair: pair[0])
 
     def concepts(self) -> dict[str, Any]:
-        """The rows of the study's model that are of a concept."""
-        return {n: r for n, r in self.rows.items() if n.startswith("model/") and "outcome" in r}
+        """Of each concept that the study's model was measured on the outcome by way, and the signal of its feature."""
+        found: dict[str, Any] = {}
+        for name, row in self.rows.items():
+            if name.startswith("model/") and "outcome" in row:
+                one = found.setdefault(row["concept"], {"signal": row["signal"], "outcome": {}})
+                one["outcome"] |= row["outcome"]
+        return {name: one for name, one in found.items() if "feature" in one["outcome"]}
 
     @property
     def enough(self) -> bool:
@@ -87,8 +97,9 @@ def model_table(read: Read) -> report.Table:
     ]  # fmt: skip
     caption = (
         f"**The study's model**, {len(read.concepts())} concepts of AxBench, each by its best feature (AUROC on "
-        "training texts), at 0.3 nats of KL per token: rise of the log-likelihood of evaluation texts with the concept "
-        "less that of texts without it, nats per token; 95 % intervals over concepts. Nothing was chosen on these."
+        f"training texts), at {AT:g} nats of KL per token: rise of the log-likelihood of evaluation texts with the "
+        "concept less that of texts without it, nats per token; 95 % intervals over concepts. Nothing was chosen on "
+        "these."
     )
     return report.Table(caption=caption, header=["way", "preference", "less the feature"], rows=rows)
 
@@ -112,8 +123,8 @@ def compare_table(read: Read) -> report.Table:
 CAUSES = {
     "scale": "measured at a KL of {}", "vectors": "{} random vectors", "kind": "measured with {}",
     "normalised": "regressed on what was added, not on its direction", "ridge": "ridge of cross-validation times {}",
-    "prompts": "averaged over the prompts too", "rank": "rank {}", "encoder": "shrunk to the encoder, {}",
-    "target": "{}", "gradients": "gradients of {} texts, {}",
+    "prompts": "averaged over the prompts too", "own": TITLES["own texts"], "rank": "rank {}",
+    "encoder": "shrunk to the encoder, {}", "target": "{}", "gradients": "gradients of {} texts, {}",
 }  # fmt: skip
 
 
@@ -129,7 +140,7 @@ def cause_rows(read: Read) -> list[tuple[str, np.ndarray, float | None, float | 
         if not name.startswith("grammar/") or kind not in CAUSES:
             continue
         for way, given in row["outcome"].items():
-            told = CAUSES[kind].format(*(x for x in (detail, way) if x)) if "{}" in CAUSES[kind] else CAUSES[kind]
+            told = told_of(kind, detail, way)
             known = row.get("r2")
             r2 = known.get(way) if isinstance(known, dict) else known
             top = row.get("ceiling", None if roof is None or r2 is None else roof["ceiling"])
@@ -148,10 +159,10 @@ def cause_table(read: Read) -> report.Table:
         rows.append([told, report.cell(estimate(x)), report.cell(less, signed=True), report.number(r2),
                      report.number(top), report.number(share)])  # fmt: skip
     caption = (
-        "**The causes, one at a time** (bundled model, KL 0.3, the feature that reads each concept): words per 100, "
-        "and less the feature's own direction. R2 is on vectors that the map was not fitted to; its ceiling is the "
-        "share of their effects' variance that a second measurement finds again. `bias 1` takes the general effect of "
-        "steering away as the paper does, `bias 0` does not."
+        f"**The causes, one at a time** (bundled model, KL {AT:g}, the feature that reads each concept): words per "
+        "100, and less the feature's own direction. R2 is on vectors that the map was not fitted to; its ceiling "
+        "is the share of their effects' variance that a second measurement finds again. `bias 1` takes the general "
+        "effect of steering away as the paper does, `bias 0` does not."
     )
     header = ["experiment", "words per 100", "less the feature", "R2", "ceiling", "R2 / ceiling"]
     return report.Table(caption=caption, header=header, rows=rows)
@@ -198,14 +209,14 @@ def answer(read: Read) -> str:
         best, reading, writing = chosen
         words = ("beats", "does worse than", "is not told apart from")
         parts.append(
-            f"On the bundled model, at a KL of 0.3, the vector from {TITLES[best]}, the way chosen on half of the "
+            f"On the bundled model, at a KL of {AT:g}, the vector from {TITLES[best]}, the way chosen on half of the "
             f"concepts, {said(report.side(reading), *words)} the direction of the same feature on the other half by "
             f"{report.cell(reading, signed=True)} of the concept's words per 100, and "
             f"{said(report.side(writing), *words)} the direction of the feature that writes the concept's words most "
             f"({report.cell(writing, signed=True)})."
         )
     if read.enough:
-        for way in ("derivative", "natural"):
+        for way in (way for way in read.ways() if way != "feature"):
             found = read.model(way, "feature")
             parts.append(
                 f"On the study's model the vector from {TITLES[way]} "
@@ -224,6 +235,74 @@ def pair(read: Read, a: tuple[str, str], b: tuple[str, str]) -> Estimate | None:
     """The difference of two outcomes on the bundled model."""
     x, y = read.outcome(*a), read.outcome(*b)
     return None if x is None or y is None else estimate(x - y)
+
+
+def told_of(kind: str, detail: str, way: str) -> str:
+    """What an experiment is called."""
+    return CAUSES[kind].format(*(x for x in (detail, way) if x)) if "{}" in CAUSES[kind] else CAUSES[kind]
+
+
+def changes(read: Read) -> list[tuple[str, Estimate]]:
+    """What each change to a map of steered effects does to its outcome, the paper's bias left out on both sides."""
+    few = f"vectors {read.settings['vectors'] // 8}"
+    against = dict.fromkeys(("normalised", "ridge", "kind", "prompts", "rank", "encoder"), few)
+    against |= {"scale": f"scale {AT:g}", "target": "target"}
+    found: list[tuple[str, Estimate]] = []
+    for name, row in read.rows.items():
+        label = name.removeprefix("grammar/")
+        kind, _, detail = label.partition(" ")
+        if kind not in against or read.grammar(against[kind]) is None:
+            continue
+        base = read.outcome(against[kind], "bias 0")
+        for way, given in row["outcome"].items():
+            itself = (label, way) == (against[kind], "bias 0")
+            if base is None or itself or (way == "bias 1" and kind != "target"):
+                continue
+            if (one := estimate(values(given) - base)) is not None:
+                found.append((told_of(kind, detail, "" if way == "bias 0" else way), one))
+    return found
+
+
+def listed_changes(read: Read) -> str:
+    """The changes that help, that harm, and those that are not told apart, in words."""
+    every = changes(read)
+    parts = []
+    for sign, word in ((1, "Better"), (-1, "Worse"), (0, "Not told apart")):
+        mine = [f"{told} ({report.cell(one, signed=True)})" for told, one in every if report.side(one) == sign]
+        if mine:
+            parts.append(f"{word}: {', '.join(mine)}.")
+    return " ".join(parts)
+
+
+def noise(read: Read) -> list[str]:
+    """How strong the features' columns are against noise, and what texts in which the features fire change."""
+    parts = []
+    signals = read.grammar("signal")
+    ours = [row["signal"] for row in read.concepts().values()]
+    if signals is not None and ours:
+        medians = [float(np.median(signals[name])) for name in ("natural", "steered")]
+        parts.append(
+            f"**Noise**: the derivative of the median concept's feature is {report.number(medians[0])} times its noise "
+            f"on the bundled model (a map of {read.settings['vectors'] // 8} steered vectors: "
+            f"{report.number(medians[1])}) and {report.number(float(np.median(ours)))} times on the study's model, "
+            "whose texts seldom come to these concepts."
+        )
+    if read.enough and "own texts" in read.ways():
+        found, other = read.model("own texts", "feature"), read.model("own texts", "derivative")
+        parts.append(
+            "**Texts in which the feature fires**, taken from the store in place of what the model writes, less the "
+            f"feature's direction on the study's model: {report.cell(found, signed=True)} nats per token "
+            f"({said(report.side(found), 'better', 'worse', 'not told apart')}), and less the default's gradients "
+            f"{report.cell(other, signed=True)} ({said(report.side(other), 'better', 'worse', 'not told apart')})."
+        )
+        own, most = pair(read, ("own texts", "texts"), ("plain", "feature")), read.named("gradients")
+        if own is not None and most:
+            less = pair(read, ("own texts", "texts"), (f"gradients {most[-1][0]:g}", "derivative"))
+            parts[-1] += (
+                f" On the bundled model, whose own texts show every concept: {report.cell(own, signed=True)} words per "
+                f"100 against the feature's direction, {report.cell(less, signed=True)} against the default's."
+            )
+    return parts
 
 
 def meaning(read: Read) -> str:
@@ -266,13 +345,19 @@ def meaning(read: Read) -> str:
             f"it out changes {report.cell(bias, signed=True)} "
             f"({said(report.side(bias), 'better', 'worse', 'not told apart')})."
         )
+    if told := listed_changes(read):
+        parts.append(
+            "**Other changes to a map of steered effects**, each against the same map without it, the bias left out of "
+            f"both, words per 100. {told}"
+        )
+    parts += noise(read)
     roof = read.grammar("ceiling")
     if roof is not None and counts:
         top, r2 = roof["ceiling"], counts[-1][1]["r2"]
-        noise = "mostly the noise of the measurement" if r2 > 0.5 * top else "not the noise of the measurement alone"
         parts.append(
-            f"**The noise ceiling** of R2 at these rollouts is {report.number(top)}, the map reaches "
-            f"{report.number(r2)}: what is missing from 1 is {noise}."
+            "**The noise ceiling** of R2 at these rollouts, the share of the effects' variance that a second "
+            f"measurement finds again, is {report.number(top)}: the map of the most vectors "
+            f"reaches {report.number(r2)} of it."
         )
     return "\n\n".join(parts)
 
@@ -283,9 +368,9 @@ def page(results: Mapping[str, Any]) -> report.Page:
     texts = results["rows"].get("model/effects", {}).get("texts")
     told = f"gradients of {texts:,} unsteered texts of 16 tokens" if texts else "gradients of unsteered texts"
     how = f"""\
-On the bundled model (width 128, an SAE of 512 features) effects are measured of {s["vectors"]} random vectors (an
+On the bundled model (an SAE of {GRAMMAR_FEATURES} features) effects are measured of {s["vectors"]} random vectors (an
 eighth of them where the table does not say how many), {s["rollouts"]} texts of {s["new_tokens"]} tokens for each, at a
-KL of 0.3 nats per token unless it says otherwise; gradients of unsteered texts of the same length. Vectors for
+KL of {AT:g} nats per token unless it says otherwise; gradients of unsteered texts of the same length. Vectors for
 features are calibrated to equal KL on held-out stories; {s["prompts"]} stories are continued with each (twice as many
 in the comparison), and the grammar's words of the concept counted. The study's model is measured with the map that
 the rest of the study uses: {told}. That gradients help was

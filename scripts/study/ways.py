@@ -6,16 +6,19 @@ the log-likelihood of held-out texts with the concept less that of texts without
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from steersman import SAE, EffectMap, LanguageModel, Steerer, collect_effects
+from steersman import SAE, EffectMap, LanguageModel, Steerer, SteeringVector, collect_effects
 from steersman.demo import CONCEPTS, stories, texts, word_rate
 from steersman.demo.concept_features import match_concepts, writing_features
 from steersman.steer import Effects, ridge_fit, token_nll
+from steersman.train import ActivationStore
+from study.common import Study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +182,101 @@ def ceiling(a: Measured, b: Measured) -> float:
     variance that both measurements have in common."""
     ya, yb = a.y - a.y.mean(0), b.y - b.y.mean(0)
     return float((ya * yb).sum() / ya.square().sum())
+
+
+# A feature's own texts
+
+
+@torch.no_grad()
+def windows_of(
+    store: ActivationStore, sae: SAE, features: Sequence[int], rows: int, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """The first rows of a store in windows of tokens in a row: ids [W, T], and what the features average to in each,
+    [W, M]."""
+    hook, n = store.hook_of(sae), min(rows, store.n_rows)
+    info, every = store.tokens(0, n), torch.tensor(list(features))
+    parts = torch.arange(n).split(4096)
+    f = torch.cat([sae.encode_features(store.activations(part, hook).float(), every) for part in parts])
+    starts = torch.arange(0, n - tokens + 1, tokens)
+    inside = starts[:, None] + torch.arange(tokens)
+    whole = (info.positions[inside].diff(dim=1) == 1).all(1)  # of one context
+    inside = inside[whole]
+    return info.token_ids.long()[inside], f[inside].mean(1)
+
+
+def likelihood_gradients(lm: LanguageModel, hook: str, ids: Tensor) -> Tensor:
+    """d log p / dv [n, D] of texts [n, T], v added to the states of each of their tokens but a BOS that is put before
+    them."""
+    bos = [] if lm.bos_token_id is None else [lm.bos_token_id]
+    found = []
+    for part in ids.split(16):
+        whole = torch.cat([torch.tensor([bos] * len(part), dtype=torch.long).view(len(part), len(bos)), part], 1)
+        v = torch.zeros(len(part), 1, lm.hook_width(hook), requires_grad=True)
+        on = torch.ones(whole.shape)[..., None]
+        on[:, : len(bos)] = 0
+        with torch.enable_grad(), lm.edit(hook, lambda h, _fwd, v=v, on=on: h + (v * on).to(h)):
+            nll = token_nll(lm.logits(whole, grad=True), whole)
+            found.append(torch.autograd.grad(-nll.sum(), v)[0][:, 0])
+    return torch.cat(found)
+
+
+class OwnSizes(NamedTuple):
+    """How much is read for a vector from a feature's own texts."""
+
+    texts: int
+    """Windows of each side."""
+    tokens: int
+    """Tokens of a window."""
+    rows: int
+    """Rows of the store among which the windows are."""
+
+
+def own_sizes(study: Study) -> OwnSizes:
+    """The sizes of a study."""
+    return OwnSizes(8, 12, 4000) if study.config.small else OwnSizes(64, 24, 120_000)
+
+
+class OwnTexts:
+    """A unit vector for each of some features from the texts of the store in which it fires most, made once in
+    WORK/own.
+
+    E[(f - mean) d log p / dv] as of `collect_effects`, over windows of the store in place of what the model writes: of
+    those in which the feature averages highest, each as much as it averages to there, against others. The metadata has
+    the `signal`, the length of the mean in standard errors.
+    """
+
+    def __init__(self, study: Study, features: Sequence[int]) -> None:
+        self.study, self.features, self.sizes = study, list(dict.fromkeys(features)), own_sizes(study)
+
+    @cached_property
+    def windows(self) -> tuple[Tensor, Tensor]:
+        """See `windows_of`."""
+        return windows_of(self.study.store(), self.study.sae(), self.features, self.sizes.rows, self.sizes.tokens)
+
+    @cached_property
+    def others(self) -> Tensor:
+        """The gradients of any windows."""
+        ids, _ = self.windows
+        g = torch.Generator().manual_seed(self.study.config.seed)
+        return likelihood_gradients(
+            self.study.lm, self.study.hook(), ids[torch.randperm(len(ids), generator=g)[: self.sizes.texts]]
+        )
+
+    def vector(self, feature: int) -> SteeringVector:
+        """The vector of one of the features."""
+        path = self.study.config.work / "own" / f"feature-{feature}.safetensors"
+        if not path.exists():
+            (ids, means), hook = self.windows, self.study.hook()
+            best = means[:, self.features.index(feature)].topk(min(self.sizes.texts, len(ids)))
+            weight = best.values / best.values.sum().clamp_min(1e-30)
+            grads = likelihood_gradients(self.study.lm, hook, ids[best.indices])
+            mean = weight @ grads
+            spread = (weight.square() @ (grads - mean).square()).sum() + self.others.var(0).sum() / len(self.others)
+            v = mean - self.others.mean(0)
+            metadata = {"feature": feature, "signal": float(v.norm() / spread.sqrt())}
+            made = SteeringVector.of(v, hook_name=hook, method="own_texts", metadata=metadata)
+            (made / made.norm()).save(path)
+        return SteeringVector.load(path)
 
 
 def solved(effect_map: EffectMap, features: Sequence[int], **settings: Any) -> Tensor:
