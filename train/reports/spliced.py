@@ -109,7 +109,7 @@ def spliced_losses(
         *(_edit(lm, hook, lambda h, fwd, mean=means[hook]: mean.to(h)) for hook in places),
     ]
     sums = torch.zeros(1 + len(edits), 2, dtype=torch.float64, device=lm.device)
-    """Of the unchanged model and of each edit the loss and the divergence."""
+    """Of the unchanged model and of each edit the loss, and of each SAE the divergence."""
     n_predictions = 0
     batches = _within_budget(lm, texts, batch_size, length, max_tokens)
     bar = progress(desc="model loss", total=sum(int(batch.attention_mask.sum()) for batch in batches), unit="tok")
@@ -121,8 +121,9 @@ def spliced_losses(
             with edit():
                 logits = lm.logits(batch.input_ids, batch.attention_mask)[:, :-1][predicted].float().log_softmax(-1)
             clean = logits if clean is None else clean
-            loss = F.nll_loss(logits, target, reduction="sum")
-            sums[i] += torch.stack([loss, F.kl_div(logits, clean, reduction="sum", log_target=True)]).double()
+            sums[i, 0] += F.nll_loss(logits, target, reduction="sum")
+            if 0 < i <= len(saes):
+                sums[i, 1] += F.kl_div(logits, clean, reduction="sum", log_target=True)
         n_predictions += len(target)
         bar.update(int(batch.attention_mask.sum()))
     bar.close()
