@@ -21,7 +21,7 @@ from steersman.sae.training import AuxTerm
 from steersman.train.mesh.selection import keep_topk
 from steersman.train.run.recipe import Recipe
 
-SIZES = (32, 256, 1024)
+SIZES = (32, 64, 128, 256, 1024)
 """Numbers of candidates, beside k_aux, of which a token uses all, and the largest, `max(4 k_aux, 64)`."""
 
 
