@@ -90,16 +90,15 @@ def collect_effects(
             that another job is writing.
     """
     config = merged(EffectsConfig, config, settings | ({"vectors": vectors} if isinstance(vectors, str) else {}))
+    config = config.with_vectors(rows_of is not None or not (vectors is None or isinstance(vectors, str)))
     folder = None if config.out is None else Path(config.out)
     read_at = check_sae_fits(lm, sae)
     hook = read_at if config.hook is None else lm.resolve_hook(config.hook)
     if vectors is None or isinstance(vectors, str):
-        config = replace(config, vectors="decoder") if config.by_gradients and rows_of is not None else config
         source = sae if rows_of is None else rows_of
         check_sae_fits(lm, source)
         directions, sources = make_vectors(config, source, lm.hook_width(hook)), source_tensors(config, source)
     else:
-        config = replace(config, vectors="decoder") if config.by_gradients else config
         given = given_vectors(vectors, lm, hook)
         directions, sources = unit_rows(given), [given]
     heldout = _first_texts(texts, config) if config.needs_texts and not config.by_gradients else []
@@ -326,7 +325,6 @@ def _claim(folder: Path, manifest: EffectsManifest, vectors: Tensor, held: ExitS
     for number in progress(done, desc="checking finished shards", unit="shard", shown=len(done) > 100):
         start, stop = there.shard(number)
         found = read_shard(folder, number, there, vectors.shape[1]).vectors
-        made = manifest.settings["vectors"] != "gradients"
-        if made and not torch.allclose(found, vectors[start:stop], rtol=0, atol=1e-5):
+        if not manifest.by_gradients and not torch.allclose(found, vectors[start:stop], rtol=0, atol=1e-5):
             raise SteersmanError(f"{folder}: shard {number} was measured on other vectors; choose another folder")
     return there

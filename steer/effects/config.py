@@ -1,7 +1,7 @@
 """What decides the numbers of an effect measurement: `EffectsConfig`, shared with `steersman effects`."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 from steersman.config import check_types, identity, setting, typed
 from steersman.conversations import ChatOptions
@@ -119,6 +119,11 @@ class EffectsConfig(ChatOptions):
     def by_gradients(self) -> bool:
         """Whether texts are not steered, and the gradients of their likelihood taken."""
         return self.vectors == "gradients"
+
+    def with_vectors(self, given: bool) -> Self:
+        """Itself; where vectors are `given`, or an SAE of whose rows they are made, they are steered with: decoder rows
+        take the place of gradients, which need no vectors."""
+        return replace(self, vectors="decoder") if given and self.by_gradients else self
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the numbers, defaults resolved, as JSON can hold them."""

@@ -140,7 +140,7 @@ class Effects:
     def to_text(self) -> str:
         """What was measured, in a few lines."""
         m, scale, reached = self.manifest, self.column("scale"), self.column("reached")
-        if m.settings.get("vectors") == "gradients":
+        if m.by_gradients:
             return (
                 f"{m.n_vectors} unsteered texts and their gradients at {m.hook_name} of {m.model_name}, "
                 f"{m.sae['d_sae']} features; {int(self.column('positions').sum()):,} positions"

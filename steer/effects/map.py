@@ -105,7 +105,7 @@ class EffectMap:
             raise SteersmanError(f"{', '.join(adam)} are settings of method='adam'")
         if not 0 <= heldout < 1:
             raise SteersmanError(f"heldout is a fraction of the vectors, from 0 to below 1, got {heldout}")
-        if effects.manifest.settings.get("vectors") == "gradients":
+        if effects.manifest.by_gradients:
             if method != "closed":
                 raise SteersmanError("effects measured by gradients are fitted in closed form: use method='closed'")
             return cls._of_gradients(effects, ridge)

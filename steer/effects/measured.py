@@ -61,6 +61,11 @@ class EffectsManifest:
     """`LanguageModel.digest()`; None where it was not recorded (version 1 of the format)."""
 
     @property
+    def by_gradients(self) -> bool:
+        """Whether the gradients of unsteered texts were measured, not the effects of vectors."""
+        return self.settings.get("vectors") == "gradients"
+
+    @property
     def n_shards(self) -> int:
         """Number of shards."""
         return -(-self.n_vectors // self.settings["shard_vectors"])

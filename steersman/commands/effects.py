@@ -62,8 +62,7 @@ def run(config: EffectsCommand) -> None:
     openings = (*config.prompt, *(text for source in config.prompts for text in _openings(source)))
     hook = hook_point(config.hook, config.layer, config.model, config.revision)
     settings = replace(part_of(EffectsConfig, config), prompts=openings, hook=hook)
-    if settings.by_gradients and (config.vector or config.rows_of):
-        settings = replace(settings, vectors="decoder")
+    settings = settings.with_vectors(bool(config.vector or config.rows_of))
     if config.ridge is not None and config.fit != "closed":
         raise SteersmanError(f"--ridge is a setting of --fit closed, and --fit is {config.fit}")
     if settings.by_gradients and config.fit == "adam":
@@ -107,7 +106,8 @@ def _openings(source: str) -> list[str]:
 
 def _check_enough(config: EffectsCommand, n: int, width: int) -> None:
     """Raise SteersmanError before n vectors are measured that are too few for a map."""
-    heldout = 0 if config.vectors == "gradients" and not config.vector and not config.rows_of else config.heldout
+    given = bool(config.vector or config.rows_of)
+    heldout = 0 if config.with_vectors(given).by_gradients else config.heldout
     check_enough(n - round(heldout * n), width, config.ridge)
 
 
