@@ -21,8 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steersman.lm.passes import ForwardPass
-from steersman.lm.tokens import bos_tokens
 from steersman.steer.effects.rollouts import PromptGroup, RolloutMeter, uniforms
 
 _LOGITS = 1 << 25
@@ -61,34 +59,13 @@ def text_scores(meter: RolloutMeter, first: int, n: int) -> TextScores:
 def _gradients(meter: RolloutMeter, group: PromptGroup, tokens: Tensor, mask: Tensor) -> Tensor:
     """d log p / dv [n, D] of the new tokens of texts [n, S], v added where the configuration steers."""
     lm, config, width = meter.lm, meter.config, group.prompts.input_ids.shape[1]
-    steered = mask.bool().clone()
-    if config.scope == "generation":
-        steered[:, :width] = False
-    elif not config.include_bos:
-        steered &= ~bos_tokens(tokens, mask, lm.bos_token_id)
-    together = max(1, _LOGITS // ((config.new_tokens + 1) * lm.config.vocab_size))
+    together = max(1, _LOGITS // (tokens.shape[1] * lm.config.vocab_size))
     found = []
     for part in torch.arange(len(tokens)).split(together):
-        v = torch.zeros(len(part), 1, lm.hook_width(meter.hook), device=tokens.device, requires_grad=True)
-        on = steered[part][..., None]
-
-        def add(h: Tensor, _fwd: ForwardPass, v: Tensor = v, on: Tensor = on) -> Tensor:
-            return h + (v * on).to(h)
-
-        with torch.enable_grad(), lm.edit(meter.hook, add):
-            logits = _last_logits(meter, tokens[part], mask[part], config.new_tokens + 1)[:, :-1]
-            new, real = tokens[part][:, width:], mask[part][:, width:].bool()
-            likelihood = config.sampling.log_prob(logits, new)
-            total = likelihood.masked_fill(~real, 0.0).sum()
-            found.append(torch.autograd.grad(total, v)[0][:, 0].float())
+        v = torch.zeros(len(part), lm.hook_width(meter.hook), device=tokens.device, requires_grad=True)
+        with torch.enable_grad(), meter.steering(v):
+            logits = lm.logits(tokens[part], mask[part], prompt_length=width, grad=True)[:, width - 1 : -1]
+            likelihood = config.sampling.log_prob(logits, tokens[part][:, width:])
+            total = likelihood.masked_fill(mask[part][:, width:] == 0, 0.0).sum()
+            found.append(torch.autograd.grad(total, v)[0].float())
     return torch.cat(found)
-
-
-def _last_logits(meter: RolloutMeter, tokens: Tensor, mask: Tensor, n: int) -> Tensor:
-    """Logits [B, n, V] after the last n tokens."""
-    inputs: dict[str, object] = {"input_ids": tokens, "use_cache": False}
-    if bool((mask == 0).any()):
-        inputs["attention_mask"] = mask  # texts that ended are padded behind, which moves no position
-    if meter.lm.accepts("logits_to_keep"):
-        inputs["logits_to_keep"] = n
-    return meter.lm.model(**inputs).logits[:, -n:]

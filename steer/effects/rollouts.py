@@ -10,7 +10,8 @@ D width.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -178,6 +179,12 @@ class RolloutMeter:
                 norms.append(h[mask[:, -config.new_tokens :].bool()].float().norm(dim=-1))
         return averages, float(torch.cat(norms).median())
 
+    def steering(self, vectors: Tensor) -> AbstractContextManager[Any]:
+        """Vectors [B, D] added where the configuration steers, one to each row of the passes within."""
+        return self.steerer.vector(
+            vectors, hook=self.hook, scope=self.config.scope, include_bos=self.config.include_bos
+        )
+
     @torch.no_grad()
     def _batch(
         self, group: "PromptGroup", vectors: Tensor, scales: Tensor, rows: Tensor, drawn: Tensor
@@ -204,13 +211,12 @@ class RolloutMeter:
             table.scatter_add_(1, code.indices.to(device), code.values.to(device) * going[:, None])
             counts.add_(going)
 
-        at = {"hook": self.hook, "scope": self.config.scope, "include_bos": self.config.include_bos}
         tokens, real = group.sampler.run(
             prefix,
             index,
             drawn.flatten(0, 1),
-            prefix_context=None if shared else self.steerer.vector(delta.repeat_interleave(P, 0), **at),
-            row_context=self.steerer.vector(delta.repeat_interleave(r, 0), **at) if bool(scales.any()) else None,
+            prefix_context=None if shared else self.steering(delta.repeat_interleave(P, 0)),
+            row_context=self.steering(delta.repeat_interleave(r, 0)) if bool(scales.any()) else None,
             observe=None if self.read_again else (self.read_at, lambda _, h, going: count(h, going)),
         )
         texts = torch.cat([group.prompts.input_ids[prompt], tokens], dim=1)
