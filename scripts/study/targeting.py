@@ -340,13 +340,12 @@ class Model:
     def rows(self) -> dict[str, Callable[[], Any]]:
         """What is measured, the most telling first."""
         topics = self.study.material.concepts[: self.config.model_concepts]
-        found: dict[str, Callable[[], Any]] = {"effects": self.effects}
-        for group in WAYS:
-            if group == "paper":
-                found |= {
-                    "one at a time": self.one_at_a_time, "together": self.together, "all together": self.all_together,
-                }  # fmt: skip
-            found |= {f"{concept.name}, {group}": partial(self.concept, concept, group) for concept in topics}
+        found: dict[str, Callable[[], Any]] = {
+            "effects": self.effects, "one at a time": self.one_at_a_time, "together": self.together,
+            "all together": self.all_together,
+        }  # fmt: skip
+        for concept in topics:
+            found |= {f"{concept.name}, {group}": partial(self.concept, concept, group) for group in WAYS}
         return found
 
     def effects(self) -> dict[str, Any]:
@@ -419,10 +418,14 @@ class Model:
         """The vectors of a group of ways, unit."""
         if group == "plain":
             row = self.study.sae().W_dec[feature].detach().float()
-            return {"feature": row / row.norm()} | self._solved(self.study.effects(), GRADIENTS, feature)
+            g = torch.Generator().manual_seed(self.config.seed + feature)
+            random = torch.randn(len(row), generator=g)
+            found = {"feature": row / row.norm(), "random": random / random.norm()}
+            return found | self._solved(self.study.effects(), GRADIENTS, feature)
         if group == "own texts":
             return {"own texts": self.own.vector(feature).vector}
-        return self._solved(self.steered_map, STEERED, feature)
+        general = -self.steered_map.M @ self.steered_map.b
+        return self._solved(self.steered_map, STEERED, feature) | {"general": general / general.norm()}
 
     def _solved(self, effects: EffectMap, ways: Mapping[str, Mapping[str, Any]], feature: int) -> dict[str, Tensor]:
         return {name: effects.solve(feature, min_signal=0.0, **given).vector for name, given in ways.items()}
@@ -438,19 +441,25 @@ class Model:
         """The map of the vectors that were steered with."""
         return self.steered().fit(heldout=0.0)
 
+    def texts(self, concept: Concept, n: int) -> list[str]:
+        """Evaluation texts of a concept."""
+        return ["".join(cut(self.study, one, 2 * self.tokens)) for one in spread(held_out(concept).positive, n)]
+
+    def of_others(self, concept: Concept) -> list[str]:
+        """As many evaluation texts of other concepts: texts of the same kind, which a vector that likes all such texts
+        likes no less."""
+        others = [one for one in self.study.material.concepts if one.name != concept.name]
+        return [text for one in spread(others, self.config.model_texts) for text in self.texts(one, 1)]
+
     def concept(self, concept: Concept, group: str) -> dict[str, Any]:
         """What the vectors of a group of ways for the concept's best feature prefer, at `AT`."""
         feature = best_features(self.study, concept)[0]
         made = self.vectors(group, feature)
         vectors = torch.stack(list(made.values()))
         scale = scales_at(self.study.lm, self.study.sae(), vectors, AT, self.held, self.tokens)
-        sides = held_out(concept)
-        positive, negative = (
-            ["".join(cut(self.study, example, 2 * self.tokens)) for example in spread(side, self.config.model_texts)]
-            for side in (sides.positive, sides.negative)
-        )
+        positive, others = self.texts(concept, self.config.model_texts), self.of_others(concept)
         found = {
-            name: round(preference(self.study.lm, self.study.hook(), v * s, positive, negative, 2 * self.tokens), 5)
+            name: round(preference(self.study.lm, self.study.hook(), v * s, positive, others, 2 * self.tokens), 5)
             for name, v, s in zip(made, vectors, scale)
             if s.isfinite()
         }

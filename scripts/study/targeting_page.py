@@ -14,9 +14,9 @@ GRAMMAR_FEATURES = 512
 """Features of the bundled model's SAE."""
 TITLES = {
     "feature": "the feature's own direction", "paper": "SAE-TS as in the paper",
-    "steered, no bias": "SAE-TS without the bias term", "derivative": "gradients of unsteered texts (the default)",
-    "natural": "gradients, with the metric", "own texts": "gradients of texts in which the feature fires",
-    "random": "a random direction",
+    "steered, no bias": "SAE-TS without the bias term", "general": "the bias term alone",
+    "derivative": "gradients of unsteered texts (the default)", "natural": "gradients, with the metric",
+    "own texts": "gradients of texts in which the feature fires", "random": "a random direction",
     "writing": "direction of the feature that writes most",
 }  # fmt: skip
 ASKED = """\
@@ -98,8 +98,8 @@ def model_table(read: Read) -> report.Table:
     caption = (
         f"**The study's model**, {len(read.concepts())} concepts of AxBench, each by its best feature (AUROC on "
         f"training texts), at {AT:g} nats of KL per token: rise of the log-likelihood of evaluation texts with the "
-        "concept less that of texts without it, nats per token; 95 % intervals over concepts. Nothing was chosen on "
-        "these."
+        "concept less that of texts of other concepts, nats per token; 95 % intervals over concepts. Nothing was "
+        "chosen on these. (Texts without any concept are of another kind, and many a direction tells the kinds apart.)"
     )
     return report.Table(caption=caption, header=["way", "preference", "less the feature"], rows=rows)
 

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,6 +42,7 @@ CANDIDATES = 8
 """Features among which the output score chooses."""
 
 Topic = Concept | Goal
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +178,9 @@ def _within(study: Study, words: Sequence[str], tokens: int) -> list[str]:
     return kept
 
 
-def spread(examples: Sequence[Example], n: int) -> list[Example]:
-    """n of the examples, evenly spaced."""
-    return [examples[i * len(examples) // n] for i in range(n)] if len(examples) > n else list(examples)
+def spread(items: Sequence[Item], n: int) -> list[Item]:
+    """n of the items, evenly spaced."""
+    return [items[i * len(items) // n] for i in range(n)] if len(items) > n else list(items)
 
 
 @torch.no_grad()
