@@ -346,6 +346,8 @@ def means(found: Found) -> str:
             f"largest, a KL of {last}"
             + (", so that a search further up might find better ones." if np.mean(share) > 0.3 else ".")
         )
+        if told := kinds(found):
+            paragraphs.append(told)
         first = vectors[0]
         if "prompting" in found.ways:
             gap = found.less("prompting", first, BEST)
@@ -354,6 +356,22 @@ def means(found: Found) -> str:
                 f"neutral texts is {cell(found.of('prompting', BEST, 'kl'))}."
             )
     return "\n\n".join(paragraphs)
+
+
+def kinds(found: Found) -> str:
+    """How far the measures take the kind of a text for its concept: the unsteered model's mark, and what a random
+    direction gains; empty where neither is known."""
+    plain, last = found.plain("concept", "concept"), found.budgets[-1]
+    gained = found.of("random", last, "likelihood", "concept")
+    if plain is None or gained is None:
+        return ""
+    return (
+        "The texts without a concept are also of another kind than those with it, and the measures see both: the "
+        f"unsteered model's answers have {cell(plain)} of 2 for the concepts by the classifier, and a random direction "
+        f"at a KL of {last} raises the likelihood of texts with the concept over those without by {cell(gained)} nats "
+        "per token. Differences between ways at equal KL are smaller than scales without this would show; the page on "
+        "targeting sets a concept's texts against those of other concepts."
+    )
 
 
 def better(found: Found, other: str) -> str:

@@ -19,6 +19,8 @@ TITLES = {
     "own texts": "gradients of texts in which the feature fires", "random": "a random direction",
     "writing": "direction of the feature that writes most",
 }  # fmt: skip
+NULLS = ("random", "general")
+"""Directions that know nothing of the feature."""
 ASKED = """\
 Does the vector that SAE-TS makes for a feature steer better than the feature's own direction at equal KL, and if not,
 why? Each suspected cause has an experiment that changes it alone: the scale that effects are measured at, how many
@@ -216,7 +218,7 @@ def answer(read: Read) -> str:
             f"({report.cell(writing, signed=True)})."
         )
     if read.enough:
-        for way in (way for way in read.ways() if way != "feature"):
+        for way in (way for way in read.ways() if way not in ("feature", *NULLS)):
             found = read.model(way, "feature")
             parts.append(
                 f"On the study's model the vector from {TITLES[way]} "
@@ -286,6 +288,12 @@ def noise(read: Read) -> list[str]:
             f"on the bundled model (a map of {read.settings['vectors'] // 8} steered vectors: "
             f"{report.number(medians[1])}) and {report.number(float(np.median(ours)))} times on the study's model, "
             "whose texts seldom come to these concepts."
+        )
+    if read.enough and set(NULLS) <= set(read.ways()):
+        told = [f"{TITLES[name]} {report.cell(read.model(name), signed=True)}" for name in NULLS]
+        parts.append(
+            f"**Nulls**: on the study's model {report.listed(told)} nats per token, the feature's direction "
+            f"{report.cell(read.model('feature'), signed=True)}."
         )
     if read.enough and "own texts" in read.ways():
         found, other = read.model("own texts", "feature"), read.model("own texts", "derivative")
