@@ -218,19 +218,23 @@ def answer(read: Read) -> str:
             f"({report.cell(writing, signed=True)})."
         )
     if read.enough:
-        for way in (way for way in read.ways() if way not in ("feature", *NULLS)):
-            found = read.model(way, "feature")
-            parts.append(
-                f"On the study's model the vector from {TITLES[way]} "
-                + said(report.side(found), "beats", "does worse than", "is not told apart from")
-                + f" the feature's direction: {report.cell(found, signed=True)} nats per token."
-            )
+        parts.append(f"On the study's model, against the feature's direction, nats per token: {on_model(read)}.")
     else:
         parts.append(
             f"On the study's model {len(read.concepts())} of the concepts were measured here, too few to say: the part "
             "on steering compares SAE-TS with the feature there."
         )
     return " ".join(parts)
+
+
+def on_model(read: Read) -> str:
+    """The ways on the study's model by what they are to the feature's direction."""
+    less = {way: read.model(way, "feature") for way in read.ways() if way not in ("feature", *NULLS)}
+    told = []
+    for sign, words in ((1, "better"), (-1, "worse"), (0, "not told apart")):
+        mine = [f"{TITLES[w]} ({report.cell(one, signed=True)})" for w, one in less.items() if report.side(one) == sign]
+        told += [f"{words}: {report.listed(mine)}"] if mine else []
+    return "; ".join(told)
 
 
 def pair(read: Read, a: tuple[str, str], b: tuple[str, str]) -> Estimate | None:
