@@ -43,15 +43,12 @@ from study.measures import (
     lexical_rate,
     overall,
 )
-from study.steering_page import TOLERANCE, page
+from study.steering_page import GROUPS, TOLERANCE, page
 from study.vectors import best_features, held_out, training, vector
 from study.ways import OwnTexts
 
 __all__ = ["Config", "main", "page"]
 
-VECTORS = ("feature", "feature_output", "diffmean", "caa", "pca", "probe", "reft_r1", "ssv", "random")
-GROUPS = {"": ("prompting",), "vectors": VECTORS, "targeted": ("sae_ts", "rotation", "fgaa"), "own": ("own_texts",)}
-"""The rows of a topic, and what is measured in each."""
 COLUMNS = (
     "budget", "kl", "size", "chosen_by", "overall", "concept", "fluency", "words", "nll", "repeated", "kl_written",
     "relevance", "likelihood", "each",

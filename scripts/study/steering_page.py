@@ -19,8 +19,12 @@ DETAILS = {
     "concept": "concept, 0 to 2", "fluency": "fluency, 0 to 2", "words": "words in 100", "likelihood": "likelihood",
     "nll": "NLL", "repeated": "repeated", "kl": "KL", "kl_written": "KL written", "relevance": "on the request",
 }  # fmt: skip
-GROUPS = ("", "vectors", "targeted", "own")
-"""What the rows of a topic are called after its name."""
+GROUPS = {
+    "": ("prompting",),
+    "vectors": ("feature", "feature_output", "diffmean", "caa", "pca", "probe", "reft_r1", "ssv", "random"),
+    "targeted": ("sae_ts", "rotation", "fgaa"), "own": ("own_texts",),
+}  # fmt: skip
+"""What the rows of a topic are called after its name, and the ways that are measured in each."""
 BEST = "best scale"
 UNSTEERED = "unsteered"
 TOLERANCE = 0.1
@@ -369,7 +373,7 @@ def kinds(found: Found) -> str:
         "The texts without a concept are also of another kind than those with it, and the measures see both: the "
         f"unsteered model's answers have {cell(plain)} of 2 for the concepts by the classifier, and a random direction "
         f"at a KL of {last} raises the likelihood of texts with the concept over those without by {cell(gained)} nats "
-        "per token. Differences between ways at equal KL are smaller than scales without this would show; the page on "
+        "per token. Differences between ways may therefore look smaller than they are; the page on "
         "targeting sets a concept's texts against those of other concepts."
     )
 

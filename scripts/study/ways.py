@@ -210,13 +210,11 @@ def likelihood_gradients(lm: LanguageModel, hook: str, ids: Tensor) -> Tensor:
     bos = [] if lm.bos_token_id is None else [lm.bos_token_id]
     found = []
     for part in ids.split(16):
-        whole = torch.cat([torch.tensor([bos] * len(part), dtype=torch.long).view(len(part), len(bos)), part], 1)
-        v = torch.zeros(len(part), 1, lm.hook_width(hook), requires_grad=True)
-        on = torch.ones(whole.shape)[..., None]
-        on[:, : len(bos)] = 0
-        with torch.enable_grad(), lm.edit(hook, lambda h, _fwd, v=v, on=on: h + (v * on).to(h)):
+        whole = torch.cat([torch.tensor(bos, dtype=torch.long).expand(len(part), -1), part], 1)
+        v = torch.zeros(len(part), lm.hook_width(hook), requires_grad=True)
+        with torch.enable_grad(), Steerer(lm).vector(v, hook=hook):
             nll = token_nll(lm.logits(whole, grad=True), whole)
-            found.append(torch.autograd.grad(-nll.sum(), v)[0][:, 0])
+            found.append(torch.autograd.grad(-nll.sum(), v)[0])
     return torch.cat(found)
 
 
