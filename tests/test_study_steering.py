@@ -5,13 +5,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from steersman import LanguageModel, Steerer, SteeringVector
 from steersman.steer import repetition_rate
-from study import measures, steering
+from study import measures, steering, writer
 from study.common import Study
 from study.report import markdown
 from study.steering_page import page
@@ -53,14 +52,13 @@ def test_many_vectors_at_once_write_what_each_writes_alone(lm: LanguageModel) ->
     prompts = ["One day Tom", "The dog ran to the"]
     v = random_vector(lm, 1)
     sizes = torch.tensor([0.0, 15.0])
-    writer = steering.Writer(lm, HOOK, 6)
-    wrote = writer.write(prompts, sizes[:, None] * v.vector / v.norm(), chat=False)
+    wrote = writer.Writer(lm, HOOK, 6).write(prompts, sizes[:, None] * v.vector / v.norm(), chat=False)
     for row, size in enumerate(sizes.tolist()):
         with Steerer(lm).vector(v / v.norm(), scale=size, scope="last_prompt+generation"):
             alone = lm.generate(prompts, max_new_tokens=6)
         assert [text.strip() for text in wrote.texts[row]] == [text.strip() for text in alone.completions]
-    assert wrote.kl[0] == pytest.approx(np.zeros(2), abs=1e-6)
-    assert (wrote.kl[1] > 0.01).all()
+    assert wrote.kl[0] == pytest.approx([0, 0], abs=1e-6)
+    assert min(wrote.kl[1]) > 0.01
     assert wrote.texts[0] != wrote.texts[1]
 
 
@@ -87,6 +85,11 @@ def test_a_run_resumes_and_has_a_page(lm: LanguageModel, tmp_path: Path, monkeyp
     assert all(point[0][1] == pytest.approx(0.3, rel=0.1) for point in points)
     part = whole | {"rows": {k: v for k, v in whole["rows"].items() if k != "concept 00 vectors"}}
     path.write_text(json.dumps(part))
+    steering.main(config)
+    assert json.loads(path.read_text())["rows"] == whole["rows"]
+    path.unlink()
+    # what was written is kept, for measures that change
+    monkeypatch.setattr(writer.Writer, "write", lambda *_given, **_more: pytest.fail("written again"))
     steering.main(config)
     assert json.loads(path.read_text())["rows"] == whole["rows"]
     assert "1 goals and 1 concepts" in markdown(page(whole), whole)

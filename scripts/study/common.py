@@ -4,13 +4,15 @@ import json
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from steersman import (
     SAE,
@@ -114,6 +116,26 @@ class Results:
         """Write the file, whole or not at all."""
         make_folder(self.path.parent)
         write_text(self.path, _lines(self._value))
+
+
+class Kept:
+    """Values of a folder, each a file named by what it is made of and made once, so that what is read off them can be
+    changed without making them again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, of: Sequence[Any], make: Callable[[], Any]) -> Any:
+        """The value of `of` (tensors, and what JSON has), as JSON has it."""
+        told = sha256()
+        for part in of:
+            tensor = isinstance(part, Tensor)
+            told.update(part.detach().cpu().numpy().tobytes() if tensor else json.dumps(part).encode())
+        path = self.folder / f"{told.hexdigest()[:24]}.json"
+        if not path.exists():
+            make_folder(self.folder)
+            write_text(path, json.dumps(_plain(make())))
+        return json.loads(path.read_text())
 
 
 def about(device: str) -> dict[str, Any]:

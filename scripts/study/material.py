@@ -100,6 +100,11 @@ class Material:
     goals: list[Goal]
     traits: list[Trait]
 
+    def others(self, topic: Concept | Goal) -> Sequence[Concept | Goal]:
+        """The topics of the same kind but for this one."""
+        kind: Sequence[Concept | Goal] = self.goals if isinstance(topic, Goal) else self.concepts
+        return [one for one in kind if one.name != topic.name]
+
 
 OPENINGS = (
     "I think", "The weather today is", "My favourite place is", "Yesterday I went to", "In the morning we",

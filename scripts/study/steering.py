@@ -20,20 +20,9 @@ import torch
 from torch import Tensor
 
 from steersman import LanguageModel, SteeringVector, SteersmanError
-from steersman.lm import Session, TokenBatch
-from steersman.steer import (
-    CostMeter,
-    Effects,
-    ScaleSearch,
-    fgaa_targets,
-    repetition_rate,
-    search_scale,
-    steered,
-    token_kl,
-    token_nll,
-)
+from steersman.steer import CostMeter, Effects, fgaa_targets, search_scale, steered, token_kl, token_nll
 from steersman.steer.evaluation import Continuations, likelihoods
-from study.common import Results, Study, StudyConfig, chosen
+from study.common import Kept, Results, Study, StudyConfig, chosen
 from study.material import Concept, Goal
 from study.measures import (
     Classifier,
@@ -44,8 +33,9 @@ from study.measures import (
     overall,
 )
 from study.steering_page import GROUPS, TOLERANCE, page
-from study.vectors import best_features, held_out, training, vector
+from study.vectors import Sides, best_features, held_out, of_others, spread, training, vector
 from study.ways import OwnTexts
+from study.writer import Writer, Written
 
 __all__ = ["Config", "main", "page"]
 
@@ -77,7 +67,7 @@ class Config(StudyConfig):
     """Prompts of a topic: half of them choose the scale, half are reported. Topics take them in turn."""
     new_tokens: int = 16
     """Tokens to write."""
-    items: int = 4
+    items: int = 8
     """Held-out texts of each side for the likelihood."""
     item_tokens: int = 20
     """Tokens of each."""
@@ -128,82 +118,6 @@ class Way(NamedTuple):
     kl: float
 
 
-class Written(NamedTuple):
-    """What C ways wrote after P prompts."""
-
-    texts: list[list[str]]
-    """[C][P]."""
-    nll: np.ndarray
-    """[C, P]: under the unsteered model, per token."""
-    kl: np.ndarray
-    """[C, P]: KL(steered || unsteered), per token."""
-    repeated: np.ndarray
-    """[C, P]: share of 4-grams that were there before."""
-
-
-class Writer:
-    """Continues the same prompts under many vectors at once, and asks the unsteered model about each token."""
-
-    def __init__(self, lm: LanguageModel, hook: str, new_tokens: int) -> None:
-        self.lm, self.hook, self.new_tokens = lm, hook, new_tokens
-        self._read: dict[tuple[str, ...], tuple[Session, Tensor]] = {}
-
-    def read(self, requests: Sequence[str], chat: bool) -> tuple[Session, Tensor]:
-        """The prompts but for their last tokens, read without steering, and those tokens [P]."""
-        key = (str(chat), *requests)
-        if key not in self._read:
-            options: dict[str, Any] = {"padding_side": "left"}
-            batch = (
-                self.lm.encode_chat(list(requests), **options) if chat else self.lm.encode(list(requests), **options)
-            )
-            before = TokenBatch(input_ids=batch.input_ids[:, :-1], attention_mask=batch.attention_mask[:, :-1])
-            self._read[key] = Session(self.lm, before), batch.input_ids[:, -1]
-        return self._read[key]
-
-    @torch.no_grad()
-    def write(
-        self, requests: Sequence[str], deltas: Tensor, *, chat: bool, instead: Sequence[str] | None = None
-    ) -> Written:
-        """Continuations of `requests` with each of `deltas` [C, D] added to the states, or of the prompts `instead` of
-        them, which the unsteered model does not see."""
-        C, P, T = len(deltas), len(requests), self.new_tokens
-        rows = deltas.repeat(P, 1)[:, None].to(self.lm.device)  # the ways of a prompt side by side
-
-        def steering() -> AbstractContextManager[Any]:
-            return self.lm.edit(self.hook, lambda h, _fwd: h + rows.to(h.dtype))
-
-        plain, last = self.read(requests, chat)
-        base = plain.fork(copies=C)
-        if instead is not None:
-            plain, other = self.read(instead, chat)
-            if not torch.equal(other, last):
-                raise SteersmanError("an instruction must leave the last token of a prompt as it is")
-        stream = plain.fork(steering if bool(rows.any()) else nullcontext, copies=C)
-        fed = last.repeat_interleave(C)
-        tokens, nll, kl = [], [], []
-        for _ in range(T):
-            p, q = (session.feed(fed).log_softmax(-1) for session in (stream, base))
-            fed = p.argmax(-1)
-            kl.append((p.exp() * (p - q)).sum(-1))
-            nll.append(-q.gather(-1, fed[:, None])[:, 0])
-            tokens.append(fed)
-        wrote = torch.stack(tokens, 1)
-        ended = torch.isin(wrote, torch.tensor(stream.stop_ids, dtype=wrote.dtype, device=wrote.device)).int()
-        real = ended.cumsum(1) - ended == 0  # the first end token is of the text
-        counts = real.sum(1)
-
-        def mean(values: list[Tensor]) -> np.ndarray:
-            total = (torch.stack(values, 1) * real).double().sum(1) / counts
-            return total.view(P, C).T.cpu().numpy()
-
-        ids = [row[kept & ~end].tolist() for row, kept, end in zip(wrote, real, ended.bool())]
-        texts = [str(self.lm.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
-        return Written(
-            texts=[texts[c::C] for c in range(C)], nll=mean(nll), kl=mean(kl),
-            repeated=np.array([repetition_rate(row) for row in ids]).reshape(P, C).T,
-        )  # fmt: skip
-
-
 class Bench:
     """What all topics share: the model's writing, the neutral texts, the embeddings."""
 
@@ -211,11 +125,17 @@ class Bench:
         self.study, self.config, self.lm, self.hook = study, config, study.lm, study.hook()
         self.embed = Embedder()
         self.writer = Writer(study.lm, self.hook, config.new_tokens)
+        self.kept = Kept(config.work / "steered")
         texts = study.material.held_out[: config.neutral]
         self.neutral = [self.cut(text, config.neutral_tokens) for text in texts]
         self.meter = CostMeter(self.lm, self.neutral)
         self.norm = self.meter.norms([self.hook])[self.hook]
         self.natural = self._natural(texts)
+
+    @property
+    def nothing(self) -> Tensor:
+        """[1, D]: no vector."""
+        return torch.zeros(1, self.lm.hook_width(self.hook))
 
     @cached_property
     def own(self) -> OwnTexts:
@@ -245,25 +165,48 @@ class Bench:
         return asked, [given[i] for i in asked], chat
 
 
+class Texts(NamedTuple):
+    """Texts that measures are made from, or that they are judged on."""
+
+    positive: list[str]
+    """Those of a topic."""
+    negative: list[str]
+    """Those without it, of another kind."""
+    others: list[str]
+    """Those of other topics."""
+
+    @property
+    def all_negative(self) -> list[str]:
+        """What is not of the topic."""
+        return self.negative + self.others
+
+
 class TopicBench:
     """What is measured of one topic."""
 
     def __init__(self, bench: Bench, topic: Topic) -> None:
         self.bench, self.topic, self.config = bench, topic, bench.config
         self.asked, self.requests, self.chat = bench.requests(topic)
-        built, held, n = training(topic.subject), held_out(topic.subject), self.config.new_tokens
-        sides = [[example.text for example in side] for side in (built.positive, built.negative)]
-        self.words = characteristic_words(*sides)
-        pieces = [[self.pieces(text) for text in side] for side in sides]
-        self.classifier = Classifier.fit(bench.embed, *pieces)
-        told = [[bench.cut(example.text, n) for example in side] for side in (held.positive, held.negative)]
-        self.auroc = self.classifier.auroc(*told)
+        built, held = self.sides(training), self.sides(held_out)
+        self.words = characteristic_words(built.positive, built.all_negative)
+        self.classifier = Classifier.fit(
+            bench.embed, *([self.pieces(text) for text in side] for side in (built.positive, built.all_negative))
+        )
+        short = [[bench.cut(text, self.config.new_tokens) for text in side] for side in held]
+        self.auroc, self.auroc_others = (self.classifier.auroc(short[0], side) for side in short[1:])
         self.items = [
             Continuations(prompt="", positive=a, negative=b)
-            for a, b in zip(*([bench.cut(e.text, self.config.item_tokens) for e in s[: self.config.items]]
-                              for s in (held.positive, held.negative)))
+            for a, b in zip(*([bench.cut(text, self.config.item_tokens) for text in side[: self.config.items]]
+                              for side in (held.positive, held.others)))
         ]  # fmt: skip
-        self.base = self.likelihoods(lambda _rows: nullcontext())
+        self.base = self.likelihoods()
+
+    def sides(self, of: Callable[[Concept | Goal], Sides]) -> "Texts":
+        """The topic's texts, as many without it, and as many of other topics."""
+        sides, n = of(self.topic.subject), len(of(self.topic.subject).positive)
+        others = of_others(self.bench.study.material, self.topic.subject, of, n)
+        every = (sides.positive, spread(sides.negative, n), others)
+        return Texts(*([example.text for example in side] for side in every))
 
     def pieces(self, text: str) -> list[str]:
         """The first two pieces of a text that are as long as a completion."""
@@ -271,13 +214,20 @@ class TopicBench:
         found = [self.bench.cut(text, n, start) for start in (0, n)]
         return [piece for piece in found if piece.strip()] or [text]
 
-    def likelihoods(
-        self, arm: Callable[[int], AbstractContextManager[Any]], instruction: str = ""
-    ) -> np.ndarray:  # fmt: skip
-        """[items, 2]: log p per token of the texts with and without the concept."""
-        items = [replace(item, prompt=instruction) for item in self.items]
-        logp, n = likelihoods(self.bench.lm, items, arm, 2 * len(items))
-        return logp / np.maximum(n, 1)
+    def likelihoods(self, push: Tensor | None = None, instruction: str = "") -> np.ndarray:
+        """[items, 2]: log p per token of the topic's texts and of others', a vector [D] added to their states."""
+        lm, items = self.bench.lm, [replace(item, prompt=instruction) for item in self.items]
+        v = None if push is None else SteeringVector.of(push, hook_name=self.bench.hook)
+
+        def arm(_rows: int) -> AbstractContextManager[Any]:
+            return nullcontext() if v is None else steered(v, lm)
+
+        def make() -> list[list[float]]:
+            logp, n = likelihoods(lm, items, arm, 2 * len(items))
+            return (logp / np.maximum(n, 1)).tolist()
+
+        told = [[item.prompt, item.positive, item.negative] for item in items]
+        return np.array(self.bench.kept(["likelihood", told, "" if push is None else push], make))
 
     # Ways
 
@@ -330,12 +280,25 @@ class TopicBench:
             else:
                 grown = like[i] / like[i - 1] if like else math.sqrt(budget / found[-1].kl)
                 start = found[-1].size * grown
-            search: ScaleSearch = search_scale(
-                cost, budget, start=start, low=1e-3 * bench.norm, high=16 * bench.norm, max_evaluations=EVALUATIONS,
-                tolerance=TOLERANCE,
-            )  # fmt: skip
-            found.append(Way(method, budget, unit.vector, search.scale, search.value))
+            of = ["scale", bench.neutral, unit.vector, budget, start]
+            size, kl = bench.kept(of, partial(self.search, cost, budget, start))
+            found.append(Way(method, budget, unit.vector, size, kl))
         return found
+
+    def search(self, cost: Callable[[float], float], budget: float, start: float) -> tuple[float, float]:
+        """The size at which the cost is the budget, and the cost there."""
+        norm = self.bench.norm
+        found = search_scale(
+            cost, budget, start=start, low=1e-3 * norm, high=16 * norm, max_evaluations=EVALUATIONS,
+            tolerance=TOLERANCE,
+        )  # fmt: skip
+        return found.scale, found.value
+
+    def write(self, deltas: Tensor, instead: Sequence[str] | None = None) -> Written:
+        """What is written after the topic's prompts, see `Writer.write`."""
+        of = ["written", self.requests, self.chat, instead, self.config.new_tokens, deltas]
+        make = partial(self.bench.writer.write, self.requests, deltas, chat=self.chat, instead=instead)
+        return Written(**self.bench.kept(of, lambda: make()._asdict()))
 
     # Measures
 
@@ -349,60 +312,50 @@ class TopicBench:
         if not ways:
             return value
         deltas = torch.stack([way.size * _direction([way]) for way in distinct])
-        wrote = self.bench.writer.write(self.requests, deltas, chat=self.chat)
-        points = [self.point(way, wrote, i, self.rise(way)) for i, way in enumerate(distinct)]
+        wrote = self.write(deltas)
+        points = [self.point(way, wrote, i, self.rise(deltas[i])) for i, way in enumerate(distinct)]
         for method, each in found.items():
             value["methods"][method] = [points[place[way.size, _key(way)]] for way in each]
         return value
 
-    def rise(self, way: Way) -> float:
-        """How much likelier texts with the concept become than those without, in nats per token."""
-        v = SteeringVector.of(_direction([way]), hook_name=self.bench.hook)
-        return self._rise(self.likelihoods(lambda _rows: steered(v, self.bench.lm, scale=way.size)))
-
-    def _rise(self, logp: np.ndarray) -> float:
-        return float(((logp - self.base) @ np.array([1.0, -1.0])).mean())
+    def rise(self, push: Tensor | None = None, instruction: str = "") -> float:
+        """How much likelier the topic's texts become than others', in nats per token."""
+        return float(((self.likelihoods(push, instruction) - self.base) @ np.array([1.0, -1.0])).mean())
 
     def prompting(self) -> list[Any]:
         """An instruction before each prompt, at the KL that it has."""
         bench, told = self.bench, self.topic.instruction
-        nothing = torch.zeros(1, bench.lm.hook_width(bench.hook))
-        wrote = bench.writer.write(
-            self.requests, nothing, chat=self.chat, instead=[told + request for request in self.requests]
-        )
-        rise = self._rise(self.likelihoods(lambda _rows: nullcontext(), told))
+        wrote = self.write(bench.nothing, [told + request for request in self.requests])
         way = Way("prompting", None, None, 0.0, prompted_kl(bench.lm, bench.neutral, told))
-        return self.point(way, wrote, 0, rise)
+        return self.point(way, wrote, 0, self.rise(instruction=told))
 
     def about(self) -> dict[str, Any]:
         """The row of the topic itself: what it is measured by, and what the model scores unsteered and prompted."""
-        nothing = torch.zeros(1, self.bench.lm.hook_width(self.bench.hook))
-        wrote = self.bench.writer.write(self.requests, nothing, chat=self.chat)
+        wrote = self.write(self.bench.nothing)
         return {
             "name": self.topic.subject.name, "words": self.words, "auroc": _short(self.auroc),
-            "penalty": self.classifier.penalty, "asked": self.asked[1::2],
+            "auroc_others": _short(self.auroc_others), "penalty": self.classifier.penalty, "asked": self.asked[1::2],
             "unsteered": self.point(Way("unsteered", None, None, 0.0, 0.0), wrote, 0, 0.0),
             "methods": {"prompting": [self.prompting()]},
         }  # fmt: skip
 
     def point(self, way: Way, wrote: Written, i: int, rise: float) -> list[Any]:
         """The figures of a way, in the order of `COLUMNS`."""
-        texts = wrote.texts[i]
+        texts, half = wrote.texts[i], slice(1, None, 2)
+        nll, repeated, kl = (np.array(each[i]) for each in (wrote.nll, wrote.repeated, wrote.kl))
         written = np.array([bool(text.strip()) for text in texts])
         probability = np.where(written, self.classifier([text if text.strip() else "-" for text in texts]), 0.0)
         fluent = [
-            fluency(nll, self.bench.natural, repeated) * bool(w)
-            for nll, repeated, w in zip(wrote.nll[i], wrote.repeated[i], written)
+            fluency(of_one, self.bench.natural, again) * bool(w) for of_one, again, w in zip(nll, repeated, written)
         ]
         scores = np.array([overall(2 * p, f) for p, f in zip(probability, fluent)])
-        half = slice(1, None, 2)
         near = (self.bench.embed([text or "-" for text in texts]) * self.bench.embed(self.requests)).sum(1)
         figures = {
             "budget": way.budget, "kl": way.kl, "size": way.size / self.bench.norm, "chosen_by": scores[0::2].mean(),
             "overall": scores[half].mean(), "concept": 2 * probability[half].mean(),
             "fluency": np.mean(fluent[half]), "words": np.mean([lexical_rate(t, self.words) for t in texts[half]]),
-            "nll": wrote.nll[i][half].mean(), "repeated": wrote.repeated[i][half].mean(),
-            "kl_written": wrote.kl[i][half].mean(), "relevance": near[half].mean(), "likelihood": rise,
+            "nll": nll[half].mean(), "repeated": repeated[half].mean(), "kl_written": kl[half].mean(),
+            "relevance": near[half].mean(), "likelihood": rise,
             "each": [_short(score) for score in scores[half]],
         }  # fmt: skip
         return [figures[name] if name == "each" else _short(figures[name]) for name in COLUMNS]

@@ -19,7 +19,7 @@ from steersman.steer import Effects, EffectsConfig, ridge_fit
 from study.common import Results, Study, StudyConfig, chosen
 from study.material import Concept
 from study.targeting_page import AT, GRAMMAR_FEATURES, page
-from study.vectors import best_features, cut, held_out, spread
+from study.vectors import best_features, cut, held_out, of_others, spread
 from study.ways import (
     Grammar,
     Linear,
@@ -448,8 +448,8 @@ class Model:
     def of_others(self, concept: Concept) -> list[str]:
         """As many evaluation texts of other concepts: texts of the same kind, which a vector that likes all such texts
         likes no less."""
-        others = [one for one in self.study.material.concepts if one.name != concept.name]
-        return [text for one in spread(others, self.config.model_texts) for text in self.texts(one, 1)]
+        others = of_others(self.study.material, concept, held_out, self.config.model_texts)
+        return ["".join(cut(self.study, one, 2 * self.tokens)) for one in others]
 
     def concept(self, concept: Concept, group: str) -> dict[str, Any]:
         """What the vectors of a group of ways for the concept's best feature prefer, at `AT`."""

@@ -15,10 +15,12 @@ reading of these texts (tokens of the answer, or of the whole text where it answ
 | `random` | a random direction of diffmean's length |
 """
 
+import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +35,7 @@ from steersman.steer import ContrastConfig, common_prefix, contrast, score_featu
 from steersman.steer.methods import METHODS as CONTRASTS
 from steersman.steer.methods import StreamedMethod
 from study.common import Study
-from study.material import Concept, Example, Goal
+from study.material import Concept, Example, Goal, Material
 
 FROM_STATES = ("feature", "feature_output", "diffmean", "caa", "pca", "pca_tokens", "probe", "random")
 TRAINED = ("reft_r1", "ssv")
@@ -92,6 +94,14 @@ def held_out(topic: Topic) -> Sides:
     if isinstance(topic, Goal):
         return _half(topic, 1)
     return Sides(positive=topic.eval_positive, negative=topic.eval_negative)
+
+
+def of_others(material: Material, topic: Topic, sides: Callable[[Topic], Sides], n: int) -> list[Example]:
+    """n texts of other topics of its kind, in turn: texts of the kind that the topic's are of, without what they are
+    about. `sides` is `training` or `held_out`."""
+    others = spread(material.others(topic), n)
+    found = [spread(sides(other).positive, math.ceil(n / len(others))) for other in others]
+    return [example for turn in zip_longest(*found) for example in turn if example is not None][:n]
 
 
 def _half(goal: Goal, start: int) -> Sides:
