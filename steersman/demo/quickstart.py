@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from steersman.demo import CONCEPTS, MODEL_PATH
 from steersman.demo.concept_features import ConceptFeature, match_concepts, writing_features
@@ -268,8 +269,9 @@ def steer_towards(
     Chosen is what raises the probability of a target's words most while costing at most `AFFORDABLE` nats per token.
     """
     choices: list[tuple[float, Target, int, float]] = []
+    screen = Screen(lm, sae, unseen)
     for target in progress(targets, desc="trying features"):
-        options = [option for feature in target.candidates for option in screen(lm, sae, feature, target.words, unseen)]
+        options = [option for feature in target.candidates for option in screen(feature, target.words)]
         rise, feature, strength = max(options, default=(0.0, target.candidates[0], STRENGTHS[1]))
         choices.append((rise, target, feature, strength))
     choices.sort(key=lambda choice: -choice[0])
@@ -285,27 +287,36 @@ def steer_towards(
     ]
 
 
-@torch.no_grad()
-def screen(
-    lm: LanguageModel, sae: SAE, feature: int, words: Sequence[str], unseen: Sequence[str]
-) -> list[tuple[float, int, float]]:
-    """The affordable strengths of a feature as (rise, feature, strength), from forward passes over texts.
+class Screen:
+    """What features do to the words of a target, from forward passes over texts."""
 
-    The rise is in the mean probability of a word of `words` as the next token. The cost is how many more nats a token
-    drawn from the steered model has under the unsteered one than a token that it draws itself.
-    """
-    batch = lm.encode(unseen)
-    wanted = torch.tensor(sorted({lm.token_ids(f" {word}")[0] for word in words}), device=lm.device)
-    real = batch.attention_mask.bool()
-    base = lm.logits(batch.input_ids, batch.attention_mask)[real].float().log_softmax(-1)
-    entropy, mass = -(base.exp() * base).sum(-1).mean(), base[:, wanted].exp().sum(-1).mean()
-    affordable = []
-    for strength in STRENGTHS[1:]:
-        with Steerer(lm).features(sae, {feature: strength}, mode="add", units="max_act"):
-            probability = lm.logits(batch.input_ids, batch.attention_mask)[real].float().softmax(-1)
-        if float(-(probability * base).sum(-1).mean() - entropy) <= AFFORDABLE:
-            affordable.append((float(probability[:, wanted].sum(-1).mean() - mass), feature, strength))
-    return affordable
+    @torch.no_grad()
+    def __init__(self, lm: LanguageModel, sae: SAE, texts: Sequence[str]) -> None:
+        self.lm, self.sae, self.batch = lm, sae, lm.encode(texts)
+        self.base = self.logits().log_softmax(-1)
+        self.entropy = -(self.base.exp() * self.base).sum(-1).mean()
+
+    def logits(self) -> Tensor:
+        """[n, V] at the tokens of the texts."""
+        batch = self.batch
+        return self.lm.logits(batch.input_ids, batch.attention_mask)[batch.attention_mask.bool()].float()
+
+    @torch.no_grad()
+    def __call__(self, feature: int, words: Sequence[str]) -> list[tuple[float, int, float]]:
+        """The affordable strengths of a feature as (rise, feature, strength).
+
+        The rise is in the mean probability of a word of `words` as the next token. The cost is how many more nats a
+        token drawn from the steered model has under the unsteered one than a token that it draws itself.
+        """
+        wanted = torch.tensor(sorted({self.lm.token_ids(f" {word}")[0] for word in words}), device=self.lm.device)
+        mass = self.base[:, wanted].exp().sum(-1).mean()
+        affordable = []
+        for strength in STRENGTHS[1:]:
+            with Steerer(self.lm).features(self.sae, {feature: strength}, mode="add", units="max_act"):
+                probability = self.logits().softmax(-1)
+            if float(-(probability * self.base).sum(-1).mean() - self.entropy) <= AFFORDABLE:
+                affordable.append((float(probability[:, wanted].sum(-1).mean() - mass), feature, strength))
+        return affordable
 
 
 def dose_response(
