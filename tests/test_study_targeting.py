@@ -8,7 +8,8 @@ import torch
 from steersman import Steerer
 from steersman.steer import token_nll
 from study.common import Results, Study, StudyConfig
-from study.targeting import Bench, Config
+from study.targeting import Config
+from study.targeting_grammar import Bench
 from study.ways import OwnTexts, likelihood_gradients, windows_of
 
 
