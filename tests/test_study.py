@@ -14,14 +14,14 @@ from support.pages import ROOT
 
 from steersman import SteersmanError
 from study import __main__ as study
-from study import features, pages, protein, report
+from study import common, features, pages, protein, report
 
 SHARED = ROOT.parent / "shared"
 LITTLE: dict[str, Any] = {"small": True, "tokens": 4000, "d_sae": 64, "k": 8, "looked_at": 6, "change_texts": 1}
 RESULTS: dict[str, Any] = {
     "part": "features", "settings": {"model": "lab", "data": "the papers'", "seed": 3}, "planned": ["a", "b"],
     "rows": {"a": 1}, "seconds": {"a": {"wall": 90.0, "processor": 200.0}},
-    "about": {"torch": "2.13", "device": "CPU", "threads": 2},
+    "about": [{"torch": "2.13", "device": "CPU", "threads": 2}],
 }  # fmt: skip
 
 
@@ -59,9 +59,21 @@ def test_a_page_has_its_sections_and_says_what_was_not_run(tmp_path: Path) -> No
     assert "\npython scripts/study features --model runs/lab --data DATA --seed 3\n" in text
     assert "Not run: a GPU, `b`." in text
     assert "90 s (3 min of the processor)" in text
+    assert "seed 3; CPU, 2 threads, torch 2.13." in text
     first = (tmp_path / "lab-one.svg").read_bytes()
     report.write(page(figures=[figure]), RESULTS, tmp_path)
     assert (tmp_path / "lab-one.svg").read_bytes() == first
+
+
+def test_rows_are_of_the_machine_that_made_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = common.StudyConfig(work=tmp_path)
+    for device in ("one", "two"):
+        monkeypatch.setattr(common, "about", lambda _device, name=device: {"device": name, "threads": 1, "torch": "2"})
+        found = common.Results(config, "lab")
+        for row in ("a", device):
+            found.row(row, lambda: 1)
+    results = results_of(tmp_path, "lab")
+    assert report.places(results) == "2 rows on one, 1 thread, torch 2; 1 row on two, 1 thread, torch 2"
 
 
 def test_rows_of_a_table_are_as_wide_as_its_header() -> None:

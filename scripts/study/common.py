@@ -71,7 +71,8 @@ class StudyConfig:
 class Results:
     """The results of one part: a file of rows by name, of which those that are there are not measured again.
 
-    Beside the rows stand the settings, the versions, the seed, the device and the seconds that each row took.
+    Beside the rows stand the settings with the seed, the seconds that each row took, and the versions and devices that
+    rows were made with: a list, and for rows that are not of the first their number in it.
     """
 
     def __init__(self, config: StudyConfig, part: str) -> None:
@@ -86,7 +87,10 @@ class Results:
                 raise SteersmanError(
                     f"{self.path} holds results of other settings ({', '.join(sorted(other))}): give another --work"
                 )
-        self._value["about"] = about(config.device)
+        here, known = about(config.device), self._value.get("about", [])
+        known = [known] if isinstance(known, dict) else known  # as files of earlier versions have it
+        self._value["about"] = known if here in known else [*known, here]
+        self._here = self._value["about"].index(here)
 
     def __contains__(self, name: str) -> bool:
         return name in self.rows
@@ -107,6 +111,8 @@ class Results:
             self.rows[name] = _plain(make())
             seconds = {"wall": time.monotonic() - start, "processor": time.process_time() - used}
             self._value["seconds"][name] = {k: round(v, 2) for k, v in seconds.items()}
+            if self._here:
+                self._value.setdefault("made", {})[name] = self._here
             self._value["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
             self.save()
             print(f"{self._value['part']}: {name} ({seconds['wall']:.0f} s)", flush=True)
@@ -146,7 +152,8 @@ def about(device: str) -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
+    processor = f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else processor
     return found | {"device": name, "threads": torch.get_num_threads()}
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
@@ -210,12 +211,10 @@ def table_text(table: Table) -> str:
 
 def footer(page: Page, results: Mapping[str, Any]) -> list[str]:
     """How the results came about, and what was not run."""
-    about, settings, seconds = results["about"], results["settings"], results["seconds"].values()
+    settings, seconds = results["settings"], results["seconds"].values()
     wall, used = (sum(one[kind] for one in seconds) for kind in ("wall", "processor"))
-    versions = ", ".join(f"{name} {about[name]}" for name in about if name not in ("device", "threads"))
-    threads = f"{about['threads']} thread" + "s" * (about["threads"] != 1)
     told = [
-        f"Model {settings['model']}, {about['device']}, {threads}, seed {settings['seed']}; {versions}.",
+        f"Model {settings['model']}, seed {settings['seed']}; {places(results)}.",
         f"{len(results['rows'])} rows in {duration(wall)} ({duration(used)} of the processor), beside what is shared.",
         f"[The results as JSON](json/{page.name}.json).",
     ]
@@ -223,6 +222,18 @@ def footer(page: Page, results: Mapping[str, Any]) -> list[str]:
     said = f"Not run: {', '.join(missing)}." if missing else "Every row that was planned was run."
     block = f"<!-- not run: it takes long -->\n```bash\n{command(results)}\n```"
     return ["## How it was run", block, " ".join(told), said]
+
+
+def places(results: Mapping[str, Any]) -> str:
+    """Devices and versions, each with its number of rows where there are several."""
+    rows = Counter(results.get("made", {}).get(name, 0) for name in results["rows"])
+    told = []
+    for i, about in enumerate(results["about"]):
+        versions = ", ".join(f"{name} {about[name]}" for name in about if name not in ("device", "threads"))
+        threads = f"{about['threads']} thread" + "s" * (about["threads"] != 1)
+        many = f"{rows[i]} row{'s' * (rows[i] != 1)} on " if len(rows) > 1 else ""
+        told += [f"{many}{about['device']}, {threads}, {versions}"] if rows[i] else []
+    return "; ".join(told)
 
 
 def not_run(page: Page, results: Mapping[str, Any]) -> list[str]:
