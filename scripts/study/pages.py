@@ -61,10 +61,11 @@ python scripts/study pages --work runs/study
 ```
 
 The model comes from the package registry, a 4-bit file of Apache 2.0 that is turned into bfloat16. A command that was
-interrupted goes on where it stopped; the same command in a fresh folder gives the same figures but for times. All that
-is made lies in `--work` (`runs/study`): activations, SAEs, vectors, results. Without `--model` and `--data` a part runs
-on the bundled story model, whose grammar labels every token, and with `--small` in minutes; that says whether it works,
-and nothing about real models.
+interrupted resumes; the same command in a fresh folder gives the same figures but for times. (On another kind of
+processor, which sums in another order, an SAE is another in its small digits, and what is made of it too.) All that is
+made lies in `--work` (`runs/study`): activations, SAEs, vectors, what was written, results. Without `--model` and
+`--data` a part runs on the bundled story model, whose grammar labels every token, and with `--small` in minutes; that
+says whether it works, and nothing about real models.
 
 ## The data
 
