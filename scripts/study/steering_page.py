@@ -318,7 +318,7 @@ def means(found: Found) -> str:
         gaps = [f"{cell(found.less('sae_ts', 'feature', s), signed=True)} at {s}" for s in found.budgets]
         best = found.less("sae_ts", "feature", BEST)
         paragraphs[0] += f" The differences of the overall score are {listed(gaps)} nats per token."
-        paragraphs[0] += f" At each one's best scale it is {cell(best, signed=True)}, {word(best)}."
+        paragraphs[0] += f" Of all, at each one's best scale, it is {cell(best, signed=True)}, {word(best)}."
         last = found.budgets[-1]
         parts = [
             f"{DETAILS[name].split(',')[0]} {cell(found.less('sae_ts', 'feature', last, name), signed=True)}"
