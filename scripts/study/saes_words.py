@@ -139,12 +139,20 @@ class Words:
             others = {name: ms for name, ms in used.items() if name in PEERS}
             fastest = min(others, key=lambda name: others[name])
             half = others[fastest] / 2
+            aux, rest = used[OURS] - used[NO_AUXK], used[NO_AUXK] - used[PRODUCT]
+            whole = f"Of {number(used[OURS])} ms of processor time on one thread"
+            dead = "dead features (AuxK, which eai-sparsify's trainer leaves out by default)"
             told.append(
-                f"Of {number(used[OURS])} ms of processor time on one thread the product of rows and encoder, "
-                f"which all have, takes {number(used[PRODUCT])}, dead features (AuxK, which eai-sparsify's "
-                f"trainer leaves out by default) {number(used[OURS] - used[NO_AUXK])} and the rest "
-                f"{number(used[NO_AUXK] - used[PRODUCT])}; half of {fastest}'s is {number(half)}, "
-                f"{'less' if half < used[PRODUCT] else 'more'} than the product alone."
+                f"{whole} the product of rows and encoder, which all have, takes {number(used[PRODUCT])}, {dead} "
+                f"{number(aux)} and the rest {number(rest)};"
+                if rest > 0
+                else f"{whole} {dead} take {number(aux)}. All else is less than the fp32 product of rows and encoder, "
+                f"{number(used[PRODUCT])}: ours is in bf16, which this processor multiplies faster, and only what it "
+                "proposes is computed and decided in fp32;"
+            )
+            told[-1] += (
+                f" half of {fastest}'s is {number(half)}, {'less' if half < used[PRODUCT] else 'more'} than the "
+                "product alone."
             )
         memory = {name.split()[1]: mb for name, mb in self.rows.items() if name.startswith("memory ") and mb}
         if len(memory) > 1:
