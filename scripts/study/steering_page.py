@@ -318,6 +318,10 @@ def means(found: Found) -> str:
         gaps = [f"{cell(found.less('sae_ts', 'feature', s), signed=True)} at {s}" for s in found.budgets]
         best = found.less("sae_ts", "feature", BEST)
         paragraphs[0] += f" The differences of the overall score are {listed(gaps)} nats per token."
+        for kind in ("goal", "concept"):
+            of_kind = [found.less("sae_ts", "feature", scale, kind=kind) for scale in found.budgets]
+            if all(of_kind):
+                paragraphs[0] += f" Of the {kind}s alone: {listed([cell(one, signed=True) for one in of_kind])}."
         paragraphs[0] += f" Of all, at each one's best scale, it is {cell(best, signed=True)}, {word(best)}."
         last = found.budgets[-1]
         parts = [
