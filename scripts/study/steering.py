@@ -22,7 +22,7 @@ from torch import Tensor
 from steersman import LanguageModel, SteeringVector, SteersmanError
 from steersman.steer import CostMeter, Effects, fgaa_targets, search_scale, steered, token_kl, token_nll
 from steersman.steer.evaluation import Continuations, likelihoods
-from study.common import Kept, Results, Study, StudyConfig, chosen
+from study.common import MORE_TEXTS, Kept, Results, Study, StudyConfig, chosen, effects_name
 from study.material import Concept, Goal
 from study.measures import (
     Classifier,
@@ -49,6 +49,8 @@ and repetition, the KL on what is written, the cosine with the request, the like
 each prompt."""
 EVALUATIONS = 6
 """KLs to measure for a scale at most."""
+MAPS = {"targeted": 1, "more": MORE_TEXTS}
+"""Groups of ways that need an effect map, and of how many times as many texts."""
 START = 0.3
 """Size that the first search starts from, in median norms."""
 
@@ -238,6 +240,8 @@ class TopicBench:
             return self.bench.own.vector(best_features(study, subject)[0])
         if method in ("sae_ts", "rotation"):
             return study.targeted(best_features(study, subject)[0], method)
+        if method == "sae_ts_more":
+            return study.targeted(best_features(study, subject)[0], times=MORE_TEXTS)
         if method == "fgaa":
             built = training(subject)
             texts = [[self.bench.cut(e.text, 48) for e in side[:48]] for side in (built.positive, built.negative)]
@@ -414,8 +418,8 @@ def measure(bench: Bench, results: Results, topic: Topic, last: bool) -> None:
     """The rows of a topic that are not there. Those of SAE-TS wait for the last round, unless its effects are measured
     already: they take longest."""
     missing = [group for group in GROUPS if f"{topic.key} {group}".strip() not in results]
-    if not last and not has_effects(bench.study):
-        missing = [group for group in missing if group != "targeted"]
+    if not last:
+        missing = [group for group in missing if group not in MAPS or has_effects(bench.study, MAPS[group])]
     if missing:
         mine = TopicBench(bench, topic)
         for group in missing:
@@ -423,10 +427,10 @@ def measure(bench: Bench, results: Results, topic: Topic, last: bool) -> None:
             results.row(f"{topic.key} {group}".strip(), make)
 
 
-def has_effects(study: Study) -> bool:
+def has_effects(study: Study, times: int) -> bool:
     """Whether the effects that SAE-TS needs are all measured."""
     try:
-        Effects.open(study.config.work / "effects")
+        Effects.open(study.config.work / effects_name(times))
     except SteersmanError:
         return False
     return True

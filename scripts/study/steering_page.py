@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 
 from steersman.steer import Estimate, bootstrap
+from study.common import MORE_TEXTS
 from study.report import Figure, Page, Table, bounds, cell, curves, intervals, listed, number, side
 
 NAMES = {
     "feature": "SAE feature (AUROC)", "feature_output": "SAE feature (output score)", "sae_ts": "SAE-TS",
-    "own_texts": "SAE-TS, own texts", "rotation": "SAE-TS rotation", "fgaa": "FGAA", "diffmean": "diffmean",
-    "caa": "CAA", "pca": "PCA", "probe": "probe", "reft_r1": "ReFT-r1", "ssv": "supervised vector", "random": "random",
-    "prompting": "prompting",
+    "sae_ts_more": f"SAE-TS, {MORE_TEXTS} x texts", "own_texts": "SAE-TS, own texts", "rotation": "SAE-TS rotation",
+    "fgaa": "FGAA", "diffmean": "diffmean", "caa": "CAA", "pca": "PCA", "probe": "probe", "reft_r1": "ReFT-r1",
+    "ssv": "supervised vector", "random": "random", "prompting": "prompting",
 }  # fmt: skip
 """What tables call a way, in their order."""
 DETAILS = {
@@ -22,7 +23,7 @@ DETAILS = {
 GROUPS = {
     "": ("prompting",),
     "vectors": ("feature", "feature_output", "diffmean", "caa", "pca", "probe", "reft_r1", "ssv", "random"),
-    "targeted": ("sae_ts", "rotation", "fgaa"), "own": ("own_texts",),
+    "targeted": ("sae_ts", "rotation", "fgaa"), "own": ("own_texts",), "more": ("sae_ts_more",),
 }  # fmt: skip
 """What the rows of a topic are called after its name, and the ways that are measured in each."""
 BEST = "best scale"
@@ -323,6 +324,13 @@ def means(found: Found) -> str:
             if all(of_kind):
                 paragraphs[0] += f" Of the {kind}s alone: {listed([cell(one, signed=True) for one in of_kind])}."
         paragraphs[0] += f" Of all, at each one's best scale, it is {cell(best, signed=True)}, {word(best)}."
+        if "sae_ts_more" in found.ways:
+            told = listed([cell(found.less("sae_ts_more", "feature", s), signed=True) for s in found.budgets])
+            more = listed([cell(found.less("sae_ts_more", "sae_ts", s), signed=True) for s in found.budgets])
+            paragraphs.append(
+                f"From {MORE_TEXTS} times as many texts, SAE-TS less the feature is {told}, and less SAE-TS from the "
+                f"study's {more}."
+            )
         last = found.budgets[-1]
         parts = [
             f"{DETAILS[name].split(',')[0]} {cell(found.less('sae_ts', 'feature', last, name), signed=True)}"

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from steersman import EffectMap, Steerer, collect_effects
 from steersman.steer import Effects, EffectsConfig
-from study.common import Study, StudyConfig
+from study.common import MORE_TEXTS, Study, StudyConfig
 from study.material import Concept
 from study.targeting_words import AT
 from study.vectors import best_features, cut, held_out, of_others, spread
 from study.ways import OwnTexts, preference, scales_at
 
-WAYS = ("plain", "own texts", "paper")
+WAYS = ("plain", "own texts", "paper", "more texts")
 """Groups of the ways that are compared, each a row of a concept."""
 GRADIENTS: Mapping[str, Mapping[str, Any]] = {"derivative": {}, "natural": {"metric": True}}
 STEERED: Mapping[str, Mapping[str, Any]] = {"paper": {}, "steered, no bias": {"bias_weight": 0.0}}
@@ -49,15 +49,15 @@ class Model:
         topics = self.study.material.concepts[: self.config.model_concepts]
         found: dict[str, Callable[[], Any]] = {
             "effects": self.effects, "one at a time": self.one_at_a_time, "together": self.together,
-            "all together": self.all_together,
+            "all together": self.all_together, "more effects": partial(self.effects, MORE_TEXTS),
         }  # fmt: skip
         for concept in topics:
             found |= {f"{concept.name}, {group}": partial(self.concept, concept, group) for group in WAYS}
         return found
 
-    def effects(self) -> dict[str, Any]:
-        """The map that the study uses."""
-        found = self.study.effects()
+    def effects(self, times: int = 1) -> dict[str, Any]:
+        """The map that the study uses, or the one of more texts."""
+        found = self.study.effects(times)
         assert found.metric is not None
         return {
             "texts": found.provenance["n_vectors"], "known": int((found.signal >= 2).sum()), "features": found.d_sae,
@@ -129,6 +129,8 @@ class Model:
             random = torch.randn(len(row), generator=g)
             found = {"feature": row / row.norm(), "random": random / random.norm()}
             return found | self._solved(self.study.effects(), GRADIENTS, feature)
+        if group == "more texts":
+            return self._solved(self.study.effects(MORE_TEXTS), {"derivative, more": {}}, feature)
         if group == "own texts":
             return {"own texts": self.own.vector(feature).vector}
         general = -self.steered_map.M @ self.steered_map.b
@@ -170,5 +172,6 @@ class Model:
             for name, v, s in zip(made, vectors, scale)
             if s.isfinite()
         }
-        signal = float(self.study.effects().signal[feature])
+        effects = self.study.effects(MORE_TEXTS if group == "more texts" else 1)
+        signal = float(effects.signal[feature])
         return {"concept": concept.name, "feature": feature, "signal": round(signal, 2), "outcome": found}

@@ -7,6 +7,7 @@ import numpy as np
 
 from steersman.steer import Estimate, bootstrap
 from study import report
+from study.common import MORE_TEXTS
 
 AT = 0.3
 """Nats per token at which outcomes of the experiments are compared."""
@@ -15,7 +16,8 @@ GRAMMAR_FEATURES = 512
 TITLES = {
     "feature": "the feature's own direction", "paper": "SAE-TS as in the paper",
     "steered, no bias": "SAE-TS without the bias term", "general": "the bias term alone",
-    "derivative": "gradients of unsteered texts (the default)", "natural": "gradients, with the metric",
+    "derivative": "gradients of unsteered texts (the default)",
+    "derivative, more": f"gradients of {MORE_TEXTS} times as many texts", "natural": "gradients, with the metric",
     "own texts": "gradients of texts in which the feature fires", "random": "a random direction",
     "writing": "direction of the feature that writes most",
 }  # fmt: skip
@@ -70,8 +72,9 @@ class Read:
         found: dict[str, Any] = {}
         for name, row in self.rows.items():
             if name.startswith("model/") and "outcome" in row:
-                one = found.setdefault(row["concept"], {"signal": row["signal"], "outcome": {}})
+                one = found.setdefault(row["concept"], {"outcome": {}})
                 one["outcome"] |= row["outcome"]
+                one["more signal" if name.endswith(", more texts") else "signal"] = row["signal"]
         return {name: one for name, one in found.items() if "feature" in one["outcome"]}
 
     @property
@@ -197,6 +200,20 @@ def noise(read: Read) -> list[str]:
             f"on the bundled model (a map of {read.settings['vectors'] // 8} steered vectors: "
             f"{report.number(medians[1])}) and {report.number(float(np.median(ours)))} times on the study's model, "
             "whose texts seldom come to these concepts."
+        )
+    more, plain = (read.rows.get(f"model/{name}") for name in ("more effects", "effects"))
+    if read.enough and more is not None and plain is not None and "derivative, more" in read.ways():
+        known = [one for one in read.concepts().values() if "more signal" in one]
+        signals = [report.number(float(np.median([one[key] for one in known]))) for key in ("signal", "more signal")]
+        gain, over = read.model("derivative, more", "derivative"), read.model("derivative, more", "feature")
+        parts.append(
+            f"**More texts on the study's model**, {more['texts']:,} in place of {plain['texts']:,}: "
+            f"{more['known']:,} features in place of {plain['known']:,} have a derivative of twice its noise, and that "
+            f"of the median concept's feature is {signals[1]} times its noise in place of {signals[0]}. Its vectors "
+            f"prefer the concept's texts by {report.cell(gain, signed=True)} nats per token more "
+            f"({said(report.side(gain), 'better', 'worse', 'not told apart')}), and by "
+            f"{report.cell(over, signed=True)} more than the feature's direction "
+            f"({said(report.side(over), 'better', 'worse', 'not told apart')})."
         )
     if read.enough and set(NULLS) <= set(read.ways()):
         told = [f"{TITLES[name]} {report.cell(read.model(name), signed=True)}" for name in NULLS]
