@@ -331,6 +331,9 @@ def means(found: Found) -> str:
                 f"From {MORE_TEXTS} times as many texts, SAE-TS less the feature is {told}, and less SAE-TS from the "
                 f"study's {more}."
             )
+        if "fgaa" in found.ways:
+            told = listed([cell(found.less("fgaa", "sae_ts", s), signed=True) for s in found.budgets])
+            paragraphs.append(f"FGAA, which aims at several features through the same map, less SAE-TS: {told}.")
         last = found.budgets[-1]
         parts = [
             f"{DETAILS[name].split(',')[0]} {cell(found.less('sae_ts', 'feature', last, name), signed=True)}"
