@@ -243,10 +243,18 @@ class TopicBench:
         if method == "sae_ts_more":
             return study.targeted(best_features(study, subject)[0], times=MORE_TEXTS)
         if method == "fgaa":
-            built = training(subject)
-            texts = [[self.bench.cut(e.text, 48) for e in side[:48]] for side in (built.positive, built.negative)]
-            return study.targeted(fgaa_targets(study.lm, study.sae(), *texts))
+            return study.targeted(self.fgaa_targets())
+        if method == "fgaa_rows":
+            weights = self.fgaa_targets()
+            rows = study.sae().W_dec.detach().float()[list(weights)]
+            return SteeringVector.of(torch.tensor(list(weights.values())) @ rows, hook_name=self.bench.hook)
         return vector(study, subject, method)
+
+    def fgaa_targets(self) -> dict[int, float]:
+        """The features that tell the topic's texts from those without it, with their weights, as FGAA chooses them."""
+        built = training(self.topic.subject)
+        texts = [[self.bench.cut(e.text, 48) for e in side[:48]] for side in (built.positive, built.negative)]
+        return fgaa_targets(self.bench.study.lm, self.bench.study.sae(), *texts)
 
     def ways(self, methods: Sequence[str]) -> tuple[dict[str, list[Way]], dict[str, str]]:
         """Each method's scales; and of those that have no vector the reason."""

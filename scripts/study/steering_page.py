@@ -12,7 +12,8 @@ from study.report import Figure, Page, Table, bounds, cell, curves, intervals, l
 NAMES = {
     "feature": "SAE feature (AUROC)", "feature_output": "SAE feature (output score)", "sae_ts": "SAE-TS",
     "sae_ts_more": f"SAE-TS, {MORE_TEXTS} x texts", "own_texts": "SAE-TS, own texts", "rotation": "SAE-TS rotation",
-    "fgaa": "FGAA", "diffmean": "diffmean", "caa": "CAA", "pca": "PCA", "probe": "probe", "reft_r1": "ReFT-r1",
+    "fgaa": "FGAA", "fgaa_rows": "FGAA's features", "diffmean": "diffmean", "caa": "CAA", "pca": "PCA",
+    "probe": "probe", "reft_r1": "ReFT-r1",
     "ssv": "supervised vector", "random": "random", "prompting": "prompting",
 }  # fmt: skip
 """What tables call a way, in their order."""
@@ -24,6 +25,7 @@ GROUPS = {
     "": ("prompting",),
     "vectors": ("feature", "feature_output", "diffmean", "caa", "pca", "probe", "reft_r1", "ssv", "random"),
     "targeted": ("sae_ts", "rotation", "fgaa"), "own": ("own_texts",), "more": ("sae_ts_more",),
+    "rows": ("fgaa_rows",),
 }  # fmt: skip
 """What the rows of a topic are called after its name, and the ways that are measured in each."""
 BEST = "best scale"
@@ -153,7 +155,9 @@ from a topic's training texts (of a goal: every other contrast prompt) at layer 
 aim at the feature that is best by AUROC, FGAA at several. The effect map is the study's, measured by gradients of
 unsteered texts' likelihood in place of the paper's regression on steered texts: SAE-TS and FGAA are the directions in
 which small vectors raise the targets most (the page on targeting compares such choices). SAE-TS of own texts takes the
-gradients of the cached texts in which the feature fires most in place of those of what the model writes. Vectors are
+gradients of the cached texts in which the feature fires most in place of those of what the model writes. "FGAA's
+features" is the sum of the decoder rows of the features that FGAA aims at, by its weights: beside FGAA it says what the
+map is worth for the same target. Vectors are
 scaled to KL(steered || unsteered) of {listed(found.budgets)} nats per token on the same {about["neutral_tokens"]}
 tokens of neutral texts, within {number(TOLERANCE, percent=True)} ({missed} of {scales} searches ended further off).
 Prompting puts one sentence with the concept's name before the text and has the KL that it has. The model continues
@@ -334,6 +338,13 @@ def means(found: Found) -> str:
         if "fgaa" in found.ways:
             told = listed([cell(found.less("fgaa", "sae_ts", s), signed=True) for s in found.budgets])
             paragraphs.append(f"FGAA, which aims at several features through the same map, less SAE-TS: {told}.")
+        if "fgaa_rows" in found.ways:
+            told = listed([cell(found.less("fgaa", "fgaa_rows", s), signed=True) for s in found.budgets])
+            likelier = [cell(found.less("fgaa", "fgaa_rows", s, "likelihood"), signed=True) for s in found.budgets]
+            paragraphs[-1] += (
+                f" Less the sum of the decoder rows of the same features, without the map: {told}; by likelihood "
+                f"{listed(likelier)} nats per token."
+            )
         last = found.budgets[-1]
         parts = [
             f"{DETAILS[name].split(',')[0]} {cell(found.less('sae_ts', 'feature', last, name), signed=True)}"
