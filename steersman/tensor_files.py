@@ -35,6 +35,8 @@ _PLACE = slice(8 + len(_BEGIN), 8 + len(_BEGIN) + len(_UNSET))
 """Where in the file the checksum stands."""
 _ANY_ENTRY = re.compile(rb'"%s"\s*:\s*[^\s{]' % CHECKSUM.encode())
 _CHUNK = 1 << 20
+_ALIGNMENT = 64
+"""Bytes at a multiple of which PyTorch's tensors begin on a CPU."""
 _HEADER_BYTES = 100_000_000
 """Largest header that the library accepts."""
 _DTYPES = {
@@ -125,11 +127,17 @@ def load_tensors(
                 raise SteersmanError(f"{path} lacks the tensor {', '.join(lacking)}")
             metadata = dict(file.metadata() or {})
             metadata.pop(CHECKSUM, None)
-            return {name: file.get_tensor(name) for name in wanted}, metadata
+            return {name: _aligned(file.get_tensor(name)) for name in wanted}, metadata
     except SteersmanError:
         raise
     except (SafetensorError, OSError, ValueError, OverflowError, TypeError, RuntimeError, MemoryError) as error:
         raise SteersmanError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, in memory that begins where PyTorch's own begins: what lies as it does in the file may be summed in
+    another order, so that what was loaded would not act to the last bit as what was saved."""
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def check_format(path: str | os.PathLike[str], header: Mapping[str, str], kind: str, version: int, what: str) -> None:
