@@ -128,15 +128,15 @@ class Results:
 
 class Kept:
     """Values of a folder, each a file named by what it is made of and made once, so that what is read off them can be
-    changed without making them again."""
+    changed without making them again. `of_all` is what every one of them is made of."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, of_all: Sequence[Any] = ()) -> None:
+        self.folder, self.of_all = folder, of_all
 
     def __call__(self, of: Sequence[Any], make: Callable[[], Any]) -> Any:
         """The value of `of` (tensors, and what JSON has), as JSON has it."""
         told = sha256()
-        for part in of:
+        for part in (*self.of_all, *of):
             tensor = isinstance(part, Tensor)
             told.update(part.detach().cpu().numpy().tobytes() if tensor else json.dumps(part).encode())
         path = self.folder / f"{told.hexdigest()[:24]}.json"

@@ -147,8 +147,8 @@ class Words:
                 f"{number(aux)} and the rest {number(rest)};"
                 if rest > 0
                 else f"{whole} {dead} take {number(aux)}. All else is less than the fp32 product of rows and encoder, "
-                f"{number(used[PRODUCT])}: ours is in bf16, which this processor multiplies faster, and only what it "
-                "proposes is computed and decided in fp32;"
+                f"{number(used[PRODUCT])}: where a processor multiplies bf16 faster, candidates are found in bf16 and "
+                "decided in fp32;"
             )
             told[-1] += (
                 f" half of {fastest}'s is {number(half)}, {'less' if half < used[PRODUCT] else 'more'} than the "

@@ -127,7 +127,7 @@ class Bench:
         self.study, self.config, self.lm, self.hook = study, config, study.lm, study.hook()
         self.embed = Embedder()
         self.writer = Writer(study.lm, self.hook, config.new_tokens)
-        self.kept = Kept(config.work / "steered")
+        self.kept = Kept(config.work / "steered", [study.lm.digest(), self.hook])
         texts = study.material.held_out[: config.neutral]
         self.neutral = [self.cut(text, config.neutral_tokens) for text in texts]
         self.meter = CostMeter(self.lm, self.neutral)
@@ -203,9 +203,10 @@ class TopicBench:
         ]  # fmt: skip
         self.base = self.likelihoods()
 
-    def sides(self, of: Callable[[Concept | Goal], Sides]) -> "Texts":
+    def sides(self, of: Callable[[Concept | Goal], Sides]) -> Texts:
         """The topic's texts, as many without it, and as many of other topics."""
-        sides, n = of(self.topic.subject), len(of(self.topic.subject).positive)
+        sides = of(self.topic.subject)
+        n = len(sides.positive)
         others = of_others(self.bench.study.material, self.topic.subject, of, n)
         every = (sides.positive, spread(sides.negative, n), others)
         return Texts(*([example.text for example in side] for side in every))
@@ -243,13 +244,14 @@ class TopicBench:
         if method == "sae_ts_more":
             return study.targeted(best_features(study, subject)[0], times=MORE_TEXTS)
         if method == "fgaa":
-            return study.targeted(self.fgaa_targets())
+            return study.targeted(self.fgaa_targets)
         if method == "fgaa_rows":
-            weights = self.fgaa_targets()
+            weights = self.fgaa_targets
             rows = study.sae().W_dec.detach().float()[list(weights)]
             return SteeringVector.of(torch.tensor(list(weights.values())) @ rows, hook_name=self.bench.hook)
         return vector(study, subject, method)
 
+    @cached_property
     def fgaa_targets(self) -> dict[int, float]:
         """The features that tell the topic's texts from those without it, with their weights, as FGAA chooses them."""
         built = training(self.topic.subject)
